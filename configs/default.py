@@ -1,0 +1,120 @@
+"""Every field with its default and meaning. The other files change it; `--config.a.b=value` changes them.
+
+This is a complete, if small, configuration by itself; it imports nothing of mae_dist.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the default configuration, locked: a field that is not named here is an error."""
+    config = ConfigDict()
+
+    config.name = "default"  # names the run: the workdir is runs/<name> unless --workdir says otherwise
+    config.task = (
+        "pretrain"  # pretrain | probe (frozen encoder) | finetune (all weights; from scratch without init_from)
+    )
+    config.init_from = ""  # workdir of a pretraining whose encoder a probe or finetune starts from
+    config.seed = 0  # decides everything random: initial weights, order of the data, augmentation, masks, dropout
+
+    config.total_epochs = 100.0  # passes over the training split
+    config.total_steps = 0  # > 0: this many updates instead; the warm-up shrinks or grows in proportion
+    config.global_batch_size = 256  # examples per update, over all devices and processes
+    config.accum_steps = 1  # an update's batch is computed in this many pieces, one after another
+    config.log_every_steps = 50  # metrics are fetched from the device and written this often
+    config.max_skipped_steps = 20  # stop ("diverged") after this many updates in a row with a non-finite gradient
+
+    config.mesh = ConfigDict()  # devices = data x fsdp x tensor; one of them may be -1: whatever is left
+    config.mesh.data = -1  # copies of the model, each with its share of the batch
+    config.mesh.fsdp = 1  # parameters and optimizer state split over these devices, which also share the batch
+    config.mesh.tensor = 1  # attention heads and MLP width split over these devices
+
+    config.model = ConfigDict()
+    config.model.image_size = (32, 32)  # (height, width) in pixels; other images are resized to it
+    config.model.channels = 3  # 1 gray, 3 RGB, 4 RGBA
+    config.model.patch_size = (4, 4)  # (height, width) of a patch; divides image_size
+    config.model.embed_dim = 128  # encoder width
+    config.model.depth = 3  # encoder blocks
+    config.model.num_heads = 4  # encoder attention heads; divides embed_dim
+    config.model.mlp_ratio = 2.0  # encoder MLP width / embed_dim
+    config.model.decoder_embed_dim = 64
+    config.model.decoder_depth = 1
+    config.model.decoder_num_heads = 4
+    config.model.decoder_mlp_ratio = 2.0
+    config.model.mask_ratio = 0.75  # share of patches removed; int(patches * (1 - mask_ratio)) are kept
+    config.model.masking = "random"  # random (per example) | grid (regular) | block (rectangles) | user (mask_file)
+    config.model.mask_file = ""  # for user: .npy (rows, columns) of patches, 1 = removed; decides the ratio
+    config.model.cls_token = "learned"  # learned | zero | none
+    config.model.mask_token = "learned"  # learned | zero
+    config.model.pos_embed = "sincos2d"  # sincos2d (the paper's) | sincos1d (the report's) | learned
+    config.model.layer_scale_init = 0.0  # initial value of LayerScale; 0: no LayerScale
+    config.model.drop_path = 0.0  # stochastic depth of the last encoder block, rising linearly from 0
+    config.model.dropout = 0.0
+    config.model.qkv_bias = True
+    config.model.gelu = "exact"  # exact | tanh (its approximation)
+    config.model.dtype = "float32"  # compute: float32 | bfloat16; parameters, softmax, norms and loss stay float32
+    config.model.scan = False  # compile one block and loop over it: much faster compilation for deep models
+    config.model.remat = (
+        "none"  # recompute in the backward pass: none | dots (keep products) | blocks (keep inputs only)
+    )
+
+    config.pretrain = ConfigDict()
+    config.pretrain.norm_pix_loss = False  # target: each patch normalised to mean 0, variance 1
+
+    config.classify = ConfigDict()  # for probe and finetune
+    config.classify.head = "linear"  # linear | mlp (one hidden layer)
+    config.classify.hidden_dim = 128  # of the mlp head
+    config.classify.pool = "gap"  # gap (mean over patches) | cls (class token)
+    config.classify.label_smoothing = 0.0
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # adamw | sgd (momentum)
+    config.optim.base_lr = 1e-3  # peak learning rate = base_lr * global_batch_size / 256
+    config.optim.schedule = "cosine"  # cosine | constant, after the warm-up
+    config.optim.final_lr = 0.0  # where the cosine ends
+    config.optim.warmup_epochs = 20.0  # linear warm-up from 0
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.95
+    config.optim.eps = 1e-8
+    config.optim.momentum = 0.9  # of sgd
+    config.optim.weight_decay = 0.05  # not on biases, norms and LayerScale
+    config.optim.clip_norm = 0.0  # > 0: scale the gradient down to this global norm
+    config.optim.clip_value = 0.0  # > 0: clip every component of the gradient to +- this
+
+    config.data = ConfigDict()
+    config.data.source = "tfds"  # tfds | digits (8x8, comes with scikit-learn) | synthetic (procedural shapes)
+    config.data.name = "cifar10"  # TFDS data set; needs the features image and label
+    config.data.data_dir = ""  # where TFDS keeps data sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.data.train_split = "train[:80%]"
+    config.data.val_split = "train[80%:]"
+    config.data.test_split = "test"
+    config.data.augment = "none"  # none | flip | crop_flip (random resized crop, bicubic, and flip)
+    config.data.crop_scale = (0.2, 1.0)  # area of the random crop, as a share of the image
+    config.data.mean = (0.0,)  # model input = (pixel / 255 - mean) / std; one value, or one per channel
+    config.data.std = (1.0,)
+    config.data.cache = "auto"  # auto | memory (decode once) | stream (decode when read)
+    config.data.cache_dir = ""  # where decoded images are kept; "": $XDG_CACHE_HOME or ~/.cache, mae_dist
+    config.data.num_workers = 0  # processes that prepare batches; 0: threads of this one
+    config.data.max_bad_share = 0.0  # share of undecodable images that may be skipped
+    config.data.num_examples = 10_000  # size of the synthetic training set
+    config.data.num_classes = 10  # of the synthetic set
+
+    config.eval = ConfigDict()
+    config.eval.every_epochs = 1.0  # evaluate the validation split; and always at the end
+    config.eval.every_steps = 0  # > 0: this many updates instead
+    config.eval.batch_size = 0  # examples per evaluation batch; 0: global_batch_size
+    config.eval.test_at_end = True  # also evaluate the test split after the last update
+
+    config.pictures = ConfigDict()  # original, masked, reconstruction, reconstruction with visible patches
+    config.pictures.every_epochs = 10.0  # and always at the end; 0: never
+    config.pictures.every_steps = 0  # > 0: this many updates instead
+    config.pictures.num_images = 8  # the first of the test split
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 500  # and always at the end; 0: by minutes only
+    config.checkpoint.every_minutes = 10.0  # at the first log step after this long; 0: by steps only
+    config.checkpoint.keep_latest = 2
+    config.checkpoint.keep_every_steps = 0  # > 0: also keep the checkpoints at multiples of this for ever
+    config.checkpoint.keep_best = ""  # also keep the best by this metric: val_loss, val_top1, …
+
+    return config.lock()

@@ -1,0 +1,33 @@
+"""Quick start: 8x8 handwritten digits that come with scikit-learn; about a minute on two cores, no download.
+
+bash launch/local.sh
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """A small autoencoder with 2x2 patches, 16 to an image."""
+    config = default.get_config()
+    config.name = "quickstart"
+    config.total_epochs = 150.0
+    config.global_batch_size = 128
+    config.log_every_steps = 50
+    config.model.image_size = (8, 8)
+    config.model.channels = 1
+    config.model.patch_size = (2, 2)
+    config.model.embed_dim = 64
+    config.model.depth = 4
+    config.model.decoder_embed_dim = 32
+    config.model.mask_ratio = 0.5
+    config.pretrain.norm_pix_loss = False
+    config.optim.base_lr = 4e-3
+    config.optim.warmup_epochs = 10.0
+    config.data.source = "digits"
+    config.data.name = "digits"
+    config.eval.every_epochs = 10.0
+    config.pictures.every_epochs = 50.0
+    config.checkpoint.every_steps = 200
+    return config

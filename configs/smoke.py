@@ -1,0 +1,29 @@
+"""Does it run? Procedural shapes, a tiny model, twenty updates: seconds.
+
+python -m mae_dist.main --config configs/smoke.py
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Everything that a real run does, as small as it goes."""
+    config = default.get_config()
+    config.name = "smoke"
+    config.total_steps = 20
+    config.global_batch_size = 32
+    config.log_every_steps = 5
+    config.model.image_size = (16, 16)
+    config.model.embed_dim = 32
+    config.model.depth = 2
+    config.model.decoder_embed_dim = 32
+    config.model.decoder_num_heads = 2
+    config.data.source = "synthetic"
+    config.data.name = "shapes"
+    config.data.num_examples = 512
+    config.eval.every_steps = 10
+    config.pictures.every_steps = 20
+    config.checkpoint.every_steps = 5
+    return config

@@ -1,0 +1,113 @@
+# shellcheck shell=bash
+# Sourced by launch/local.sh and tests/run.sh: the clone's virtual environment.
+#
+#   ensure_venv EXTRA   makes CLONE/.venv with this package and its EXTRA ("" for none) installed, unless it is there
+#                       already; afterwards $venv_python is its Python and $clone the directory of the clone.
+#
+# PYTHON in the environment names the Python to build with; else the newest of python3.13, 3.12, 3.11 and python3 that runs.
+
+clone="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+venv="$clone/.venv"
+venv_python="$venv/bin/python"
+
+say() { printf 'mae_dist: %s\n' "$*" >&2; }
+
+fail() {
+    say "error: $*"
+    exit 1
+}
+
+# A candidate is run rather than looked up: a pyenv shim is on PATH even when the version behind it is not installed.
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "not runnable"; }
+
+find_python() {
+    local candidate
+    if [[ -n "${PYTHON:-}" ]]; then
+        is_new_enough "$PYTHON" ||
+            fail "PYTHON=$PYTHON is $(version_of "$PYTHON"), but Python 3.11 or newer is needed. Set PYTHON to such a Python, or unset it."
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3.13 python3.12 python3.11 python3 python; do
+        if is_new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer found (tried python3.13, python3.12, python3.11, python3, python)." \
+        "Install one (Debian, Ubuntu: sudo apt-get install python3.11 python3.11-venv) or set PYTHON=/path/to/python3."
+}
+
+# Whether its Python runs and is its own: without .venv/pyvenv.cfg it would install into the Python it was made from.
+is_own_python() {
+    is_new_enough "$venv_python" &&
+        "$venv_python" -c 'import os, sys; sys.exit(not os.path.samefile(sys.prefix, sys.argv[1]))' "$venv" 2>/dev/null
+}
+
+# The environment is usable if its Python and its pip both run and no earlier install was cut short in the middle:
+# pip may then have left packages that look installed and are not whole.
+is_usable() {
+    local installer
+    [[ -d "$venv" ]] || return 1
+    if [[ -e "$venv/installing" ]]; then
+        installer="$(<"$venv/installing")"
+        if [[ "$installer" =~ ^[0-9]+$ ]] && kill -0 "$installer" 2>/dev/null; then
+            fail "process $installer is installing into $venv now. Wait for it; if it is something else, delete $venv/installing."
+        fi
+        say "an earlier install into $venv was interrupted: starting afresh"
+        return 1
+    fi
+    if ! is_own_python || ! "$venv_python" -m pip --version >/dev/null 2>&1; then
+        say "$venv is incomplete: starting afresh"
+        return 1
+    fi
+    if [[ -n "${PYTHON:-}" && "$(version_of "$PYTHON")" != "$(version_of "$venv_python")" ]]; then
+        say "$venv has Python $(version_of "$venv_python") and PYTHON=$PYTHON is $(version_of "$PYTHON"): starting afresh"
+        return 1
+    fi
+}
+
+create_venv() {
+    local python="$1"
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "$python ($(version_of "$python")) cannot make virtual environments: its venv or ensurepip module is missing." \
+            "Debian, Ubuntu: sudo apt-get install python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
+    say "making $venv with Python $(version_of "$python")"
+    "$python" -m venv --clear "$venv" || fail "making $venv failed (see above)."
+}
+
+# What an install depends on: changed requirements, another Python or a clone that was moved mean installing again.
+install_digest() {
+    "$venv_python" -c '
+import hashlib, pathlib, sys
+root, python = sys.argv[1], sys.version
+text = pathlib.Path(root, "pyproject.toml").read_bytes()
+print(hashlib.sha256(b"\0".join([text, root.encode(), python.encode()])).hexdigest())' "$clone"
+}
+
+ensure_venv() {
+    local extra="$1" python digest stamp
+    if ! is_usable; then
+        python="$(find_python)"
+        create_venv "$python"
+    fi
+    digest="$(install_digest)"
+    stamp="$venv/installed${extra:+-$extra}"
+    # An install with an extra has everything that one without has.
+    if [[ -z "$extra" ]]; then
+        for stamp in "$venv"/installed*; do
+            [[ -e "$stamp" && "$(<"$stamp")" == "$digest" ]] && return
+        done
+        stamp="$venv/installed"
+    elif [[ -e "$stamp" && "$(<"$stamp")" == "$digest" ]]; then
+        return
+    fi
+    say "installing mae_dist${extra:+[$extra]} and what it needs into $venv (once; a few minutes at most)"
+    echo "$$" >"$venv/installing"
+    "$venv_python" -m pip install --quiet --disable-pip-version-check --editable "$clone${extra:+[$extra]}" ||
+        fail "the install failed (see above). The same command tries again from the start."
+    echo "$digest" >"$stamp"
+    rm "$venv/installing"
+}

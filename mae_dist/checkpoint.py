@@ -1,0 +1,202 @@
+"""Checkpoints of a run: saved asynchronously by steps and minutes, resumed from the newest, read for an encoder.
+
+Layout: `<workdir>/checkpoints/<step>/state` (Orbax) and `…/meta` (JSON: the config and the data set's fingerprint).
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist.errors import StorageFault
+from mae_dist.state import TrainState
+from mae_dist.storage import naming_faults
+
+_policy = ocp.checkpoint_managers
+
+
+class _EveryMinutes:
+    """Saves when the last checkpoint is old enough.
+
+    All processes must decide alike although their clocks differ, so the first one decides for all; that costs a
+    message, and is asked at log steps only.
+    """
+
+    def __init__(self, minutes: float, ask_every_steps: int):
+        self._ask_every_steps = ask_every_steps
+        self._policy = _policy.ContinuousCheckpointingPolicy(minimum_interval_secs=max(1, round(60 * minutes)))
+
+    def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
+        if step.step % self._ask_every_steps or not previous_steps:
+            return False
+        return self._policy.should_save(step, previous_steps, context=context)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; a context manager that waits for the last save when it closes."""
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        every_steps: int,
+        every_minutes: float,
+        keep_latest: int,
+        keep_every_steps: int,
+        keep_best: str,
+        log_every_steps: int,
+        total_steps: int,
+    ):
+        save: list[Any] = [
+            # Listed, or a preemption notice would not lead to a save; the last step is saved whatever the interval.
+            _policy.PreemptionCheckpointingPolicy(),
+            _policy.SpecificStepsPolicy({total_steps}),
+        ]
+        if every_steps:
+            save.append(_policy.FixedIntervalPolicy(every_steps))
+        if every_minutes:
+            save.append(_EveryMinutes(every_minutes, log_every_steps))
+        keep: list[Any] = [_policy.LatestN(keep_latest)]
+        if keep_every_steps:
+            keep.append(_policy.EveryNSteps(keep_every_steps))
+        if keep_best:
+            keep.append(
+                _policy.BestN(
+                    # A loss is best when lowest, an accuracy when highest.
+                    get_metric_fn=lambda metrics: metrics[keep_best],
+                    reverse=keep_best.endswith("loss"),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self.directory = workdir / "checkpoints"
+        with naming_faults(self.directory):
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    save_decision_policy=_policy.AnySavePolicy(save),
+                    preservation_policy=_policy.AnyPreservationPolicy(keep),
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+            )
+        self._keep_best = keep_best
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The newest saved step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Called after every update; saves where a policy says so, in the background.
+
+        A failure of an earlier background save surfaces here, as a `StorageFault`.
+        """
+        with naming_faults(self.directory):
+            self._manager.check_for_errors()
+            if not self._manager.should_save(step):
+                return
+            best = {self._keep_best: metrics[self._keep_best]} if self._keep_best in metrics else None
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+            self._manager.save(step, args=args, metrics=best)
+
+    def preempted(self, step: int) -> bool:
+        """Whether a preemption notice has reached this run; the save of this step has begun then."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
+        with naming_faults(self.directory):
+            self._manager.wait_until_finished()
+
+    def restore(self, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str) -> TrainState:
+        """The newest state, laid out by `shardings` whatever mesh saved it.
+
+        Raises:
+          StorageFault: the checkpoint belongs to another configuration or other data; names every field that differs.
+        """
+        step = self.latest_step()
+        assert step is not None
+        with naming_faults(self.directory / str(step)):
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        stored = json.loads(meta["config"])
+        lines = config_lib.differences(stored, json.loads(config_lib.to_json(config)))
+        if meta["data_fingerprint"] != fingerprint:
+            lines.append(f"training data (fingerprint): {meta['data_fingerprint']} -> {fingerprint}")
+        if lines:
+            raise StorageFault(
+                f"{self.directory / str(step)} was saved by another configuration:\n  - " + "\n  - ".join(lines) + "\n"
+                "Set these back to continue the run, or choose another --workdir (or --config.name) for a new one."
+            )
+        for line in config_lib.differences(stored, json.loads(config_lib.to_json(config)), ignore=()):
+            logging.info("Continuing with a changed field: %s", line)
+        with naming_faults(self.directory / str(step)):
+            return _restore(self._manager, step, abstract, shardings)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any, shardings: Any, partial: bool = False) -> Any:
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    args = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial
+    )
+    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+
+def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
+    """The config of the run in `workdir`."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise StorageFault(f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from")
+    with naming_faults(path):
+        return config_lib.from_json(path.read_text(), default)
+
+
+def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
+    directory = workdir / "checkpoints"
+    with naming_faults(directory):
+        manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+    try:
+        step = manager.latest_step()
+        if step is None:
+            raise StorageFault(f"{directory} holds no checkpoint; train that run first, or correct init_from or --workdir")
+        with naming_faults(directory / str(step)):
+            state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
+        return step, state["params"]
+    finally:
+        manager.close()
+
+
+# The fields an encoder's parameters depend on; all must be equal to start from it.
+ENCODER_FIELDS = (
+    *(f"model.{name}" for name in ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")),
+    *(f"model.{name}" for name in ("cls_token", "pos_embed", "qkv_bias", "gelu", "layer_scale_init")),
+    "data.mean",
+    "data.std",
+)
+
+
+def check_encoder_fits(source: ConfigDict, config: ConfigDict) -> None:
+    """Raises `StorageFault` naming every field in which the encoder of `source` differs from that of `config`."""
+    lines = []
+    for field in ENCODER_FIELDS:
+        old, new = config_lib.get(source, field), config_lib.get(config, field)
+        if field == "model.layer_scale_init":  # the value is only where training starts; whether there is one matters
+            old, new = old > 0, new > 0
+        if old != new:
+            lines.append(f"{field}: {old!r} -> {new!r}")
+    if lines:
+        raise StorageFault(f"the encoder of init_from={config.init_from!r} does not fit this config:\n  - " + "\n  - ".join(lines))

@@ -1,0 +1,124 @@
+"""CLU's metric writers and periodic actions without TensorFlow, and the TensorBoard writer that CLU needs it for.
+
+CLU imports TensorFlow for one class, its own TensorBoard writer. A placeholder takes the place of that module before
+anything is imported, also where TensorFlow is installed: importing it costs seconds at every start.
+
+    from mae_dist.clu_without_tf import metric_writers, periodic_actions
+"""
+
+import os
+import sys
+import time
+import types
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from etils import epath
+from tensorboardX import summary as tb_summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import (  # protobuf makes these names when it is imported
+    Event,  # pyright: ignore[reportAttributeAccessIssue]
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+)
+
+
+class _NoSummaryWriter:
+    """Stands in for `clu.metric_writers.SummaryWriter`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise NotImplementedError(
+            "clu.metric_writers.SummaryWriter needs TensorFlow, which mae_dist does not load: "
+            "use mae_dist.clu_without_tf.TensorBoardWriter."
+        )
+
+
+if "clu.metric_writers" not in sys.modules:
+    _placeholder = types.ModuleType("clu.metric_writers.summary_writer")
+    vars(_placeholder)["SummaryWriter"] = _NoSummaryWriter
+    sys.modules["clu.metric_writers.summary_writer"] = _placeholder
+
+from clu import metric_writers, periodic_actions  # noqa: E402 (after the placeholder)
+
+__all__ = ["TensorBoardWriter", "metric_writers", "periodic_actions"]
+
+_FLUSH_SECS = 10.0
+
+
+class TensorBoardWriter(metric_writers.MetricWriter):
+    """Writes scalars, images, texts and hparams as TensorBoard events, without TensorFlow.
+
+    Every write happens in the caller's thread, so that an error is the caller's to see: tensorboardX's SummaryWriter
+    writes in a thread of its own, and hangs once that thread has died of a full disk.
+
+    Args:
+      logdir: directory of the event files, made if it does not exist; a new file is begun.
+      purge_step: TensorBoard shall forget what earlier event files say of this step and later ones.
+    """
+
+    def __init__(self, logdir: epath.Path, *, purge_step: int | None = None):
+        # The name tensorboardX makes has only seconds in it: two runs begun in the same second would share a file.
+        suffix = f".{os.getpid()}.{time.time_ns()}"
+        logdir.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(os.path.join(os.fspath(logdir), "events"), suffix)
+        if purge_step is not None:
+            self._write(purge_step, Event(session_log=SessionLog(status=SessionLog.START)))
+        self._next_flush = 0.0
+        self.flush()
+
+    def _write(self, step: int, event: Event) -> None:
+        event.step, event.wall_time = step, time.time()
+        self._events.write_event(event)
+
+    def _flush_now_and_then(self) -> None:
+        if time.monotonic() >= self._next_flush:
+            self.flush()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        for name, value in scalars.items():
+            self._write(step, Event(summary=tb_summary.scalar(name, np.asarray(value, np.float64))))
+        self._flush_now_and_then()
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Images are (N, H, W, C) or (H, W, C) with 1, 3 or 4 channels, uint8 or floats in 0..1 (cut off outside)."""
+        for name, value in images.items():
+            batch = np.asarray(value)
+            batch = batch[None] if batch.ndim == 3 else batch  # (N, H, W, C)
+            if batch.dtype != np.uint8:
+                batch = np.rint(np.clip(np.nan_to_num(batch.astype(np.float32)), 0, 1) * 255).astype(np.uint8)
+            for i, image in enumerate(batch):
+                tag = name if len(batch) == 1 else f"{name}/{i}"
+                self._write(step, Event(summary=tb_summary.image(tag, image, dataformats="HWC")))
+        self._flush_now_and_then()
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            self._write(step, Event(summary=tb_summary.text(name, text)))
+        self._flush_now_and_then()
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Written as a Markdown table under the tag `hparams`."""
+        rows = "\n".join(f"| {name} | {value} |" for name, value in hparams.items())
+        self.write_texts(0, {"hparams": f"| field | value |\n| --- | --- |\n{rows}"})
+
+    def write_summaries(self, step: int, values: Any, metadata: Any = None) -> NoReturn:
+        self._refuse("raw summaries")
+
+    def write_videos(self, step: int, videos: Any) -> NoReturn:
+        self._refuse("videos")
+
+    def write_audios(self, step: int, audios: Any, *, sample_rate: int) -> NoReturn:
+        self._refuse("audios")
+
+    def write_histograms(self, step: int, arrays: Any, num_buckets: Any = None) -> NoReturn:
+        self._refuse("histograms")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NotImplementedError(f"TensorBoardWriter writes scalars, images, texts and hparams, not {what}.")
+
+    def flush(self) -> None:
+        self._events.flush()
+        self._next_flush = time.monotonic() + _FLUSH_SECS
+
+    def close(self) -> None:
+        self._events.close()

@@ -1,0 +1,284 @@
+"""Checks a config before any device work, turns epochs into steps, and says what differs between two configs.
+
+Fields and their defaults are in configs/default.py; there are none here.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mae_dist import layers, patches
+from mae_dist.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("pretrain", "probe", "finetune"),
+    "model.masking": patches.STRATEGIES,
+    "model.cls_token": layers.CLS_TOKENS,
+    "model.mask_token": layers.MASK_TOKENS,
+    "model.pos_embed": patches.POSITIONS,
+    "model.gelu": ("exact", "tanh"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": layers.REMAT_POLICIES,
+    "classify.head": ("linear", "mlp"),
+    "classify.pool": ("gap", "cls"),
+    "optim.name": ("adamw", "sgd"),
+    "optim.schedule": ("cosine", "constant"),
+    "data.source": ("tfds", "digits", "synthetic"),
+    "data.augment": ("none", "flip", "crop_flip"),
+    "data.cache": ("auto", "memory", "stream"),
+}
+POSITIVE = (
+    "global_batch_size",
+    "accum_steps",
+    "log_every_steps",
+    "max_skipped_steps",
+    "model.embed_dim",
+    "model.depth",
+    "model.num_heads",
+    "model.mlp_ratio",
+    "model.decoder_embed_dim",
+    "model.decoder_depth",
+    "model.decoder_num_heads",
+    "model.decoder_mlp_ratio",
+    "classify.hidden_dim",
+    "optim.base_lr",
+    "optim.eps",
+    "data.num_examples",
+    "data.num_classes",
+    "pictures.num_images",
+    "checkpoint.keep_latest",
+)
+NOT_NEGATIVE = (
+    "total_steps",
+    "model.layer_scale_init",
+    "optim.final_lr",
+    "optim.warmup_epochs",
+    "optim.weight_decay",
+    "optim.clip_norm",
+    "optim.clip_value",
+    "data.num_workers",
+    "eval.every_epochs",
+    "eval.every_steps",
+    "eval.batch_size",
+    "pictures.every_epochs",
+    "pictures.every_steps",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "checkpoint.keep_every_steps",
+)
+# Shares: in [0, 1) each.
+SHARES = (
+    "model.drop_path",
+    "model.dropout",
+    "classify.label_smoothing",
+    "optim.b1",
+    "optim.b2",
+    "optim.momentum",
+    "data.max_bad_share",
+)
+
+# What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
+# it computes.
+FREE = (
+    "name",
+    "mesh",
+    "accum_steps",
+    "log_every_steps",
+    "max_skipped_steps",
+    "total_steps",
+    "total_epochs",
+    "model.scan",
+    "model.remat",
+    "data.data_dir",
+    "data.cache",
+    "data.cache_dir",
+    "data.num_workers",
+    "eval",
+    "pictures",
+    "checkpoint",
+)
+
+
+def get(config: ConfigDict, field: str) -> Any:
+    """The value at a dotted path."""
+    value: Any = config
+    for part in field.split("."):
+        value = value[part]
+    return value
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf; tuples as lists, as JSON keeps them."""
+    for key in sorted(config):
+        value = config[key]
+        if isinstance(value, (dict, ConfigDict)):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def from_json(text: str, default: ConfigDict) -> ConfigDict:
+    """A config as stored by `to_json`, with fields added since then at their default."""
+    config = default.copy_and_resolve_references()
+    with config.ignore_type():
+        for field, value in flatten(json.loads(text)):
+            section, _, key = field.rpartition(".")
+            target = get(config, section) if section else config
+            if key in target:
+                target[key] = tuple(value) if isinstance(value, list) else value
+    return config.lock()
+
+
+def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
+    """One line `field: old -> new` for every leaf that differs, except below the fields in `ignore`."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    lines = []
+    for field in sorted(before.keys() | after.keys()):
+        ignored = any(field == name or field.startswith(f"{name}.") for name in ignore)
+        a, b = before.get(field, "(absent)"), after.get(field, "(absent)")
+        if not ignored and a != b:
+            lines.append(f"{field}: {a!r} -> {b!r}")
+    return lines
+
+
+def nearest(value: str, choices: Sequence[str]) -> str:
+    """' Did you mean …?' or nothing."""
+    close = difflib.get_close_matches(value, choices, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises one `ConfigError` that lists everything in `config` that cannot work, each with the cure."""
+    faults = list(_faults(config))
+    if faults:
+        raise ConfigError("config cannot work:\n  - " + "\n  - ".join(faults))
+
+
+def _faults(config: ConfigDict) -> Iterator[str]:
+    for field, choices in CHOICES.items():
+        value = get(config, field)
+        if value not in choices:
+            yield f"{field}={value!r} is not one of {', '.join(choices)}.{nearest(str(value), choices)}"
+    for fields, test, needed in (
+        (POSITIVE, lambda v: v > 0, "must be above 0"),
+        (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
+        (SHARES, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+    ):
+        for field in fields:
+            value = get(config, field)
+            if not (math.isfinite(value) and test(value)):
+                yield f"{field}={value} {needed}"
+    yield from _model_faults(config.model, config.task)
+    yield from _run_faults(config)
+
+
+def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
+    for prefix in ("", "decoder_"):
+        dim, heads = model[f"{prefix}embed_dim"], model[f"{prefix}num_heads"]
+        if heads > 0 and dim % heads:
+            fits = [d for d in range(1, dim + 1) if dim % d == 0]
+            best = min(fits, key=lambda d: abs(d - heads))
+            yield f"model.{prefix}num_heads={heads} does not divide model.{prefix}embed_dim={dim}; nearest that does: {best}"
+        multiple = {"sincos2d": 4, "sincos1d": 2}.get(model.pos_embed, 1)
+        if dim % multiple:
+            yield (
+                f"model.{prefix}embed_dim={dim} is not a multiple of {multiple}, which model.pos_embed={model.pos_embed!r} "
+                f"needs; nearest: {max(multiple, round(dim / multiple) * multiple)}"
+            )
+    for field in ("image_size", "patch_size"):
+        if len(model[field]) != 2 or any(not isinstance(v, int) or v < 1 for v in model[field]):
+            yield f"model.{field}={model[field]} must be two positive whole numbers, (height, width)"
+            return
+    if model.channels not in (1, 3, 4):
+        yield f"model.channels={model.channels} must be 1 (gray), 3 (RGB) or 4 (RGBA)"
+    try:
+        grid = patches.grid_size(model.image_size, model.patch_size)
+        if task == "pretrain":
+            if model.masking == "grid":
+                patches.grid_mask(grid, model.mask_ratio)
+            elif model.masking == "user":
+                patches.load_user_mask(model.mask_file, grid)
+            else:
+                length = grid[0] * grid[1]
+                kept = patches.num_keep(length, model.mask_ratio)
+                if not 0 < kept < length:
+                    yield (
+                        f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one must be kept "
+                        f"and one removed: choose {1 / length:.3g} to {1 - 1 / length:.3g}"
+                    )
+    except ConfigError as error:
+        yield str(error)
+
+
+def _run_faults(config: ConfigDict) -> Iterator[str]:
+    if config.global_batch_size > 0 and config.accum_steps > 0 and config.global_batch_size % config.accum_steps:
+        yield f"accum_steps={config.accum_steps} does not divide global_batch_size={config.global_batch_size}"
+    if config.total_steps == 0 and not (math.isfinite(config.total_epochs) and config.total_epochs > 0):
+        yield f"total_epochs={config.total_epochs} must be above 0 (or set total_steps)"
+    if config.optim.warmup_epochs > config.total_epochs:
+        yield f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than total_epochs={config.total_epochs}"
+    if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
+        yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
+    if config.task == "probe" and not config.init_from:
+        yield "task='probe' needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
+    if config.task == "pretrain" and config.init_from:
+        yield f"init_from={config.init_from!r} is for probe and finetune; to continue a pretraining repeat its own command"
+    if config.task != "pretrain" and config.classify.pool == "cls" and config.model.cls_token == "none":
+        yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
+    for field in ("mean", "std"):
+        value = config.data[field]
+        if len(value) not in (1, config.model.channels):
+            yield f"data.{field}={value} has {len(value)} values; needed: 1, or one for each of model.channels={config.model.channels}"
+    if any(v <= 0 for v in config.data.std):
+        yield f"data.std={config.data.std} must be above 0"
+    low, high = config.data.crop_scale if len(config.data.crop_scale) == 2 else (0, 0)
+    if not 0 < low <= high <= 1:
+        yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"
+    metric = config.checkpoint.keep_best
+    metrics = ("val_loss",) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
+    if metric and metric not in metrics:
+        yield f"checkpoint.keep_best={metric!r} is not one of {', '.join(metrics)} (or '').{nearest(metric, metrics)}"
+    if metric and not config.data.val_split:
+        yield f"checkpoint.keep_best={metric!r} needs a validation split and data.val_split is ''"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Epochs and minutes of a config as numbers of updates; 0 is never."""
+
+    total_steps: int
+    warmup_steps: int
+    eval_every_steps: int
+    pictures_every_steps: int
+
+
+def schedule(config: ConfigDict, num_examples: int) -> Schedule:
+    """Counts a config's epochs in updates, for a training split of `num_examples`."""
+    steps_per_epoch = num_examples / config.global_batch_size
+    total = config.total_steps or max(1, round(config.total_epochs * steps_per_epoch))
+
+    def every(section: ConfigDict) -> int:
+        if section.every_steps or not section.every_epochs:
+            return section.every_steps
+        return max(1, round(section.every_epochs * steps_per_epoch))
+
+    return Schedule(
+        total_steps=total,
+        warmup_steps=round(total * config.optim.warmup_epochs / config.total_epochs),
+        eval_every_steps=every(config.eval),
+        pictures_every_steps=every(config.pictures),
+    )
+
+
+def is_time(step: int, every_steps: int, total_steps: int) -> bool:
+    """Whether something due every so many updates (0: never) is due after update `step`; always after the last."""
+    return every_steps > 0 and (step % every_steps == 0 or step == total_steps)

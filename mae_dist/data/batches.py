@@ -1,0 +1,257 @@
+"""Batches by step: the batch at step t is a pure function of (seed, t), whoever computes which rows of it.
+
+The examples form one endless stream: epoch after epoch, each in an order of its own, with no example dropped and no
+partial batch. Row r of step t is at g = t * global_batch_size + r of the stream, epoch g // N, position g % N. So there
+is no iterator state to save: the step is all of it.
+
+Legend: B global batch, b rows of this process, N examples, H height, W width, C channels.
+"""
+
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from mae_dist.data import draws
+from mae_dist.data.dataset import Dataset
+from mae_dist.errors import ConfigError, DataFault
+from mae_dist.transforms import CROP_UNIFORMS, Augment, RandomCrops, flip_images
+
+_MAX_THREADS = 16
+_REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
+_SHARE_OVER = 1000  # the share of unreadable records is taken over at least so many, so that one early one is not 3 %
+_BAD = "bad"  # column of dataset positions found unreadable; `Batches` takes it out
+_LOG = logging.getLogger(__name__)
+
+HostBatch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _TrainBatch:
+    """Step to host batch. Picklable: workers are spawned."""
+
+    dataset: Dataset
+    augment: Augment
+    seed: int
+    global_batch_size: int
+    rows: np.ndarray  # (b,)
+
+    def __call__(self, step: int) -> HostBatch:
+        indices = stream_indices(self.seed, step, self.global_batch_size, self.rows, self.dataset.num_examples)
+        if self.augment.kind == "none":
+            flip, crops = None, None
+        else:
+            shape = (self.global_batch_size, 1 + CROP_UNIFORMS)
+            # Drawn for the whole global batch, so that a row's numbers do not depend on who computes it.
+            numbers = draws.uniforms(draws.AUGMENT, self.seed, step, shape)[self.rows]  # (b, 1 + CROP_UNIFORMS)
+            flip = numbers[:, 0] < 0.5
+            crops = RandomCrops(numbers[:, 1:], self.augment.crop_scale, self.augment.crop_ratio)
+        batch = self._read(indices, crops if self.augment.kind == "crop_flip" else None)
+        if flip is not None:
+            flip_images(batch["image"], flip)
+        return batch
+
+    def _read(self, indices: np.ndarray, crops: RandomCrops | None) -> HostBatch:
+        """Reads the examples, putting the next readable one in the place of one that is not."""
+        batch, bad = self.dataset.read(indices, crops, evaluation=False)
+        found_bad = [indices[bad]]
+        wanted = indices.copy()
+        while bad.any():
+            if len(found_bad) > _REPLACEMENTS or self.dataset.max_bad_share == 0:
+                names = ", ".join(self.dataset.record_name(int(index)) for index in found_bad[0][:10])
+                raise DataFault(
+                    f"records that do not decode: {names}; max_bad_share is {self.dataset.max_bad_share:g}, and at "
+                    f"most {_REPLACEMENTS} in a row are passed over. Restore the files, or raise max_bad_share"
+                )
+            rows = np.flatnonzero(bad)
+            wanted[rows] = (wanted[rows] + 1) % self.dataset.num_examples
+            columns, still_bad = self.dataset.read(wanted[rows], crops and crops.take(rows), evaluation=False)
+            for name, column in columns.items():
+                batch[name][rows] = column
+            found_bad.append(wanted[rows[still_bad]])
+            bad = np.zeros(len(indices), bool)
+            bad[rows[still_bad]] = True
+        batch[_BAD] = np.concatenate(found_bad)
+        return batch
+
+
+@dataclass(frozen=True)
+class _EvalBatch:
+    """Batch number to host batch. Picklable."""
+
+    dataset: Dataset
+    global_batch_size: int
+    rows: np.ndarray  # (b,)
+
+    def __call__(self, number: int) -> HostBatch:
+        positions = number * self.global_batch_size + self.rows
+        real = positions < self.dataset.num_examples
+        # Padding reads the last example, so that every batch has one shape, and then weighs nothing.
+        batch, bad = self.dataset.read(np.minimum(positions, self.dataset.num_examples - 1))
+        batch["index"] = np.where(real, positions, -1).astype(np.int32)
+        batch["weight"] = (real & ~bad).astype(np.float32)
+        batch[_BAD] = positions[real & bad]
+        return batch
+
+
+class Batches:
+    """Iterator of host batches; close it, or use it as a context manager, to end its threads and processes.
+
+    Attributes:
+      bad_records: names of the unreadable records met so far, in this process and its workers.
+    """
+
+    def __init__(self, batches: grain.IterDataset[HostBatch], dataset: Dataset, num_batches: int):
+        self.bad_records: list[str] = []
+        self._dataset = dataset
+        self._num_left = num_batches
+        self._num_read = 0
+        self._num_bad = 0
+        self._iterator = iter(batches)
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        if self._iterator is None:
+            raise ValueError("these batches were closed; call train_batches or eval_batches again")
+        # Counted here, because grain's own end of iteration keeps the last shared-memory batches alive in a cycle.
+        if not self._num_left:
+            raise StopIteration
+        self._num_left -= 1
+        batch = {name: np.asarray(column) for name, column in next(self._iterator).items()}
+        bad = batch.pop(_BAD)
+        self._num_read += len(batch["label"])
+        if len(bad):
+            self._count(bad)
+        return batch
+
+    def _count(self, bad: np.ndarray) -> None:
+        self._num_bad += len(bad)
+        names = [self._dataset.record_name(int(index)) for index in np.unique(bad)]
+        new = [name for name in names if name not in self.bad_records]
+        if new:
+            _LOG.warning("passed over %d records that do not decode: %s", len(new), ", ".join(new))
+            self.bad_records += new
+        allowed = self._dataset.max_bad_share * max(self._num_read, min(_SHARE_OVER, self._dataset.num_examples))
+        if self._num_bad > allowed:
+            raise DataFault(
+                f"{self._num_bad} of {self._num_read} records read do not decode, and max_bad_share is "
+                f"{self._dataset.max_bad_share:g}: {', '.join(self.bad_records[:10])}; restore the files, or raise "
+                "max_bad_share to pass over such records"
+            )
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+            gc.collect()  # grain's iterators are in cycles, and complain if the interpreter's exit finds them alive
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    augment: Augment,
+    seed: int,
+    global_batch_size: int,
+    start_step: int,
+    total_steps: int,
+    rows: np.ndarray,
+    num_workers: int,
+) -> Batches:
+    """This process's rows of the training batches of steps start_step .. total_steps - 1.
+
+    Args:
+      dataset: the examples.
+      augment: what is done to images; "none" for a dataset without images.
+      seed: decides order and augmentation.
+      global_batch_size: rows of all processes together, B.
+      start_step: first step, e.g. the one after a checkpoint.
+      total_steps: where to stop.
+      rows: global row numbers this process computes, from `local_rows`. # (b,)
+      num_workers: reading processes; 0 reads in threads, one for a dataset in memory and one per core otherwise.
+
+    Returns:
+      Host batches {"image": uint8 (b, H, W, C), "label": int32 (b,)}, or the dataset's own columns.
+
+    Raises:
+      ConfigError: a step or worker count that cannot work.
+      DataFault: while iterating, as `Dataset.read`, or when more than max_bad_share of the records are unreadable.
+    """
+    if not 0 <= start_step <= total_steps or num_workers < 0 or global_batch_size < 1:
+        raise ConfigError(
+            f"start_step {start_step}, total_steps {total_steps}, num_workers {num_workers}, global_batch_size "
+            f"{global_batch_size}: need 0 <= start_step <= total_steps, num_workers >= 0, global_batch_size >= 1"
+        )
+    make_batch = _TrainBatch(dataset, augment, seed, global_batch_size, np.asarray(rows, np.int64))
+    return _iterate(dataset, make_batch, start_step, total_steps, num_workers)
+
+
+def eval_batches(dataset: Dataset, *, global_batch_size: int, rows: np.ndarray) -> Batches:
+    """This process's rows of one pass in order, the last batch padded: as many batches on every process.
+
+    Args:
+      dataset: the examples.
+      global_batch_size: rows of all processes together, B.
+      rows: global row numbers this process computes, from `local_rows`. # (b,)
+
+    Returns:
+      Host batches {"image": uint8 (b, H, W, C), "label": int32 (b,), "index": int32 (b,), "weight": float32 (b,)}, or
+      the dataset's own columns with index and weight. index is the position in the dataset, -1 for padding; weight is
+      1, or 0 for padding and for unreadable records.
+
+    Raises:
+      DataFault: while iterating, as `train_batches`.
+    """
+    make_batch = _EvalBatch(dataset, global_batch_size, np.asarray(rows, np.int64))
+    return _iterate(dataset, make_batch, 0, -(-dataset.num_examples // global_batch_size), num_workers=0)
+
+
+def stream_indices(seed: int, step: int, global_batch_size: int, rows: np.ndarray, num_examples: int) -> np.ndarray:
+    """The examples at `rows` of the training batch of `step`. # (b,) -> (b,) int64"""
+    epochs, positions = np.divmod(step * global_batch_size + rows, num_examples)
+    indices = np.empty(len(rows), np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = draws.permutation(seed, int(epoch), num_examples)[positions[here]]
+    return indices
+
+
+def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_workers: int) -> Batches:
+    """Batches of the steps start .. stop - 1, made ahead of their use."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its flags, which nobody parses when we are used as a library
+    if num_workers:
+        num_threads = 0
+    elif dataset.in_memory:
+        num_threads = 1  # enough to overlap the step; several would share one interpreter lock
+    else:
+        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads) if num_threads else 0)
+    batches = grain.MapDataset.range(start, stop).map(make_batch).to_iter_dataset(options)
+    if num_workers:
+        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
+    return Batches(batches, dataset, stop - start)
+
+
+def _start_worker(worker: int, num_workers: int) -> None:
+    """Keeps a reading process from claiming the accelerator that the training process holds."""
+    del worker, num_workers
+    os.environ["JAX_PLATFORMS"] = "cpu"

@@ -1,0 +1,180 @@
+"""What every dataset is to the rest of the program, and the one that lives in arrays.
+
+Legend: N examples asked for, H height, W width, C channels, D features.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_dist.errors import DataFault
+from mae_dist.transforms import RandomCrops, crop_images
+
+# Images of one size up to this many decoded bytes are kept in memory by cache="auto": CIFAR is 154 MB.
+AUTO_CACHE_BYTES = 2 * 1024**3
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """Hex digest of a JSON-able mapping, the same on every machine."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Dataset(ABC):
+    """Examples by index. Picklable and cheap to pickle: reading workers are spawned processes.
+
+    Attributes:
+      num_examples: how many there are, unreadable ones already left out where they are known.
+      num_classes: labels are 0 .. num_classes - 1.
+      class_names: one name per class.
+      fingerprint: hex digest of what decides the examples and their order, not of where they are stored.
+      in_memory: reading costs no decoding, so threads would only get in each other's way.
+      bad_records: names of the records left out when the dataset was loaded.
+      max_bad_share: the largest share of unreadable records that batches may pass over.
+    """
+
+    num_examples: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    in_memory: bool
+    bad_records: tuple[str, ...] = ()
+    max_bad_share: float = 0.0
+
+    @abstractmethod
+    def read(
+        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Reads what can be read.
+
+        Args:
+          indices: positions in the dataset, any order, repeats allowed. # (N,) int
+          crops: one random crop per example; None gives the centre of the image.
+          evaluation: with crops None, whether the centre is the evaluation crop (a dataset may treat both the same).
+
+        Returns:
+          {"image": uint8 (N, H, W, C), "label": int32 (N,)}, or other columns of an `ArrayDataset`; and which rows
+          could not be read and hold zeros. # (N,) bool
+
+        Raises:
+          DataFault: a file is gone or truncated, or a label is out of range: nothing a replacement could cure.
+        """
+
+    def record_name(self, index: int) -> str:
+        """Names one example for a person who wants to look at it."""
+        return f"example {index}"
+
+    def examples(
+        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
+    ) -> dict[str, np.ndarray]:
+        """As `read`, but every example must be readable.
+
+        Returns:
+          {"image": uint8 (N, H, W, C), "label": int32 (N,)}
+
+        Raises:
+          DataFault: as `read`, and for a record that does not decode.
+        """
+        columns, bad = self.read(indices, crops, evaluation)
+        if bad.any():
+            names = [self.record_name(int(index)) for index in np.asarray(indices)[bad]]
+            raise DataFault(
+                f"{len(names)} records do not decode: {', '.join(names[:10])}; restore the files they are in"
+            )
+        return columns
+
+
+class ArrayDataset(Dataset):
+    """Arrays with a common first dimension, e.g. images in memory, or features the probe trains on.
+
+    Columns that came from .npy files are memory-mapped and pickle as their paths.
+    """
+
+    in_memory = True
+
+    def __init__(
+        self,
+        columns: Mapping[str, np.ndarray],
+        *,
+        num_classes: int,
+        class_names: tuple[str, ...] = (),
+        fingerprint: str = "",
+        bad_records: tuple[str, ...] = (),
+        paths: Mapping[str, Path] | None = None,
+    ):
+        """Wraps the arrays without copying them.
+
+        Args:
+          columns: e.g. {"image": uint8 (N, H, W, C), "label": int32 (N,)} or {"features": float32 (N, D), "label": …}.
+          num_classes: labels are 0 .. num_classes - 1.
+          class_names: "0", "1", … if empty.
+          fingerprint: computed from the arrays if empty.
+          bad_records: names of records left out.
+          paths: the .npy files some columns were mapped from.
+
+        Raises:
+          DataFault: the columns have different lengths or none, or a label is out of range.
+        """
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) != 1 or not all(lengths.values()):
+            raise DataFault(f"columns of a dataset must have one length above 0, got {lengths}")
+        self.columns = dict(columns)
+        self.paths = dict(paths or {})
+        self.num_examples = next(iter(lengths.values()))
+        self.num_classes = num_classes
+        self.class_names = class_names or tuple(str(label) for label in range(num_classes))
+        self.bad_records = bad_records
+        if "label" in columns:
+            check_labels(np.asarray(columns["label"]), num_classes, self.record_name)
+        self.fingerprint = fingerprint or _array_fingerprint(self.columns, num_classes)
+
+    def read(
+        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        del evaluation  # what is stored is all there is
+        columns = {name: column[indices] for name, column in self.columns.items()}
+        if crops is not None:
+            columns["image"] = crop_images(columns["image"], crops)
+        return columns, np.zeros(len(indices), bool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["columns"] = {name: column for name, column in self.columns.items() if name not in self.paths}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.columns = self.columns | {name: map_array(path) for name, path in self.paths.items()}
+
+
+def map_array(path: Path) -> np.ndarray:
+    """Maps a .npy file read-only. A plain view, because indexing `np.memmap` itself is slower."""
+    return np.load(path, mmap_mode="r").view(np.ndarray)
+
+
+def check_labels(labels: np.ndarray, num_classes: int, record_name: Callable[[int], str]) -> None:
+    """Raises DataFault with the first label that is not a class.
+
+    Args:
+      labels: (N,) int.
+      num_classes: labels must be 0 .. num_classes - 1.
+      record_name: position in `labels` to the record's name.
+    """
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise DataFault(
+            f"{record_name(int(wrong[0]))} has label {labels[wrong[0]]}, but the classes are 0 .. {num_classes - 1} "
+            f"({len(wrong)} such labels here); use a split that has labels, or repair the dataset"
+        )
+
+
+def _array_fingerprint(columns: Mapping[str, np.ndarray], num_classes: int) -> str:
+    content = {
+        name: [str(column.dtype), column.shape, hashlib.sha256(np.ascontiguousarray(column).data).hexdigest()]
+        for name, column in columns.items()
+    }
+    return digest({"source": "arrays", "columns": content, "num_classes": num_classes})

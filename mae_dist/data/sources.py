@@ -1,0 +1,82 @@
+"""One door to every source of examples."""
+
+from mae_dist.data.cache import decode_once, fits_in_memory
+from mae_dist.data.dataset import Dataset
+from mae_dist.data.digits import open_digits
+from mae_dist.data.synthetic import open_synthetic
+from mae_dist.data.tfds_source import open_tfds
+from mae_dist.errors import ConfigError
+
+SOURCES = ("tfds", "digits", "synthetic")
+CACHES = ("auto", "memory", "stream")
+
+
+def open_split(
+    split: str,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    source: str,
+    name: str,
+    data_dir: str,
+    cache: str,
+    cache_dir: str,
+    max_bad_share: float,
+    num_examples: int,
+    num_classes: int,
+    seed: int = 0,
+) -> Dataset:
+    """Opens a split of a dataset.
+
+    Args:
+      split: a TFDS split expression, for every source: "train", "train[:80%]", "train+test", "validation[:100]".
+      image_size: (height, width) of the images given out.
+      channels: 1 grey, 3 RGB (4 where TFDS images have an alpha channel).
+      source: "tfds", "digits" or "synthetic".
+      name: the dataset's name, for "tfds".
+      data_dir: TFDS data directory, for "tfds"; "" is TFDS's default.
+      cache: "memory" decodes once and keeps uint8 images, for images of varying size the short side resized and the
+        centre cropped, so that random crops see no more than that; "stream" decodes on every read; "auto" is "memory"
+        for images of one size and up to 2 GiB decoded, else "stream". Synthetic images are drawn on every read unless
+        "memory"; digits are always in memory.
+      cache_dir: where decoded images are kept for the next start; "" is ~/.cache/mae_dist.
+      max_bad_share: largest share of records that may be left out because they do not decode.
+      num_examples: size of the base split "train", for "synthetic"; "test" has a fifth.
+      num_classes: for "synthetic".
+      seed: for "synthetic".
+
+    Returns:
+      A dataset of images uint8 (N, *image_size, channels) and labels int32 (N,).
+
+    Raises:
+      ConfigError: an argument that cannot work.
+      DataFault: files that are missing, damaged or cannot be downloaded.
+    """
+    if source not in SOURCES or cache not in CACHES:
+        raise ConfigError(
+            f"data source {source!r} with cache {cache!r}: the source must be one of {', '.join(map(repr, SOURCES))} "
+            f"and the cache one of {', '.join(map(repr, CACHES))}"
+        )
+    image_size = (int(image_size[0]), int(image_size[1]))
+    if min(image_size) < 1 or not 0 <= max_bad_share < 1:
+        raise ConfigError(
+            f"image_size {image_size} and max_bad_share {max_bad_share}: the size must be at least 1 x 1 pixel and the "
+            "share in [0, 1)"
+        )
+    if source == "digits":
+        return open_digits(split, image_size=image_size, channels=channels)
+    if source == "synthetic":
+        return open_synthetic(
+            split,
+            image_size=image_size,
+            channels=channels,
+            num_examples=num_examples,
+            num_classes=num_classes,
+            seed=seed,
+            in_memory=cache == "memory",
+        )
+    dataset = open_tfds(name, split, data_dir, image_size=image_size, channels=channels)
+    if cache == "memory" or (cache == "auto" and fits_in_memory(dataset)):
+        return decode_once(dataset, cache_dir=cache_dir, max_bad_share=max_bad_share)
+    dataset.max_bad_share = max_bad_share
+    return dataset

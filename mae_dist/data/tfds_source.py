@@ -1,0 +1,291 @@
+"""Image classification datasets prepared by TFDS as array_record files, read without TensorFlow.
+
+Legend: N examples asked for, H height, W width, C channels.
+"""
+
+import json
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mae_dist.data.dataset import Dataset, check_labels, digest
+from mae_dist.errors import ConfigError, DataFault
+from mae_dist.transforms import RandomCrops, UndecodableImage, center_box, crop_resize, decode_image
+
+_OPEN_THREADS = 16
+_EVALUATION_ZOOM = 256 / 224  # resize the short side to 256, crop 224: ImageNet's usual evaluation
+_ZOOM_FROM = 64  # smaller images have nothing to spare at the border
+_DECODE_RULES = 1  # part of the fingerprint: raise it when decoding changes what an example looks like
+
+
+class Shard(NamedTuple):
+    """Records skip .. skip + take - 1 of one array_record file."""
+
+    filename: str
+    skip: int
+    take: int
+
+
+class TfdsDataset(Dataset):
+    """Decodes records on demand.
+
+    Attributes:
+      native_size: (height, width) if all images have one size.
+      shards: which records of which files, in order.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self,
+        *,
+        title: str,
+        identity: dict[str, Any],
+        shards: list[Shard],
+        native_size: tuple[int, int] | None,
+        image_size: tuple[int, int],
+        channels: int,
+        class_names: tuple[str, ...],
+    ):
+        self.title = title
+        self.identity = identity
+        self.shards = shards
+        self.native_size = native_size
+        self.image_size = image_size
+        self.channels = channels
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+        self.num_examples = sum(shard.take for shard in shards)
+        self.fingerprint = digest(identity)
+        self._zoom = _EVALUATION_ZOOM if min(image_size) >= _ZOOM_FROM and native_size != image_size else 1.0
+        self._open_records()
+
+    def _open_records(self) -> None:
+        from array_record.python import array_record_data_source
+
+        _allow_open_files(len(self.shards))
+        spans = [f"{shard.filename}[{shard.skip}:{shard.skip + shard.take}]" for shard in self.shards]
+        self._records = array_record_data_source.ArrayRecordDataSource(spans)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_records"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_records()
+
+    def record_name(self, index: int) -> str:
+        position = index
+        for shard in self.shards:
+            if position < shard.take:
+                return f"{self.title} example {index} (record {shard.skip + position} of {shard.filename})"
+            position -= shard.take
+        raise AssertionError(f"example {index} of {self.num_examples}")
+
+    def read(
+        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        decoded: list[np.ndarray | None] = []
+        labels = np.zeros(len(indices), np.int32)
+        for row, record in enumerate(self._read_records(indices)):
+            image, labels[row] = self._parse(record)
+            decoded.append(image)
+        check_labels(labels, self.num_classes, lambda row: self.record_name(int(indices[row])))
+        images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
+        good = np.array([row for row, image in enumerate(decoded) if image is not None], np.int64)
+        if crops is not None and len(good):
+            sizes = np.array([image.shape[:2] for image in decoded if image is not None])
+            boxes = crops.take(good).boxes(sizes[:, 0], sizes[:, 1])
+        else:
+            zoom = self._zoom if evaluation else 1.0
+            boxes = [
+                center_box(image.shape[0], image.shape[1], self.image_size, zoom)
+                for image in decoded
+                if image is not None
+            ]
+        for row, box in zip(good, boxes, strict=True):
+            image = decoded[row]
+            assert image is not None
+            crop_resize(image, box, images[row])
+        return {"image": images, "label": labels}, np.array([image is None for image in decoded], bool)
+
+    def _parse(self, record: bytes | None) -> tuple[np.ndarray | None, int]:
+        """The decoded image, or None if it cannot be, and the label."""
+        from tensorflow_datasets.proto import tf_example_pb2  # bytes to fields; no TensorFlow in it
+
+        if record is None:
+            return None, 0
+        # Parsed here because TFDS's general deserializer, for features of any kind, takes five times as long.
+        example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+        features = example.features.feature
+        label = features["label"].int64_list.value[0]
+        try:
+            return decode_image(features["image"].bytes_list.value[0], self.channels), label
+        except UndecodableImage:
+            return None, label
+
+    def _read_records(self, indices: np.ndarray) -> list[bytes | None]:
+        """Record bytes, None where the file is damaged there (array_record keeps a hash of every chunk)."""
+        keys = [int(index) for index in indices]
+        try:
+            return list(self._records.__getitems__(keys))
+        except RuntimeError:
+            return [self._read_record(key) for key in keys]
+
+    def _read_record(self, key: int) -> bytes | None:
+        try:
+            return self._records[key]
+        except RuntimeError as error:
+            if "data hash mismatch" in str(error):
+                return None
+            raise DataFault(
+                f"{self.record_name(key)} cannot be read: {error}; restore the file, or delete its directory so that "
+                "it is prepared again"
+            ) from error
+
+
+def open_tfds(name: str, split: str, data_dir: str, *, image_size: tuple[int, int], channels: int) -> TfdsDataset:
+    """Opens a TFDS dataset whose features have an "image" and a "label", preparing it first if need be.
+
+    Args:
+      name: as TFDS writes it, e.g. "cifar10", "imagenet2012", "imagenet_resized/64x64:0.1.0".
+      split: a TFDS split expression.
+      data_dir: TFDS data directory; "" is TFDS's default.
+      image_size: (height, width) of the images given out.
+      channels: 1 grey, 3 RGB, 4 RGBA.
+
+    Raises:
+      ConfigError: no such dataset or split, or features that do not fit.
+      DataFault: it is not prepared and cannot be, or its files are missing or damaged.
+    """
+    builder = _open_builder(name, data_dir)
+    native_size, class_names = _check_features(builder, channels)
+    try:
+        instructions = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"split {split!r} of {name}: {error}; its splits are {', '.join(map(repr, builder.info.splits))}, "
+            "with an optional slice such as train[:80%]"
+        ) from error
+    if not sum(i.take for i in instructions):
+        raise ConfigError(f"split {split!r} of {name} selects no example; write a larger slice")
+    _check_files(instructions)
+    full_name = f"{builder.info.full_name}"
+    identity = {
+        "source": "tfds",
+        "name": full_name,
+        "split": split,
+        "count": sum(i.take for i in instructions),
+        "image_size": image_size,
+        "channels": channels,
+        "decode_rules": _DECODE_RULES,
+    }
+    return TfdsDataset(
+        title=f"{full_name} split {split!r}",
+        identity=identity,
+        shards=[Shard(str(i.filename), i.skip, i.take) for i in instructions],
+        native_size=native_size,
+        image_size=image_size,
+        channels=channels,
+        class_names=class_names,
+    )
+
+
+def _open_builder(name: str, data_dir: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    from mae_dist.data import cifar
+
+    if "://" in data_dir:
+        raise ConfigError(
+            f"data_dir {data_dir!r}: array_record files cannot be read at random there; copy them to a disk"
+        )
+    root = str(Path(data_dir).expanduser()) if data_dir else None
+    try:
+        builder = tfds.builder(name, data_dir=root, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"TFDS has no dataset {name!r} ({_first_line(error)}); see `tfds list` or set data_dir"
+        ) from error
+    except (json.JSONDecodeError, OSError) as error:
+        raise DataFault(f"TFDS cannot open {name!r} in {data_dir or 'its default directory'}: {error}") from error
+    if not builder.is_prepared():
+        if builder.name in cifar.BUILDERS:
+            builder = cifar.BUILDERS[builder.name](data_dir=root)
+        cifar.prepare(builder)
+        # A fresh one: a builder knows its files from when it is made.
+        builder = tfds.builder(name, data_dir=root, try_gcs=False)
+    file_format = builder.info.file_format
+    if file_format is None or file_format.value != "array_record":
+        raise DataFault(
+            f"{builder.data_path} holds {file_format.value if file_format else 'unknown'} files, which cannot be read "
+            f"at random; prepare array_record files into another data_dir: tfds build {name} --file_format=array_record"
+        )
+    return builder
+
+
+def _check_features(builder: Any, channels: int) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
+    """The images' common size, if there is one, and the class names."""
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features.items())
+    image: Any = features.get("image")
+    label: Any = features.get("label")
+    if not issubclass(type(image), tfds.features.Image) or not issubclass(type(label), tfds.features.ClassLabel):
+        raise ConfigError(
+            f"{builder.name} has the features {list(features)}; image classification needs an 'image' of type Image "
+            "and a 'label' of type ClassLabel"
+        )
+    if image.np_dtype != np.uint8:
+        raise ConfigError(f"{builder.name} has images of {np.dtype(image.np_dtype)}; only uint8 images are supported")
+    if channels not in (1, 3, 4) or (channels == 4 and image.shape[-1] not in (4, None)):
+        raise ConfigError(
+            f"channels is {channels}, and the images of {builder.name} have {image.shape[-1]}; "
+            "channels must be 1 (grey) or 3 (RGB), or 4 where the images have an alpha channel"
+        )
+    height, width = image.shape[:2]
+    names = label.names or [str(number) for number in range(label.num_classes or 0)]
+    return (None if height is None or width is None else (height, width)), tuple(names)
+
+
+def _check_files(instructions: list[Any]) -> None:
+    """Opens every file once, so that a missing or cut one is found at start and not hours later."""
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+    def problem(instruction: Any) -> str | None:
+        path = Path(instruction.filename)
+        if not path.exists():
+            return f"{path} is missing"
+        try:
+            reader = array_record_module.ArrayRecordReader(str(path))
+            count = reader.num_records()
+            reader.close()
+        except RuntimeError as error:
+            return f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}"
+        if count != instruction.examples_in_shard:
+            return f"{path} holds {count} records where dataset_info.json says {instruction.examples_in_shard}"
+        return None
+
+    with ThreadPoolExecutor(_OPEN_THREADS) as pool:
+        problems = [found for found in pool.map(problem, instructions) if found]
+    if problems:
+        raise DataFault(
+            f"{len(problems)} of {len(instructions)} record files cannot be used: {'; '.join(problems[:5])}. "
+            "Restore them, or delete the dataset's directory so that it is prepared again"
+        )
+
+
+def _allow_open_files(count: int) -> None:
+    """One reader stays open per file, and ImageNet's 1,024 files alone reach the usual soft limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,43 @@
+"""Faults a user can cause or cure, and the exit code each one ends a command with.
+
+Every message says what was wrong, the values, and the cure. Our own mistakes are `assert`s and end with code 1.
+"""
+
+EXIT_DONE = 0
+EXIT_INTERNAL = 1  # an unexpected Python exception: a bug, please report it
+EXIT_CONFIG = 2
+EXIT_DATA = 3
+EXIT_DIVERGED = 4
+EXIT_STORAGE = 5
+EXIT_STALLED = 6
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
+
+
+class UserError(ValueError):
+    """Base of the faults that are reported as one message without a traceback."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class ConfigError(UserError):
+    """A config field, or two fields together, that cannot work."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataFault(UserError):
+    """A missing, truncated or undecodable file or record, or a label out of range."""
+
+    exit_code = EXIT_DATA
+
+
+class Diverged(UserError):
+    """Too many consecutive steps gave a non-finite gradient."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class StorageFault(UserError):
+    """A workdir that cannot be read or written, or a checkpoint that does not fit the config."""
+
+    exit_code = EXIT_STORAGE

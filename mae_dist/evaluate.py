@@ -1,0 +1,56 @@
+"""One full pass over a split: every example exactly once, on any number of hosts."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mae_dist.data import Dataset, eval_batches, local_rows, to_global
+
+
+def global_batches(dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int) -> Iterable[dict[str, jax.Array]]:
+    """The batches of a split in order, as global arrays; the last one padded with weight 0."""
+    rows = local_rows(sharding, global_batch_size)
+    with eval_batches(dataset, global_batch_size=global_batch_size, rows=rows) as batches:
+        for batch in batches:
+            yield to_global(batch, sharding, global_batch_size, rows)
+
+
+def evaluate(
+    eval_step: Any, params: Any, batches: Iterable[dict[str, jax.Array]], prefix: str, class_names: Sequence[str]
+) -> dict[str, float]:
+    """Means over all examples of `batches`, each metric's name behind `prefix` (`val_`, `test_`).
+
+    Totals and counts are merged on the device and fetched once. Accuracies per class become `<prefix>top1/<class>`,
+    NaN for a class without examples.
+    """
+    merged = None
+    for batch in batches:
+        part = eval_step(params, batch)
+        merged = part if merged is None else {name: merged[name].merge(part[name]) for name in part}
+    assert merged is not None, "an empty split is refused when it is opened"
+    result = {}
+    for name, metric in jax.device_get(merged).items():
+        if name == "per_class":
+            values = np.asarray(metric.compute())
+            result.update({f"{prefix}top1/{label}": float(v) for label, v in zip(class_names, values, strict=True)})
+        else:
+            result[f"{prefix}{name}"] = float(metric.compute())
+    return result
+
+
+def compute_features(
+    feature_step: Any, params: Any, dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int
+) -> dict[str, np.ndarray]:
+    """Runs a frozen encoder over a split once: `features` float32 (N, D) and `label` int32 (N,), whole on every host."""
+    features, labels = [], []
+    for batch in global_batches(dataset, sharding, global_batch_size):
+        fetched = multihost_utils.process_allgather(
+            {"features": feature_step(params, batch), "label": batch["label"], "weight": batch["weight"]}, tiled=True
+        )
+        real = fetched["weight"] > 0
+        features.append(fetched["features"][real].astype(np.float32))
+        labels.append(fetched["label"][real])
+    return {"features": np.concatenate(features), "label": np.concatenate(labels)}

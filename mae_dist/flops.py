@@ -1,0 +1,163 @@
+"""Analytic floating point operations per image, and the peak of known devices: together the MFU of a run.
+
+A multiply-add is 2 FLOPs. Only matrix products are counted (over 99 % of the work of a transformer); a backward pass
+is 2 forward passes; recomputation by rematerialisation is not counted. XLA's own `cost_analysis` is no substitute: it
+counts the body of a scanned stack once.
+
+Shapes: N tokens, D width.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+
+def stack_forward_flops(*, num_tokens: int, embed_dim: int, depth: int, mlp_ratio: float) -> float:
+    """Forward FLOPs of `depth` transformer blocks over one sequence of `num_tokens`; heads do not change the count."""
+    projections = 4 * 2 * num_tokens * embed_dim**2  # q, k, v and out, (N, D) @ (D, D) each
+    attention = 2 * 2 * num_tokens**2 * embed_dim  # scores and weighted values
+    mlp = 2 * 2 * num_tokens * embed_dim * (mlp_ratio * embed_dim)
+    return depth * (projections + attention + mlp)
+
+
+def encoder_forward_flops(
+    *,
+    patch_size: tuple[int, int],
+    channels: int,
+    embed_dim: int,
+    depth: int,
+    mlp_ratio: float,
+    num_patches: int,
+    cls_token: bool,
+) -> float:
+    """Forward FLOPs of the encoder over `num_patches` patches of one image (the kept ones in pretraining)."""
+    patch_embed = 2 * num_patches * math.prod(patch_size) * channels * embed_dim
+    return patch_embed + stack_forward_flops(
+        num_tokens=num_patches + int(cls_token), embed_dim=embed_dim, depth=depth, mlp_ratio=mlp_ratio
+    )
+
+
+def _count_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> int:
+    assert image_size[0] % patch_size[0] == 0 == image_size[1] % patch_size[1], (image_size, patch_size)
+    return (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1])
+
+
+def mae_train_flops_per_image(
+    *,
+    image_size: tuple[int, int],
+    patch_size: tuple[int, int],
+    channels: int,
+    embed_dim: int,
+    depth: int,
+    mlp_ratio: float,
+    decoder_embed_dim: int,
+    decoder_depth: int,
+    decoder_mlp_ratio: float,
+    num_keep: int,
+    cls_token: bool,
+) -> float:
+    """FLOPs of one pretraining step per image: the encoder on `num_keep` patches and the decoder on all, both ways.
+
+    Sizes are (height, width) in pixels. The patch embedding and the decoder's embedding see the kept patches only, and
+    the prediction head all patches without the class token.
+    """
+    num_patches = _count_patches(image_size, patch_size)
+    encoder = encoder_forward_flops(
+        patch_size=patch_size,
+        channels=channels,
+        embed_dim=embed_dim,
+        depth=depth,
+        mlp_ratio=mlp_ratio,
+        num_patches=num_keep,
+        cls_token=cls_token,
+    )
+    decoder_embed = 2 * (num_keep + int(cls_token)) * embed_dim * decoder_embed_dim
+    decoder = stack_forward_flops(
+        num_tokens=num_patches + int(cls_token),
+        embed_dim=decoder_embed_dim,
+        depth=decoder_depth,
+        mlp_ratio=decoder_mlp_ratio,
+    )
+    pred = 2 * num_patches * decoder_embed_dim * math.prod(patch_size) * channels
+    return 3 * (encoder + decoder_embed + decoder + pred)
+
+
+def classifier_train_flops_per_image(
+    *,
+    image_size: tuple[int, int],
+    patch_size: tuple[int, int],
+    channels: int,
+    embed_dim: int,
+    depth: int,
+    mlp_ratio: float,
+    num_classes: int,
+    cls_token: bool,
+    frozen_encoder: bool,
+    head_hidden_dims: Sequence[int] = (),
+) -> float:
+    """FLOPs of one classifier training step per image: the encoder on all patches and a head on the pooled token.
+
+    A frozen encoder (probing) runs forward only. `head_hidden_dims` are the hidden widths of an MLP head, none for a
+    linear one.
+    """
+    encoder = encoder_forward_flops(
+        patch_size=patch_size,
+        channels=channels,
+        embed_dim=embed_dim,
+        depth=depth,
+        mlp_ratio=mlp_ratio,
+        num_patches=_count_patches(image_size, patch_size),
+        cls_token=cls_token,
+    )
+    widths = (embed_dim, *head_hidden_dims, num_classes)
+    head = sum(2 * fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
+    return (1 if frozen_encoder else 3) * encoder + 3 * head
+
+
+# What one JAX device does per second, dense, from the vendors' data sheets (NVIDIA prints twice the dense number, with
+# 2:4 sparsity). On TPU v2 and v3 a device is one of a chip's two cores; on v4 and later it is the chip.
+_TPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "TPU v2": {"bfloat16": 46e12 / 2},
+    "TPU v3": {"bfloat16": 123e12 / 2},
+    "TPU v4": {"bfloat16": 275e12},
+    "TPU v5 lite": {"bfloat16": 197e12},  # v5e
+    "TPU v5e": {"bfloat16": 197e12},
+    "TPU v5": {"bfloat16": 459e12},  # v5p
+    "TPU v5p": {"bfloat16": 459e12},
+    "TPU v6 lite": {"bfloat16": 918e12},  # v6e
+    "TPU v6e": {"bfloat16": 918e12},
+}
+
+# float32 is the tensor cores' TF32, which JAX uses for float32 products by default, where the device has it.
+# Matched by the start of the device's name without "NVIDIA" and "Tesla", the longest first.
+_H100_SXM = {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}
+_H100_NVL = {"bfloat16": 835e12, "float16": 835e12, "float32": 417e12}
+_A100 = {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}
+_GPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "V100-SXM2": {"float16": 125e12, "float32": 15.7e12},  # no bfloat16 and no TF32 units
+    "V100-PCIE": {"float16": 112e12, "float32": 14e12},
+    "A100": _A100,
+    "H100 80GB HBM3": _H100_SXM,
+    "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 378e12},
+    "H100 NVL": _H100_NVL,
+    "H200": _H100_SXM,
+    "H200 NVL": _H100_NVL,
+    "B200": {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1100e12},
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Peak FLOP/s of one device, or None where it is not known: a run then has no MFU rather than a wrong one.
+
+    Args:
+      device_kind: `jax.Device.device_kind`, such as "TPU v5 lite" or "NVIDIA A100-SXM4-80GB".
+      dtype: what matrix products are computed in: "bfloat16", "float16" or "float32".
+    """
+    if device_kind in _TPU_PEAK_FLOPS:
+        return _TPU_PEAK_FLOPS[device_kind].get(dtype)
+    name = device_kind.removeprefix("NVIDIA ").removeprefix("Tesla ")
+    for prefix in sorted(_GPU_PEAK_FLOPS, key=len, reverse=True):
+        # The start must end where a word does: "A100" is not "A1000".
+        if name.startswith(prefix) and not name[len(prefix) :][:1].isalnum():
+            return _GPU_PEAK_FLOPS[prefix].get(dtype)
+    return None

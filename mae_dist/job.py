@@ -1,0 +1,204 @@
+"""Wires one run together: `build(config, devices, data) -> Job`. Nothing is allocated on a device here."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from mae_dist import checkpoint, flops, patches, sharding, state, steps, tasks
+from mae_dist import config as config_lib
+from mae_dist.data import Augment, Dataset, open_split, train_batches
+from mae_dist.errors import ConfigError
+from mae_dist.optim import make_optimizer
+from mae_dist.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The splits of a run; None where a config leaves one empty."""
+
+    train: Dataset
+    val: Dataset | None
+    test: Dataset | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything a command needs, compiled lazily and placed by `shardings`."""
+
+    config: ConfigDict
+    data: Data
+    mesh: Mesh
+    task: tasks.Task
+    schedule: config_lib.Schedule
+    tx: optax.GradientTransformation
+    lr_fn: optax.Schedule
+    init: Callable[[], TrainState]
+    abstract_state: TrainState
+    shardings: TrainState
+    train_step: steps.TrainStep
+    eval_step: Any
+    feature_step: Any
+    reconstruct_step: Any
+    batch_sharding: NamedSharding
+    eval_batch_size: int
+    flops_per_image: float
+
+    @property
+    def fingerprint(self) -> str:
+        """What makes the training examples and their order."""
+        return self.data.train.fingerprint
+
+    @property
+    def meta(self) -> dict[str, str]:
+        """What a checkpoint remembers besides the state."""
+        return {"config": config_lib.to_json(self.config), "data_fingerprint": self.fingerprint}
+
+    def overview(self) -> str:
+        return sharding.overview(self.mesh, self.abstract_state, self.shardings)
+
+    def fresh_state(self, default: ConfigDict) -> TrainState:
+        """The state at step 0, created in its shards; the encoder from `config.init_from` if that is set."""
+        new = jax.jit(self.init, out_shardings=self.shardings)()
+        if not self.config.init_from:
+            return new
+        workdir = epath.Path(self.config.init_from)
+        checkpoint.check_encoder_fits(checkpoint.read_config(workdir, default), self.config)
+        group = {"encoder": self.abstract_state.params["encoder"]}
+        step, loaded = checkpoint.load_params(workdir, group, {"encoder": self.shardings.params["encoder"]})
+        logging.info("Encoder from %s, step %d", workdir, step)
+        return new.replace(params={**new.params, **loaded})
+
+    def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
+        """This process's rows of the batches of updates `start_step`, `start_step` + 1, …"""
+        options = self.config.data
+        return train_batches(
+            dataset,
+            augment=Augment(options.augment, tuple(options.crop_scale)),
+            seed=self.config.seed,
+            global_batch_size=self.config.global_batch_size,
+            start_step=start_step,
+            total_steps=self.schedule.total_steps,
+            rows=rows,
+            num_workers=options.num_workers,
+        )
+
+
+def open_data(config: ConfigDict) -> Data:
+    """Opens the splits of `config.data`, downloading or decoding what is not there yet."""
+    options = config.data.to_dict()
+    splits = [options.pop(f"{name}_split") for name in ("train", "val", "test")]
+    for name in ("augment", "crop_scale", "mean", "std", "num_workers"):
+        options.pop(name)  # of the pipeline and the model, not of the source
+    image = {"image_size": config.model.image_size, "channels": config.model.channels}
+    train, val, test = (open_split(split, **image, **options) if split else None for split in splits)
+    if train is None:
+        raise ConfigError("data.train_split is empty; name a split, as 'train' or 'train[:80%]'")
+    return Data(train, val, test)
+
+
+def _check_batch(config: ConfigDict, mesh: Mesh, eval_batch_size: int) -> None:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    needed = shards * config.accum_steps
+    if config.global_batch_size % needed:
+        raise ConfigError(
+            f"global_batch_size={config.global_batch_size} does not divide by mesh.data x mesh.fsdp x accum_steps = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {config.accum_steps} = {needed}; nearest that does: "
+            f"{max(needed, round(config.global_batch_size / needed) * needed)}"
+        )
+    if eval_batch_size % shards:
+        raise ConfigError(
+            f"eval.batch_size={eval_batch_size} does not divide by mesh.data x mesh.fsdp = {shards}; nearest that does: "
+            f"{max(shards, round(eval_batch_size / shards) * shards)}"
+        )
+    for prefix in ("", "decoder_"):
+        heads = config.model[f"{prefix}num_heads"]
+        if heads % mesh.shape["tensor"]:
+            raise ConfigError(
+                f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={mesh.shape['tensor']}; choose a mesh.tensor "
+                f"that divides {heads}, or more heads"
+            )
+
+
+def _flops_per_image(config: ConfigDict, num_classes: int) -> float:
+    model = config.model
+    shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
+    shape["cls_token"] = model.cls_token != "none"
+    if config.task != "pretrain":
+        hidden = (config.classify.hidden_dim,) if config.classify.head == "mlp" else ()
+        return flops.classifier_train_flops_per_image(
+            **shape, num_classes=num_classes, head_hidden_dims=hidden, frozen_encoder=config.task == "probe"
+        )
+    grid = patches.grid_size(model.image_size, model.patch_size)
+    length = grid[0] * grid[1]
+    kept = patches.num_keep(length, model.mask_ratio)
+    if model.masking == "user":
+        kept = length - int(patches.load_user_mask(model.mask_file, grid).sum())
+    decoder = {name: model[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
+    return flops.mae_train_flops_per_image(**shape, **decoder, num_keep=kept)
+
+
+def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
+    """Wires a validated config for `devices`, real or abstract.
+
+    Raises:
+      ConfigError: what cannot work on this mesh, with both numbers and the cure.
+    """
+    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+    eval_batch_size = config.eval.batch_size or config.global_batch_size
+    _check_batch(config, mesh, eval_batch_size)
+    schedule = config_lib.schedule(config, data.train.num_examples)
+    task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
+    abstract_params = jax.eval_shape(task.init_params, jax.random.key(0))
+    trainable, _ = state.split_frozen(sharding.logical_axes(abstract_params), task.frozen)
+    options = config.optim.to_dict()
+    del options["warmup_epochs"]
+    tx, lr_fn = make_optimizer(
+        trainable,
+        **options,
+        warmup_steps=schedule.warmup_steps,
+        total_steps=schedule.total_steps,
+        global_batch_size=config.global_batch_size,
+    )
+    init = state.make_init(task.init_params, tx, task.frozen, config.seed)
+    abstract_state = jax.eval_shape(init)
+    shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
+    train_step = steps.make_train_step(
+        task,
+        tx,
+        lr_fn,
+        mesh=mesh,
+        shardings=shardings,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        accum_steps=config.accum_steps,
+    )
+
+    def forward(fn: Any, per_example: bool) -> Any:
+        return fn and steps.make_eval_step(fn, mesh=mesh, shardings=shardings, per_example=per_example)
+
+    return Job(
+        config=config,
+        data=data,
+        mesh=mesh,
+        task=task,
+        schedule=schedule,
+        tx=tx,
+        lr_fn=lr_fn,
+        init=init,
+        abstract_state=abstract_state,
+        shardings=shardings,
+        train_step=train_step,
+        eval_step=forward(task.evaluate, per_example=False),
+        feature_step=forward(task.features, per_example=True),
+        reconstruct_step=forward(task.reconstruct, per_example=True),
+        batch_sharding=sharding.batch_sharding(mesh),
+        eval_batch_size=eval_batch_size,
+        flops_per_image=_flops_per_image(config, data.train.num_classes),
+    )

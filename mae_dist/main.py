@@ -1,0 +1,75 @@
+"""Trains what a config describes: `python -m mae_dist.main --config configs/cifar_medium.py [--config.a.b=value …]`.
+
+The same line again continues the run in its workdir. Exit codes: `mae_dist/errors.py`.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mae_dist import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives (default runs/<config.name>); may be gs://….")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; what is wrong with it, or with an override of the config, is a `ConfigError`."""
+    try:
+        return flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise errors.ConfigError(f"{error}".strip()) from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    if len(argv) > 1:
+        raise errors.ConfigError(f"unexpected arguments {argv[1:]}; options are --config.field=value")
+    if _CONFIG.value is None:
+        raise errors.ConfigError("--config is missing: for example --config configs/smoke.py (seconds, no download)")
+    config = _CONFIG.value
+
+    from mae_dist import config as config_lib
+
+    config_lib.validate(config)
+
+    import jax
+    from etils import epath
+
+    from mae_dist import distributed, job, train
+
+    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    distributed.quiet_unless_primary()
+    workdir = epath.Path(_WORKDIR.value or f"runs/{config.name}")
+    workdir = workdir if "://" in os.fspath(workdir) else workdir.resolve()
+    logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
+    return train.train(job.build(config, jax.devices(), job.open_data(config)), workdir, default_config())
+
+
+def default_config() -> ConfigDict:
+    """configs/default.py: the fields that a stored config may lack."""
+    from configs import default
+
+    return default.get_config()
+
+
+def run(entry: Callable[[Sequence[str]], int]) -> None:
+    """Runs a command: faults of the user are one message and their exit code, anything else a traceback and 1."""
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    try:
+        code = entry(parse_flags(sys.argv))
+    except errors.UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,285 @@
+"""The masked autoencoder (He et al. 2021) and the classifiers that stand on its encoder.
+
+Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (K or L, plus one with a class
+token), D encoder width, E decoder width, Y classes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mae_dist import patches
+from mae_dist.layers import Constrain, Stack, dropout, fold_in, layer_norm, normal02, unconstrained, xavier
+
+class Positions(nnx.Module):
+    """Position embeddings (L, D): fixed ones are constants of the program, learned ones a parameter."""
+
+    def __init__(self, kind: str, grid: tuple[int, int], dim: int, *, rngs: nnx.Rngs):
+        self.kind, self.grid, self.dim = kind, grid, dim
+        if kind == "learned":
+            self.embedding = nnx.Param(normal02(rngs.params(), (grid[0] * grid[1], dim), jnp.float32))
+
+    def __call__(self, dtype: Any) -> jax.Array:
+        """Returns (1, L, D) in `dtype`."""
+        if self.kind == "learned":
+            table = self.embedding[...]
+        else:
+            table = jnp.asarray(
+                (patches.sincos_2d if self.kind == "sincos2d" else patches.sincos_1d)(self.grid, self.dim)
+            )
+        return table.astype(dtype)[None]
+
+
+def _token(kind: str, dim: int, rngs: nnx.Rngs) -> nnx.Param | None:
+    """A learned token (1, 1, dim) ~ N(0, 0.02), or None where it is the constant zero."""
+    return nnx.Param(normal02(rngs.params(), (1, 1, dim), jnp.float32)) if kind == "learned" else None
+
+
+def _token_value(token: nnx.Param | None, batch: int, count: int, dim: int, dtype: Any) -> jax.Array:
+    """Repeats a token to (batch, count, dim)."""
+    value = jnp.zeros((1, 1, dim), dtype) if token is None else token[...].astype(dtype)
+    return jnp.broadcast_to(value, (batch, count, dim))
+
+
+class Encoder(nnx.Module):
+    """Vision transformer over the patches it is given: all of them, or the kept ones only."""
+
+    def __init__(
+        self,
+        *,
+        grid: tuple[int, int],
+        patch_dim: int,
+        embed_dim: int,
+        depth: int,
+        cls_token: str,
+        pos_embed: str,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        **stack: Any,
+    ):
+        self.patch_embed = nnx.Linear(patch_dim, embed_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.positions = Positions(pos_embed, grid, embed_dim, rngs=rngs)
+        self.has_cls = cls_token != "none"
+        self.cls_token = _token(cls_token, embed_dim, rngs)
+        self.stack = Stack(embed_dim, depth=depth, dtype=dtype, rngs=rngs, **stack)
+        self.norm = nnx.LayerNorm(embed_dim, epsilon=1e-6, rngs=rngs)
+        self.dtype, self.dropout = dtype, stack["dropout"]
+
+    def __call__(self, x: jax.Array, ids_keep: jax.Array | None, keys: jax.Array | None) -> jax.Array:
+        """Encodes patches.
+
+        Args:
+          x: all patches of the images, (B, L, P).
+          ids_keep: (B, K) which patches to look at, or None for all; the others never enter the computation.
+          keys: one key per example for dropout and DropPath, or None.
+
+        Returns:
+          Normalised tokens (B, N, D), the class token first if there is one.
+        """
+        position = self.positions(self.dtype)  # (1, L, D)
+        if ids_keep is not None:
+            # Gathering raw patches before embedding them: K products instead of L.
+            x = patches.take_patches(x, ids_keep)  # (B, K, P)
+            position = position[0][ids_keep]  # (B, K, D)
+        x = self.patch_embed(x.astype(self.dtype)) + position  # (B, K, D)
+        if self.has_cls:
+            cls = _token_value(self.cls_token, x.shape[0], 1, x.shape[2], self.dtype)
+            x = jnp.concatenate([cls, x], axis=1)  # (B, 1 + K, D)
+        x = dropout(x, self.dropout, fold_in(keys, self.stack.depth))
+        return layer_norm(self.norm, self.stack(x, keys))
+
+    def pool(self, tokens: jax.Array, pool: str) -> jax.Array:
+        """Tokens (B, N, D) -> (B, D): the class token (`cls`) or the mean over patches (`gap`)."""
+        return tokens[:, 0] if pool == "cls" else tokens[:, int(self.has_cls) :].mean(axis=1)
+
+
+class Decoder(nnx.Module):
+    """Transformer that sees the encoded patches and mask tokens in their places and predicts every patch."""
+
+    def __init__(
+        self,
+        *,
+        grid: tuple[int, int],
+        patch_dim: int,
+        in_dim: int,
+        embed_dim: int,
+        depth: int,
+        has_cls: bool,
+        mask_token: str,
+        pos_embed: str,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        **stack: Any,
+    ):
+        self.embed = nnx.Linear(in_dim, embed_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.mask_token = _token(mask_token, embed_dim, rngs)
+        self.positions = Positions(pos_embed, grid, embed_dim, rngs=rngs)
+        self.stack = Stack(embed_dim, depth=depth, dtype=dtype, rngs=rngs, **stack)
+        self.norm = nnx.LayerNorm(embed_dim, epsilon=1e-6, rngs=rngs)
+        self.pred = nnx.Linear(embed_dim, patch_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.has_cls, self.dtype = has_cls, dtype
+
+    def __call__(self, latent: jax.Array, ids_restore: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """latent (B, N, D), ids_restore (B, L) -> float32 predictions (B, L, P)."""
+        x = self.embed(latent)  # (B, N, E)
+        cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
+        b, kept, dim = x.shape
+        removed = _token_value(self.mask_token, b, ids_restore.shape[1] - kept, dim, self.dtype)
+        x = patches.take_patches(jnp.concatenate([x, removed], axis=1), ids_restore)  # (B, L, E) in raster order
+        x = jnp.concatenate([cls, x + self.positions(self.dtype)], axis=1)
+        x = layer_norm(self.norm, self.stack(x, keys))[:, int(self.has_cls) :]
+        return self.pred(x).astype(jnp.float32)
+
+
+class MaskedAutoencoder(nnx.Module):
+    """Encoder on kept patches, decoder on all; its keyword arguments are the fields of `config.model`."""
+
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        channels: int,
+        patch_size: tuple[int, int],
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        decoder_embed_dim: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        decoder_mlp_ratio: float,
+        mask_ratio: float,
+        masking: str,
+        mask_file: str,
+        cls_token: str,
+        mask_token: str,
+        pos_embed: str,
+        layer_scale_init: float,
+        drop_path: float,
+        dropout: float,
+        qkv_bias: bool,
+        gelu: str,
+        dtype: str,
+        scan: bool,
+        remat: str,
+        constrain: Constrain = unconstrained,
+        rngs: nnx.Rngs,
+    ):
+        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
+        self.grid = patches.grid_size(image_size, patch_size)
+        self.mask_ratio, self.masking, self.mask_file = mask_ratio, masking, mask_file
+        patch_dim = patch_size[0] * patch_size[1] * channels
+        shared: dict[str, Any] = {
+            "grid": self.grid,
+            "patch_dim": patch_dim,
+            "pos_embed": pos_embed,
+            "dtype": jnp.dtype(dtype),
+            "layer_scale_init": layer_scale_init,
+            "dropout": dropout,
+            "qkv_bias": qkv_bias,
+            "gelu": gelu,
+            "scan": scan,
+            "remat": remat,
+            "constrain": constrain,
+            "rngs": rngs,
+        }
+        self.encoder = Encoder(
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            cls_token=cls_token,
+            drop_path=drop_path,
+            **shared,
+        )
+        self.decoder = Decoder(
+            in_dim=embed_dim,
+            embed_dim=decoder_embed_dim,
+            depth=decoder_depth,
+            num_heads=decoder_num_heads,
+            mlp_ratio=decoder_mlp_ratio,
+            mask_token=mask_token,
+            has_cls=cls_token != "none",
+            drop_path=0.0,
+            **shared,
+        )
+
+    def draw_ids_shuffle(self, keys: jax.Array) -> tuple[jax.Array, int]:
+        """One mask per example by the configured strategy: keys (B,) -> ids_shuffle (B, L) and K."""
+        user_mask = patches.load_user_mask(self.mask_file, self.grid) if self.masking == "user" else None
+        return patches.draw_ids_shuffle(
+            keys, strategy=self.masking, grid=self.grid, mask_ratio=self.mask_ratio, user_mask=user_mask
+        )
+
+    def __call__(
+        self, images: jax.Array, ids_shuffle: jax.Array, kept: int, keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Reconstructs images from their kept patches.
+
+        Args:
+          images: scaled pixels (B, H, W, C), float32.
+          ids_shuffle: (B, L), the kept patches first.
+          kept: K.
+          keys: one key per example for dropout and DropPath, or None.
+
+        Returns:
+          Predictions (B, L, P) float32, the true patches (B, L, P) float32, and the mask (B, L).
+        """
+        x = patches.patchify(images, self.patch_size)  # (B, L, P)
+        ids_restore = patches.restore_ids(ids_shuffle)
+        latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)
+        pred = self.decoder(latent, ids_restore, fold_in(keys, 1 << 16))  # apart from the encoder's layer indices
+        return pred, x, patches.mask_from_ids(ids_restore, kept)
+
+
+class Head(nnx.Module):
+    """Linear, or one hidden layer with GELU, from pooled features (B, D) to logits (B, Y)."""
+
+    def __init__(self, dim: int, num_classes: int, *, kind: str, hidden_dim: int, rngs: nnx.Rngs):
+        if kind == "mlp":
+            self.hidden = nnx.Linear(dim, hidden_dim, kernel_init=xavier, rngs=rngs)
+            dim = hidden_dim
+        self.has_hidden = kind == "mlp"
+        # As in the paper's code: near zero, so that the first steps do not disturb the encoder.
+        self.linear = nnx.Linear(dim, num_classes, kernel_init=nnx.initializers.truncated_normal(2e-5), rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        x = features.astype(jnp.float32)
+        return self.linear(jax.nn.gelu(self.hidden(x)) if self.has_hidden else x)
+
+
+class Classifier(nnx.Module):
+    """The encoder of a masked autoencoder on all patches, a pooling and a head."""
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        *,
+        num_classes: int,
+        kind: str,
+        hidden_dim: int,
+        pool: str,
+        constrain: Constrain,
+        rngs: nnx.Rngs,
+    ):
+        autoencoder = MaskedAutoencoder(**model, constrain=constrain, rngs=rngs)
+        self.encoder, self.patch_size = autoencoder.encoder, autoencoder.patch_size
+        self.head = Head(model["embed_dim"], num_classes, kind=kind, hidden_dim=hidden_dim, rngs=rngs)
+        self.pool = pool
+
+    def features(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Scaled pixels (B, H, W, C) -> pooled features (B, D) of all patches."""
+        tokens = self.encoder(patches.patchify(images, self.patch_size), None, keys)
+        return self.encoder.pool(tokens, self.pool)
+
+    def __call__(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Scaled pixels (B, H, W, C) -> logits (B, Y)."""
+        return self.head(self.features(images, keys))
+
+
+def param_count(params: Any) -> int:
+    """Number of values in a parameter tree (arrays or their shapes)."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

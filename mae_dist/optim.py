@@ -1,0 +1,93 @@
+"""Optimiser and learning-rate schedule from the fields of `config.optim`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Large enough never to be reached: optax would then apply the bad update; we stop the run instead (see train.py).
+_NEVER = 2**31 - 1
+
+
+def make_schedule(
+    *, schedule: str, base_lr: float, final_lr: float, global_batch_size: int, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then `cosine` to `final_lr` or `constant`.
+
+    The peak follows the linear scaling rule: lr = base_lr * global_batch_size / 256 (Goyal et al. 2017).
+    """
+    peak = base_lr * global_batch_size / 256
+    if schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(
+            peak, max(1, total_steps - warmup_steps), alpha=final_lr / peak if peak else 0.0
+        )
+    if warmup_steps == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
+
+
+def decay_mask(logical_axes: Any) -> Any:
+    """Which parameters weight decay touches: those with more than one axis besides the stacked `layers` one.
+
+    Biases, normalisation and LayerScale vectors are left alone. Counting the array's own axes would be wrong here: a
+    stacked bias is two-dimensional.
+    """
+    return jax.tree.map(
+        lambda axes: sum(axis != "layers" for axis in axes) > 1, logical_axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def make_optimizer(
+    logical_axes: Any,
+    *,
+    name: str,
+    base_lr: float,
+    final_lr: float,
+    schedule: str,
+    b1: float,
+    b2: float,
+    eps: float,
+    momentum: float,
+    weight_decay: float,
+    clip_norm: float,
+    clip_value: float,
+    warmup_steps: int,
+    total_steps: int,
+    global_batch_size: int,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns (tx, lr_fn): clipping, AdamW or SGD with momentum, decay, and the schedule.
+
+    A step whose gradient is not finite changes neither parameters nor moments; `tx` counts such steps. The schedule
+    stands outside that guard and so follows the step number, skipped or not.
+    """
+    lr_fn = make_schedule(
+        schedule=schedule,
+        base_lr=base_lr,
+        final_lr=final_lr,
+        global_batch_size=global_batch_size,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+    )
+    parts = []
+    if clip_value > 0:
+        parts.append(optax.clip(clip_value))
+    if clip_norm > 0:
+        parts.append(optax.clip_by_global_norm(clip_norm))
+    if name == "sgd":
+        parts.append(optax.trace(momentum))
+    else:
+        parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+    if weight_decay > 0:
+        parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask(logical_axes)))
+    guarded = optax.apply_if_finite(optax.chain(*parts), max_consecutive_errors=_NEVER)
+    return optax.chain(guarded, optax.scale_by_learning_rate(lr_fn)), lr_fn
+
+
+def nonfinite_counts(opt_state: Any) -> tuple[jax.Array, jax.Array]:
+    """(current run, total) of skipped steps, both int32 scalars, from the state of `make_optimizer`'s transformation."""
+    guard = opt_state[0]
+    assert isinstance(guard, optax.ApplyIfFiniteState), type(guard)
+    return guard.notfinite_count.astype(jnp.int32), guard.total_notfinite.astype(jnp.int32)

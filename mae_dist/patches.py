@@ -1,0 +1,195 @@
+"""Patches, masks and position embeddings: the arithmetic of a masked autoencoder, pure and stateless.
+
+Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch (ph * pw * C), D width, (gh, gw) patch grid.
+A `mask` is 0 where a patch is kept and 1 where it is removed (He et al. 2021, section 3).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_dist.errors import ConfigError
+
+STRATEGIES = ("random", "grid", "block", "user")
+POSITIONS = ("sincos2d", "sincos1d", "learned")
+# Blocks tried per example by `block`; whatever they leave short of the count is filled at random.
+_NUM_BLOCKS = 16
+
+
+def grid_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Returns (gh, gw), the number of patches down and across; `ConfigError` if the patch does not divide the image."""
+    for name, size, patch in zip(("height", "width"), image_size, patch_size, strict=True):
+        if patch < 1 or size % patch:
+            fits = [d for d in range(1, size + 1) if size % d == 0]
+            nearest = min(fits, key=lambda d: abs(d - patch))
+            raise ConfigError(
+                f"model.patch_size {patch} does not divide the image {name} {size} (model.image_size); nearest that does: {nearest}"
+            )
+    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+
+def patchify(images: jax.Array, patch_size: tuple[int, int]) -> jax.Array:
+    """(B, H, W, C) -> (B, L, P): patches in raster order, each flattened as (row, column, channel)."""
+    b, h, w, c = images.shape
+    ph, pw = patch_size
+    gh, gw = grid_size((h, w), patch_size)
+    x = images.reshape(b, gh, ph, gw, pw, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, ph * pw * c)
+
+
+def unpatchify(patches: jax.Array, image_size: tuple[int, int], patch_size: tuple[int, int]) -> jax.Array:
+    """(B, L, P) -> (B, H, W, C), the inverse of `patchify`."""
+    b, _, p = patches.shape
+    ph, pw = patch_size
+    gh, gw = grid_size(image_size, patch_size)
+    x = patches.reshape(b, gh, gw, ph, pw, p // (ph * pw))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * ph, gw * pw, p // (ph * pw))
+
+
+def num_keep(num_patches: int, mask_ratio: float) -> int:
+    """int(L * (1 - mask_ratio)), rounded down in floating point exactly as the paper's code does it."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def grid_patterns(grid: tuple[int, int]) -> dict[int, np.ndarray]:
+    """Every regular pattern of `grid`: number of kept patches -> mask (L,), 1 = removed.
+
+    A pattern keeps, or removes, one patch of each (sh, sw) cell where sh and sw divide the grid. Where two cells give the
+    same count the squarer one stands.
+    """
+    gh, gw = grid
+    cells = [(sh, sw) for sh in range(1, gh + 1) for sw in range(1, gw + 1) if gh % sh == gw % sw == 0 and sh * sw > 1]
+    patterns: dict[int, np.ndarray] = {}
+    for sh, sw in sorted(cells, key=lambda cell: abs(math.log(cell[0] / cell[1]))):
+        first = (np.arange(gh)[:, None] % sh == 0) & (np.arange(gw)[None, :] % sw == 0)  # (gh, gw)
+        for kept in (first, ~first):
+            patterns.setdefault(int(kept.sum()), 1 - kept.reshape(-1).astype(np.int32))
+    return patterns
+
+
+def grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
+    """The regular mask (L,) that removes `mask_ratio` of the patches; `ConfigError` listing the ratios that exist."""
+    patterns = grid_patterns(grid)
+    length = grid[0] * grid[1]
+    for kept, mask in patterns.items():
+        if abs((1 - kept / length) - mask_ratio) < 1e-6:
+            return mask
+    ratios = ", ".join(f"{1 - kept / length:.6g}" for kept in sorted(patterns, reverse=True))
+    raise ConfigError(
+        f"model.masking 'grid' cannot remove model.mask_ratio={mask_ratio:g} of a {grid[0]}x{grid[1]} patch grid; "
+        f"ratios it can give: {ratios}"
+    )
+
+
+def _block_removal_rank(key: jax.Array, grid: tuple[int, int], num_removed: int) -> jax.Array:
+    """Rank (L,) in which the patches of one example are removed: rectangle after rectangle, as BEiT places its blocks.
+
+    Each of `_NUM_BLOCKS` rectangles has an area between 8 % of the image and the whole removal, and an aspect between
+    0.3 and 1/0.3. Patches no rectangle covers come last, at random.
+    """
+    gh, gw = grid
+    length = gh * gw
+    k_area, k_aspect, k_top, k_left, k_rest = jax.random.split(key, 5)
+    low = max(1.0, length * 16 / 196)  # BEiT: at least 16 of 196 patches
+    shape = (_NUM_BLOCKS,)
+    area = jax.random.uniform(k_area, shape, minval=min(low, float(num_removed)), maxval=float(num_removed) + 1e-3)
+    aspect = jnp.exp(jax.random.uniform(k_aspect, shape, minval=math.log(0.3), maxval=-math.log(0.3)))
+    height = jnp.clip(jnp.round(jnp.sqrt(area * aspect)), 1, gh)
+    width = jnp.clip(jnp.round(jnp.sqrt(area / aspect)), 1, gw)
+    top = jnp.floor(jax.random.uniform(k_top, shape) * (gh - height + 1))
+    left = jnp.floor(jax.random.uniform(k_left, shape) * (gw - width + 1))
+    rows = jnp.arange(gh, dtype=jnp.float32)[None, :, None]
+    cols = jnp.arange(gw, dtype=jnp.float32)[None, None, :]
+    top, left, height, width = (v[:, None, None] for v in (top, left, height, width))
+    inside = (rows >= top) & (rows < top + height) & (cols >= left) & (cols < left + width)  # (blocks, gh, gw)
+    inside = inside.reshape(_NUM_BLOCKS, length)
+    block = jnp.where(inside.any(0), jnp.argmax(inside, 0), _NUM_BLOCKS).astype(jnp.float32)
+    # Within a block raster order keeps a cut-off last block in one piece.
+    raster = jnp.arange(length, dtype=jnp.float32) / length
+    within = jnp.where(block < _NUM_BLOCKS, raster, jax.random.uniform(k_rest, (length,)))
+    return block + within
+
+
+def draw_ids_shuffle(
+    keys: jax.Array,
+    *,
+    strategy: str,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    user_mask: np.ndarray | None = None,
+) -> tuple[jax.Array, int]:
+    """Draws the masks of a batch, one per example.
+
+    Args:
+      keys: one random key per example, (B,); an example's mask depends on its own key alone.
+      strategy: `random`, `grid`, `block` or `user`.
+      grid: (gh, gw).
+      mask_ratio: share of patches to remove.
+      user_mask: (L,) for `user`: 1 where a patch is removed.
+
+    Returns:
+      `ids_shuffle` (B, L) int32, patch indices with the kept ones first, and K, how many are kept.
+    """
+    length = grid[0] * grid[1]
+    kept = num_keep(length, mask_ratio)
+    if strategy == "random":
+        noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)  # (B, L)
+    elif strategy == "block":
+        noise = -jax.vmap(lambda key: _block_removal_rank(key, grid, length - kept))(keys)
+    else:
+        mask = grid_mask(grid, mask_ratio) if strategy == "grid" else user_mask
+        assert mask is not None and mask.shape == (length,), strategy
+        kept = int(length - mask.sum())
+        noise = jnp.broadcast_to(jnp.asarray(mask, jnp.float32), (keys.shape[0], length))
+    return jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32), kept
+
+
+def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
+    """Reads a user's own mask, a `.npy` of shape (gh, gw) or (L,) with 1 (or True) where a patch is removed."""
+    try:
+        mask = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.mask_file {path!r} cannot be read as a .npy array: {error}") from error
+    flat = mask.astype(np.int32).reshape(-1)
+    length = grid[0] * grid[1]
+    if mask.shape not in (grid, (length,)) or not np.isin(flat, (0, 1)).all() or not 0 < flat.sum() < length:
+        raise ConfigError(
+            f"model.mask_file {path!r} has shape {mask.shape} and {int(flat.sum())} removed patches; needed: shape {grid} "
+            f"or ({length},), values 0 (keep) and 1 (remove), at least one of each"
+        )
+    return flat
+
+
+def restore_ids(ids_shuffle: jax.Array) -> jax.Array:
+    """(B, L) -> `ids_restore` (B, L), the inverse permutation: where each patch stands in shuffled order."""
+    return jnp.argsort(ids_shuffle, axis=1).astype(jnp.int32)
+
+
+def take_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Gathers patches: x (B, L, D), ids (B, K) -> (B, K, D)."""
+    return jnp.take_along_axis(x, ids[:, :, None], axis=1)
+
+
+def mask_from_ids(ids_restore: jax.Array, kept: int) -> jax.Array:
+    """(B, L) ids_restore -> float32 mask (B, L), 0 kept, 1 removed."""
+    return (ids_restore >= kept).astype(jnp.float32)
+
+
+def _sincos(positions: np.ndarray, dim: int) -> np.ndarray:
+    """positions (L,) -> (L, dim): sines of dim/2 frequencies, then their cosines (Vaswani et al. 2017)."""
+    omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2))
+    angles = np.outer(positions.reshape(-1).astype(np.float64), omega)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_1d(grid: tuple[int, int], dim: int) -> np.ndarray:
+    """Fixed positions (L, D) over the raster index, as the report's models use; D must be even."""
+    return _sincos(np.arange(grid[0] * grid[1]), dim).astype(np.float32)
+
+
+def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
+    """Fixed positions (L, D) as the paper's: the first half of D encodes the column, the second the row; D % 4 == 0."""
+    rows, cols = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    return np.concatenate([_sincos(cols, dim // 2), _sincos(rows, dim // 2)], axis=1).astype(np.float32)

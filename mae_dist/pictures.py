@@ -1,0 +1,77 @@
+"""The picture of a masked autoencoder: original, masked, reconstruction, reconstruction with visible patches."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mae_dist.data import Dataset, local_rows, to_global
+from mae_dist.storage import naming_faults, write_bytes_atomically
+
+COLUMNS = ("original", "masked", "reconstruction", "with_visible")
+_TITLES = ("original", "masked", "reconstruction", "reconstruction\nwith visible patches")
+
+
+def reconstruct(
+    reconstruct_step: Any, params: Any, dataset: Dataset, sharding: jax.sharding.NamedSharding, num_images: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Reconstructs the first `num_images` of a split under its fixed masks.
+
+    Returns:
+      For each of `COLUMNS` float32 (n, H, W, C) in 0..1, on every host; and the class names of the images.
+    """
+    count = min(num_images, dataset.num_examples)
+    shards = math.prod(sharding.mesh.shape[axis] for axis in sharding.mesh.axis_names)
+    size = math.ceil(count / shards) * shards  # the batch must split evenly; what is too much is dropped below
+    rows = local_rows(sharding, size)
+    index = np.minimum(rows, count - 1).astype(np.int32)
+    examples = dataset.examples(index)
+    batch = {"image": examples["image"], "label": examples["label"], "index": index}
+    images = multihost_utils.process_allgather(
+        reconstruct_step(params, to_global(batch, sharding, size, rows)), tiled=True
+    )
+    labels = dataset.examples(np.arange(count))["label"]
+    return {name: images[name][:count] for name in COLUMNS}, [dataset.class_names[label] for label in labels]
+
+
+def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -> np.ndarray:
+    """One row per image with its class name, one column per kind: uint8 (height, width, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(names)
+    pairs = 2 if count > 1 else 1  # two images side by side keep the grid near square
+    rows = math.ceil(count / pairs)
+    figure = Figure(figsize=(1.35 * 4 * pairs, 1.35 * rows + 0.8), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = np.asarray(figure.subplots(rows, 4 * pairs, squeeze=False))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+    for i, name in enumerate(names):
+        row, left = i % rows, 4 * (i // rows)
+        for column, kind in enumerate(COLUMNS):
+            axis = axes[row, left + column]
+            image = images[kind][i][..., :3]
+            axis.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), vmin=0, vmax=1, interpolation="nearest")
+            if row == 0:
+                axis.set_title(_TITLES[column], fontsize=8)
+        axes[row, left].set_ylabel(name, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def write_png(path: epath.Path, image: np.ndarray) -> None:
+    """Writes uint8 (height, width, 3) as a PNG, whole or not at all."""
+    import cv2
+
+    ok, encoded = cv2.imencode(".png", image[..., ::-1])
+    assert ok
+    with naming_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomically(path, encoded.tobytes())

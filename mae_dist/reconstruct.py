@@ -1,0 +1,55 @@
+"""Draws what a run has learned to restore: `python -m mae_dist.reconstruct --workdir runs/cifar_small`.
+
+Each row of the picture is an image: original, masked, reconstruction, reconstruction with visible patches.
+"""
+
+import os
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from etils import epath
+
+from mae_dist import checkpoint, distributed, errors, job, main, pictures, train
+from mae_dist import config as config_lib
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "How many images, the first of the split.", lower_bound=1)
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "val", "test"], "Which split of the run.")
+_OUT = flags.DEFINE_string("out", None, "Where to write the PNG (default <workdir>/pictures/<split>_<step>.png).")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets, if not where the run had it.")
+
+
+def reconstruct(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    del argv
+    if not _WORKDIR.value:
+        raise errors.ConfigError("--workdir is missing: the directory of a pretraining, for example runs/cifar_small")
+    distributed.quiet_unless_primary()
+    workdir = epath.Path(_WORKDIR.value)
+    workdir = workdir if "://" in os.fspath(workdir) else workdir.resolve()
+    config = checkpoint.read_config(workdir, main.default_config())
+    with config.unlocked():
+        config.mesh.update(data=-1, fsdp=1, tensor=1)
+        config.accum_steps = 1
+        # Only the picture's own batch is computed: any size that splits over the devices will do.
+        config.global_batch_size = config.eval.batch_size = jax.device_count()
+        config.data.data_dir = _DATA_DIR.value or config.data.data_dir
+    if config.task != "pretrain":
+        raise errors.ConfigError(f"{workdir} is a {config.task}: it has no decoder; give the workdir of its pretraining")
+    config_lib.validate(config)
+    built = job.build(config, jax.devices(), job.open_data(config))
+    dataset = getattr(built.data, _SPLIT.value)
+    if dataset is None:
+        raise errors.ConfigError(f"--split={_SPLIT.value}: the run has no such split (data.{_SPLIT.value}_split is '')")
+    step, params = checkpoint.load_params(workdir, built.abstract_state.params, built.shardings.params)
+    with jax.set_mesh(built.mesh):
+        grid = train.draw_reconstructions(built, params, dataset, step, _NUM_IMAGES.value)
+    out = epath.Path(_OUT.value) if _OUT.value else workdir / "pictures" / f"{_SPLIT.value}_{step:08d}.png"
+    pictures.write_png(out, grid)
+    print(f"{config.name}: step {step}, {min(_NUM_IMAGES.value, dataset.num_examples)} {_SPLIT.value} images in {out}")
+    return errors.EXIT_DONE
+
+
+if __name__ == "__main__":
+    main.run(reconstruct)

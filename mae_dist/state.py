@@ -1,0 +1,52 @@
+"""The training state: a step count, parameters and optimizer state, created in place on the mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mae_dist import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds of the optimisation.
+
+    step: int32 scalar, updates done. params: nested dict of float32 arrays. opt_state: of the trainable parameters.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable, frozen) top-level parts of `params`."""
+    return {k: v for k, v in params.items() if k not in frozen}, {k: v for k, v in params.items() if k in frozen}
+
+
+def make_init(
+    init_params: Callable[[jax.Array], Any], tx: optax.GradientTransformation, frozen: tuple[str, ...], seed: int
+) -> Callable[[], TrainState]:
+    """The pure function that creates the state; not yet run."""
+
+    def init() -> TrainState:
+        params = init_params(jax.random.key(seed))
+        trainable, _ = split_frozen(params, frozen)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(trainable))
+
+    return init
+
+
+def state_shardings(
+    mesh: Mesh, abstract: TrainState, tx: optax.GradientTransformation, frozen: tuple[str, ...]
+) -> TrainState:
+    """A tree like the state with a NamedSharding for every array."""
+    params = sharding.param_shardings(mesh, abstract.params)
+    trainable, _ = split_frozen(params, frozen)
+    opt_state = sharding.opt_state_shardings(mesh, tx, abstract.opt_state, trainable)
+    return TrainState(step=sharding.replicated(mesh), params=params, opt_state=opt_state)

@@ -1,0 +1,101 @@
+"""The compiled steps: one update, one evaluation batch. Pure functions of (state, batch), sharded and donated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mae_dist import sharding
+from mae_dist.optim import nonfinite_counts
+from mae_dist.state import TrainState, split_frozen
+from mae_dist.tasks import Batch, Task
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def _split_microbatches(batch: Any, accum_steps: int) -> Any:
+    """(B, ...) -> (A, B / A, ...), taking every A-th row so that each device splits its own rows and none move."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0] // accum_steps, accum_steps, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, batch)
+
+
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    lr_fn: optax.Schedule,
+    *,
+    mesh: Mesh,
+    shardings: TrainState,
+    seed: int,
+    global_batch_size: int,
+    accum_steps: int,
+) -> TrainStep:
+    """Compiles on first call: (state, batch) -> (state, metrics), the old state donated.
+
+    Every example has its own key, derived from (seed, step, row): masks and dropout do not depend on the number of
+    devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further means of the task,
+    lr, grad_norm (before clipping), param_norm, skipped_steps (in all) and skipped_run (in a row).
+    """
+
+    def loss_fn(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        loss, metrics = task.loss({**trainable, **frozen}, batch, keys)
+        metrics = {"loss": loss, **metrics}
+        return loss.mean(), {name: value.mean() for name, value in metrics.items()}
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def accumulated(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        """The mean gradient and metrics over `accum_steps` microbatches, one at a time in memory."""
+
+        def add(total: Any, micro: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, grad_fn(trainable, frozen, *micro)), None
+
+        micros = _split_microbatches((batch, keys), accum_steps)
+        shapes = jax.eval_shape(grad_fn, trainable, frozen, *jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, micros)
+        return jax.tree.map(lambda x: x / accum_steps, total)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        keys = jax.random.split(step_key, global_batch_size)
+        keys = jax.lax.with_sharding_constraint(keys, sharding.batch_sharding(mesh))  # (B,)
+        trainable, frozen = split_frozen(state.params, task.frozen)
+        compute = accumulated if accum_steps > 1 else grad_fn
+        grads, metrics = compute(trainable, frozen, batch, keys)
+        updates, opt_state = tx.update(grads, state.opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        skipped_run, skipped_steps = nonfinite_counts(opt_state)
+        metrics = {
+            **metrics,
+            "lr": jnp.asarray(lr_fn(state.step), jnp.float32),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(trainable),
+            "skipped_steps": skipped_steps,
+            "skipped_run": skipped_run,
+        }
+        return TrainState(step=state.step + 1, params={**trainable, **frozen}, opt_state=opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    fn: Callable[[Any, Batch], Any], *, mesh: Mesh, shardings: TrainState, per_example: bool = False
+) -> Any:
+    """Compiles (params, batch) -> outputs: whole on every device, or split over examples like the batch."""
+    return jax.jit(
+        fn,
+        in_shardings=(shardings.params, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.batch_sharding(mesh) if per_example else sharding.replicated(mesh),
+    )

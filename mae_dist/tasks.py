@@ -1,0 +1,189 @@
+"""What is trained: pretraining, probing and fine-tuning, each as one `Task` value for the one loop.
+
+Shapes: B batch, H W C image, L patches, P values of one patch, D encoder width, Y classes. A batch holds `image` uint8
+(B, H, W, C) or, for a probe on cached features, `features` float32 (B, D); `label` int32 (B,); in evaluation also
+`index` int32 (B,), the example's place in its split, and `weight` float32 (B,), 0 for padding.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mae_dist import losses, patches
+from mae_dist.layers import Constrain
+from mae_dist.models import Classifier, MaskedAutoencoder
+
+Batch = Mapping[str, jax.Array]
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Model, loss and metrics of one kind of training.
+
+    init_params: key -> parameters.
+    loss: (params, batch, keys (B,)) -> (loss of each example (B,), further per-example metrics (B,)).
+    evaluate: (params, batch) -> clu metrics, to be merged over batches.
+    frozen: top-level parameter groups that are not trained.
+    features: (params, batch) -> pooled features (B, D) of the frozen encoder, where they can be cached.
+    reconstruct: (params, batch) -> pictures, see `_reconstruct`.
+    """
+
+    name: str
+    init_params: Callable[[jax.Array], Params]
+    loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    evaluate: Callable[[Params, Batch], dict[str, clu_metrics.Metric]]
+    frozen: tuple[str, ...] = ()
+    features: Callable[[Params, Batch], jax.Array] | None = None
+    reconstruct: Callable[[Params, Batch], dict[str, jax.Array]] | None = None
+
+
+@flax.struct.dataclass
+class PerClassAccuracy(clu_metrics.Metric):
+    """Accuracy of each class: correct and count, float32 (Y,). A class without examples is NaN."""
+
+    correct: jax.Array
+    count: jax.Array
+
+    def merge(self, other: "PerClassAccuracy") -> "PerClassAccuracy":
+        return PerClassAccuracy(correct=self.correct + other.correct, count=self.count + other.count)
+
+    def compute(self) -> jax.Array:
+        return jnp.where(self.count > 0, self.correct / jnp.maximum(self.count, 1), jnp.nan)
+
+
+def scale_pixels(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """uint8 (B, H, W, C) -> float32 (pixel / 255 - mean) / std; mean and std have one value or one per channel."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def unscale_pixels(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+    """The inverse of `scale_pixels`, to values in 0..1 (clipped)."""
+    return jnp.clip(x * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32), 0, 1)
+
+
+def _functional(
+    make: Callable[[nnx.Rngs], nnx.Module],
+) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Any]]:
+    """(init, bind): key -> parameters as a nested dict, and parameters -> the module to call."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)), nnx.Param)[1])
+
+    return init, functools.partial(nnx.merge, graphdef)
+
+
+def make_task(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
+    """The Task that `config.task` names, for a data set of `num_classes`."""
+    if config.task == "pretrain":
+        return _pretrain(config, constrain)
+    return _classify(config, num_classes, constrain)
+
+
+def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
+    mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
+    init, bind = _functional(lambda rngs: MaskedAutoencoder(**config.model.to_dict(), constrain=constrain, rngs=rngs))
+
+    def forward(params: Params, batch: Batch, mask_keys: jax.Array, keys: jax.Array | None) -> Any:
+        model = bind(params)
+        ids_shuffle, kept = model.draw_ids_shuffle(mask_keys)
+        return model(scale_pixels(batch["image"], mean, std), ids_shuffle, kept, keys)
+
+    def per_example(pred: jax.Array, true: jax.Array, mask: jax.Array) -> jax.Array:
+        return losses.masked_pixel_loss(pred, losses.normalize_patches(true) if norm_pix_loss else true, mask)
+
+    def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return per_example(*forward(params, batch, keys, keys)), {}
+
+    def fixed_keys(batch: Batch) -> jax.Array:
+        """One mask per example of a split, the same at every evaluation and on any devices: keys (B,)."""
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), batch["index"])
+
+    def evaluate(params: Params, batch: Batch) -> dict[str, clu_metrics.Metric]:
+        values = per_example(*forward(params, batch, fixed_keys(batch), None))
+        return {"loss": clu_metrics.Average.from_model_output(values, batch["weight"] > 0)}
+
+    def reconstruct(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """`original`, `masked`, `reconstruction`, `with_visible`: float32 (B, H, W, C) in 0..1."""
+        pred, true, mask = forward(params, batch, fixed_keys(batch), None)
+        pixels = losses.denormalize_patches(pred, true) if norm_pix_loss else pred
+        removed = mask[:, :, None]  # (B, L, 1)
+
+        def picture(x: jax.Array) -> jax.Array:
+            image = patches.unpatchify(x, config.model.image_size, config.model.patch_size)
+            return unscale_pixels(image, mean, std)
+
+        gray = (0.5 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+        blank = patches.patchify(jnp.broadcast_to(gray, batch["image"].shape), config.model.patch_size)
+        return {
+            "original": picture(true),
+            "masked": picture(jnp.where(removed > 0, blank, true)),
+            "reconstruction": picture(pixels),
+            "with_visible": picture(jnp.where(removed > 0, pixels, true)),
+        }
+
+    return Task(name="pretrain", init_params=init, loss=loss, evaluate=evaluate, reconstruct=reconstruct)
+
+
+def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
+    mean, std, options = config.data.mean, config.data.std, config.classify
+    probe = config.task == "probe"
+
+    def make(rngs: nnx.Rngs) -> Classifier:
+        return Classifier(
+            config.model.to_dict(),
+            num_classes=num_classes,
+            kind=options.head,
+            hidden_dim=options.hidden_dim,
+            pool=options.pool,
+            constrain=constrain,
+            rngs=rngs,
+        )
+
+    init, bind = _functional(make)
+
+    def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
+        return bind(params).features(scale_pixels(batch["image"], mean, std), keys)
+
+    def logits(params: Params, batch: Batch, keys: jax.Array | None) -> jax.Array:
+        if "features" in batch:
+            return bind(params).head(batch["features"])
+        return bind(params).head(features(params, batch, keys))
+
+    def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # A frozen encoder is also deterministic: no DropPath, no dropout.
+        out = logits(params, batch, None if probe else keys)
+        top1 = losses.top_k_correct(out, batch["label"], 1).astype(jnp.float32)
+        return losses.cross_entropy(out, batch["label"], options.label_smoothing), {"top1": top1}
+
+    def evaluate(params: Params, batch: Batch) -> dict[str, clu_metrics.Metric]:
+        out, label, real = logits(params, batch, None), batch["label"], batch["weight"] > 0
+        top1 = losses.top_k_correct(out, label, 1).astype(jnp.float32)
+        one_hot = jax.nn.one_hot(label, num_classes, dtype=jnp.float32) * batch["weight"][:, None]  # (B, Y)
+        result: dict[str, clu_metrics.Metric] = {
+            "loss": clu_metrics.Average.from_model_output(losses.cross_entropy(out, label), real),
+            "top1": clu_metrics.Average.from_model_output(top1, real),
+            "per_class": PerClassAccuracy(correct=(one_hot * top1[:, None]).sum(0), count=one_hot.sum(0)),
+        }
+        if num_classes > 5:
+            top5 = losses.top_k_correct(out, label, 5).astype(jnp.float32)
+            result["top5"] = clu_metrics.Average.from_model_output(top5, real)
+        return result
+
+    return Task(
+        name=config.task,
+        init_params=init,
+        loss=loss,
+        evaluate=evaluate,
+        frozen=("encoder",) if probe else (),
+        features=features if probe else None,
+    )

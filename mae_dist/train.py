@@ -1,0 +1,229 @@
+"""The one training loop: restore or begin, update, log, evaluate, draw, save."""
+
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mae_dist import config as config_lib
+from mae_dist import distributed, errors, evaluate, flops, metrics, pictures
+from mae_dist.checkpoint import Checkpoints
+from mae_dist.clu_without_tf import periodic_actions
+from mae_dist.data import ArrayDataset, Dataset, local_rows, to_global
+from mae_dist.job import Job
+from mae_dist.state import TrainState
+from mae_dist.storage import naming_faults, write_text_atomically
+
+
+def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
+    """Trains to `job.schedule.total_steps`, continuing from the newest checkpoint in `workdir`.
+
+    Returns:
+      `errors.EXIT_DONE`, or `errors.EXIT_PREEMPTED` after a preemption notice, the state saved.
+
+    Raises:
+      StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.
+      DataFault: an example cannot be read.
+      Diverged: `config.max_skipped_steps` updates in a row had a non-finite gradient.
+    """
+    total_steps = job.schedule.total_steps
+    with _checkpoints(job, workdir) as checkpoints, jax.set_mesh(job.mesh):
+        state, start = _restore_or_begin(job, checkpoints, default)
+        logging.info("%s", job.overview())
+        with metrics.Recorder(workdir, start_step=start, is_primary=distributed.is_primary()) as recorder:
+            if start >= total_steps:
+                return finish(job, workdir, start)
+            _write_config(job, workdir)
+            run = _Run(job, workdir, recorder, state.params)
+            for step, batch in run.batches(start):
+                state, on_device = job.train_step(state, batch)
+                run.log(step, on_device)
+                run.evaluate(step, state)
+                run.draw(step, state)
+                recorder.commit(step)  # on disk before the checkpoint: a resumed run continues after this line
+                with run.throughput.pause():
+                    checkpoints.save(step, state, job.meta, run.best_metrics)
+                if checkpoints.preempted(step):
+                    checkpoints.wait()
+                    logging.warning("Preempted: saved step %d; the same command continues from it.", step)
+                    return errors.EXIT_PREEMPTED
+        checkpoints.wait()
+    return finish(job, workdir, total_steps)
+
+
+def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
+    options = job.config.checkpoint.to_dict()
+    return Checkpoints(
+        workdir, **options, log_every_steps=job.config.log_every_steps, total_steps=job.schedule.total_steps
+    )
+
+
+def _restore_or_begin(job: Job, checkpoints: Checkpoints, default: ConfigDict) -> tuple[TrainState, int]:
+    """The newest checkpoint of the workdir, or a new state: (state, updates already done)."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return job.fresh_state(default), 0
+    began = time.monotonic()
+    state = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint)
+    logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
+    return state, step
+
+
+def _write_config(job: Job, workdir: epath.Path) -> None:
+    if distributed.is_primary():
+        path = workdir / "config.json"
+        with naming_faults(path):
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(path, config_lib.to_json(job.config) + "\n")
+
+
+class _Run:
+    """What the loop does besides the update, each part deciding by itself whether it is due."""
+
+    def __init__(self, job: Job, workdir: epath.Path, recorder: metrics.Recorder, params: Any):
+        self.job, self.workdir, self.recorder = job, workdir, recorder
+        self.data = _with_features(job, params) if _caches_features(job) else job.data
+        device = job.mesh.devices.flat[0]
+        peak = flops.peak_flops(device.device_kind, job.config.model.dtype)
+        self.throughput = metrics.Throughput(
+            images_per_step=job.config.global_batch_size,
+            total_steps=job.schedule.total_steps,
+            flops_per_image=job.flops_per_image,
+            peak_flops=peak and peak * job.mesh.size,
+        )
+        self.best_metrics: dict[str, float] = {}  # of the last evaluation, for keep_best
+        self.bar: Any = None
+
+    def batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """(number of the update, global batch) for every update after `start`, with a bar on a terminal."""
+        job, total = self.job, self.job.schedule.total_steps
+        rows = local_rows(job.batch_sharding, job.config.global_batch_size)
+        progress = periodic_actions.ReportProgress(num_train_steps=total, every_secs=60.0)
+        shown = sys.stderr.isatty() and distributed.is_primary()
+        with (
+            tqdm(total=total, initial=start, unit="step", disable=not shown, dynamic_ncols=True) as self.bar,
+            job.train_batches(self.data.train, start, rows) as host_batches,
+        ):
+            for step in range(start + 1, total + 1):
+                began = time.monotonic()
+                host_batch = next(host_batches)
+                waited = time.monotonic() - began
+                batch = to_global(host_batch, job.batch_sharding, job.config.global_batch_size, rows)
+                with jax.transfer_guard("disallow"):
+                    yield step, batch
+                self.throughput.observe(waited)
+                self.bar.update()
+                if not shown and distributed.is_primary():
+                    progress(step)
+
+    def log(self, step: int, on_device: dict[str, jax.Array]) -> None:
+        """Fetches and records the metrics of this update; the only place where the loop waits for the device."""
+        config = self.job.config
+        if not config_lib.is_time(step, config.log_every_steps, self.job.schedule.total_steps):
+            return
+        values = {name: value.item() for name, value in jax.device_get(on_device).items()}
+        self.recorder.write_scalars(step, {**values, **self.throughput.log(step)})
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+        if values["skipped_run"] >= config.max_skipped_steps:
+            raise errors.Diverged(
+                f"{values['skipped_run']} updates in a row, up to step {step}, had a non-finite gradient and were skipped "
+                f"(max_skipped_steps={config.max_skipped_steps}); the parameters are those of step {step - values['skipped_run']}. "
+                "Lower optim.base_lr, set optim.clip_norm, or use model.dtype=float32, in a new workdir."
+            )
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """The validation split when it is due, the test split after the last update."""
+        total = self.job.schedule.total_steps
+        due = config_lib.is_time(step, self.job.schedule.eval_every_steps, total)
+        splits = {"val_": self.data.val if due else None}
+        splits["test_"] = self.data.test if self.job.config.eval.test_at_end and step == total else None
+        for prefix, dataset in splits.items():
+            if dataset is not None:
+                self._evaluate_split(step, state, prefix, dataset)
+
+    def _evaluate_split(self, step: int, state: TrainState, prefix: str, dataset: Dataset) -> None:
+        job = self.job
+        with self.throughput.pause(), jax.transfer_guard("allow"):
+            batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size)
+            values = evaluate.evaluate(job.eval_step, state.params, batches, prefix, dataset.class_names)
+        self.recorder.write_scalars(step, values)
+        self.best_metrics = {**self.best_metrics, **values}
+
+    def draw(self, step: int, state: TrainState) -> None:
+        """Pictures of the first test images, to pictures/ and TensorBoard."""
+        job = self.job
+        dataset = job.data.test or job.data.val
+        every = job.schedule.pictures_every_steps
+        if job.reconstruct_step is None or dataset is None or not config_lib.is_time(step, every, job.schedule.total_steps):
+            return
+        with self.throughput.pause(), jax.transfer_guard("allow"):
+            grid = draw_reconstructions(job, state.params, dataset, step, job.config.pictures.num_images)
+            if distributed.is_primary():
+                pictures.write_png(self.workdir / "pictures" / f"step_{step:08d}.png", grid)
+            self.recorder.write_images(step, {"reconstruction": grid[None]})
+
+
+def draw_reconstructions(job: Job, params: Any, dataset: Dataset, step: int, num_images: int) -> Any:
+    """The picture of the first `num_images` of a split, uint8 (height, width, 3); all processes take part."""
+    images, names = pictures.reconstruct(job.reconstruct_step, params, dataset, job.batch_sharding, num_images)
+    model = job.config.model
+    title = f"{job.config.name}, step {step}: {model.masking} masking, ratio {model.mask_ratio:g}"
+    return pictures.draw_grid(images, names, title)
+
+
+def _caches_features(job: Job) -> bool:
+    """A frozen encoder without augmentation gives the same features every epoch: compute them once."""
+    return job.feature_step is not None and job.config.data.augment == "none"
+
+
+def _with_features(job: Job, params: Any) -> Any:
+    """The splits with images replaced by the frozen encoder's features."""
+
+    def cached(dataset: Dataset | None) -> Dataset | None:
+        if dataset is None:
+            return None
+        arrays = evaluate.compute_features(
+            job.feature_step, params, dataset, job.batch_sharding, job.eval_batch_size
+        )
+        return ArrayDataset(arrays, class_names=dataset.class_names, fingerprint=dataset.fingerprint)
+
+    began = time.monotonic()
+    splits = {field.name: cached(getattr(job.data, field.name)) for field in dataclasses.fields(job.data)}
+    logging.info("Features of the frozen encoder computed once, in %.1f s", time.monotonic() - began)
+    return type(job.data)(**splits)
+
+
+def finish(job: Job, workdir: epath.Path, step: int) -> int:
+    """Writes summary.json from metrics.jsonl and prints the one line of result."""
+    if not distributed.is_primary():
+        return errors.EXIT_DONE
+    last: dict[str, float] = {}
+    rates = []
+    for record in metrics.read_metrics(workdir):
+        last.update(record)
+        rates.append(record.get("images_per_sec", math.nan))
+    rates = [rate for rate in rates if math.isfinite(rate)]
+    timing = ("step_secs", "eta_secs", "images_per_sec", "data_wait", "mfu")
+    summary = {
+        "name": job.config.name,
+        "task": job.config.task,
+        "step": step,
+        "total_steps": job.schedule.total_steps,
+        **{name: value for name, value in last.items() if name not in ("step", *timing)},
+        "images_per_sec": statistics.median(rates) if rates else None,
+        "environment": metrics.environment(),
+    }
+    metrics.write_summary(workdir, summary)
+    shown = ("loss", "val_loss", "test_loss", "val_top1", "test_top1", "images_per_sec")
+    values = ", ".join(f"{name} {summary[name]:.4g}" for name in shown if summary.get(name) is not None)
+    print(f"{job.config.name}: step {step} of {job.schedule.total_steps}, {values} ({workdir})", flush=True)
+    return errors.EXIT_DONE

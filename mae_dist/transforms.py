@@ -1,0 +1,199 @@
+"""Image bytes to fixed-size uint8 images: decoding, centre crop, random resized crop (Szegedy et al. 2015), flip.
+
+Nothing here draws random numbers. The caller passes uniforms that it derives from (seed, step, row), so the same row
+gets the same crop on whichever host or worker computes it.
+
+Legend: N rows, H height, W width, C channels (1 grey, 3 RGB, 4 RGBA); a box is (top, left, height, width) in pixels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from mae_dist.errors import ConfigError
+
+# The data pipeline already runs one image per thread or process; OpenCV's own pool would only fight XLA for the cores.
+cv2.setNumThreads(0)
+
+AUGMENT_KINDS = ("none", "flip", "crop_flip")
+CROP_TRIES = 10  # as torchvision.transforms.RandomResizedCrop
+CROP_UNIFORMS = 2 * CROP_TRIES + 2  # per try an area and an aspect ratio, then one position (top, left)
+
+Box = tuple[int, int, int, int]
+
+
+class UndecodableImage(ValueError):
+    """Bytes that are not a whole image with the channels asked for."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What training does to an image; the keyword arguments of a config section.
+
+    Attributes:
+      kind: "none", "flip" (horizontal, half of the rows) or "crop_flip" (random resized crop, bicubic, and flip).
+      crop_scale: smallest and largest crop area as a share of the image's.
+      crop_ratio: smallest and largest width / height of the crop.
+    """
+
+    kind: str = "none"
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        if self.kind not in AUGMENT_KINDS:
+            raise ConfigError(f"augment kind is {self.kind!r}; it must be one of {', '.join(map(repr, AUGMENT_KINDS))}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ConfigError(f"crop_scale is {(low, high)}; it must be two areas with 0 < smallest <= largest <= 1")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ConfigError(f"crop_ratio is {(low, high)}; it must be two aspect ratios with 0 < smallest <= largest")
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """The random resized crops of N rows, before the sizes of their images are known.
+
+    Attributes:
+      uniforms: float64 in [0, 1), one row per image. # (N, CROP_UNIFORMS)
+      scale: as `Augment.crop_scale`.
+      ratio: as `Augment.crop_ratio`.
+    """
+
+    uniforms: np.ndarray
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+
+    def take(self, rows: np.ndarray) -> "RandomCrops":
+        return RandomCrops(self.uniforms[rows], self.scale, self.ratio)
+
+    def boxes(self, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+        """Crop boxes for images of the given sizes, int64. # (N,), (N,) -> (N, 4)"""
+        return random_crop_boxes(self.uniforms, heights, widths, self.scale, self.ratio)
+
+
+def decode_image(data: bytes, channels: int) -> np.ndarray:
+    """JPEG, PNG or whatever else OpenCV reads, to uint8 in RGB order. # -> (H, W, C)
+
+    EXIF orientation is ignored, as TensorFlow and therefore published results do.
+
+    Raises:
+      UndecodableImage: the bytes are not a whole image, or have no alpha channel where channels == 4.
+    """
+    flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB, 4: cv2.IMREAD_UNCHANGED}[channels]
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UndecodableImage(f"{len(data)} bytes starting {data[:8]!r} are not a whole image")
+    if channels == 4:
+        if image.ndim != 3 or image.shape[2] != 4 or image.dtype != np.uint8:
+            raise UndecodableImage(
+                f"an image of shape {image.shape}, {image.dtype}, where 4 channels of uint8 were asked"
+            )
+        image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA)
+    return image.reshape(*image.shape[:2], channels)
+
+
+def center_box(height: int, width: int, size: tuple[int, int], zoom: float = 1.0) -> Box:
+    """The centred box that becomes an image of `size`.
+
+    Taking it and resizing is "resize the short side to zoom * size, crop the centre" in one resampling instead of two.
+
+    Args:
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+      size: (height, width) of the result; only its aspect ratio matters here.
+      zoom: 1 keeps all of the short side; 256 / 224 is the usual evaluation crop.
+    """
+    scale = min(height / size[0], width / size[1]) / zoom
+    box_height = min(height, max(1, round(size[0] * scale)))
+    box_width = min(width, max(1, round(size[1] * scale)))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def random_crop_boxes(
+    uniforms: np.ndarray,  # (N, CROP_UNIFORMS)
+    heights: np.ndarray,  # (N,)
+    widths: np.ndarray,  # (N,)
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> np.ndarray:
+    """Random resized crop as torchvision draws it: area and log aspect ratio uniform, ten tries, then the centre.
+
+    Returns:
+      Boxes inside their images, int64. # (N, 4)
+    """
+    area_draw, ratio_draw = uniforms[:, :CROP_TRIES], uniforms[:, CROP_TRIES : 2 * CROP_TRIES]  # (N, T)
+    image_area = (heights * widths)[:, None]
+    area = image_area * (scale[0] + area_draw * (scale[1] - scale[0]))
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(log_low + ratio_draw * (log_high - log_low))
+    try_widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    try_heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (try_widths > 0) & (try_widths <= widths[:, None]) & (try_heights > 0) & (try_heights <= heights[:, None])
+    first = np.argmax(fits, axis=1)  # (N,) the first try that fits, 0 if none does
+    rows = np.arange(len(uniforms))
+    box_heights, box_widths = try_heights[rows, first], try_widths[rows, first]
+    top = np.floor(uniforms[:, -2] * (heights - box_heights + 1)).astype(np.int64)
+    left = np.floor(uniforms[:, -1] * (widths - box_widths + 1)).astype(np.int64)
+    boxes = np.stack([top, left, box_heights, box_widths], axis=1)
+    for row in np.flatnonzero(~fits.any(axis=1)):
+        boxes[row] = _fallback_box(int(heights[row]), int(widths[row]), ratio)
+    return boxes
+
+
+def _fallback_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
+    """The largest centred box whose aspect ratio is allowed."""
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    box_height = min(height, max(1, round(width / aspect)))
+    box_width = min(width, max(1, round(height * aspect)))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def crop_resize(image: np.ndarray, box: Box | np.ndarray, out: np.ndarray) -> None:
+    """Cuts `box` from `image` and resizes it into `out`. # (H, W, C) uint8 -> out (H', W', C) uint8, C-contiguous
+
+    Bicubic where the image grows. Where it shrinks, area averaging: OpenCV's cubic kernel does not widen with the
+    scale, as Pillow's does, and would alias.
+    """
+    top, left, height, width = (int(edge) for edge in box)
+    crop = image[top : top + height, left : left + width]
+    if crop.shape == out.shape:
+        out[...] = crop
+        return
+    shrinks = out.shape[0] <= height and out.shape[1] <= width
+    # OpenCV drops a single channel's axis, so it is given views without one.
+    target = out[:, :, 0] if out.shape[2] == 1 else out
+    cv2.resize(crop, out.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Short side to `size`, centre crop, for images of one size. # (N, H, W, C) uint8 -> (N, *size, C)"""
+    if images.shape[1:3] == size:
+        return images
+    box = center_box(images.shape[1], images.shape[2], size)
+    out = np.empty((len(images), *size, images.shape[3]), np.uint8)
+    for image, target in zip(images, out, strict=True):
+        crop_resize(image, box, target)
+    return out
+
+
+def crop_images(images: np.ndarray, crops: RandomCrops) -> np.ndarray:
+    """Random resized crops of images of one size, back to that size. # (N, H, W, C) uint8 -> the same"""
+    count, height, width = images.shape[:3]
+    boxes = crops.boxes(np.full(count, height), np.full(count, width))
+    out = np.empty(images.shape, np.uint8)
+    for image, box, target in zip(images, boxes, out, strict=True):
+        crop_resize(image, box, target)
+    return out
+
+
+def flip_images(images: np.ndarray, flip: np.ndarray) -> np.ndarray:
+    """Mirrors, in place, the rows where `flip` is true. # (N, H, W, C), (N,) bool -> (N, H, W, C)"""
+    images[flip] = images[flip, :, ::-1]
+    return images

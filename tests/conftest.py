@@ -1,0 +1,79 @@
+"""Eight fake CPU devices for every test, and a clean environment for the processes that tests start."""
+
+import mmap
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import hypothesis
+import pytest
+from etils import epath
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE_DEVICES = 8
+
+
+def _xla_knows(flag: str) -> bool:
+    """Whether this jaxlib has the XLA flag; XLA aborts the process on a flag that it does not know."""
+    spec = find_spec("jaxlib")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    for library in Path(spec.submodule_search_locations[0]).glob("libjax_common.*"):
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            if text.find(flag.encode()) >= 0:
+                return True
+    return False
+
+
+def _device_env(devices: int) -> dict[str, str]:
+    """Environment variables that give JAX this many CPU devices; they count only before JAX makes its CPU client."""
+    env = {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
+    if devices > 1:
+        flags = [f"--xla_force_host_platform_device_count={devices}"]
+        # A collective that hangs fails the test well before the test's own timeout (XLA's default is 40 s).
+        stuck = "xla_cpu_collective_call_terminate_timeout_seconds"
+        if _xla_knows(stuck):
+            flags.append(f"--{stuck}=20")
+        env["XLA_FLAGS"] = " ".join(flags)
+    if devices > (os.cpu_count() or 1):
+        # XLA sizes its thread pool by the cores, and a collective needs one thread per device: fewer deadlock.
+        env["NPROC"] = "32"
+    return env
+
+
+os.environ.update(_device_env(FAKE_DEVICES))
+
+import jax  # noqa: E402 (after the environment it reads)
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def child_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """`child_env(devices=1)`: the environment of a started process that shall see this many CPU devices.
+
+    Nothing of this process's JAX settings is inherited; compiled programs are shared among the children of one session.
+    """
+    compilation_cache = tmp_path_factory.mktemp("jax_cache")
+
+    def make(devices: int = 1) -> dict[str, str]:
+        ours = ("JAX_", "XLA_", "NPROC", "TPU_", "PYTEST_", "COV_")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        env.update(_device_env(devices))
+        env["PYTHONPATH"] = str(ROOT)  # so that a child may run in any directory
+        env["JAX_COMPILATION_CACHE_DIR"] = str(compilation_cache)
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+        return env
+
+    return make
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> epath.Path:
+    """A run's directory, not made yet."""
+    return epath.Path(tmp_path / "run")

@@ -1,0 +1,118 @@
+"""The analytic count against XLA's count of an unrolled model, published numbers, and the peak table."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mae_dist import flops
+
+SMALL = {
+    "image_size": (32, 24),
+    "patch_size": (8, 4),
+    "channels": 3,
+    "embed_dim": 48,
+    "depth": 3,
+    "mlp_ratio": 4.0,
+}
+
+
+def _block(x: jax.Array, heads: int, mlp_dim: int) -> jax.Array:
+    """The matrix products of one transformer block, x (N, D), with weights of ones and nothing else."""
+    n, d = x.shape
+    square = jnp.ones((d, d))
+    q, k, v = ((x @ square).reshape(n, heads, d // heads) for _ in range(3))
+    scores = jnp.einsum("nhd,mhd->hnm", q, k)
+    x = jnp.einsum("hnm,mhd->nhd", scores, v).reshape(n, d) @ square
+    return x @ jnp.ones((d, mlp_dim)) @ jnp.ones((mlp_dim, d))
+
+
+def _xla_flops(fn, *shapes: tuple[int, ...]) -> float:
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    analysis = jax.jit(fn).lower(*args).cost_analysis()
+    assert analysis is not None
+    return analysis["flops"]
+
+
+def test_mae_count_is_that_of_xla_for_the_same_products():
+    num_keep, num_patches, patch_dim, width = 6, 24, 96, 32
+
+    def forward(kept, restored):
+        x = jnp.concatenate([jnp.ones((1, 48)), kept @ jnp.ones((patch_dim, 48))])
+        for _ in range(3):
+            x = _block(x, heads=4, mlp_dim=192)
+        embedded = x @ jnp.ones((48, width))
+        y = restored
+        for _ in range(2):
+            y = _block(y, heads=2, mlp_dim=64)
+        return embedded, y[1:] @ jnp.ones((width, patch_dim))
+
+    expected = _xla_flops(forward, (num_keep, patch_dim), (num_patches + 1, width))
+    counted = flops.mae_train_flops_per_image(
+        **SMALL, decoder_embed_dim=width, decoder_depth=2, decoder_mlp_ratio=2.0, num_keep=num_keep, cls_token=True
+    )
+    assert counted / 3 == pytest.approx(expected, rel=1e-3)
+
+
+def test_vit_base_is_17_5_giga_multiply_adds():
+    forward = flops.classifier_train_flops_per_image(
+        image_size=(224, 224),
+        patch_size=(16, 16),
+        channels=3,
+        embed_dim=768,
+        depth=12,
+        mlp_ratio=4.0,
+        num_classes=1000,
+        cls_token=True,
+        frozen_encoder=False,
+    )
+    assert forward / 3 == pytest.approx(2 * 17.56e9, rel=1e-3)
+
+
+def test_frozen_encoder_costs_its_forward_pass_only():
+    head_macs = 48 * 16 + 16 * 10
+    frozen = flops.classifier_train_flops_per_image(
+        **SMALL, num_classes=10, cls_token=False, frozen_encoder=True, head_hidden_dims=(16,)
+    )
+    trained = flops.classifier_train_flops_per_image(
+        **SMALL, num_classes=10, cls_token=False, frozen_encoder=False, head_hidden_dims=(16,)
+    )
+    assert trained - 3 * 2 * head_macs == pytest.approx(3 * (frozen - 3 * 2 * head_macs))
+
+
+def test_masking_three_quarters_saves_most_of_the_encoder():
+    def count(num_keep: int) -> float:
+        return flops.mae_train_flops_per_image(
+            **SMALL, decoder_embed_dim=8, decoder_depth=1, decoder_mlp_ratio=4.0, num_keep=num_keep, cls_token=False
+        )
+
+    assert count(6) < 0.35 * count(24)
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "dtype", "tera"),
+    [
+        ("TPU v2", "bfloat16", 23),
+        ("TPU v3", "bfloat16", 61.5),
+        ("TPU v4", "bfloat16", 275),
+        ("TPU v5 lite", "bfloat16", 197),
+        ("TPU v5", "bfloat16", 459),
+        ("TPU v5p", "bfloat16", 459),
+        ("TPU v6 lite", "bfloat16", 918),
+        ("TPU v4", "float32", None),
+        ("TPU v99", "bfloat16", None),
+        ("Tesla V100-SXM2-16GB", "float16", 125),
+        ("Tesla V100-SXM2-16GB", "bfloat16", None),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+        ("NVIDIA A100 80GB PCIe", "float32", 156),
+        ("NVIDIA A1000", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
+        ("NVIDIA H100 PCIe", "bfloat16", 756),
+        ("NVIDIA H100 of another make", "bfloat16", None),
+        ("NVIDIA H200", "bfloat16", 989),
+        ("NVIDIA H200 NVL", "bfloat16", 835),
+        ("NVIDIA B200", "bfloat16", 2250),
+        ("cpu", "float32", None),
+    ],
+)
+def test_peak_of_known_devices_and_none_of_others(device_kind: str, dtype: str, tera: float | None):
+    assert flops.peak_flops(device_kind, dtype) == (None if tera is None else tera * 1e12)

@@ -1,0 +1,283 @@
+"""metrics.jsonl over restarts and faults, TensorBoard events read back, throughput, summary; all without TensorFlow."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboardX.proto import event_pb2
+
+from mae_dist import metrics, storage
+from mae_dist.clu_without_tf import TensorBoardWriter
+from mae_dist.errors import StorageFault
+from mae_dist.metrics import Recorder, Throughput, read_metrics
+
+
+def _record(workdir: epath.Path, start_step: int, steps: range, loss: float = 0.5) -> None:
+    with Recorder(workdir, start_step=start_step, is_primary=True) as recorder:
+        for step in steps:
+            recorder.write_scalars(step, {"loss": loss + step})
+            recorder.commit(step)
+
+
+def _events(logdir: epath.Path) -> list:
+    """All events of all files, oldest file first (TFRecord framing: length, crc, bytes, crc)."""
+    events = []
+    for file in sorted(logdir.glob("events*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            events.append(event_pb2.Event.FromString(data[12 : 12 + length]))  # pyright: ignore[reportAttributeAccessIssue]
+            data = data[16 + length :]
+    return events
+
+
+def test_nothing_imports_tensorflow(child_env):
+    program = """
+import sys
+from mae_dist import metrics
+from mae_dist.clu_without_tf import metric_writers, periodic_actions
+import clu.metrics
+assert periodic_actions.ReportProgress and metric_writers.AsyncMultiWriter
+assert "tensorflow" not in sys.modules
+try:
+    metric_writers.SummaryWriter("x")
+except NotImplementedError as error:
+    assert "TensorBoardWriter" in str(error)
+"""
+    subprocess.run([sys.executable, "-c", program], env=child_env(), check=True, timeout=120)
+
+
+def test_one_line_per_step_with_everything_written_for_it(workdir: epath.Path):
+    with Recorder(workdir, start_step=0, is_primary=True) as recorder:
+        recorder.write_scalars(10, {"loss": jnp.float32(0.1), "images": 640})
+        recorder.write_scalars(10, {"val_loss": np.float64(0.25), "bad": jnp.float32(jnp.nan)})
+        recorder.commit(10)
+        recorder.commit(11)  # nothing to record
+        # On disk before close: a checkpoint of the same step may be written now.
+        (line,) = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 10,
+        "loss": float(np.float32(0.1)),
+        "images": 640,
+        "val_loss": 0.25,
+        "bad": None,
+    }
+    (record,) = read_metrics(workdir)
+    assert record["images"] == 640
+    assert math.isnan(record["bad"])
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_round_trip_exactly(tmp_path_factory: pytest.TempPathFactory, value: float):
+    workdir = epath.Path(tmp_path_factory.mktemp("floats"))
+    line = json.dumps({"step": 1, "x": value, "narrow": float(np.float32(1e-3))})
+    (workdir / "metrics.jsonl").write_text(line + "\n")
+    (record,) = read_metrics(workdir)
+    assert record["x"] == value
+    assert np.float32(record["narrow"]) == np.float32(1e-3)
+
+
+def test_restart_leaves_the_file_of_an_uninterrupted_run(workdir: epath.Path, tmp_path: Path):
+    _record(workdir, 0, range(1, 8))
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    _record(workdir, 5, range(6, 11))  # the checkpoint was at step 5
+    whole = epath.Path(tmp_path / "whole")
+    _record(whole, 0, range(1, 11))
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert [record["step"] for record in read_metrics(workdir)] == list(range(1, 11))
+
+
+def test_file_with_nothing_to_drop_is_not_touched(workdir: epath.Path):
+    _record(workdir, 0, range(1, 4))
+    before = Path(workdir / "metrics.jsonl").stat()
+    with Recorder(workdir, start_step=3, is_primary=True) as recorder, pytest.raises(AssertionError, match="already"):
+        recorder.commit(3)
+    assert Path(workdir / "metrics.jsonl").stat() == before
+
+
+def test_run_lost_before_its_first_checkpoint_begins_anew(workdir: epath.Path):
+    _record(workdir, 0, range(4))
+    _record(workdir, 0, range(2), loss=7.0)
+    assert read_metrics(workdir) == [{"step": 0, "loss": 7.0}, {"step": 1, "loss": 8.0}]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 3, "loss"', "\0\0\0\0", '{"step": 3}'])
+def test_last_line_without_its_end(workdir: epath.Path, tail: str):
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + tail)
+    assert len(read_metrics(workdir)) == (3 if tail.endswith("}") else 2)  # a whole record is kept
+    Recorder(workdir, start_step=9, is_primary=True).close()
+    assert (workdir / "metrics.jsonl").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("broken", ["", "42", '{"loss": 1.0}', "not json"])
+def test_damage_elsewhere_names_file_and_line(workdir: epath.Path, broken: str):
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
+    with pytest.raises(StorageFault, match=r"metrics\.jsonl, line 2 is no record"):
+        read_metrics(workdir)
+    with pytest.raises(StorageFault, match="line 2"):
+        Recorder(workdir, start_step=3, is_primary=True)
+
+
+def test_step_is_recorded_at_most_once(workdir: epath.Path):
+    with Recorder(workdir, start_step=0, is_primary=True) as recorder:
+        recorder.write_scalars(1, {"loss": 1.0})
+        with pytest.raises(AssertionError, match="written twice"):
+            recorder.write_scalars(1, {"loss": 1.0})
+        with pytest.raises(AssertionError, match="not committed"):
+            recorder.write_scalars(2, {"loss": 1.0})
+        recorder.commit(1)
+        with pytest.raises(AssertionError, match="already recorded"):
+            recorder.commit(1)
+        recorder.write_scalars(3, {"vector": jnp.zeros(2)})
+        with pytest.raises(AssertionError, match=r"vector has shape \(2,\)"):
+            recorder.commit(3)
+
+
+def test_other_processes_write_nothing(workdir: epath.Path):
+    with Recorder(workdir, start_step=0, is_primary=False) as recorder:
+        recorder.write_scalars(1, {"loss": 1.0})
+        recorder.write_images(1, {"x": np.zeros((1, 4, 4, 3))})
+        recorder.write_hparams({"lr": 0.1})
+        recorder.commit(1)
+    assert not workdir.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full (Linux)")
+def test_full_disk_is_a_storage_fault(workdir: epath.Path):
+    with Recorder(workdir, start_step=0, is_primary=True) as recorder:
+        Path(workdir / "metrics.jsonl").symlink_to("/dev/full")
+        recorder.write_scalars(1, {"loss": 1.0})
+        with pytest.raises(StorageFault, match=r"metrics\.jsonl: .*No space left.*Free some space"):
+            recorder.commit(1)
+
+
+def test_workdir_that_cannot_be_made_is_a_storage_fault(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageFault, match=r"run/metrics\.jsonl"):
+        Recorder(epath.Path(tmp_path / "file" / "run"), start_step=0, is_primary=True)
+
+
+def test_fault_of_the_background_writer_is_a_storage_fault(workdir: epath.Path):
+    recorder = Recorder(workdir, start_step=0, is_primary=True)
+    recorder.write_images(1, {"x": np.zeros((1, 4, 4, 3))})
+    recorder.close()
+    failing = Recorder(workdir, start_step=0, is_primary=True)
+    failing.write_images(2, {"x": np.zeros((4, 4))})  # no image: the background thread raises
+    with pytest.raises(StorageFault, match="tensorboard"):
+        failing.close()
+
+
+def test_error_of_the_run_is_not_hidden_by_closing(workdir: epath.Path):
+    def run() -> None:
+        with Recorder(workdir, start_step=0, is_primary=True) as recorder:
+            recorder.write_images(2, {"x": np.zeros((4, 4))})  # closing will raise StorageFault
+            raise KeyError("the run")
+
+    with pytest.raises(KeyError, match="the run"):
+        run()
+
+
+def test_close_leaves_no_thread(workdir: epath.Path):
+    before = threading.active_count()
+    _record(workdir, 0, range(1, 3))
+    assert threading.active_count() == before
+
+
+def test_bucket_objects_are_rewritten_whole(workdir: epath.Path):
+    workdir.mkdir()
+    lines = storage.ObjectLines(workdir / "metrics.jsonl", '{"step": 1}\n')
+    lines.append('{"step": 2}\n')
+    assert [record["step"] for record in read_metrics(workdir)] == [1, 2]
+
+
+def test_tensorboard_events(workdir: epath.Path):
+    writer = TensorBoardWriter(workdir, purge_step=7)
+    writer.write_hparams({"lr": 0.1})
+    writer.write_scalars(7, {"loss": 0.5, "bad": math.nan})
+    writer.write_images(8, {"two": np.full((2, 4, 6, 3), 2.0), "one": np.zeros((4, 6, 1), np.uint8)})
+    writer.write_texts(9, {"note": "hello"})
+    with pytest.raises(NotImplementedError, match="not videos"):
+        writer.write_videos(9, {})
+    writer.close()
+    events = _events(workdir)
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].session_log.status, events[1].step) == (1, 7)  # START: TensorBoard drops steps 7 and later
+    values = {value.tag: (event.step, value) for event in events for value in event.summary.value}
+    assert values["loss"][0] == 7
+    assert values["loss"][1].simple_value == 0.5
+    assert math.isnan(values["bad"][1].simple_value)
+    assert {"two/0", "two/1", "one", "note/text_summary", "hparams/text_summary"} < values.keys()
+    image = values["two/1"][1].image
+    assert (image.height, image.width) == (4, 6)
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_recorder_purges_tensorboard_beyond_the_checkpoint(workdir: epath.Path):
+    _record(workdir, 0, range(1, 4))
+    _record(workdir, 2, range(3, 5))  # in the same second: must not write over the first file
+    files = list((workdir / "tensorboard").glob("events*"))
+    assert len(files) == 2
+    starts = [event.step for event in _events(workdir / "tensorboard") if event.session_log.status == 1]
+    assert sorted(starts) == [0, 3]
+
+
+class _Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_throughput_leaves_out_compilation_and_pauses():
+    clock = _Clock()
+    throughput = Throughput(images_per_step=64, total_steps=100, flops_per_image=1e9, peak_flops=1e12, clock=clock)
+    clock.now += 30  # the first step compiles
+    throughput.observe(5.0)
+    assert throughput.log(1) == {}
+    for _ in range(4):
+        clock.now += 0.5
+        throughput.observe(0.125)
+    with throughput.pause():
+        clock.now += 60
+    rates = throughput.log(5)
+    assert rates == pytest.approx(
+        {"images_per_sec": 128.0, "step_secs": 0.5, "data_wait": 0.25, "eta_secs": 47.5, "mfu": 0.128}
+    )
+    clock.now += 1.0
+    throughput.observe(0.0)
+    assert throughput.log(6)["step_secs"] == pytest.approx(1.0)  # each window starts anew
+
+
+def test_throughput_of_an_unknown_device_has_no_mfu():
+    throughput = Throughput(images_per_step=1, total_steps=2, flops_per_image=1e9, peak_flops=None)
+    throughput.observe(0.0)
+    throughput.observe(0.0)
+    assert throughput.log(2).keys() == {"images_per_sec", "step_secs", "data_wait", "eta_secs"}
+
+
+def test_summary_is_written_whole(workdir: epath.Path):
+    metrics.write_summary(
+        workdir, {"top1": jnp.float32(0.5), "best": {"loss": float("inf"), "steps": [1, np.int64(2)]}}
+    )
+    metrics.write_summary(workdir, {"top1": 0.75, **metrics.environment()})
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["top1"] == 0.75
+    assert (summary["platform"], summary["device_count"], summary["process_count"]) == ("cpu", 8, 1)
+    assert summary["jax"].count(".") >= 2
+    assert [path.name for path in workdir.iterdir()] == ["summary.json"]
+    metrics.write_summary(workdir, {"best": {"loss": float("inf"), "steps": [1, np.int64(2)]}})
+    assert json.loads((workdir / "summary.json").read_text()) == {"best": {"loss": None, "steps": [1, 2]}}
