@@ -69,12 +69,14 @@ def make_train_step(
         trainable, frozen = split_frozen(state.params, task.frozen)
         compute = accumulated if accum_steps > 1 else grad_fn
         grads, metrics = compute(trainable, frozen, batch, keys)
-        updates, opt_state = tx.update(grads, state.opt_state, trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
+            updates, opt_state = tx.update(grads, state.opt_state, trainable)
+            lr = lr_fn(state.step)
         trainable = optax.apply_updates(trainable, updates)
         skipped_run, skipped_steps = nonfinite_counts(opt_state)
         metrics = {
             **metrics,
-            "lr": jnp.asarray(lr_fn(state.step), jnp.float32),
+            "lr": jnp.asarray(lr, jnp.float32),
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(trainable),
             "skipped_steps": skipped_steps,

@@ -102,6 +102,7 @@ class _Run:
         )
         self.best_metrics: dict[str, float] = {}  # of the last evaluation, for keep_best
         self.bar: Any = None
+        self._waited = 0.0  # seconds for the batch of the current update
 
     def batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """(number of the update, global batch) for every update after `start`, with a bar on a terminal."""
@@ -116,17 +117,17 @@ class _Run:
             for step in range(start + 1, total + 1):
                 began = time.monotonic()
                 host_batch = next(host_batches)
-                waited = time.monotonic() - began
+                self._waited = time.monotonic() - began
                 batch = to_global(host_batch, job.batch_sharding, job.config.global_batch_size, rows)
                 with jax.transfer_guard("disallow"):
                     yield step, batch
-                self.throughput.observe(waited)
                 self.bar.update()
                 if not shown and distributed.is_primary():
                     progress(step)
 
     def log(self, step: int, on_device: dict[str, jax.Array]) -> None:
         """Fetches and records the metrics of this update; the only place where the loop waits for the device."""
+        self.throughput.observe(self._waited)
         config = self.job.config
         if not config_lib.is_time(step, config.log_every_steps, self.job.schedule.total_steps):
             return

@@ -51,4 +51,6 @@ def to_global(
 
         return jax.make_array_from_callback((global_batch_size, *column.shape[1:]), sharding, shard)
 
-    return {name: place(column) for name, column in host_batch.items()}
+    # The one place where data is meant to go to the devices: the guard of the training loop is for all others.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {name: place(column) for name, column in host_batch.items()}
