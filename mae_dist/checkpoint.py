@@ -168,7 +168,7 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
     """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
     directory = workdir / "checkpoints"
     with naming_faults(directory):
-        manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True, create=False))
+        manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False))
     try:
         step = manager.latest_step()
         if step is None:

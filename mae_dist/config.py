@@ -253,12 +253,12 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Epochs and minutes of a config as numbers of updates; 0 is never."""
+    """Epochs of a config as numbers of updates; an interval may be fractional, 0 is never."""
 
     total_steps: int
     warmup_steps: int
-    eval_every_steps: int
-    pictures_every_steps: int
+    eval_every_steps: float
+    pictures_every_steps: float
 
 
 def schedule(config: ConfigDict, num_examples: int) -> Schedule:
@@ -266,10 +266,8 @@ def schedule(config: ConfigDict, num_examples: int) -> Schedule:
     steps_per_epoch = num_examples / config.global_batch_size
     total = config.total_steps or max(1, round(config.total_epochs * steps_per_epoch))
 
-    def every(section: ConfigDict) -> int:
-        if section.every_steps or not section.every_epochs:
-            return section.every_steps
-        return max(1, round(section.every_epochs * steps_per_epoch))
+    def every(section: ConfigDict) -> float:
+        return section.every_steps or section.every_epochs * steps_per_epoch
 
     return Schedule(
         total_steps=total,
@@ -279,6 +277,9 @@ def schedule(config: ConfigDict, num_examples: int) -> Schedule:
     )
 
 
-def is_time(step: int, every_steps: int, total_steps: int) -> bool:
-    """Whether something due every so many updates (0: never) is due after update `step`; always after the last."""
-    return every_steps > 0 and (step % every_steps == 0 or step == total_steps)
+def is_time(step: int, every_steps: float, total_steps: int) -> bool:
+    """Whether something due every so many updates (0: never) is due after update `step`; always after the last.
+
+    A fractional interval, as of epochs that are no whole number of updates, is due at the first update beyond it.
+    """
+    return every_steps > 0 and (step == total_steps or step // every_steps > (step - 1) // every_steps)

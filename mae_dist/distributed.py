@@ -46,11 +46,11 @@ def is_primary() -> bool:
 
 def quiet_unless_primary() -> None:
     """Warnings only from all processes but the first; one process's progress is everyone's."""
+    # That there is no TPU on a machine without one is no news; said before the first look at the devices.
+    python_logging.getLogger("jax._src.xla_bridge").setLevel(python_logging.WARNING)
     logging.set_verbosity(logging.INFO if is_primary() else logging.WARNING)
     # Orbax reports every internal stage at INFO: its warnings are enough.
     python_logging.getLogger("absl").addFilter(_not_from_libraries)
-    # That there is no TPU on a machine without one is no news.
-    python_logging.getLogger("jax._src.xla_bridge").setLevel(python_logging.WARNING)
 
 
 def _not_from_libraries(record: python_logging.LogRecord) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import optax
 from absl import logging
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -17,6 +16,7 @@ from mae_dist.data import Augment, Dataset, open_split, train_batches
 from mae_dist.errors import ConfigError
 from mae_dist.optim import make_optimizer
 from mae_dist.state import TrainState
+from mae_dist.storage import absolute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Job:
         new = jax.jit(self.init, out_shardings=self.shardings)()
         if not self.config.init_from:
             return new
-        workdir = epath.Path(self.config.init_from)
+        workdir = absolute(self.config.init_from)
         checkpoint.check_encoder_fits(checkpoint.read_config(workdir, default), self.config)
         group = {"encoder": self.abstract_state.params["encoder"]}
         step, loaded = checkpoint.load_params(workdir, group, {"encoder": self.shardings.params["encoder"]})

@@ -3,7 +3,6 @@
 The same line again continues the run in its workdir. Exit codes: `mae_dist/errors.py`.
 """
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -40,14 +39,12 @@ def main(argv: Sequence[str]) -> int:
     config_lib.validate(config)
 
     import jax
-    from etils import epath
 
-    from mae_dist import distributed, job, train
+    from mae_dist import distributed, job, storage, train
 
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     distributed.quiet_unless_primary()
-    workdir = epath.Path(_WORKDIR.value or f"runs/{config.name}")
-    workdir = workdir if "://" in os.fspath(workdir) else workdir.resolve()
+    workdir = storage.absolute(_WORKDIR.value or f"runs/{config.name}")
     logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
     return train.train(job.build(config, jax.devices(), job.open_data(config)), workdir, default_config())
 

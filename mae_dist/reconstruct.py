@@ -3,15 +3,14 @@
 Each row of the picture is an image: original, masked, reconstruction, reconstruction with visible patches.
 """
 
-import os
 from collections.abc import Sequence
 
 import jax
 from absl import flags
-from etils import epath
 
 from mae_dist import checkpoint, distributed, errors, job, main, pictures, train
 from mae_dist import config as config_lib
+from mae_dist.storage import absolute
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "How many images, the first of the split.", lower_bound=1)
@@ -26,8 +25,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     if not _WORKDIR.value:
         raise errors.ConfigError("--workdir is missing: the directory of a pretraining, for example runs/cifar_small")
     distributed.quiet_unless_primary()
-    workdir = epath.Path(_WORKDIR.value)
-    workdir = workdir if "://" in os.fspath(workdir) else workdir.resolve()
+    workdir = absolute(_WORKDIR.value)
     config = checkpoint.read_config(workdir, main.default_config())
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)
@@ -45,7 +43,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     step, params = checkpoint.load_params(workdir, built.abstract_state.params, built.shardings.params)
     with jax.set_mesh(built.mesh):
         grid = train.draw_reconstructions(built, params, dataset, step, _NUM_IMAGES.value)
-    out = epath.Path(_OUT.value) if _OUT.value else workdir / "pictures" / f"{_SPLIT.value}_{step:08d}.png"
+    out = absolute(_OUT.value) if _OUT.value else workdir / "pictures" / f"{_SPLIT.value}_{step:08d}.png"
     pictures.write_png(out, grid)
     print(f"{config.name}: step {step}, {min(_NUM_IMAGES.value, dataset.num_examples)} {_SPLIT.value} images in {out}")
     return errors.EXIT_DONE

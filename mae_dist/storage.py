@@ -26,6 +26,11 @@ def naming_faults(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
+def absolute(path: str) -> epath.Path:
+    """A path of the command line or a config, made absolute unless it is a bucket's."""
+    return epath.Path(path) if "://" in path else epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
 def write_text_atomically(path: epath.Path, text: str) -> None:
     """`write_bytes_atomically` of text in UTF-8."""
     write_bytes_atomically(path, text.encode())

@@ -195,7 +195,12 @@ def _with_features(job: Job, params: Any) -> Any:
         arrays = evaluate.compute_features(
             job.feature_step, params, dataset, job.batch_sharding, job.eval_batch_size
         )
-        return ArrayDataset(arrays, class_names=dataset.class_names, fingerprint=dataset.fingerprint)
+        return ArrayDataset(
+            arrays,
+            num_classes=dataset.num_classes,
+            class_names=dataset.class_names,
+            fingerprint=dataset.fingerprint,
+        )
 
     began = time.monotonic()
     splits = {field.name: cached(getattr(job.data, field.name)) for field in dataclasses.fields(job.data)}

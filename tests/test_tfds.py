@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
+from tensorflow_datasets.core.units import Size
 
 from mae_dist.data import ArrayDataset, Augment, Dataset, cifar, eval_batches, open_split, train_batches
 from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
+from mae_dist.transforms import decode_image
 
 NAMES = ["cat", "dog", "owl"]
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -34,7 +36,6 @@ def _jpeg(size: tuple[int, int], seed: int) -> bytes:
 
 def _prepare(
     data_dir: Path,
-    name: str = "shapes",
     *,
     sizes: list[tuple[int, int]],
     fixed: bool,
@@ -43,13 +44,13 @@ def _prepare(
 ) -> Path:
     """Writes a small TFDS dataset with one example per size into "train" and half of them into "test"."""
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Shapes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> tfds.core.DatasetInfo:
             shape = (*sizes[0], 3) if fixed else (None, None, 3)
             features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(names=NAMES)}
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
             return {"train": self._generate_examples(len(sizes)), "test": self._generate_examples(len(sizes) // 2)}
@@ -62,27 +63,42 @@ def _prepare(
                 # TFDS shuffles by a hash of the key: the label tells which example came out where.
                 yield index, {"image": data, "label": labels[index] if labels else index % 3}
 
-    Builder.name = name
-    Builder.pkg_dir_path = data_dir  # where it would look for descriptions and checksums
-    builder = Builder(data_dir=data_dir)
+    builder = Shapes(data_dir=data_dir)
     builder.download_and_prepare(file_format="array_record")
     return Path(builder.data_path)
 
 
-def _open(data_dir: Path, split: str = "train", **changes: Any) -> Dataset:
-    arguments: dict[str, Any] = {
-        "image_size": (16, 16),
-        "channels": 3,
-        "source": "tfds",
-        "name": "shapes",
-        "data_dir": str(data_dir),
-        "cache": "auto",
-        "cache_dir": str(data_dir / "cache"),
-        "max_bad_share": 0.0,
-        "num_examples": 0,
-        "num_classes": 0,
-    }
-    return open_split(split, **(arguments | changes))
+ARGUMENTS: dict[str, Any] = {
+    "image_size": (16, 16),
+    "channels": 3,
+    "source": "tfds",
+    "name": "shapes",
+    "cache": "auto",
+    "cache_dir": "",
+    "max_bad_share": 0.0,
+    "num_examples": 0,
+    "num_classes": 0,
+}
+
+
+class _NoTensorFlow:
+    """An import finder for a machine without TensorFlow."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        del path, target
+        if name.split(".")[0] == "tensorflow":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.fixture
+def no_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "tensorflow" not in sys.modules
+    monkeypatch.setattr(sys, "meta_path", [_NoTensorFlow(), *sys.meta_path])
+
+
+def _open(where: Path, split: str = "train", **changes: Any) -> Dataset:
+    here: dict[str, Any] = {"data_dir": str(where), "cache_dir": str(where / "cache")}
+    return open_split(split, **(ARGUMENTS | here | changes))
 
 
 @pytest.fixture
@@ -108,9 +124,7 @@ def test_images_of_one_size_are_kept_in_memory_and_equal_the_stream(fixed: Path)
         assert columns["image"].dtype == np.uint8
         np.testing.assert_array_equal(columns["label"], memory.columns["label"])
         np.testing.assert_array_equal(columns["image"], memory.columns["image"])
-    decoded = {
-        cv2.imdecode(np.frombuffer(_jpeg((16, 16), i), np.uint8), cv2.IMREAD_COLOR_RGB).tobytes() for i in range(12)
-    }
+    decoded = {decode_image(_jpeg((16, 16), seed), 3).tobytes() for seed in range(12)}
     assert {image.tobytes() for image in memory.columns["image"]} == decoded
 
 
@@ -282,7 +296,7 @@ def _cifar_archive(path: Path) -> tuple[dict[str, np.ndarray], UrlInfo]:
     for name, record in records.items():
         record[:, 0] %= 10
         content[name] = record.tobytes()
-    labels = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     content["batches.meta.txt"] = ("\n".join(labels) + "\n\n").encode()
     path.parent.mkdir(parents=True)
     with tarfile.open(path, "w:gz") as tar:
@@ -291,15 +305,13 @@ def _cifar_archive(path: Path) -> tuple[dict[str, np.ndarray], UrlInfo]:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     data = path.read_bytes()
-    return records, UrlInfo(
-        size=tfds.core.units.Size(len(data)), checksum=hashlib.sha256(data).hexdigest(), filename=path.name
-    )
+    return records, UrlInfo(size=Size(len(data)), checksum=hashlib.sha256(data).hexdigest(), filename=path.name)
 
 
+@pytest.mark.usefixtures("no_tensorflow")
 def test_cifar_is_prepared_from_its_archive_without_tensorflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records, url_info = _cifar_archive(tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz")
     monkeypatch.setattr(cifar.Cifar10FromArchive, "url_infos", {CIFAR_URL: url_info})
-    monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it fails, also where it is installed
     arguments = {"name": "cifar10", "image_size": (32, 32)}
     failures: list[BaseException] = []
 
@@ -346,11 +358,11 @@ def test_no_network_is_said_in_seconds(name: str, tmp_path: Path, monkeypatch: p
         assert part in message
 
 
-def test_a_set_that_needs_tensorflow_to_be_prepared_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_tensorflow")
+def test_a_set_that_needs_tensorflow_to_be_prepared_says_so(tmp_path: Path) -> None:
     archive = tmp_path / "downloads" / "manual" / "train-images-idx3-ubyte.gz"
     archive.parent.mkdir(parents=True)
     archive.touch()  # so that no connection is tried
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(DataFault, match="mnist"):
         _open(tmp_path, name="mnist", channels=1)
 

@@ -28,7 +28,6 @@ _NO_DOWNLOAD = "configs/quickstart.py (digits) and configs/smoke.py (synthetic) 
 class _FromArchive:
     """Reads the binary archive with tarfile and NumPy; mixed into a TFDS CIFAR builder."""
 
-    # The generator has no pickling or splitting to do, and TFDS asks only that it yields (key, example).
     info: Any
     _cifar_info: Any
 
@@ -55,17 +54,19 @@ class _FromArchive:
             yield index, {"id": f"{prefix}{index:05d}", "image": png, **labels}
 
 
-# The names differ from TFDS's class names only in being these classes' own: `name` is what decides the directory.
+# TFDS would derive `name`, and with it the directory, from the class's name.
 class Cifar10FromArchive(_FromArchive, tfds_cifar.Cifar10, skip_registration=True):
     """CIFAR-10 3.0.2."""
 
     name = "cifar10"
+    url_infos = tfds_cifar.Cifar10.url_infos  # sizes and checksums; TFDS looks for them by the class's own file
 
 
 class Cifar100FromArchive(_FromArchive, tfds_cifar.Cifar100, skip_registration=True):
     """CIFAR-100 3.0.2."""
 
     name = "cifar100"
+    url_infos = tfds_cifar.Cifar100.url_infos
 
 
 BUILDERS: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {
@@ -121,8 +122,8 @@ def prepare(builder: Any) -> None:
 
 def _check_archive_or_connection(builder: Any) -> None:
     """TFDS retries a dead connection for minutes: finds out in seconds, unless the archive is already here."""
-    url = builder._cifar_info.url if builder.name in BUILDERS else next(iter(builder.url_infos or {}), None)
-    if url is None:
+    url = next(iter(builder.url_infos or {}), None)
+    if url is None or builder.MANUAL_DOWNLOAD_INSTRUCTIONS:  # files the user brings: TFDS says which
         return
     root = Path(builder.data_dir_root)
     manual = root / "downloads" / "manual" / url.rsplit("/", 1)[1]
