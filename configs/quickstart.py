@@ -22,11 +22,12 @@ def get_config() -> ConfigDict:
     config.model.depth = 4
     config.model.decoder_embed_dim = 32
     config.model.mask_ratio = 0.5
-    config.pretrain.norm_pix_loss = False
     config.optim.base_lr = 4e-3
     config.optim.warmup_epochs = 10.0
     config.data.source = "digits"
     config.data.name = "digits"
+    config.data.train_split = "train[:90%]"
+    config.data.val_split = "train[90%:]"
     config.eval.every_epochs = 10.0
     config.pictures.every_epochs = 50.0
     config.checkpoint.every_steps = 200

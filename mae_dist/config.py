@@ -184,7 +184,7 @@ def _faults(config: ConfigDict) -> Iterator[str]:
 def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
     for prefix in ("", "decoder_"):
         dim, heads = model[f"{prefix}embed_dim"], model[f"{prefix}num_heads"]
-        if heads > 0 and dim % heads:
+        if heads > 0 and dim > 0 and dim % heads:
             fits = [d for d in range(1, dim + 1) if dim % d == 0]
             best = min(fits, key=lambda d: abs(d - heads))
             yield f"model.{prefix}num_heads={heads} does not divide model.{prefix}embed_dim={dim}; nearest that does: {best}"
@@ -209,7 +209,7 @@ def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
                 patches.load_user_mask(model.mask_file, grid)
             else:
                 length = grid[0] * grid[1]
-                kept = patches.num_keep(length, model.mask_ratio)
+                kept = patches.num_keep(length, model.mask_ratio) if math.isfinite(model.mask_ratio) else 0
                 if not 0 < kept < length:
                     yield (
                         f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one must be kept "
@@ -222,8 +222,8 @@ def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
 def _run_faults(config: ConfigDict) -> Iterator[str]:
     if config.global_batch_size > 0 and config.accum_steps > 0 and config.global_batch_size % config.accum_steps:
         yield f"accum_steps={config.accum_steps} does not divide global_batch_size={config.global_batch_size}"
-    if config.total_steps == 0 and not (math.isfinite(config.total_epochs) and config.total_epochs > 0):
-        yield f"total_epochs={config.total_epochs} must be above 0 (or set total_steps)"
+    if not 0 < config.total_epochs < math.inf:
+        yield f"total_epochs={config.total_epochs} must be above 0, with total_steps too: the warm-up is a share of it"
     if config.optim.warmup_epochs > config.total_epochs:
         yield f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than total_epochs={config.total_epochs}"
     if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
@@ -238,7 +238,9 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         value = config.data[field]
         if len(value) not in (1, config.model.channels):
             yield f"data.{field}={value} has {len(value)} values; needed: 1, or one for each of model.channels={config.model.channels}"
-    if any(v <= 0 for v in config.data.std):
+    if not all(math.isfinite(v) for v in config.data.mean):
+        yield f"data.mean={config.data.mean} must be finite"
+    if not all(0 < v < math.inf for v in config.data.std):
         yield f"data.std={config.data.std} must be above 0"
     low, high = config.data.crop_scale if len(config.data.crop_scale) == 2 else (0, 0)
     if not 0 < low <= high <= 1:

@@ -21,8 +21,15 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; what is wrong with it, or with an override of the config, is a `ConfigError`."""
     try:
-        return flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        rest = flags.FLAGS(list(argv))
+        if _CONFIG.value is not None:
+            _CONFIG.value.get("name")  # a file that could not be loaded is an error only when it is first read
+        return rest
+    except (AttributeError, KeyError) as error:
+        cause = error.args[0]  # what ConfigDict said, a KeyError, inside the AttributeError of config_flags
+        said = cause.args[0] if isinstance(cause, KeyError) else cause
+        raise errors.ConfigError(f"the config has no such field: {said}") from error
+    except (flags.Error, TypeError, ValueError, OSError) as error:
         raise errors.ConfigError(f"{error}".strip()) from error
 
 
@@ -58,6 +65,9 @@ def default_config() -> ConfigDict:
 
 def run(entry: Callable[[Sequence[str]], int]) -> None:
     """Runs a command: faults of the user are one message and their exit code, anything else a traceback and 1."""
+    if "--help" in sys.argv[1:]:
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(errors.EXIT_DONE)
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     try:

@@ -118,7 +118,7 @@ def _positions(p: Params, kind: str, grid: tuple[int, int], dim: int) -> np.ndar
 
 
 def autoencoder(params: Params, images: np.ndarray, ids_shuffle: np.ndarray, kept: int, options: Options) -> Output:
-    """He et al. 2021, section 3, for images (B, H, W, C) of scaled pixels whose kept patches are ids_shuffle[:, :kept]."""
+    """He et al. 2021, section 3, for scaled images (B, H, W, C) whose kept patches are ids_shuffle[:, :kept]."""
     encoder, decoder = params["encoder"], params["decoder"]
     images = images.astype(np.float64)
     target = cut(images, options.patch_size)

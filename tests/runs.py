@@ -1,0 +1,101 @@
+"""Helpers of the tests that start whole runs: as a process, or inside this one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import smoke
+from mae_dist import config as config_lib
+from mae_dist import job
+from mae_dist.data import local_rows, to_global
+
+ROOT = Path(__file__).resolve().parent.parent
+# Figures of time: the only ones that may differ between a run and its repetition.
+TIMING = ("images_per_sec", "step_secs", "data_wait", "eta_secs")
+
+
+def start(env: dict[str, str], *args: str, module: str = "main", **popen: Any) -> subprocess.Popen[str]:
+    """Starts `python -m mae_dist.<module>` in the clone, output captured."""
+    command = [sys.executable, "-m", f"mae_dist.{module}", *args]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **{**pipes, **popen})
+
+
+def run(env: dict[str, str], *args: str, module: str = "main") -> tuple[int, str]:
+    """Runs a command to its end: (exit code, output)."""
+    process = start(env, *args, module=module)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def kill_at_step(process: subprocess.Popen[str], workdir: Path, step: int) -> None:
+    """Sends SIGKILL as soon as metrics.jsonl shows `step`."""
+    deadline = time.monotonic() + 120
+    while last_step(workdir) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run does not advance"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the figures of time; a torn last line is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMING} for line in lines]
+
+
+def last_step(workdir: Path) -> int:
+    """The last step in metrics.jsonl, 0 before the first."""
+    found = records(workdir)
+    return found[-1]["step"] if found else 0
+
+
+def smoke_config(**overrides: Any) -> ConfigDict:
+    """configs/smoke.py with fields set by dotted name."""
+    config = smoke.get_config()
+    for field, value in overrides.items():
+        section, _, key = field.rpartition("__")
+        (config_lib.get(config, section.replace("__", ".")) if section else config)[key] = value
+    config_lib.validate(config)
+    return config
+
+
+def losses(config: ConfigDict, num_devices: int) -> tuple[np.ndarray, Any]:
+    """Really optimises for `config.total_steps` on the first devices: (loss of every update, final state)."""
+    built = job.build(config, jax.devices()[:num_devices], job.open_data(config))
+    rows = local_rows(built.batch_sharding, config.global_batch_size)
+    values = []
+    with jax.set_mesh(built.mesh), built.train_batches(built.data.train, 0, rows) as batches:
+        state = jax.jit(built.init, out_shardings=built.shardings)()
+        for batch in batches:
+            state, metrics = built.train_step(
+                state, to_global(batch, built.batch_sharding, config.global_batch_size, rows)
+            )
+            values.append(float(metrics["loss"]))
+    return np.array(values), state
+
+
+def checkpoint_arrays(workdir: Path) -> Sequence[np.ndarray]:
+    """Every array of the newest checkpoint, read by Orbax alone."""
+    import orbax.checkpoint as ocp
+
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    path = workdir / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = checkpointer.restore(path, restore_args=as_numpy)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]

@@ -1,0 +1,176 @@
+"""Checkpoints: any mesh, retention, the config stored with them, encoders for probe and fine-tuning, faults."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import default
+from mae_dist import checkpoint, job
+from mae_dist.checkpoint import Checkpoints
+from mae_dist.errors import StorageFault
+from tests.runs import smoke_config
+
+KEEP = {"every_steps": 1, "every_minutes": 0.0, "keep_latest": 2, "keep_every_steps": 0, "keep_best": ""}
+
+
+def build(shape=(1, 1, 1), **overrides):
+    """A job on smoke.py with a mesh of this shape."""
+    data, fsdp, tensor = shape
+    config = smoke_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **overrides)
+    return job.build(config, jax.devices()[: data * fsdp * tensor], job.open_data(config))
+
+
+def new_state(built):
+    """The state at step 0 in its shards."""
+    return jax.jit(built.init, out_shardings=built.shardings)()
+
+
+def open_checkpoints(workdir, **options):
+    """Checkpoints that save at every call by default."""
+    return Checkpoints(workdir, **{**KEEP, **options}, log_every_steps=1, total_steps=1000)
+
+
+def save(checkpoints, built, state, step, metrics=None):
+    """Saves and waits, so that nothing is skipped for a save in progress."""
+    checkpoints.save(step, state, built.meta, metrics or {})
+    checkpoints.wait()
+
+
+def restore(checkpoints, built):
+    """The newest state for the mesh of `built`."""
+    return checkpoints.restore(built.abstract_state, built.shardings, built.config, built.fingerprint)
+
+
+def steps(workdir):
+    """The saved steps."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_restores_onto_any_mesh(workdir):
+    """(2,2,2) -> (1,1,1) -> (4,1,2): every array equal and laid out as the new mesh says."""
+    first = build((2, 2, 2))
+    state = new_state(first)
+    wanted = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    with open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, first, state, 1)
+    for step, shape in enumerate([(1, 1, 1), (4, 1, 2)], start=2):
+        built = build(shape)
+        with open_checkpoints(workdir) as checkpoints:
+            state = restore(checkpoints, built)
+            shardings = jax.tree.leaves(built.shardings)
+            for leaf, value, sharding in zip(jax.tree.leaves(state), wanted, shardings, strict=True):
+                np.testing.assert_array_equal(np.asarray(leaf), value)
+                assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            save(checkpoints, built, state, step)
+
+
+def test_saved_values_are_those_of_the_step(workdir):
+    """The next update overwrites the donated buffers while the save goes on in the background."""
+    built = build()
+    batch = {"image": np.zeros((32, 16, 16, 3), np.uint8), "label": np.zeros(32, np.int32)}
+    state = new_state(built)
+    with open_checkpoints(workdir) as checkpoints:
+        wanted = jax.tree.map(np.array, state)
+        checkpoints.save(1, state, built.meta, {})
+        for _ in range(5):
+            state, _ = built.train_step(state, batch)
+        checkpoints.wait()
+        for a, b in zip(jax.tree.leaves(restore(checkpoints, built)), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), b)
+
+
+def test_retention(workdir):
+    """The latest two, every third, and the best by a loss."""
+    built = build()
+    state = new_state(built)
+    losses = {1: 5.0, 2: 1.0, 3: 3.0, 4: 2.0, 5: 4.0, 6: 4.0, 7: 4.0, 8: 4.0}
+    with open_checkpoints(workdir, keep_every_steps=3, keep_best="val_loss") as checkpoints:
+        for step, loss in losses.items():
+            save(checkpoints, built, state, step, {"val_loss": loss})
+    assert steps(workdir) == [2, 3, 6, 7, 8]
+
+
+def test_steps_between_are_not_saved(workdir):
+    """Called after every update, saved at the interval and at the last."""
+    built = build()
+    state = new_state(built)
+    with Checkpoints(workdir, **{**KEEP, "every_steps": 4}, log_every_steps=1, total_steps=10) as checkpoints:
+        for step in range(1, 11):
+            save(checkpoints, built, state, step)
+    assert steps(workdir) == [8, 10]
+
+
+def test_by_minutes(workdir):
+    """Nothing for a fresh checkpoint; one as soon as the last is old enough."""
+    built = build()
+    state = new_state(built)
+    with open_checkpoints(workdir, every_steps=2, every_minutes=1 / 60) as checkpoints:
+        save(checkpoints, built, state, 2)
+        save(checkpoints, built, state, 3)
+        assert steps(workdir) == [2]
+        import time
+
+        time.sleep(1.2)
+        save(checkpoints, built, state, 5)
+    assert steps(workdir) == [2, 5]
+
+
+def test_other_config_or_data_is_refused(workdir):
+    """Every field that differs is named with both values; the data set too."""
+    built = build()
+    with open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, built, new_state(built), 1)
+        other = build(model__embed_dim=64, seed=7, data__num_examples=640)
+        with pytest.raises(StorageFault) as error:
+            restore(checkpoints, other)
+    text = str(error.value)
+    for expected in ("model.embed_dim: 32 -> 64", "seed: 0 -> 7", "training data (fingerprint)", "--workdir"):
+        assert expected in text
+
+
+def test_free_fields_may_change(workdir):
+    """How a run is carried out is no part of what it computes."""
+    built = build()
+    with open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, built, new_state(built), 1)
+        other = build((2, 1, 1), accum_steps=2, log_every_steps=3, model__scan=True, model__remat="blocks")
+        assert int(restore(checkpoints, other).step) == 0
+
+
+@pytest.mark.parametrize("task", ["probe", "finetune"])
+def test_encoder_of_a_pretraining(workdir, task):
+    """Exactly the encoder is taken over, onto another mesh; the head is new."""
+    source = build((2, 2, 2))
+    state = new_state(source)
+    (workdir / "checkpoints").mkdir(parents=True)
+    (workdir / "config.json").write_text(source.meta["config"])
+    with open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, source, state, 3)
+    # Another seed: the encoder could not be equal by chance.
+    built = build((4, 1, 2), task=task, init_from=str(workdir), seed=5)
+    loaded = built.fresh_state(default.get_config())
+    for a, b in zip(
+        jax.tree.leaves(loaded.params["encoder"]), jax.tree.leaves(state.params["encoder"]), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert set(loaded.params) == {"encoder", "head"}
+
+
+def test_encoder_that_does_not_fit_is_refused(workdir):
+    """Field by field, before anything is read."""
+    source = build()
+    workdir.mkdir()
+    (workdir / "config.json").write_text(source.meta["config"])
+    built = build(task="probe", init_from=str(workdir), model__embed_dim=64, model__depth=3)
+    with pytest.raises(StorageFault, match=r"model.embed_dim: 32 -> 64\n.*model.depth: 2 -> 3"):
+        built.fresh_state(default.get_config())
+
+
+def test_missing_workdir_and_missing_checkpoint_are_named(workdir):
+    """What init_from or --workdir should have been."""
+    with pytest.raises(StorageFault, match="no config.json"):
+        checkpoint.read_config(workdir, default.get_config())
+    (workdir / "checkpoints").mkdir(parents=True)
+    built = build()
+    with pytest.raises(StorageFault, match="holds no checkpoint"):
+        checkpoint.load_params(workdir, built.abstract_state.params, built.shardings.params)

@@ -1,0 +1,369 @@
+"""Every config of configs/ works, and everything that cannot is refused with the field, the value and the cure."""
+
+import importlib
+import json
+import pkgutil
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+import configs
+from configs import default
+from mae_dist import config as config_lib
+from mae_dist import main
+from mae_dist.errors import ConfigError
+
+CONFIGS = sorted(
+    module.name
+    for module in pkgutil.iter_modules(configs.__path__)
+    if hasattr(importlib.import_module(f"configs.{module.name}"), "get_config")
+)
+FIELDS = [field for field, _ in config_lib.flatten(default.get_config())]
+
+
+def load(name: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def make(**changes: Any) -> ConfigDict:
+    """The default with changes; `model__depth=3` is the field model.depth."""
+    config = default.get_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict({field.replace("__", "."): value for field, value in changes.items()})
+    return config
+
+
+def numbers(fields: tuple[str, ...], *values: float) -> list[Any]:
+    """(field, value) for each, the value in the field's own type; a whole number cannot be NaN or infinite."""
+    pairs = []
+    for field in fields:
+        kind = type(config_lib.get(default.get_config(), field))
+        pairs += [pytest.param(field, kind(v), id=f"{field}={v}") for v in values if kind is float or np.isfinite(v)]
+    return pairs
+
+
+def fault(**changes: Any) -> str:
+    """What validate says."""
+    with pytest.raises(ConfigError) as error:
+        config_lib.validate(make(**changes))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_works(name):
+    """A config that is shipped and cannot start would be the first thing a user meets."""
+    config = load(name)
+    assert config.is_locked
+    config_lib.validate(config)
+    assert config.name == name
+    assert {field for field, _ in config_lib.flatten(config)} == set(FIELDS)
+    plan = config_lib.schedule(config, 40_000)
+    assert 0 <= plan.warmup_steps < plan.total_steps
+
+
+def test_there_are_configs():
+    """Discovery that finds nothing would pass the test above."""
+    assert {"default", "smoke", "quickstart", "cifar_small", "cifar_medium_probe"} <= set(CONFIGS)
+
+
+def test_tables_name_real_fields():
+    """A typo in a table of checks would check nothing."""
+    sections = {field.rpartition(".")[0] for field in FIELDS}
+    for table in (config_lib.CHOICES, config_lib.POSITIVE, config_lib.NOT_NEGATIVE, config_lib.SHARES):
+        assert set(table) <= set(FIELDS)
+    assert set(config_lib.FREE) <= set(FIELDS) | sections
+
+
+@pytest.mark.parametrize(("field", "value"), numbers(config_lib.POSITIVE, 0, -3, float("nan")))
+def test_positive_fields(field, value):
+    """Each of them divides something, or counts what must exist."""
+    assert f"{field}={value} must be above 0" in fault(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), numbers(config_lib.NOT_NEGATIVE, -1, float("inf")))
+def test_fields_that_are_not_negative(field, value):
+    """Zero means off; below it means nothing."""
+    assert f"{field}={value} must not be negative" in fault(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), numbers(config_lib.SHARES, -0.1, 1.0, float("nan")))
+def test_shares(field, value):
+    """Each of them has 1 / (1 - share) somewhere."""
+    assert f"{field}={value} must be at least 0 and below 1" in fault(**{field: value})
+
+
+@pytest.mark.parametrize("field", list(config_lib.CHOICES))
+def test_choices(field):
+    """The message lists them and offers the nearest."""
+    right = config_lib.CHOICES[field][0]
+    message = fault(**{field: right + "x"})
+    assert f"{field}={right + 'x'!r} is not one of {', '.join(config_lib.CHOICES[field])}." in message
+    assert f"Did you mean {right!r}?" in message
+    assert "Did you mean" not in fault(**{field: "qqqqqq"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model__num_heads": 5},
+            "model.num_heads=5 does not divide model.embed_dim=128; nearest that does: 4",
+        ),
+        (
+            {"model__decoder_num_heads": 7},
+            "model.decoder_num_heads=7 does not divide model.decoder_embed_dim=64; nearest that does: 8",
+        ),
+        ({"model__embed_dim": -3}, "model.embed_dim=-3 must be above 0"),
+        (
+            {"model__embed_dim": 130, "model__num_heads": 2},
+            "model.embed_dim=130 is not a multiple of 4, which model.pos_embed='sincos2d' needs; nearest: 128",
+        ),
+        (
+            {"model__decoder_embed_dim": 7, "model__decoder_num_heads": 7, "model__pos_embed": "sincos1d"},
+            "model.decoder_embed_dim=7 is not a multiple of 2",
+        ),
+        ({"model__patch_size": (5, 4)}, "patch_size 5 does not divide the image height 32 (model.image_size)"),
+        ({"model__patch_size": (4, 5)}, "does not divide the image width 32 (model.image_size); nearest that does: 4"),
+        ({"model__patch_size": (4,)}, "model.patch_size=(4,) must be two positive whole numbers, (height, width)"),
+        ({"model__patch_size": (4, 4.5)}, "model.patch_size=(4, 4.5) must be two positive whole numbers"),
+        ({"model__image_size": (32, 0)}, "model.image_size=(32, 0) must be two positive whole numbers"),
+        ({"model__channels": 2}, "model.channels=2 must be 1 (gray), 3 (RGB) or 4 (RGBA)"),
+        ({"model__mask_ratio": 0.999}, "model.mask_ratio=0.999 keeps 0 of 64 patches; at least one must be kept"),
+        ({"model__mask_ratio": 0.0}, "model.mask_ratio=0.0 keeps 64 of 64 patches"),
+        ({"model__mask_ratio": float("nan")}, "model.mask_ratio=nan keeps 0 of 64 patches"),
+        (
+            {"model__masking": "grid", "model__mask_ratio": 0.6},
+            "model.masking 'grid' cannot remove model.mask_ratio=0.6 of a 8x8 patch grid; ratios it can give: 0.015625",
+        ),
+        ({"model__masking": "user"}, "model.mask_file '' cannot be read as a .npy array"),
+        ({"accum_steps": 3}, "accum_steps=3 does not divide global_batch_size=256"),
+        ({"total_epochs": 0.0, "optim__warmup_epochs": 0.0}, "total_epochs=0.0 must be above 0"),
+        ({"total_epochs": 0.0, "optim__warmup_epochs": 0.0, "total_steps": 9}, "total_epochs=0.0 must be above 0"),
+        ({"total_epochs": float("nan"), "total_steps": 9}, "total_epochs=nan must be above 0"),
+        ({"total_epochs": 10.0}, "optim.warmup_epochs=20.0 is longer than total_epochs=10.0"),
+        (
+            {"checkpoint__every_steps": 0, "checkpoint__every_minutes": 0.0},
+            "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved",
+        ),
+        ({"task": "probe"}, "task='probe' needs init_from=<workdir of a pretraining>"),
+        ({"init_from": "runs/x"}, "init_from='runs/x' is for probe and finetune; to continue a pretraining repeat"),
+        (
+            {"task": "finetune", "classify__pool": "cls", "model__cls_token": "none"},
+            "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'",
+        ),
+        (
+            {"data__mean": (0.5, 0.5)},
+            "data.mean=(0.5, 0.5) has 2 values; needed: 1, or one for each of model.channels=3",
+        ),
+        ({"data__std": ()}, "data.std=() has 0 values"),
+        ({"data__std": (1.0, 0.0, 1.0)}, "data.std=(1.0, 0.0, 1.0) must be above 0"),
+        ({"data__std": (float("nan"),)}, "data.std=(nan,) must be above 0"),
+        ({"data__mean": (float("nan"),)}, "data.mean=(nan,) must be finite"),
+        ({"data__crop_scale": (0.8, 0.2)}, "data.crop_scale=(0.8, 0.2) must be (low, high) with 0 < low <= high <= 1"),
+        ({"data__crop_scale": (0.5,)}, "data.crop_scale=(0.5,) must be (low, high)"),
+        (
+            {"checkpoint__keep_best": "val_los"},
+            "checkpoint.keep_best='val_los' is not one of val_loss (or ''). Did you mean 'val_loss'?",
+        ),
+        ({"checkpoint__keep_best": "val_top1"}, "checkpoint.keep_best='val_top1' is not one of val_loss (or '')."),
+        (
+            {"checkpoint__keep_best": "val_loss", "data__val_split": ""},
+            "checkpoint.keep_best='val_loss' needs a validation split and data.val_split is ''",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work(changes, message):
+    """Field, value, cure, before any device work."""
+    assert message in fault(**changes)
+
+
+def test_all_faults_are_listed_at_once():
+    """One fault per start would cost a start each."""
+    message = fault(model__num_heads=5, accum_steps=3, optim__name="adam", data__std=(0.0,), model__depth=0)
+    assert message.startswith("config cannot work:\n  - ")
+    assert message.count("\n  - ") == 5
+    assert "Did you mean 'adamw'?" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": "finetune", "model__mask_ratio": 0.999},
+        {"task": "finetune", "checkpoint__keep_best": "val_top5"},
+        {"model__masking": "grid", "model__mask_ratio": 0.5},
+        {"model__pos_embed": "learned", "model__embed_dim": 7, "model__num_heads": 7},
+        {"data__mean": (0.1, 0.2, 0.3), "data__std": (0.1,)},
+        {"total_steps": 7},
+        {"checkpoint__every_steps": 0},
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_can_work(changes):
+    """A check must not refuse what another task or option does not need."""
+    config_lib.validate(make(**changes))
+
+
+def test_user_mask_is_checked_against_the_grid(tmp_path):
+    """The file is read at start, not at the first step."""
+    path = tmp_path / "mask.npy"
+    np.save(path, np.eye(8, dtype=np.int32))
+    config_lib.validate(make(model__masking="user", model__mask_file=str(path)))
+    message = fault(model__masking="user", model__mask_file=str(path), model__patch_size=(8, 8))
+    assert "has shape (8, 8) and 8 removed patches; needed: shape (4, 4) or (16,)" in message
+
+
+def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ConfigDict:
+    """The config that a command line gives."""
+    argv = ["main", "--config=configs/smoke.py", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
+    with flagsaver.flagsaver():
+        assert main.parse_flags(argv) == ["main"]
+        return main._CONFIG.value
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
+def test_overrides(monkeypatch):
+    """Strings of a command line become the types of the fields."""
+    config = parse(
+        monkeypatch,
+        "--config.model.embed_dim=64",
+        "--config.optim.base_lr=1",
+        "--config.model.patch_size=(2, 2)",
+        "--noconfig.model.qkv_bias",
+    )
+    assert (config.model.embed_dim, config.model.patch_size, config.model.qkv_bias) == (64, (2, 2), False)
+    assert isinstance(config.optim.base_lr, float)
+    config_lib.validate(config)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.model.embed_dm=64", "no such field: 'embed_dm'\nDid you mean \"embed_dim\""),
+        ("--config.modle.embed_dim=64", "no such field: 'modle'\nDid you mean \"model\""),
+        ("--config.model.qqq=1", "the config has no such field: 'qqq'"),
+        ("--config.model.embed_dim=wide", "flag --config.model.embed_dim=wide: invalid literal for int()"),
+        ("--config.model.embed_dim=6.5", "flag --config.model.embed_dim=6.5: invalid literal for int()"),
+        ("--config.model=3", "flag --config.model=3: "),
+        ("--config.model.scan=perhaps", "perhaps"),
+        ("--wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+    ],
+)
+def test_overrides_that_cannot_be(monkeypatch, argument, message):
+    """A misspelt override that is ignored costs a whole run."""
+    with pytest.raises(ConfigError) as error:
+        parse(monkeypatch, argument)
+    assert message in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
+def test_config_file_that_is_not_there(monkeypatch):
+    """One line with the path, not a traceback."""
+    with pytest.raises(ConfigError, match=r"configs/no_such_file\.py"):
+        parse(monkeypatch, "--config=configs/no_such_file.py")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_json_round_trip(name):
+    """What a workdir stores is the config that ran, tuples and all."""
+    config = load(name)
+    text = config_lib.to_json(config)
+    assert json.loads(text)["name"] == name
+    back = config_lib.from_json(text, default.get_config())
+    assert back == config
+    assert back.is_locked
+    assert isinstance(back.model.patch_size, tuple)
+    assert config_lib.to_json(back) == text
+    assert config_lib.differences(config, back, ignore=()) == []
+
+
+def test_stored_config_of_another_version():
+    """A field added since is at its default, one removed since is dropped: old runs stay readable."""
+    stored = json.loads(config_lib.to_json(make(model__depth=7)))
+    del stored["model"]["gelu"], stored["pictures"]
+    stored["model"]["rotary"] = True
+    back = config_lib.from_json(json.dumps(stored), default.get_config())
+    assert back == make(model__depth=7)
+
+
+def test_from_json_leaves_the_default_alone():
+    """A shared default that is changed by reading would leak into the next."""
+    shared = default.get_config()
+    config_lib.from_json(config_lib.to_json(make(model__depth=7)), shared)
+    assert shared == default.get_config()
+
+
+def test_differences_ignore_how_and_where_a_run_is_done():
+    """Another mesh continues a run; another width does not."""
+    old = default.get_config()
+    free = make(
+        name="x",
+        mesh__fsdp=2,
+        accum_steps=2,
+        total_steps=9,
+        model__scan=True,
+        model__remat="dots",
+        data__data_dir="/elsewhere",
+        eval__every_epochs=2.0,
+        checkpoint__keep_best="val_loss",
+    )
+    assert config_lib.differences(old, free) == []
+    assert len(config_lib.differences(old, free, ignore=())) == 9
+    changed = make(model__embed_dim=64, optim__base_lr=0.5, data__mean=(0.5,))
+    assert config_lib.differences(old, changed) == [
+        "data.mean: [0.0] -> [0.5]",
+        "model.embed_dim: 128 -> 64",
+        "optim.base_lr: 0.001 -> 0.5",
+    ]
+    stored = json.loads(config_lib.to_json(old))
+    assert config_lib.differences(stored, old) == []
+    del stored["model"]["gelu"]
+    assert config_lib.differences(stored, old) == ["model.gelu: '(absent)' -> 'exact'"]
+
+
+def test_schedule_counts_epochs_in_updates():
+    """A hundred epochs of 40,000 images in batches of 256 are 15,625 updates, not 100 times a rounded epoch."""
+    plan = config_lib.schedule(make(eval__every_epochs=2.0, pictures__every_steps=70), 40_000)
+    assert plan.total_steps == 15_625
+    assert plan.warmup_steps == 3_125
+    assert plan.eval_every_steps == pytest.approx(312.5)
+    assert plan.pictures_every_steps == 70
+    never = config_lib.schedule(make(eval__every_epochs=0.0), 40_000)
+    assert never.eval_every_steps == 0
+
+
+def test_total_steps_shrinks_the_warm_up():
+    """A short trial of a long recipe must not end inside its warm-up."""
+    plan = config_lib.schedule(make(total_steps=50), 40_000)
+    assert (plan.total_steps, plan.warmup_steps) == (50, 10)
+
+
+def test_schedule_of_less_than_one_update():
+    """Something always happens."""
+    assert config_lib.schedule(make(total_epochs=0.001, optim__warmup_epochs=0.0), 100).total_steps == 1
+
+
+def test_is_time():
+    """At multiples, after the last update whatever it is, and never for 0."""
+    assert [step for step in range(1, 11) if config_lib.is_time(step, 3, 10)] == [3, 6, 9, 10]
+    assert not any(config_lib.is_time(step, 0, 10) for step in range(1, 11))
+    assert [step for step in range(1, 11) if config_lib.is_time(step, 2.5, 10)] == [3, 5, 8, 10]
+    assert [step for step in range(1, 4) if config_lib.is_time(step, 0.4, 3)] == [1, 2, 3]
+
+
+@given(every=st.floats(1, 50), total=st.integers(1, 300))
+def test_is_time_is_due_once_per_interval(every, total):
+    """Epochs that are no whole number of updates must not drift."""
+    due = [step for step in range(1, total + 1) if config_lib.is_time(step, every, total)]
+    assert due[-1] == total
+    assert abs(len(due) - total / every) <= 1
+    for number, step in enumerate(due[:-1], start=1):
+        assert number * every - 1e-9 <= step < number * every + 1 + 1e-9

@@ -1,0 +1,208 @@
+"""Whole commands as a user types them, and what they leave behind."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import pytest
+
+from tests.runs import ROOT, last_step, records, run, start
+
+SHORT = ("--config.total_epochs=12", "--config.optim.warmup_epochs=1")
+
+
+@pytest.fixture(scope="module")
+def quickstart(child_env, tmp_path_factory):
+    """The quick start's pretraining, shortened."""
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    code, output = run(child_env(), "--config=configs/quickstart.py", *SHORT, f"--workdir={workdir}")
+    assert code == 0, output
+    return workdir, output
+
+
+def test_pretraining_learns_and_reports(quickstart):
+    """The files others rely on, a loss that falls, one line of result."""
+    workdir, output = quickstart
+    assert output.rstrip().splitlines()[-1].startswith("quickstart: step 121 of 121, loss ")
+    assert "mesh: data=1 x fsdp=1 x tensor=1" in output
+    found = records(workdir)
+    val = [record["val_loss"] for record in found if "val_loss" in record]
+    assert len(val) == 2
+    assert val[-1] < val[0] < 0.2
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert {"step", "loss", "val_loss", "test_loss", "images_per_sec", "environment"} <= summary.keys()
+    assert json.loads((workdir / "config.json").read_text())["name"] == "quickstart"
+    assert (workdir / "checkpoints" / "121").is_dir()
+    assert list((workdir / "tensorboard").iterdir())
+    picture = cv2.imread(str(workdir / "pictures" / "step_00000121.png"))
+    assert picture.shape[0] > 300
+    assert picture.std() > 20
+
+
+def test_reconstruct(quickstart, child_env, tmp_path):
+    """A picture of any split and size, where asked; other numbers of devices than trained on."""
+    workdir, _ = quickstart
+    out = tmp_path / "a" / "picture.png"
+    code, output = run(
+        child_env(8), f"--workdir={workdir}", f"--out={out}", "--num_images=3", "--split=train", module="reconstruct"
+    )
+    assert code == 0, output
+    assert str(out) in output
+    assert cv2.imread(str(out)).std() > 20
+
+
+def test_probe_finetune_and_scratch(quickstart, child_env, tmp_path):
+    """The three ways to an accuracy; a probe leaves its encoder as it was and says whence it came."""
+    workdir, _ = quickstart
+    top1 = {}
+    for task, extra in {
+        "probe": (f"--config.init_from={workdir}", "--config.total_epochs=30"),
+        "finetune": ("--config.task=finetune", f"--config.init_from={workdir}", *SHORT),
+        "scratch": ("--config.task=finetune", "--config.init_from=", *SHORT),
+    }.items():
+        target = tmp_path / task
+        code, output = run(child_env(), "--config=configs/quickstart_probe.py", *extra, f"--workdir={target}")
+        assert code == 0, output
+        assert ("Features of the frozen encoder computed once" in output) == (task == "probe")
+        assert ("Encoder from" in output) == (task != "scratch")
+        summary = json.loads((target / "summary.json").read_text())
+        assert {"val_top1", "test_top1", "test_top5", "test_top1/0", "test_top1/9", "top1"} <= summary.keys()
+        top1[task] = summary["test_top1"]
+    assert min(top1.values()) > 0.3, top1  # chance: 0.1
+
+
+def test_eight_devices_print_their_layout(child_env, tmp_path):
+    """The overview: mesh, spec and bytes of every parameter, what is whole and why."""
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+    code, output = run(child_env(8), "--config=configs/smoke.py", *mesh, f"--workdir={tmp_path / 'run'}")
+    assert code == 0, output
+    assert "mesh: data=2 x fsdp=2 x tensor=2 (8 devices)" in output
+    assert "encoder/stack/blocks/attn/qkv/kernel" in output
+    assert "whole on every device, small: its rule leaves it whole" in output
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("--config.model.mask_ration=0.5",), "mask_ratio"),
+        (("--config.model.depth=two",), "depth"),
+        (("--config.model.patch_size=(5,5)",), "does not divide the image height 16"),
+        (("--config.model.masking=grid", "--config.model.mask_ratio=0.6"), "ratios it can give"),
+        (("--config.data.source=digit",), "Did you mean 'digits'?"),
+        (("--config.mesh.data=3",), "needs 3 devices and there are 1"),
+        (("--confg.seed=1",), "confg"),
+        (("surplus",), "unexpected arguments"),
+    ],
+)
+def test_bad_config_is_one_clear_error(child_env, tmp_path, args, expected):
+    """Exit code 2, the cure, no traceback, nothing written."""
+    workdir = tmp_path / "run"
+    code, output = run(child_env(), "--config=configs/smoke.py", *args, f"--workdir={workdir}")
+    assert code == 2, output
+    assert expected in output
+    assert "Traceback" not in output
+    assert not workdir.exists()
+
+
+def test_no_config_and_no_such_config(child_env):
+    """The two commonest mistakes."""
+    code, output = run(child_env())
+    assert code == 2
+    assert "configs/smoke.py" in output
+    code, output = run(child_env(), "--config=configs/no_such.py")
+    assert code == 2
+    assert "no_such.py" in output
+    assert "Traceback" not in output
+
+
+def test_divergence_stops_the_run(child_env, tmp_path):
+    """Non-finite updates are skipped, counted, and end the run with its own code; what was saved stays."""
+    code, output = run(
+        child_env(),
+        "--config=configs/smoke.py",
+        "--config.data.std=(1e-38,)",  # inputs overflow, gradients are NaN
+        "--config.max_skipped_steps=5",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert code == 4, output
+    assert "5 updates in a row, up to step 5, had a non-finite gradient" in output
+
+
+def test_unwritable_workdir_is_one_clear_error(child_env, tmp_path):
+    """A file where the workdir should be: works for root, too, for whom no directory is read-only."""
+    (tmp_path / "file").write_text("")
+    code, output = run(child_env(), "--config=configs/smoke.py", f"--workdir={tmp_path / 'file' / 'run'}")
+    assert code == 5, output
+    assert str(tmp_path / "file" / "run") in output
+    assert "Traceback" not in output
+
+
+def test_full_disk_ends_with_its_code_and_harms_nothing(child_env, tmp_path):
+    """A limit on the size of a file stands for the disk: the last good checkpoint continues afterwards."""
+    workdir = tmp_path / "run"
+    args = ("--config=configs/smoke.py", "--config.total_steps=40", "--config.log_every_steps=1", f"--workdir={workdir}")
+    process = start(child_env(), *args)
+    deadline = time.monotonic() + 120
+    while not (workdir / "checkpoints" / "10").is_dir() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    size = (workdir / "metrics.jsonl").stat().st_size + 2_000
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with EFBIG instead of killing
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    env = {**child_env(), "JAX_COMPILATION_CACHE_DIR": ""}
+    limited = start(env, *args, preexec_fn=limit)
+    output, _ = limited.communicate(timeout=240)
+    assert limited.returncode == 5, output
+    assert "cannot read or write" in output
+    code, output = run(child_env(), *args)
+    assert code == 0, output
+    assert [record["step"] for record in records(workdir)] == list(range(1, 41))
+
+
+def test_data_fault_has_its_own_code(child_env, tmp_path):
+    """A TFDS directory that is not there, with no network to fetch it."""
+    env = {**child_env(), "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    code, output = run(
+        env,
+        "--config=configs/cifar_small.py",
+        f"--config.data.data_dir={tmp_path / 'tfds'}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert code == 3, output
+    assert "configs/quickstart.py" in output
+    assert "Traceback" not in output
+
+
+def test_help_is_quick_and_complete():
+    """--help lists the flags without importing JAX."""
+    code = "import sys, runpy; sys.argv = ['main', '--help']; runpy.run_module('mae_dist.main', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    text = done.stdout + done.stderr
+    assert "--workdir" in text
+    assert "--config" in text
+    assert "Traceback" not in text
+
+
+def test_interrupt_from_the_keyboard_can_be_continued(child_env, tmp_path):
+    """Ctrl-C ends the process; the same line goes on."""
+    workdir = tmp_path / "run"
+    args = ("--config=configs/smoke.py", "--config.total_steps=400", "--config.log_every_steps=1", f"--workdir={workdir}")
+    process = start(child_env(), *args)
+    while last_step(workdir) < 10:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    code, output = run(child_env(), *args)
+    assert code == 0, output
+    assert [record["step"] for record in records(workdir)] == list(range(1, 401))

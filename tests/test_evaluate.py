@@ -1,0 +1,81 @@
+"""Evaluation: every example once, chance for a head that knows nothing, features computed once."""
+
+import jax
+import numpy as np
+import pytest
+
+from mae_dist import evaluate, job
+from mae_dist.data import ArrayDataset
+from tests.runs import smoke_config
+
+
+def build(devices=8, **overrides):
+    """A job on smoke.py, its state and its test split of 102 examples (no multiple of anything here)."""
+    config = smoke_config(**{"data__num_examples": 510, "eval__batch_size": 32, **overrides})
+    built = job.build(config, jax.devices()[:devices], job.open_data(config))
+    assert built.data.test is not None
+    assert built.data.test.num_examples == 102
+    return built, jax.jit(built.init, out_shardings=built.shardings)()
+
+
+def evaluate_test(built, state, dataset=None):
+    """All metrics of the test split."""
+    dataset = dataset or built.data.test
+    batches = evaluate.global_batches(dataset, built.batch_sharding, built.eval_batch_size)
+    return evaluate.evaluate(built.eval_step, state.params, batches, "test_", dataset.class_names)
+
+
+def test_loss_is_the_mean_over_single_examples():
+    """Padding, batch size and devices leave no trace: 8 devices x 32 equals 1 device x 1 example."""
+    built, state = build()
+    alone, alone_state = build(devices=1, eval__batch_size=1)
+    np.testing.assert_allclose(
+        evaluate_test(built, state)["test_loss"], evaluate_test(alone, alone_state)["test_loss"], rtol=1e-5
+    )
+
+
+def test_every_example_counts_exactly_once():
+    """The counts behind the means add up to the split, class by class."""
+    built, state = build(task="finetune")
+    total = np.zeros(10)
+    for batch in evaluate.global_batches(built.data.test, built.batch_sharding, built.eval_batch_size):
+        total += np.asarray(built.eval_step(state.params, batch)["per_class"].count)
+    labels = built.data.test.examples(np.arange(102))["label"]
+    np.testing.assert_array_equal(total, np.bincount(labels, minlength=10))
+
+
+def test_a_random_head_is_at_chance():
+    """Ten classes: 10 %, not the 82 % that element-wise accuracy on one-hot labels would show."""
+    built, state = build(task="finetune")
+    rng = np.random.default_rng(0)
+    count = 4000
+    images = rng.integers(0, 256, (count, 16, 16, 3), np.uint8)
+    noise = ArrayDataset({"image": images, "label": rng.integers(0, 10, count).astype(np.int32)}, num_classes=10)
+    result = evaluate_test(built, state, noise)
+    assert 0.08 < result["test_top1"] < 0.12
+    assert 0.46 < result["test_top5"] < 0.54
+
+
+def test_per_class_accuracies_have_the_mean_of_top1():
+    """Weighted by their counts, the classes give the whole."""
+    built, state = build(task="finetune")
+    result = evaluate_test(built, state)
+    labels = built.data.test.examples(np.arange(102))["label"]
+    per_class = np.array([result[f"test_top1/{name}"] for name in built.data.test.class_names])
+    counts = np.bincount(labels, minlength=10)
+    assert np.nansum(per_class * counts) / 102 == pytest.approx(result["test_top1"], abs=1e-6)
+
+
+def test_cached_features_give_the_result_of_images():
+    """A probe on features is the probe on images, in the order of the split."""
+    built, state = build(task="probe", init_from="unused", classify__head="mlp")
+    arrays = evaluate.compute_features(
+        built.feature_step, state.params, built.data.test, built.batch_sharding, built.eval_batch_size
+    )
+    assert arrays["features"].shape == (102, 32)
+    np.testing.assert_array_equal(arrays["label"], built.data.test.examples(np.arange(102))["label"])
+    cached = ArrayDataset(arrays, num_classes=10, class_names=built.data.test.class_names)
+    ours, theirs = evaluate_test(built, state, cached), evaluate_test(built, state)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5)

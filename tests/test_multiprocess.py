@@ -1,0 +1,72 @@
+"""Several real processes of one run on this machine, joined by jax.distributed."""
+
+import socket
+
+import numpy as np
+import pytest
+
+from tests.runs import records, run, start
+
+ARGS = (
+    "--config=configs/smoke.py",
+    "--config.total_steps=20",
+    "--config.log_every_steps=1",
+    "--config.checkpoint.every_steps=8",
+    "--config.eval.every_steps=10",
+    "--config.data.num_examples=500",  # no multiple of the batch: 100 for validation, 100 to test
+    "--config.pictures.every_steps=20",
+)
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_processes(env, workdir, count, *args):
+    """Runs `count` processes of one run to their end; their outputs."""
+    port = free_port()
+    where = (f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}")
+    processes = [
+        start(env, *ARGS, *args, *where, f"--process_id={i}", f"--workdir={workdir}") for i in range(count)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
+    return outputs
+
+
+@pytest.mark.parametrize("mesh", [("--config.mesh.data=-1",), ("--config.mesh.data=1", "--config.mesh.tensor=2")])
+def test_two_processes_equal_one(child_env, tmp_path, mesh):
+    """Metrics, evaluation and pictures as from one process; a tensor axis across processes shares every row."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    code, output = run(child_env(), *ARGS, f"--workdir={alone}")
+    assert code == 0, output
+    outputs = run_processes(child_env(), together, 2, *mesh)
+    assert "smoke: step 20 of 20" in outputs[0]
+    assert "smoke: step 20 of 20" not in outputs[1], "only the first process reports"
+    ours, theirs = records(together), records(alone)
+    assert [record["step"] for record in ours] == list(range(1, 21))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        np.testing.assert_allclose([a[name] for name in b], [b[name] for name in b], rtol=1e-4, err_msg=str(a["step"]))
+    assert (together / "pictures" / "step_00000020.png").stat().st_size > 10_000
+
+
+def test_one_process_continues_what_two_began(child_env, tmp_path):
+    """The checkpoint of two processes is one process's to restore."""
+    workdir = tmp_path / "run"
+    run_processes(child_env(), workdir, 2, "--config.total_steps=16")
+    assert (workdir / "checkpoints" / "16").is_dir()
+    code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
+    assert code == 0, output
+    assert "Continuing from step 16" in output
+    assert [record["step"] for record in records(workdir)] == list(range(1, 21))
+
+
+def test_incomplete_flags_are_refused(child_env, tmp_path):
+    """Two of three would hang; it is said at once."""
+    code, output = run(child_env(), *ARGS, "--num_processes=2", "--process_id=0", f"--workdir={tmp_path / 'run'}")
+    assert code == 2
+    assert "--coordinator_address=None" in output

@@ -1,0 +1,209 @@
+"""The optimiser against AdamW written out in NumPy, the schedule against its formula, and the non-finite guard."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mae_dist import optim
+from tests import QUICK
+
+# A matrix, a stack of matrices, a stack of biases, a norm: what decays is the first two.
+AXES: dict[str, Any] = {
+    "kernel": ("embed", "mlp"),
+    "blocks": {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", None), "scale1": ("layers", None)},
+    "norm": (None,),
+    "cls_token": (None, None, None),
+    "positions": (None, "embed"),
+}
+SHAPES: dict[str, Any] = {
+    "kernel": (3, 4),
+    "blocks": {"kernel": (2, 3, 4), "bias": (2, 4), "scale1": (2, 4)},
+    "norm": (3,),
+    "cls_token": (1, 1, 3),
+    "positions": (5, 3),
+}
+DECAYED = {"kernel": 1, "blocks": {"kernel": 1, "bias": 0, "scale1": 0}, "norm": 0, "cls_token": 1, "positions": 1}
+OPTIONS: dict[str, Any] = {
+    "name": "adamw",
+    "base_lr": 0.1,
+    "final_lr": 0.01,
+    "schedule": "cosine",
+    "b1": 0.9,
+    "b2": 0.95,
+    "eps": 1e-8,
+    "momentum": 0.9,
+    "weight_decay": 0.05,
+    "clip_norm": 0.0,
+    "clip_value": 0.0,
+    "warmup_steps": 3,
+    "total_steps": 10,
+    "global_batch_size": 128,
+}
+SCHEDULE = {name: OPTIONS[name] for name in ("schedule", "base_lr", "final_lr", "global_batch_size")}
+
+
+def random_tree(seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+
+    def values(shape: tuple[int, ...]) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return jax.tree.map(values, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def make(**changes: Any) -> tuple[Any, Any, Any]:
+    """(init, compiled update (grads, state, params) -> (updates, state), lr_fn)."""
+    tx, lr_fn = optim.make_optimizer(AXES, **{**OPTIONS, **changes})
+
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(grads, state, params)
+
+    return tx.init, jax.jit(update, compiler_options=QUICK), lr_fn
+
+
+def rate(lr_fn: optax.Schedule, step: int) -> float:
+    with jax.numpy_dtype_promotion("standard"):
+        return float(jnp.asarray(lr_fn(step)))
+
+
+def expected_lr(step: int, warmup: int, total: int) -> float:
+    """Linear warm-up to base_lr * batch / 256, then half a cosine to final_lr."""
+    peak = 0.1 * 128 / 256
+    if step < warmup:
+        return peak * step / warmup
+    progress = min(1, (step - warmup) / (total - warmup))
+    return 0.01 + (peak - 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_schedule(warmup):
+    """0 at the start, the peak at the end of the warm-up, the final rate at and after the end."""
+    lr_fn = optim.make_schedule(**SCHEDULE, warmup_steps=warmup, total_steps=120)
+    for step in (0, 1, 10, 19, 20, 21, 70, 119, 120, 500):
+        assert rate(lr_fn, step) == pytest.approx(expected_lr(step, warmup, 120), rel=1e-5), step
+
+
+def test_schedule_may_be_all_warm_up():
+    """A run shortened to its warm-up must not divide by zero."""
+    lr_fn = optim.make_schedule(**SCHEDULE, warmup_steps=10, total_steps=10)
+    assert rate(lr_fn, 5) == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("batch", [64, 256, 4096])
+def test_peak_grows_with_the_batch(batch):
+    """lr = base_lr * global_batch_size / 256."""
+    options = {**SCHEDULE, "global_batch_size": batch, "schedule": "constant"}
+    lr_fn = optim.make_schedule(**options, warmup_steps=4, total_steps=100)
+    assert rate(lr_fn, 2) == pytest.approx(0.1 * batch / 256 / 2)
+    for step in (4, 50, 1000):
+        assert rate(lr_fn, step) == pytest.approx(0.1 * batch / 256)
+
+
+def test_decay_touches_kernels_tokens_and_positions_only():
+    """A stacked bias has two axes: counting axes would decay it."""
+    assert jax.tree.map(int, optim.decay_mask(AXES)) == DECAYED
+    params, zero = random_tree(0), jax.tree.map(jnp.zeros_like, random_tree(0))
+    init, update, _ = make(schedule="constant", warmup_steps=0)
+    updates, _ = update(zero, init(params), params)
+    jax.tree.map(
+        lambda u, p, decayed: np.testing.assert_allclose(u, -0.05 * 0.05 * decayed * p, rtol=1e-6),
+        updates,
+        params,
+        DECAYED,
+    )
+
+
+def test_adamw_of_ten_steps():
+    """Bias correction, decay outside the moments, and the schedule read before it moves on."""
+    init, update, _ = make()
+    params = random_tree(0)
+    state = init(params)
+    exact = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
+    first, second = [np.zeros_like(p) for p in exact], [np.zeros_like(p) for p in exact]
+    decays = jax.tree.leaves(DECAYED)
+    for step in range(10):
+        grads = random_tree(step + 1)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for i, grad in enumerate(np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(grads)):
+            first[i] = 0.9 * first[i] + 0.1 * grad
+            second[i] = 0.95 * second[i] + 0.05 * grad**2
+            adam = first[i] / (1 - 0.9 ** (step + 1)) / (np.sqrt(second[i] / (1 - 0.95 ** (step + 1))) + 1e-8)
+            exact[i] = exact[i] - expected_lr(step, 3, 10) * (adam + 0.05 * decays[i] * exact[i])
+    for ours, theirs in zip(jax.tree.leaves(params), exact, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+def test_sgd_with_momentum():
+    """v = momentum v + g; p = p - lr v."""
+    init, update, _ = make(name="sgd", weight_decay=0.0, schedule="constant", warmup_steps=0)
+    params = random_tree(0)
+    one, two = random_tree(1), random_tree(2)
+    state = update(one, init(params), params)[1]
+    updates, _ = update(two, state, params)
+    jax.tree.map(
+        lambda u, a, b: np.testing.assert_allclose(u, -0.05 * (0.9 * a + b), rtol=1e-5, atol=1e-7), updates, one, two
+    )
+
+
+def sgd_step(grads: Any, **clip: float) -> Any:
+    """The gradient as it comes out of clipping."""
+    init, update, _ = make(name="sgd", momentum=0.0, weight_decay=0.0, schedule="constant", warmup_steps=0, **clip)
+    updates, _ = update(grads, init(grads), grads)
+    return jax.tree.map(lambda u: u / jnp.float32(-0.05), updates)
+
+
+def test_clip_by_global_norm():
+    """One factor for all parameters, and none below the limit."""
+    grads = random_tree(1)
+    norm = np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(grads)))
+    for limit, factor in ((norm / 4, 0.25), (norm * 2, 1.0)):
+        clipped = sgd_step(grads, clip_norm=limit)
+        jax.tree.map(lambda c, g, f=factor: np.testing.assert_allclose(c, g * f, rtol=1e-5), clipped, grads)
+
+
+def test_clip_by_value():
+    """Every component by itself."""
+    grads = random_tree(1)
+    clipped = sgd_step(grads, clip_value=0.5)
+    jax.tree.map(lambda c, g: np.testing.assert_allclose(c, np.clip(g, -0.5, 0.5), rtol=1e-6), clipped, grads)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_non_finite_gradient_changes_nothing_and_is_counted(bad):
+    """One NaN would otherwise stay in the moments for ever."""
+    init, update, _ = make(clip_norm=1.0, clip_value=3.0)
+    params = random_tree(0)
+    good = random_tree(1)
+    broken = {**good, "norm": good["norm"].at[1].set(bad)}
+    _, state = update(good, init(params), params)
+
+    counts = []
+    for grads in (broken, broken, good, broken):
+        updates, after = update(grads, state, params)
+        if grads is broken:
+            assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
+            jax.tree.map(np.testing.assert_array_equal, after[0].inner_state, state[0].inner_state)
+        else:
+            assert all((leaf != 0).any() for leaf in jax.tree.leaves(updates))
+        state = after
+        counts.append(tuple(int(count) for count in optim.nonfinite_counts(state)))
+    assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
+
+
+def test_schedule_follows_the_step_number_over_skipped_steps():
+    """Otherwise the rate that is logged and the rate that is used would part after the first skip."""
+    init, update, _ = make(name="sgd", momentum=0.0, weight_decay=0.0)
+    good = random_tree(1)
+    broken = {**good, "norm": good["norm"] * jnp.nan}
+    state = init(good)
+    for step, grads in enumerate((good, good, broken, broken, good, good)):
+        updates, state = update(grads, state, good)
+        lr = 0.0 if grads is broken else expected_lr(step, 3, 10)
+        np.testing.assert_allclose(updates["kernel"], -lr * good["kernel"], rtol=1e-5)

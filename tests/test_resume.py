@@ -1,0 +1,104 @@
+"""Killed runs continue as if nothing had happened: real processes, SIGKILL, real files."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from tests.runs import checkpoint_arrays, kill_at_step, records, run, start
+
+ARGS = (
+    "--config=configs/smoke.py",
+    "--config.total_steps=60",
+    "--config.log_every_steps=1",
+    "--config.checkpoint.every_steps=7",
+    "--config.eval.every_steps=20",
+    "--config.pictures.every_epochs=0",
+    "--config.pictures.every_steps=0",
+    "--config.data.augment=crop_flip",
+    "--config.model.drop_path=0.1",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(child_env, tmp_path_factory):
+    """A run of 60 updates, several epochs of 12.8 updates each, never killed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
+    assert code == 0, output
+    return workdir
+
+
+def assert_same(workdir, other):
+    assert records(workdir) == records(other)
+    for a, b in zip(checkpoint_arrays(workdir), checkpoint_arrays(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path, num_workers):
+    """Parameters, moments and every metric equal; no step twice, none missing; also with worker processes."""
+    workdir = tmp_path / "run"
+    args = (*ARGS, f"--config.data.num_workers={num_workers}", f"--workdir={workdir}")
+    seed = random.randrange(1 << 30)
+    print("seed", seed)  # shown if the test fails
+    draw = random.Random(seed)
+    for step in (draw.randint(8, 25), draw.randint(30, 55)):
+        kill_at_step(start(child_env(), *args), workdir, step)
+    code, output = run(child_env(), *args)
+    assert code == 0, output
+    assert "Continuing from step" in output
+    assert [record["step"] for record in records(workdir)] == list(range(1, 61))
+    assert_same(workdir, uninterrupted)
+
+
+def test_killed_before_the_first_checkpoint_starts_again(uninterrupted, child_env, tmp_path):
+    """Metrics of steps that were never saved are dropped, not repeated."""
+    workdir = tmp_path / "run"
+    kill_at_step(start(child_env(), *ARGS, f"--workdir={workdir}"), workdir, 2)
+    shutil.rmtree(workdir / "checkpoints")
+    code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
+    assert code == 0, output
+    assert_same(workdir, uninterrupted)
+
+
+def test_finished_run_is_left_alone(uninterrupted, child_env):
+    """The same line once more reports the result and changes nothing but summary.json's environment."""
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    code, output = run(child_env(), *ARGS, f"--workdir={uninterrupted}")
+    assert code == 0, output
+    assert "smoke: step 60 of 60" in output
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["step"] == 60
+    assert summary["test_loss"] == records(uninterrupted)[-1]["test_loss"]
+
+
+def test_other_config_is_refused_field_by_field(uninterrupted, child_env, tmp_path):
+    """Nothing is trained, nothing changed; the difference is named."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    code, output = run(
+        child_env(), *ARGS, f"--workdir={workdir}", "--config.model.mask_ratio=0.5", "--config.optim.base_lr=0.002"
+    )
+    assert code == 5, output
+    assert "model.mask_ratio: 0.75 -> 0.5" in output
+    assert "optim.base_lr: 0.001 -> 0.002" in output
+    assert "Traceback" not in output
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_continues_on_another_mesh(uninterrupted, child_env, tmp_path):
+    """Begun on eight devices, continued on four, ended on one: the same examples under the same masks."""
+    workdir = tmp_path / "run"
+    for devices, (data, fsdp, tensor), step in ((8, (2, 2, 2), 16), (4, (1, 4, 1), 40)):
+        mesh = (f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}")
+        kill_at_step(start(child_env(devices), *ARGS, *mesh, f"--workdir={workdir}"), workdir, step)
+    code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
+    assert code == 0, output
+    assert "Continuing with a changed field: mesh.fsdp: 4 -> 1" in output
+    ours, theirs = records(workdir), records(uninterrupted)
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-5)

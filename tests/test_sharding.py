@@ -1,0 +1,254 @@
+"""The rules table, the mesh, and where the bytes of a state really lie."""
+
+import functools
+import importlib
+import math
+import pkgutil
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
+
+import configs
+from configs import default, smoke
+from mae_dist import layers, optim, sharding, state, tasks
+from mae_dist.errors import ConfigError
+from tests import QUICK
+
+CONFIGS = sorted(
+    module.name
+    for module in pkgutil.iter_modules(configs.__path__)
+    if hasattr(importlib.import_module(f"configs.{module.name}"), "get_config")
+)
+# What no config of configs/ uses and a user may: on top of the default.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "learned positions, LayerScale": {"model.pos_embed": "learned", "model.layer_scale_init": 0.1},
+    "constants": {"model.cls_token": "none", "model.mask_token": "zero", "model.qkv_bias": False},
+    "probe, mlp": {"task": "probe", "classify.head": "mlp"},
+    "finetune, linear": {"task": "finetune", "classify.head": "linear"},
+    "finetune, mlp": {"task": "finetune", "classify.head": "mlp"},
+}
+
+
+def abstract_params(config: ConfigDict) -> Any:
+    task = tasks.make_task(config, 10, layers.unconstrained)
+    return jax.eval_shape(task.init_params, jax.random.key(0))
+
+
+@functools.cache
+def every_model() -> dict[str, Any]:
+    """The parameter shapes of every config and option."""
+    all_configs = {name: importlib.import_module(f"configs.{name}").get_config() for name in CONFIGS}
+    for name, changes in OPTIONS.items():
+        all_configs[name] = default.get_config()
+        all_configs[name].update_from_flattened_dict(changes)
+    # Configs that differ in their training only have the same parameters.
+    distinct = {
+        (config.task != "pretrain", config.model.to_json(), config.classify.to_json()): name
+        for name, config in all_configs.items()
+    }
+    return {name: abstract_params(all_configs[name]) for name in distinct.values()}
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+
+
+def test_every_parameter_matches_one_row_and_every_row_a_parameter():
+    """A parameter without a row would lie whole on every device; a row without one is a typo."""
+    used = set()
+    for params in every_model().values():
+        sharding.logical_axes(params)  # raises unless each matches exactly one
+        for path, _ in jax.tree_util.tree_leaves_with_path(params):
+            name = sharding.path_name(path)
+            used |= {pattern for pattern, _ in sharding.RULES if re.fullmatch(pattern, name)}
+    assert used == {pattern for pattern, _ in sharding.RULES}
+
+
+def test_logical_axes_all_have_a_mesh_axis_or_none():
+    """And `to_spec` has no colliding axes in any row."""
+    for pattern, axes in sharding.RULES:
+        spec = sharding.to_spec(axes, pattern)
+        assert len(spec) <= len(axes)
+
+
+def test_no_row_two_rows_and_wrong_rank_are_named():
+    """These are met when a layer is added: the message must say which."""
+    kernel = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    with pytest.raises(ValueError, match=r"parameter encoder/adapter/kernel \(2, 3\) matches 0 rows"):
+        sharding.logical_axes({"encoder": {"adapter": {"kernel": kernel}}})
+    rules = ((r"a/.*", (None, None)), (r".*/kernel", ("embed", None)))
+    with pytest.raises(ValueError, match=r"parameter a/kernel \(2, 3\) matches 2 rows.*'a/\.\*'.*'\.\*/kernel'"):
+        sharding.logical_axes({"a": {"kernel": kernel}}, rules)
+    with pytest.raises(ValueError, match=r"a/x has shape \(2, 3\) and its row 'a/x' names 1 axes"):
+        sharding.logical_axes({"a": {"x": kernel}}, ((r"a/x", ("embed",)),))
+
+
+def test_colliding_mesh_axes_name_both():
+    """An array cannot be split twice over the same devices."""
+    with pytest.raises(ValueError, match=r"some/kernel: logical axes 'heads' and 'mlp' both map to mesh axis 'tensor'"):
+        sharding.to_spec(("heads", "mlp"), "some/kernel")
+    with pytest.raises(ValueError, match=r"logical axes 'batch' and 'embed' both map to mesh axis 'fsdp'"):
+        sharding.to_spec(("batch", "embed"), "x")
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec"),
+    [
+        (("batch", "patches", None), PartitionSpec(("data", "fsdp"))),
+        (("layers", "embed", None, "heads", None), PartitionSpec(None, "fsdp", None, "tensor")),
+        ((None, None), PartitionSpec()),
+    ],
+)
+def test_to_spec(axes, spec):
+    """Trailing whole axes are left off, so that equal layouts compare equal."""
+    assert sharding.to_spec(axes, "x") == spec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "shape"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1)),
+        ((-1, 2, 2), 8, (2, 2, 2)),
+        ((1, -1, 4), 8, (1, 2, 4)),
+        ((2, 2, -1), 4, (2, 2, 1)),
+        ((1, 1, 1), 1, (1, 1, 1)),
+    ],
+)
+def test_mesh_shape(sizes, devices, shape):
+    """-1 takes what is left."""
+    assert sharding.mesh_shape(dict(zip(sharding.AXES, sizes, strict=True)), devices) == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "message"),
+    [
+        ((-1, -1, 1), 8, r"mesh.data=-1, mesh.fsdp=-1, mesh.tensor=1: .*at most one may be -1"),
+        ((0, 1, 1), 8, "sizes are positive"),
+        ((-2, 1, 1), 8, "sizes are positive"),
+        ((-1, 3, 1), 8, r"the fixed sizes multiply to 3, which does not divide 8 devices"),
+        ((-1, 16, 1), 8, "multiply to 16, which does not divide 8 devices"),
+        ((2, 2, 1), 8, r"needs 4 devices and there are 8; .*make the product 8"),
+    ],
+)
+def test_mesh_that_cannot_be_made(sizes, devices, message):
+    """Both numbers and the cure."""
+    with pytest.raises(ConfigError, match=message):
+        sharding.mesh_shape(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+
+
+@given(
+    sizes=st.tuples(*[st.integers(-2, 4)] * 3),
+    devices=st.integers(1, 32),
+)
+def test_mesh_shape_uses_every_device_or_fails(sizes, devices):
+    """Devices left over would idle unnoticed."""
+    try:
+        shape = sharding.mesh_shape(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+    except ConfigError:
+        return
+    assert math.prod(shape) == devices
+    assert all(asked in (-1, got) for asked, got in zip(sizes, shape, strict=True))
+
+
+def test_dimension_that_does_not_divide():
+    """jit would fail later, with the name of no field."""
+    config = smoke.get_config()
+    config.model.num_heads = 1
+    with pytest.raises(ConfigError) as error:
+        sharding.param_shardings(mesh_of(1, 1, 2), abstract_params(config))
+    message = str(error.value)
+    assert "encoder/stack/blocks/attn/out/kernel (2, 1, 32, 32)" in message
+    assert "'heads' dimension 1 does not divide by mesh.tensor=2" in message
+
+
+def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
+    """(init, abstract state, shardings) of the smoke model."""
+    config = smoke.get_config()
+    config.task = task_name
+    task = tasks.make_task(config, 10, layers.unconstrained)
+    axes = sharding.logical_axes(jax.eval_shape(task.init_params, jax.random.key(0)))
+    options = config.optim.to_dict()
+    del options["warmup_epochs"]
+    trainable, _ = state.split_frozen(axes, task.frozen)
+    tx, _ = optim.make_optimizer(trainable, **options, warmup_steps=1, total_steps=9, global_batch_size=8)
+    init = state.make_init(task.init_params, tx, task.frozen, 0)
+    abstract = jax.eval_shape(init)
+    return init, abstract, state.state_shardings(mesh, abstract, tx, task.frozen)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "probe", "finetune"])
+def test_moments_lie_like_their_parameters(task):
+    """Adam's moments are two thirds of a state: left whole, they would undo what fsdp saves."""
+    _, abstract, shardings = make_state(mesh_of(2, 2, 2), task)
+    by_name = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings.params)}
+    seen: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shardings.opt_state):
+        name = sharding.path_name(path)
+        moment = re.search(r"/(mu|nu)/(.*)", name)
+        if moment is None:
+            assert leaf.spec == PartitionSpec(), name
+        else:
+            assert leaf == by_name[moment[2]], name
+            seen[moment[2]] = seen.get(moment[2], 0) + 1
+    trainable = {name for name in by_name if not (task == "probe" and name.startswith("encoder/"))}
+    assert seen == dict.fromkeys(trainable, 2)
+    assert jax.tree.structure(abstract) == jax.tree.structure(shardings)
+
+
+def test_state_is_created_in_its_shards():
+    """Each device holds exactly what the overview says, and no device ever the whole of a split array."""
+    mesh = mesh_of(2, 2, 2)
+    init, abstract, shardings = make_state(mesh, "pretrain")
+    made = jax.jit(init, out_shardings=shardings, compiler_options=QUICK)()
+    held = dict.fromkeys(mesh.devices.flat, 0)
+    split = 0
+    for leaf, sharded in zip(jax.tree.leaves(made), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharded, leaf.ndim)
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+        if sharded.spec != PartitionSpec():
+            split += 1
+            assert all(shard.data.size < leaf.size for shard in leaf.addressable_shards)
+    assert split > 40
+    assert set(held.values()) == {sharding.bytes_per_device(abstract, shardings)}
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    assert sharding.bytes_per_device(abstract, shardings) < 0.4 * whole
+
+
+def test_batch_and_activations():
+    """Examples are split over data x fsdp; a model pins its activations without knowing the mesh."""
+    mesh = mesh_of(2, 2, 2)
+    batch = jax.device_put(np.zeros((8, 3)), sharding.batch_sharding(mesh))
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+    pinned = jax.jit(lambda x: sharding.make_constrain(mesh)(x, layers.TOKENS))(jnp.zeros((8, 4, 6)))
+    assert {shard.data.shape for shard in pinned.addressable_shards} == {(2, 4, 6)}
+    assert sharding.replicated(mesh).is_fully_replicated
+
+
+def test_overview_says_what_lies_where_and_why():
+    """It is printed at every start and is the first thing to read when memory is short."""
+    mesh = mesh_of(4, 2, 1)
+    _, abstract, shardings = make_state(mesh, "pretrain")
+    text = sharding.overview(mesh, abstract, shardings)
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
+    assert text.startswith("mesh: data=4 x fsdp=2 x tensor=1 (8 devices)")
+    for path, _ in jax.tree_util.tree_leaves_with_path(abstract.params):
+        assert sharding.path_name(path) in text
+    assert f"parameters: {total:,} in " in text
+    for part in ("params", "opt_state"):
+        size = sharding.bytes_per_device(getattr(abstract, part), getattr(shardings, part))
+        assert f"{size:,} bytes per device" in text
+    assert "whole on every device, mesh axis tensor has size 1: " in text
+    assert "whole on every device, small: its rule leaves it whole: " in text
+    single = mesh_of(1, 1, 1)
+    _, abstract, shardings = make_state(single, "pretrain")
+    assert "whole on every device" not in sharding.overview(single, abstract, shardings)
