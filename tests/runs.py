@@ -46,7 +46,7 @@ def kill_at_step(process: subprocess.Popen[str], workdir: Path, step: int) -> No
         assert time.monotonic() < deadline, "the run does not advance"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=20)  # ends when the output is closed: worker processes must not live on
     assert process.returncode == -signal.SIGKILL
 
 

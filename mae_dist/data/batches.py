@@ -9,7 +9,9 @@ Legend: B global batch, b rows of this process, N examples, H height, W width, C
 
 import gc
 import logging
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -252,6 +254,15 @@ def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_worke
 
 
 def _start_worker(worker: int, num_workers: int) -> None:
-    """Keeps a reading process from claiming the accelerator that the training process holds."""
+    """Keeps a reading process from claiming the accelerator of the training process, and from outliving it."""
     del worker, num_workers
     os.environ["JAX_PLATFORMS"] = "cpu"
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Ends this process as soon as the one that started it is gone: a killed one can no longer say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
