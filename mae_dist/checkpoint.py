@@ -159,7 +159,9 @@ def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
     """The config of the run in `workdir`."""
     path = workdir / "config.json"
     if not path.exists():
-        raise StorageFault(f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from")
+        raise StorageFault(
+            f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from"
+        )
     with naming_faults(path):
         return config_lib.from_json(path.read_text(), default)
 
@@ -172,7 +174,9 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
     try:
         step = manager.latest_step()
         if step is None:
-            raise StorageFault(f"{directory} holds no checkpoint; train that run first, or correct init_from or --workdir")
+            raise StorageFault(
+                f"{directory} holds no checkpoint; train that run first, or correct init_from or --workdir"
+            )
         with naming_faults(directory / str(step)):
             state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
         return step, state["params"]
@@ -182,7 +186,10 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
 
 # The fields an encoder's parameters depend on; all must be equal to start from it.
 ENCODER_FIELDS = (
-    *(f"model.{name}" for name in ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")),
+    *(
+        f"model.{name}"
+        for name in ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    ),
     *(f"model.{name}" for name in ("cls_token", "pos_embed", "qkv_bias", "gelu", "layer_scale_init")),
     "data.mean",
     "data.std",
@@ -199,4 +206,6 @@ def check_encoder_fits(source: ConfigDict, config: ConfigDict) -> None:
         if old != new:
             lines.append(f"{field}: {old!r} -> {new!r}")
     if lines:
-        raise StorageFault(f"the encoder of init_from={config.init_from!r} does not fit this config:\n  - " + "\n  - ".join(lines))
+        raise StorageFault(
+            f"the encoder of init_from={config.init_from!r} does not fit this config:\n  - " + "\n  - ".join(lines)
+        )

@@ -187,12 +187,15 @@ def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
         if heads > 0 and dim > 0 and dim % heads:
             fits = [d for d in range(1, dim + 1) if dim % d == 0]
             best = min(fits, key=lambda d: abs(d - heads))
-            yield f"model.{prefix}num_heads={heads} does not divide model.{prefix}embed_dim={dim}; nearest that does: {best}"
+            yield (
+                f"model.{prefix}num_heads={heads} does not divide model.{prefix}embed_dim={dim}; "
+                f"nearest that does: {best}"
+            )
         multiple = {"sincos2d": 4, "sincos1d": 2}.get(model.pos_embed, 1)
         if dim % multiple:
             yield (
-                f"model.{prefix}embed_dim={dim} is not a multiple of {multiple}, which model.pos_embed={model.pos_embed!r} "
-                f"needs; nearest: {max(multiple, round(dim / multiple) * multiple)}"
+                f"model.{prefix}embed_dim={dim} is not a multiple of {multiple}, which "
+                f"model.pos_embed={model.pos_embed!r} needs; nearest: {max(multiple, round(dim / multiple) * multiple)}"
             )
     for field in ("image_size", "patch_size"):
         if len(model[field]) != 2 or any(not isinstance(v, int) or v < 1 for v in model[field]):
@@ -212,8 +215,8 @@ def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
                 kept = patches.num_keep(length, model.mask_ratio) if math.isfinite(model.mask_ratio) else 0
                 if not 0 < kept < length:
                     yield (
-                        f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one must be kept "
-                        f"and one removed: choose {1 / length:.3g} to {1 - 1 / length:.3g}"
+                        f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one "
+                        f"must be kept and one removed: choose {1 / length:.3g} to {1 - 1 / length:.3g}"
                     )
     except ConfigError as error:
         yield str(error)
@@ -231,13 +234,16 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if config.task == "probe" and not config.init_from:
         yield "task='probe' needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
     if config.task == "pretrain" and config.init_from:
-        yield f"init_from={config.init_from!r} is for probe and finetune; to continue a pretraining repeat its own command"
+        yield f"init_from={config.init_from!r} is for probe and finetune; a pretraining continues by its own command"
     if config.task != "pretrain" and config.classify.pool == "cls" and config.model.cls_token == "none":
         yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
     for field in ("mean", "std"):
         value = config.data[field]
         if len(value) not in (1, config.model.channels):
-            yield f"data.{field}={value} has {len(value)} values; needed: 1, or one for each of model.channels={config.model.channels}"
+            yield (
+                f"data.{field}={value} has {len(value)} values; needed: 1, or one for each of "
+                f"model.channels={config.model.channels}"
+            )
     if not all(math.isfinite(v) for v in config.data.mean):
         yield f"data.mean={config.data.mean} must be finite"
     if not all(0 < v < math.inf for v in config.data.std):

@@ -20,8 +20,8 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     if any(value is not None for value in given):
         if any(value is None for value in given):
             raise ConfigError(
-                f"--coordinator_address={coordinator_address} --num_processes={num_processes} --process_id={process_id}: "
-                "give all three (the address is host:port of process 0), or none"
+                f"--coordinator_address={coordinator_address} --num_processes={num_processes} "
+                f"--process_id={process_id}: give all three (the address is host:port of process 0), or none"
             )
         jax.distributed.initialize(coordinator_address, num_processes, process_id)
     elif _in_cluster():

@@ -10,7 +10,9 @@ from jax.experimental import multihost_utils
 from mae_dist.data import Dataset, eval_batches, local_rows, to_global
 
 
-def global_batches(dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int) -> Iterable[dict[str, jax.Array]]:
+def global_batches(
+    dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int
+) -> Iterable[dict[str, jax.Array]]:
     """The batches of a split in order, as global arrays; the last one padded with weight 0."""
     rows = local_rows(sharding, global_batch_size)
     with eval_batches(dataset, global_batch_size=global_batch_size, rows=rows) as batches:
@@ -44,7 +46,7 @@ def evaluate(
 def compute_features(
     feature_step: Any, params: Any, dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int
 ) -> dict[str, np.ndarray]:
-    """Runs a frozen encoder over a split once: `features` float32 (N, D) and `label` int32 (N,), whole on every host."""
+    """Runs a frozen encoder over a split once: `features` float32 (N, D), `label` int32 (N,), whole on every host."""
     features, labels = [], []
     for batch in global_batches(dataset, sharding, global_batch_size):
         fetched = multihost_utils.process_allgather(

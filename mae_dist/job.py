@@ -114,15 +114,15 @@ def _check_batch(config: ConfigDict, mesh: Mesh, eval_batch_size: int) -> None:
         )
     if eval_batch_size % shards:
         raise ConfigError(
-            f"eval.batch_size={eval_batch_size} does not divide by mesh.data x mesh.fsdp = {shards}; nearest that does: "
-            f"{max(shards, round(eval_batch_size / shards) * shards)}"
+            f"eval.batch_size={eval_batch_size} does not divide by mesh.data x mesh.fsdp = {shards}; "
+            f"nearest that does: {max(shards, round(eval_batch_size / shards) * shards)}"
         )
     for prefix in ("", "decoder_"):
         heads = config.model[f"{prefix}num_heads"]
         if heads % mesh.shape["tensor"]:
             raise ConfigError(
-                f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={mesh.shape['tensor']}; choose a mesh.tensor "
-                f"that divides {heads}, or more heads"
+                f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={mesh.shape['tensor']}; choose "
+                f"a mesh.tensor that divides {heads}, or more heads"
             )
 
 

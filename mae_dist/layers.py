@@ -45,7 +45,10 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 
 def drop_path(x: jax.Array, rate: Any, keys: jax.Array | None) -> jax.Array:
-    """Zeroes whole examples of a residual branch x (B, N, D) with probability `rate` (Huang et al. 2016), which may be traced."""
+    """Zeroes whole examples of a residual branch x (B, N, D) with probability `rate`, which may be traced.
+
+    Stochastic depth of Huang et al. 2016; what is kept is scaled by 1 / (1 - rate).
+    """
     if keys is None:
         return x
     keep = jax.vmap(lambda key: jax.random.uniform(key) >= rate)(keys)  # (B,)

@@ -7,7 +7,7 @@ _EPS = 1e-6
 
 
 def patch_moments(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation of each patch, both (B, L, 1): unbiased variance plus 1e-6, as in the paper's code."""
+    """Mean and standard deviation of each patch, both (B, L, 1): unbiased variance plus 1e-6, as the paper's code."""
     mean = patches.mean(axis=-1, keepdims=True)
     var = patches.var(axis=-1, keepdims=True, ddof=1)
     return mean, jnp.sqrt(var + _EPS)

@@ -14,6 +14,7 @@ from flax import nnx
 from mae_dist import patches
 from mae_dist.layers import Constrain, Stack, dropout, fold_in, layer_norm, normal02, unconstrained, xavier
 
+
 class Positions(nnx.Module):
     """Position embeddings (L, D): fixed ones are constants of the program, learned ones a parameter."""
 

@@ -87,7 +87,7 @@ def make_optimizer(
 
 
 def nonfinite_counts(opt_state: Any) -> tuple[jax.Array, jax.Array]:
-    """(current run, total) of skipped steps, both int32 scalars, from the state of `make_optimizer`'s transformation."""
+    """(current run, total) of skipped steps, int32 scalars, from the state of `make_optimizer`'s transformation."""
     guard = opt_state[0]
     assert isinstance(guard, optax.ApplyIfFiniteState), type(guard)
     return guard.notfinite_count.astype(jnp.int32), guard.total_notfinite.astype(jnp.int32)

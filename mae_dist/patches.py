@@ -1,6 +1,6 @@
 """Patches, masks and position embeddings: the arithmetic of a masked autoencoder, pure and stateless.
 
-Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch (ph * pw * C), D width, (gh, gw) patch grid.
+Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch (ph * pw * C), D width, (gh, gw) grid.
 A `mask` is 0 where a patch is kept and 1 where it is removed (He et al. 2021, section 3).
 """
 
@@ -25,7 +25,8 @@ def grid_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple
             fits = [d for d in range(1, size + 1) if size % d == 0]
             nearest = min(fits, key=lambda d: abs(d - patch))
             raise ConfigError(
-                f"model.patch_size {patch} does not divide the image {name} {size} (model.image_size); nearest that does: {nearest}"
+                f"model.patch_size {patch} does not divide the image {name} {size} (model.image_size); "
+                f"nearest that does: {nearest}"
             )
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
@@ -56,8 +57,8 @@ def num_keep(num_patches: int, mask_ratio: float) -> int:
 def grid_patterns(grid: tuple[int, int]) -> dict[int, np.ndarray]:
     """Every regular pattern of `grid`: number of kept patches -> mask (L,), 1 = removed.
 
-    A pattern keeps, or removes, one patch of each (sh, sw) cell where sh and sw divide the grid. Where two cells give the
-    same count the squarer one stands.
+    A pattern keeps, or removes, one patch of each (sh, sw) cell where sh and sw divide the grid. Where two cells give
+    the same count the squarer one stands.
     """
     gh, gw = grid
     cells = [(sh, sw) for sh in range(1, gh + 1) for sw in range(1, gw + 1) if gh % sh == gw % sw == 0 and sh * sw > 1]
@@ -140,7 +141,7 @@ def draw_ids_shuffle(
         noise = -jax.vmap(lambda key: _block_removal_rank(key, grid, length - kept))(keys)
     else:
         mask = grid_mask(grid, mask_ratio) if strategy == "grid" else user_mask
-        assert mask is not None and mask.shape == (length,), strategy
+        assert mask is not None, strategy
         kept = int(length - mask.sum())
         noise = jnp.broadcast_to(jnp.asarray(mask, jnp.float32), (keys.shape[0], length))
     return jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32), kept
@@ -156,8 +157,8 @@ def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
     length = grid[0] * grid[1]
     if mask.shape not in (grid, (length,)) or not np.isin(flat, (0, 1)).all() or not 0 < flat.sum() < length:
         raise ConfigError(
-            f"model.mask_file {path!r} has shape {mask.shape} and {int(flat.sum())} removed patches; needed: shape {grid} "
-            f"or ({length},), values 0 (keep) and 1 (remove), at least one of each"
+            f"model.mask_file {path!r} has shape {mask.shape} and {int(flat.sum())} removed patches; needed: shape "
+            f"{grid} or ({length},), values 0 (keep) and 1 (remove), at least one of each"
         )
     return flat
 

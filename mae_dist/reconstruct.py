@@ -34,7 +34,9 @@ def reconstruct(argv: Sequence[str]) -> int:
         config.global_batch_size = config.eval.batch_size = jax.device_count()
         config.data.data_dir = _DATA_DIR.value or config.data.data_dir
     if config.task != "pretrain":
-        raise errors.ConfigError(f"{workdir} is a {config.task}: it has no decoder; give the workdir of its pretraining")
+        raise errors.ConfigError(
+            f"{workdir} is a {config.task}: it has no decoder; give the workdir of its pretraining"
+        )
     config_lib.validate(config)
     built = job.build(config, jax.devices(), job.open_data(config))
     dataset = getattr(built.data, _SPLIT.value)

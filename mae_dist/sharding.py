@@ -143,8 +143,9 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         for axis, size, entry in zip(axes, leaf.shape, spec, strict=False):
             if size % _axis_size(mesh, entry):
                 raise ConfigError(
-                    f"{name} {leaf.shape}: its {axis!r} dimension {size} does not divide by mesh.{entry}={_axis_size(mesh, entry)}; "
-                    f"choose a mesh.{entry} that divides {size}, or change the model's width, heads or MLP ratio"
+                    f"{name} {leaf.shape}: its {axis!r} dimension {size} does not divide by "
+                    f"mesh.{entry}={_axis_size(mesh, entry)}; choose a mesh.{entry} that divides {size}, "
+                    "or change the model's width, heads or MLP ratio"
                 )
         return NamedSharding(mesh, spec)
 
@@ -219,8 +220,8 @@ def overview(mesh: Mesh, state: Any, shardings: Any) -> str:
     lines = [
         "mesh: " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()) + f" ({mesh.size} devices)",
         parameter_overview.make_table(rows),
-        f"parameters: {total:,} in {len(rows)} arrays, {bytes_per_device(state.params, shardings.params):,} bytes per device; "
-        f"optimizer state: {bytes_per_device(state.opt_state, shardings.opt_state):,} bytes per device",
+        f"parameters: {total:,} in {len(rows)} arrays, {bytes_per_device(state.params, shardings.params):,} bytes per "
+        f"device; optimizer state: {bytes_per_device(state.opt_state, shardings.opt_state):,} bytes per device",
     ]
     for why, entries in whole.items():
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in entries)

@@ -3,23 +3,23 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import Mesh
 
 from mae_dist import sharding
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class TrainState:
-    """All that a checkpoint holds of the optimisation.
+    """All that a checkpoint holds of the optimisation: arrays, or their shapes, or their shardings.
 
     step: int32 scalar, updates done. params: nested dict of float32 arrays. opt_state: of the trainable parameters.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 

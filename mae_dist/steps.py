@@ -72,7 +72,7 @@ def make_train_step(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
             updates, opt_state = tx.update(grads, state.opt_state, trainable)
             lr = lr_fn(state.step)
-        trainable = optax.apply_updates(trainable, updates)
+        trainable: Any = optax.apply_updates(trainable, updates)
         skipped_run, skipped_steps = nonfinite_counts(opt_state)
         metrics = {
             **metrics,

@@ -10,11 +10,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
-from flax import nnx
+from flax import nnx, struct
 from ml_collections import ConfigDict
 
 from mae_dist import losses, patches
@@ -46,7 +45,7 @@ class Task:
     reconstruct: Callable[[Params, Batch], dict[str, jax.Array]] | None = None
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class PerClassAccuracy(clu_metrics.Metric):
     """Accuracy of each class: correct and count, float32 (Y,). A class without examples is NaN."""
 

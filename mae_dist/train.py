@@ -1,6 +1,5 @@
 """The one training loop: restore or begin, update, log, evaluate, draw, save."""
 
-import dataclasses
 import math
 import statistics
 import sys
@@ -19,7 +18,7 @@ from mae_dist import distributed, errors, evaluate, flops, metrics, pictures
 from mae_dist.checkpoint import Checkpoints
 from mae_dist.clu_without_tf import periodic_actions
 from mae_dist.data import ArrayDataset, Dataset, local_rows, to_global
-from mae_dist.job import Job
+from mae_dist.job import Data, Job
 from mae_dist.state import TrainState
 from mae_dist.storage import naming_faults, write_text_atomically
 
@@ -136,9 +135,10 @@ class _Run:
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
         if values["skipped_run"] >= config.max_skipped_steps:
             raise errors.Diverged(
-                f"{values['skipped_run']} updates in a row, up to step {step}, had a non-finite gradient and were skipped "
-                f"(max_skipped_steps={config.max_skipped_steps}); the parameters are those of step {step - values['skipped_run']}. "
-                "Lower optim.base_lr, set optim.clip_norm, or use model.dtype=float32, in a new workdir."
+                f"{values['skipped_run']} updates in a row, up to step {step}, had a non-finite gradient and were "
+                f"skipped (max_skipped_steps={config.max_skipped_steps}); the parameters are those of step "
+                f"{step - values['skipped_run']}. Lower optim.base_lr, set optim.clip_norm, or use "
+                "model.dtype=float32, in a new workdir."
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:
@@ -164,7 +164,11 @@ class _Run:
         job = self.job
         dataset = job.data.test or job.data.val
         every = job.schedule.pictures_every_steps
-        if job.reconstruct_step is None or dataset is None or not config_lib.is_time(step, every, job.schedule.total_steps):
+        if (
+            job.reconstruct_step is None
+            or dataset is None
+            or not config_lib.is_time(step, every, job.schedule.total_steps)
+        ):
             return
         with self.throughput.pause(), jax.transfer_guard("allow"):
             grid = draw_reconstructions(job, state.params, dataset, step, job.config.pictures.num_images)
@@ -186,15 +190,11 @@ def _caches_features(job: Job) -> bool:
     return job.feature_step is not None and job.config.data.augment == "none"
 
 
-def _with_features(job: Job, params: Any) -> Any:
+def _with_features(job: Job, params: Any) -> Data:
     """The splits with images replaced by the frozen encoder's features."""
 
-    def cached(dataset: Dataset | None) -> Dataset | None:
-        if dataset is None:
-            return None
-        arrays = evaluate.compute_features(
-            job.feature_step, params, dataset, job.batch_sharding, job.eval_batch_size
-        )
+    def cached(dataset: Dataset) -> Dataset:
+        arrays = evaluate.compute_features(job.feature_step, params, dataset, job.batch_sharding, job.eval_batch_size)
         return ArrayDataset(
             arrays,
             num_classes=dataset.num_classes,
@@ -203,9 +203,13 @@ def _with_features(job: Job, params: Any) -> Any:
         )
 
     began = time.monotonic()
-    splits = {field.name: cached(getattr(job.data, field.name)) for field in dataclasses.fields(job.data)}
+    data = Data(
+        train=cached(job.data.train),
+        val=job.data.val and cached(job.data.val),
+        test=job.data.test and cached(job.data.test),
+    )
     logging.info("Features of the frozen encoder computed once, in %.1f s", time.monotonic() - began)
-    return type(job.data)(**splits)
+    return data
 
 
 def finish(job: Job, workdir: epath.Path, step: int) -> int:

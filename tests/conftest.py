@@ -29,13 +29,15 @@ def _xla_knows(flag: str) -> bool:
 def _device_env(devices: int) -> dict[str, str]:
     """Environment variables that give JAX this many CPU devices; they count only before JAX makes its CPU client."""
     env = {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
+    # Compiling takes most of the time here, and half as long without optimisation.
+    flags = ["--xla_backend_optimization_level=0"]
     if devices > 1:
-        flags = [f"--xla_force_host_platform_device_count={devices}"]
+        flags.append(f"--xla_force_host_platform_device_count={devices}")
         # A collective that hangs fails the test well before the test's own timeout (XLA's default is 40 s).
         stuck = "xla_cpu_collective_call_terminate_timeout_seconds"
         if _xla_knows(stuck):
             flags.append(f"--{stuck}=20")
-        env["XLA_FLAGS"] = " ".join(flags)
+    env["XLA_FLAGS"] = " ".join(flags)
     if devices > (os.cpu_count() or 1):
         # XLA sizes its thread pool by the cores, and a collective needs one thread per device: fewer deadlock.
         env["NPROC"] = "32"

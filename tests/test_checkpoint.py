@@ -149,9 +149,7 @@ def test_encoder_of_a_pretraining(workdir, task):
     # Another seed: the encoder could not be equal by chance.
     built = build((4, 1, 2), task=task, init_from=str(workdir), seed=5)
     loaded = built.fresh_state(default.get_config())
-    for a, b in zip(
-        jax.tree.leaves(loaded.params["encoder"]), jax.tree.leaves(state.params["encoder"]), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(loaded.params["encoder"]), jax.tree.leaves(state.params["encoder"]), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert set(loaded.params) == {"encoder", "head"}
 
@@ -168,7 +166,7 @@ def test_encoder_that_does_not_fit_is_refused(workdir):
 
 def test_missing_workdir_and_missing_checkpoint_are_named(workdir):
     """What init_from or --workdir should have been."""
-    with pytest.raises(StorageFault, match="no config.json"):
+    with pytest.raises(StorageFault, match=r"no config\.json"):
         checkpoint.read_config(workdir, default.get_config())
     (workdir / "checkpoints").mkdir(parents=True)
     built = build()

@@ -10,17 +10,22 @@ from tests.runs import smoke_config
 
 
 def build(devices=8, **overrides):
-    """A job on smoke.py, its state and its test split of 102 examples (no multiple of anything here)."""
+    """A job on smoke.py and its state."""
     config = smoke_config(**{"data__num_examples": 510, "eval__batch_size": 32, **overrides})
     built = job.build(config, jax.devices()[:devices], job.open_data(config))
+    return built, jax.jit(built.init, out_shardings=built.shardings)()
+
+
+def split_of(built):
+    """Its test split of 102 examples: no multiple of anything here."""
     assert built.data.test is not None
     assert built.data.test.num_examples == 102
-    return built, jax.jit(built.init, out_shardings=built.shardings)()
+    return built.data.test
 
 
 def evaluate_test(built, state, dataset=None):
     """All metrics of the test split."""
-    dataset = dataset or built.data.test
+    dataset = dataset or split_of(built)
     batches = evaluate.global_batches(dataset, built.batch_sharding, built.eval_batch_size)
     return evaluate.evaluate(built.eval_step, state.params, batches, "test_", dataset.class_names)
 
@@ -38,9 +43,9 @@ def test_every_example_counts_exactly_once():
     """The counts behind the means add up to the split, class by class."""
     built, state = build(task="finetune")
     total = np.zeros(10)
-    for batch in evaluate.global_batches(built.data.test, built.batch_sharding, built.eval_batch_size):
+    for batch in evaluate.global_batches(split_of(built), built.batch_sharding, built.eval_batch_size):
         total += np.asarray(built.eval_step(state.params, batch)["per_class"].count)
-    labels = built.data.test.examples(np.arange(102))["label"]
+    labels = split_of(built).examples(np.arange(102))["label"]
     np.testing.assert_array_equal(total, np.bincount(labels, minlength=10))
 
 
@@ -60,8 +65,8 @@ def test_per_class_accuracies_have_the_mean_of_top1():
     """Weighted by their counts, the classes give the whole."""
     built, state = build(task="finetune")
     result = evaluate_test(built, state)
-    labels = built.data.test.examples(np.arange(102))["label"]
-    per_class = np.array([result[f"test_top1/{name}"] for name in built.data.test.class_names])
+    labels = split_of(built).examples(np.arange(102))["label"]
+    per_class = np.array([result[f"test_top1/{name}"] for name in split_of(built).class_names])
     counts = np.bincount(labels, minlength=10)
     assert np.nansum(per_class * counts) / 102 == pytest.approx(result["test_top1"], abs=1e-6)
 
@@ -70,11 +75,11 @@ def test_cached_features_give_the_result_of_images():
     """A probe on features is the probe on images, in the order of the split."""
     built, state = build(task="probe", init_from="unused", classify__head="mlp")
     arrays = evaluate.compute_features(
-        built.feature_step, state.params, built.data.test, built.batch_sharding, built.eval_batch_size
+        built.feature_step, state.params, split_of(built), built.batch_sharding, built.eval_batch_size
     )
     assert arrays["features"].shape == (102, 32)
-    np.testing.assert_array_equal(arrays["label"], built.data.test.examples(np.arange(102))["label"])
-    cached = ArrayDataset(arrays, num_classes=10, class_names=built.data.test.class_names)
+    np.testing.assert_array_equal(arrays["label"], split_of(built).examples(np.arange(102))["label"])
+    cached = ArrayDataset(arrays, num_classes=10, class_names=split_of(built).class_names)
     ours, theirs = evaluate_test(built, state, cached), evaluate_test(built, state)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():

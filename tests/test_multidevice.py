@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from tests.runs import losses, smoke_config
 
 from mae_dist import job, sharding
+from tests.runs import losses, smoke_config
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,7 @@ def test_state_is_created_in_its_shards():
     assert new == sum(array.nbytes for array in jax.tree.leaves(state)), "something else was left beside the state"
     kernel = state.params["encoder"]["stack"]["blocks"]["mlp"]["fc1"]["kernel"]  # (2, 32, 64)
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 32)}
-    held = sum(
-        shard.data.nbytes for array in jax.tree.leaves(state.params) for shard in array.addressable_shards[:1]
-    )
+    held = sum(shard.data.nbytes for array in jax.tree.leaves(state.params) for shard in array.addressable_shards[:1])
     assert held == sharding.bytes_per_device(built.abstract_state.params, built.shardings.params)
     assert held < 0.6 * sum(array.nbytes for array in jax.tree.leaves(state.params))
 

@@ -29,9 +29,7 @@ def run_processes(env, workdir, count, *args):
     """Runs `count` processes of one run to their end; their outputs."""
     port = free_port()
     where = (f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}")
-    processes = [
-        start(env, *ARGS, *args, *where, f"--process_id={i}", f"--workdir={workdir}") for i in range(count)
-    ]
+    processes = [start(env, *ARGS, *args, *where, f"--process_id={i}", f"--workdir={workdir}") for i in range(count)]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
     return outputs

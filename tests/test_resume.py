@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from tests.runs import checkpoint_arrays, kill_at_step, records, run, start
 
 ARGS = (
