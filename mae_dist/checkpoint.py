@@ -3,8 +3,11 @@
 Layout: `<workdir>/checkpoints/<step>/state` (Orbax) and `…/meta` (JSON: the config and the data set's fingerprint).
 """
 
-import json
-from collections.abc import Sequence
+import contextlib
+import datetime
+import math
+import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,15 +17,30 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist.errors import StorageFault
+from mae_dist.errors import StorageFault, UserError
 from mae_dist.state import TrainState
 from mae_dist.storage import naming_faults
 
 _policy = ocp.checkpoint_managers
 
 
+@contextlib.contextmanager
+def _naming_damage(path: epath.Path) -> Iterator[None]:
+    """As `naming_faults`, and for what Orbax and tensorstore raise when files are short, missing or not writable."""
+    try:
+        with naming_faults(path):
+            yield
+    except UserError:
+        raise
+    except (ValueError, KeyError, jax.errors.JaxRuntimeError) as error:
+        raise StorageFault(
+            f"checkpoint {path} cannot be written or read: {error}\nIf the disk is full, free some space; if the "
+            "checkpoint is damaged, move its directory away: the same command then continues from the one before."
+        ) from error
+
+
 class _EveryMinutes:
-    """Saves when the last checkpoint is old enough.
+    """Saves when the last checkpoint, or without one this process's start, is long enough ago.
 
     All processes must decide alike although their clocks differ, so the first one decides for all; that costs a
     message, and is asked at log steps only.
@@ -31,11 +49,12 @@ class _EveryMinutes:
     def __init__(self, minutes: float, ask_every_steps: int):
         self._ask_every_steps = ask_every_steps
         self._policy = _policy.ContinuousCheckpointingPolicy(minimum_interval_secs=max(1, round(60 * minutes)))
+        self._start = types.SimpleNamespace(time=datetime.datetime.now(tz=datetime.UTC))
 
     def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
-        if step.step % self._ask_every_steps or not previous_steps:
+        if step.step % self._ask_every_steps:
             return False
-        return self._policy.should_save(step, previous_steps, context=context)
+        return self._policy.should_save(step, previous_steps or [self._start], context=context)
 
 
 class Checkpoints:
@@ -65,23 +84,25 @@ class Checkpoints:
         keep: list[Any] = [_policy.LatestN(keep_latest)]
         if keep_every_steps:
             keep.append(_policy.EveryNSteps(keep_every_steps))
+        lowest = keep_best.endswith("loss")  # a loss is best when lowest, an accuracy when highest
+
+        def metric(metrics: dict[str, float]) -> float:
+            return metrics[keep_best]
+
         if keep_best:
             keep.append(
-                _policy.BestN(
-                    # A loss is best when lowest, an accuracy when highest.
-                    get_metric_fn=lambda metrics: metrics[keep_best],
-                    reverse=keep_best.endswith("loss"),
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
+                _policy.BestN(get_metric_fn=metric, reverse=lowest, n=1, keep_checkpoints_without_metrics=False),
             )
         self.directory = workdir / "checkpoints"
-        with naming_faults(self.directory):
+        with _naming_damage(self.directory):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     save_decision_policy=_policy.AnySavePolicy(save),
                     preservation_policy=_policy.AnyPreservationPolicy(keep),
+                    # The policy above decides; without this Orbax would not store the metric for the next process.
+                    best_fn=metric if keep_best else None,
+                    best_mode="min" if lowest else "max",
                     cleanup_tmp_directories=True,
                     enable_async_checkpointing=True,
                 ),
@@ -91,25 +112,33 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            with _naming_damage(self.directory):
+                self._manager.close()
+        except StorageFault as fault:
+            if error is None:
+                raise
+            logging.error("%s", fault)  # what ended the run is the error to report
 
     def latest_step(self) -> int | None:
         """The newest saved step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
         """Called after every update; saves where a policy says so, in the background.
 
-        A failure of an earlier background save surfaces here, as a `StorageFault`.
+        `metrics` are those of an evaluation after this very update, or empty. With `keep_best` each evaluated step is
+        saved, for the best is kept among what was evaluated. A failure of an earlier background save surfaces here, as
+        a `StorageFault`.
         """
-        with naming_faults(self.directory):
+        best = {name: value for name, value in metrics.items() if name == self._keep_best and math.isfinite(value)}
+        with _naming_damage(self.directory):
             self._manager.check_for_errors()
-            if not self._manager.should_save(step):
+            if not best and not self._manager.should_save(step):
                 return
-            best = {self._keep_best: metrics[self._keep_best]} if self._keep_best in metrics else None
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-            self._manager.save(step, args=args, metrics=best)
+            self._manager.save(step, args=args, metrics=best or None, force=True)
 
     def preempted(self, step: int) -> bool:
         """Whether a preemption notice has reached this run; the save of this step has begun then."""
@@ -117,31 +146,37 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
-        with naming_faults(self.directory):
+        with _naming_damage(self.directory):
             self._manager.wait_until_finished()
 
-    def restore(self, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str) -> TrainState:
+    def restore(
+        self, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str, default: ConfigDict
+    ) -> TrainState:
         """The newest state, laid out by `shardings` whatever mesh saved it.
 
+        Fields that `config` has and the checkpoint lacks count as `default` for it.
+
         Raises:
-          StorageFault: the checkpoint belongs to another configuration or other data; names every field that differs.
+          StorageFault: the checkpoint belongs to another configuration or other data, and every field that differs is
+            named; or it cannot be read.
         """
         step = self.latest_step()
         assert step is not None
-        with naming_faults(self.directory / str(step)):
+        path = self.directory / str(step)
+        with _naming_damage(path):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        stored = json.loads(meta["config"])
-        lines = config_lib.differences(stored, json.loads(config_lib.to_json(config)))
+            stored = config_lib.from_json(meta["config"], default)
+        lines = config_lib.differences(stored, config)
         if meta["data_fingerprint"] != fingerprint:
             lines.append(f"training data (fingerprint): {meta['data_fingerprint']} -> {fingerprint}")
         if lines:
             raise StorageFault(
-                f"{self.directory / str(step)} was saved by another configuration:\n  - " + "\n  - ".join(lines) + "\n"
+                f"{path} was saved by another configuration:\n  - " + "\n  - ".join(lines) + "\n"
                 "Set these back to continue the run, or choose another --workdir (or --config.name) for a new one."
             )
-        for line in config_lib.differences(stored, json.loads(config_lib.to_json(config)), ignore=()):
+        for line in config_lib.differences(stored, config, ignore=()):
             logging.info("Continuing with a changed field: %s", line)
-        with naming_faults(self.directory / str(step)):
+        with _naming_damage(path):
             return _restore(self._manager, step, abstract, shardings)
 
 
@@ -162,14 +197,16 @@ def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
         raise StorageFault(
             f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from"
         )
-    with naming_faults(path):
+    with _naming_damage(path):
         return config_lib.from_json(path.read_text(), default)
 
 
 def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
     directory = workdir / "checkpoints"
-    with naming_faults(directory):
+    if not directory.exists():
+        raise StorageFault(f"{directory} does not exist; train that run first, or correct init_from or --workdir")
+    with _naming_damage(directory):
         manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False))
     try:
         step = manager.latest_step()
@@ -177,7 +214,7 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
             raise StorageFault(
                 f"{directory} holds no checkpoint; train that run first, or correct init_from or --workdir"
             )
-        with naming_faults(directory / str(step)):
+        with _naming_damage(directory / str(step)):
             state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
         return step, state["params"]
     finally:

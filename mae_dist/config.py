@@ -98,6 +98,7 @@ FREE = (
     "data.cache",
     "data.cache_dir",
     "data.num_workers",
+    "init_from",
     "eval",
     "pictures",
     "checkpoint",
@@ -191,6 +192,12 @@ def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
                 f"model.{prefix}num_heads={heads} does not divide model.{prefix}embed_dim={dim}; "
                 f"nearest that does: {best}"
             )
+        ratio = model[f"{prefix}mlp_ratio"]
+        if dim > 0 and 0 < dim * ratio < 1:
+            yield (
+                f"model.{prefix}mlp_ratio={ratio} of model.{prefix}embed_dim={dim} leaves no "
+                f"MLP; choose at least {1 / dim:.3g}"
+            )
         multiple = {"sincos2d": 4, "sincos1d": 2}.get(model.pos_embed, 1)
         if dim % multiple:
             yield (
@@ -228,7 +235,11 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if not 0 < config.total_epochs < math.inf:
         yield f"total_epochs={config.total_epochs} must be above 0, with total_steps too: the warm-up is a share of it"
     if config.optim.warmup_epochs > config.total_epochs:
-        yield f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than total_epochs={config.total_epochs}"
+        yield (
+            f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
+            f"total_epochs={config.total_epochs}; lower it too: "
+            f"the paper warms up for a twentieth, here {config.total_epochs / 20:g}"
+        )
     if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
     if config.task == "probe" and not config.init_from:
@@ -252,11 +263,19 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if not 0 < low <= high <= 1:
         yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"
     metric = config.checkpoint.keep_best
-    metrics = ("val_loss",) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
+    metrics = ("val_loss",) if config.task == "pretrain" else ("val_loss", "val_top1")
     if metric and metric not in metrics:
         yield f"checkpoint.keep_best={metric!r} is not one of {', '.join(metrics)} (or '').{nearest(metric, metrics)}"
-    if metric and not config.data.val_split:
-        yield f"checkpoint.keep_best={metric!r} needs a validation split and data.val_split is ''"
+    if metric and not (config.data.val_split and (config.eval.every_epochs or config.eval.every_steps)):
+        yield f"checkpoint.keep_best={metric!r} needs evaluations: set data.val_split and eval.every_epochs"
+    if not 0 <= config.seed < 2**32:
+        yield f"seed={config.seed} must be at least 0 and below 2**32 = {2**32}"
+    if not config.name:
+        yield "name='' must not be empty: it names the run's directory"
+    if config.task == "pretrain" and config.pretrain.norm_pix_loss:
+        values = math.prod(config.model.patch_size) * config.model.channels
+        if values == 1:
+            yield "pretrain.norm_pix_loss needs more than one value in a patch: model.patch_size is 1x1 of one channel"
 
 
 @dataclasses.dataclass(frozen=True)

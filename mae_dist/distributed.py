@@ -5,7 +5,6 @@ import os
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
 
 from mae_dist.errors import ConfigError
 
@@ -13,30 +12,26 @@ from mae_dist.errors import ConfigError
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Joins the processes of one run, before any device is touched.
 
-    With explicit arguments they are used as given (all three are needed). Without, a TPU pod, Slurm or Open MPI job is
-    recognised by its environment and JAX finds the rest; anything else is a run of one process.
+    With explicit arguments they are used as given (all three are needed). Without, JAX looks whether this is a TPU
+    pod, a Slurm or an Open MPI job; anything else is a run of one process.
     """
     given = (coordinator_address, num_processes, process_id)
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise ConfigError(
-                f"--coordinator_address={coordinator_address} --num_processes={num_processes} "
-                f"--process_id={process_id}: give all three (the address is host:port of process 0), or none"
-            )
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    elif _in_cluster():
-        jax.distributed.initialize()
-
-
-def _in_cluster() -> bool:
-    """Whether the environment names several processes that JAX can join by itself."""
-    environ = os.environ
-    return (
-        int(environ.get("SLURM_NTASKS") or 1) > 1
-        or int(environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1
-        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-        or "MEGASCALE_COORDINATOR_ADDRESS" in environ
-    )
+    if all(value is None for value in given):
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            if "coordinator_address should be defined" not in str(error):  # JAX's word for "no cluster found"
+                raise ConfigError(
+                    f"the cluster this process seems to be in cannot be joined: {error}; give "
+                    "--coordinator_address, --num_processes and --process_id"
+                ) from error
+        return
+    flags = f"--coordinator_address={coordinator_address} --num_processes={num_processes} --process_id={process_id}"
+    if coordinator_address is None or num_processes is None or process_id is None:
+        raise ConfigError(f"{flags}: give all three (the address is host:port of process 0), or none")
+    if not 0 <= process_id < num_processes or not coordinator_address.rpartition(":")[2].isdigit():
+        raise ConfigError(f"{flags}: the address is host:port, and process ids are 0 to num_processes - 1")
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
 
 
 def is_primary() -> bool:
@@ -55,9 +50,3 @@ def quiet_unless_primary() -> None:
 
 def _not_from_libraries(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def barrier(name: str) -> None:
-    """Waits for all processes; does nothing for one."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -9,7 +9,7 @@ EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_DIVERGED = 4
 EXIT_STORAGE = 5
-EXIT_STALLED = 6
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells have it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
 
 

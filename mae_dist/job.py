@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import optax
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
@@ -37,8 +36,6 @@ class Job:
     mesh: Mesh
     task: tasks.Task
     schedule: config_lib.Schedule
-    tx: optax.GradientTransformation
-    lr_fn: optax.Schedule
     init: Callable[[], TrainState]
     abstract_state: TrainState
     shardings: TrainState
@@ -103,26 +100,28 @@ def open_data(config: ConfigDict) -> Data:
     return Data(train, val, test)
 
 
-def _check_batch(config: ConfigDict, mesh: Mesh, eval_batch_size: int) -> None:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    needed = shards * config.accum_steps
-    if config.global_batch_size % needed:
-        raise ConfigError(
-            f"global_batch_size={config.global_batch_size} does not divide by mesh.data x mesh.fsdp x accum_steps = "
-            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {config.accum_steps} = {needed}; nearest that does: "
-            f"{max(needed, round(config.global_batch_size / needed) * needed)}"
-        )
-    if eval_batch_size % shards:
-        raise ConfigError(
-            f"eval.batch_size={eval_batch_size} does not divide by mesh.data x mesh.fsdp = {shards}; "
-            f"nearest that does: {max(shards, round(eval_batch_size / shards) * shards)}"
-        )
-    for prefix in ("", "decoder_"):
-        heads = config.model[f"{prefix}num_heads"]
-        if heads % mesh.shape["tensor"]:
+def check_mesh(config: ConfigDict, num_devices: int) -> None:
+    """Raises `ConfigError` for what cannot be split over the devices: the mesh itself, batches, heads."""
+    shape = dict(zip(sharding.AXES, sharding.mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
+    shards = shape["data"] * shape["fsdp"]
+    for field, needed in (("global_batch_size", shards * config.accum_steps), ("eval.batch_size", shards)):
+        size = config_lib.get(config, field)
+        if size % needed:
+            factors = f"mesh.data x mesh.fsdp = {shape['data']} x {shape['fsdp']}"
+            if needed > shards:
+                factors = (
+                    f"mesh.data x mesh.fsdp x accum_steps = {shape['data']} x {shape['fsdp']} x {config.accum_steps}"
+                )
             raise ConfigError(
-                f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={mesh.shape['tensor']}; choose "
-                f"a mesh.tensor that divides {heads}, or more heads"
+                f"{field}={size} does not divide by {factors} = {needed}; nearest that does: "
+                f"{max(needed, round(size / needed) * needed)}"
+            )
+    for prefix in ("", "decoder_") if config.task == "pretrain" else ("",):
+        heads = config.model[f"{prefix}num_heads"]
+        if heads % shape["tensor"]:
+            raise ConfigError(
+                f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={shape['tensor']}; choose a mesh.tensor "
+                f"that divides {heads}, or more heads"
             )
 
 
@@ -150,9 +149,8 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     Raises:
       ConfigError: what cannot work on this mesh, with both numbers and the cure.
     """
+    check_mesh(config, len(devices))
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
-    eval_batch_size = config.eval.batch_size or config.global_batch_size
-    _check_batch(config, mesh, eval_batch_size)
     schedule = config_lib.schedule(config, data.train.num_examples)
     task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     abstract_params = jax.eval_shape(task.init_params, jax.random.key(0))
@@ -189,8 +187,6 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         mesh=mesh,
         task=task,
         schedule=schedule,
-        tx=tx,
-        lr_fn=lr_fn,
         init=init,
         abstract_state=abstract_state,
         shardings=shardings,
@@ -199,6 +195,6 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         feature_step=forward(task.features, per_example=True),
         reconstruct_step=forward(task.reconstruct, per_example=True),
         batch_sharding=sharding.batch_sharding(mesh),
-        eval_batch_size=eval_batch_size,
+        eval_batch_size=config.eval.batch_size or config.global_batch_size,
         flops_per_image=_flops_per_image(config, data.train.num_classes),
     )

@@ -3,6 +3,7 @@
 The same line again continues the run in its workdir. Exit codes: `mae_dist/errors.py`.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
     distributed.quiet_unless_primary()
     workdir = storage.absolute(_WORKDIR.value or f"runs/{config.name}")
     logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
+    job.check_mesh(config, jax.device_count())  # before any data is fetched
     return train.train(job.build(config, jax.devices(), job.open_data(config)), workdir, default_config())
 
 
@@ -75,7 +77,14 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
-    sys.exit(code)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        code = errors.EXIT_INTERRUPTED
+    if code != errors.EXIT_DONE:
+        # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
+        # compilation under way does not survive the interpreter.
+        sys.stdout.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -41,12 +41,13 @@ class Recorder:
       start_step: the step of the restored checkpoint; lines beyond it are dropped. 0 is a run from its beginning, with
         nothing restored: all lines are dropped, so that it may record step 0 itself.
       is_primary: whether this process writes. The others may make the same calls and write nothing.
+      log_lines: whether each record is also a log line.
 
     Raises:
       StorageFault: the workdir cannot be written, or metrics.jsonl has a line that is no record.
     """
 
-    def __init__(self, workdir: epath.Path, *, start_step: int, is_primary: bool):
+    def __init__(self, workdir: epath.Path, *, start_step: int, is_primary: bool, log_lines: bool = True):
         self._path = workdir / METRICS_FILE
         self._pending_step: int | None = None
         self._pending: dict[str, Scalar] = {}
@@ -66,7 +67,8 @@ class Recorder:
             self._lines = open_lines(self._path, kept)
         with naming_faults(self._logdir):
             tensorboard = TensorBoardWriter(self._logdir, purge_step=start_step + 1 if start_step > 0 else 0)
-        self._writer = metric_writers.AsyncMultiWriter([metric_writers.LoggingWriter(), tensorboard])
+        lines = [metric_writers.LoggingWriter()] if log_lines else []
+        self._writer = metric_writers.AsyncMultiWriter([*lines, tensorboard])
 
     def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
         """Adds scalars to the record of `step`; device arrays of shape () stay on the device until `commit`."""
@@ -82,12 +84,6 @@ class Recorder:
         if self._writer is not None:
             with naming_faults(self._logdir):
                 self._writer.write_images(step, {name: jax.device_get(image) for name, image in images.items()})
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Writes a flat mapping to TensorBoard, once per run."""
-        if self._writer is not None:
-            with naming_faults(self._logdir):
-                self._writer.write_hparams(dict(hparams))
 
     def commit(self, step: int) -> None:
         """Records everything written for `step`, as one line that is on disk when this returns; no-op without scalars.

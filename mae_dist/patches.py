@@ -151,9 +151,9 @@ def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
     """Reads a user's own mask, a `.npy` of shape (gh, gw) or (L,) with 1 (or True) where a patch is removed."""
     try:
         mask = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        flat = mask.astype(np.int32).reshape(-1)
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"model.mask_file {path!r} cannot be read as a .npy array: {error}") from error
-    flat = mask.astype(np.int32).reshape(-1)
     length = grid[0] * grid[1]
     if mask.shape not in (grid, (length,)) or not np.isin(flat, (0, 1)).all() or not 0 < flat.sum() < length:
         raise ConfigError(

@@ -10,9 +10,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mae_dist.data import Dataset, local_rows, to_global
+from mae_dist.errors import DataFault
+from mae_dist.sharding import MESH_AXES
 from mae_dist.storage import naming_faults, write_bytes_atomically
 
 COLUMNS = ("original", "masked", "reconstruction", "with_visible")
+BATCH_AXES = MESH_AXES["batch"] or ()
 _TITLES = ("original", "masked", "reconstruction", "reconstruction\nwith visible patches")
 
 
@@ -24,18 +27,22 @@ def reconstruct(
     Returns:
       For each of `COLUMNS` float32 (n, H, W, C) in 0..1, on every host; and the class names of the images.
     """
-    count = min(num_images, dataset.num_examples)
-    shards = math.prod(sharding.mesh.shape[axis] for axis in sharding.mesh.axis_names)
-    size = math.ceil(count / shards) * shards  # the batch must split evenly; what is too much is dropped below
+    # Images that do not decode are passed over, as in evaluation; a few more are read to make up for them.
+    candidates = np.arange(min(2 * num_images, dataset.num_examples))
+    examples, bad = dataset.read(candidates)
+    good = candidates[~bad][:num_images]
+    if not len(good):
+        raise DataFault(f"none of the first {len(candidates)} images of the split decodes")
+    shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+    size = math.ceil(len(good) / shards) * shards  # the batch must split evenly; what is too much is dropped below
     rows = local_rows(sharding, size)
-    index = np.minimum(rows, count - 1).astype(np.int32)
-    examples = dataset.examples(index)
-    batch = {"image": examples["image"], "label": examples["label"], "index": index}
+    index = good[np.minimum(rows, len(good) - 1)]
+    batch = {"image": examples["image"][index], "label": examples["label"][index], "index": index.astype(np.int32)}
     images = multihost_utils.process_allgather(
         reconstruct_step(params, to_global(batch, sharding, size, rows)), tiled=True
     )
-    labels = dataset.examples(np.arange(count))["label"]
-    return {name: images[name][:count] for name in COLUMNS}, [dataset.class_names[label] for label in labels]
+    names = [dataset.class_names[label] for label in examples["label"][good]]
+    return {name: images[name][: len(good)] for name in COLUMNS}, names
 
 
 def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The one training loop: restore or begin, update, log, evaluate, draw, save."""
 
+import contextlib
 import math
 import statistics
 import sys
@@ -35,10 +36,18 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
       Diverged: `config.max_skipped_steps` updates in a row had a non-finite gradient.
     """
     total_steps = job.schedule.total_steps
+    for name, dataset in (("train", job.data.train), ("val", job.data.val), ("test", job.data.test)):
+        if dataset is not None and dataset.bad_records:
+            logging.warning(
+                "%s: left out %d undecodable records: %s",
+                name,
+                len(dataset.bad_records),
+                ", ".join(dataset.bad_records),
+            )
     with _checkpoints(job, workdir) as checkpoints, jax.set_mesh(job.mesh):
         state, start = _restore_or_begin(job, checkpoints, default)
         logging.info("%s", job.overview())
-        with metrics.Recorder(workdir, start_step=start, is_primary=distributed.is_primary()) as recorder:
+        with _recorder(workdir, start) as recorder:
             if start >= total_steps:
                 return finish(job, workdir, start)
             _write_config(job, workdir)
@@ -49,8 +58,9 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
                 run.evaluate(step, state)
                 run.draw(step, state)
                 recorder.commit(step)  # on disk before the checkpoint: a resumed run continues after this line
-                with run.throughput.pause():
-                    checkpoints.save(step, state, job.meta, run.best_metrics)
+                run.stop_if_diverged(step)
+                with jax.transfer_guard("allow"):  # an accelerator's state is copied to the host
+                    checkpoints.save(step, state, job.meta, run.evaluated)
                 if checkpoints.preempted(step):
                     checkpoints.wait()
                     logging.warning("Preempted: saved step %d; the same command continues from it.", step)
@@ -66,13 +76,23 @@ def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
     )
 
 
+def _recorder(workdir: epath.Path, start: int) -> metrics.Recorder:
+    primary = distributed.is_primary()
+    return metrics.Recorder(workdir, start_step=start, is_primary=primary, log_lines=not _shows_bar())
+
+
+def _shows_bar() -> bool:
+    """A terminal gets a progress bar, anything else plain lines."""
+    return sys.stderr.isatty() and distributed.is_primary()
+
+
 def _restore_or_begin(job: Job, checkpoints: Checkpoints, default: ConfigDict) -> tuple[TrainState, int]:
     """The newest checkpoint of the workdir, or a new state: (state, updates already done)."""
     step = checkpoints.latest_step()
     if step is None:
         return job.fresh_state(default), 0
     began = time.monotonic()
-    state = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint)
+    state = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint, default)
     logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
     return state, step
 
@@ -99,7 +119,9 @@ class _Run:
             flops_per_image=job.flops_per_image,
             peak_flops=peak and peak * job.mesh.size,
         )
-        self.best_metrics: dict[str, float] = {}  # of the last evaluation, for keep_best
+        self.evaluated: dict[str, float] = {}  # what was evaluated after the current update
+        self.skipped_runs: list[jax.Array] = []  # of the updates since the last log step, still on the device
+        self.longest_skipped_run = 0
         self.bar: Any = None
         self._waited = 0.0  # seconds for the batch of the current update
 
@@ -108,15 +130,16 @@ class _Run:
         job, total = self.job, self.job.schedule.total_steps
         rows = local_rows(job.batch_sharding, job.config.global_batch_size)
         progress = periodic_actions.ReportProgress(num_train_steps=total, every_secs=60.0)
-        shown = sys.stderr.isatty() and distributed.is_primary()
+        shown = _shows_bar()
         with (
             tqdm(total=total, initial=start, unit="step", disable=not shown, dynamic_ncols=True) as self.bar,
-            job.train_batches(self.data.train, start, rows) as host_batches,
+            job.train_batches(self.data.train, start, rows) as self.host_batches,
         ):
             for step in range(start + 1, total + 1):
                 began = time.monotonic()
-                host_batch = next(host_batches)
+                host_batch = next(self.host_batches)
                 self._waited = time.monotonic() - began
+                self.evaluated = {}
                 batch = to_global(host_batch, job.batch_sharding, job.config.global_batch_size, rows)
                 with jax.transfer_guard("disallow"):
                     yield step, batch
@@ -125,20 +148,28 @@ class _Run:
                     progress(step)
 
     def log(self, step: int, on_device: dict[str, jax.Array]) -> None:
-        """Fetches and records the metrics of this update; the only place where the loop waits for the device."""
+        """Fetches and records the metrics of this update when they are due, and waits for the device to do so."""
         self.throughput.observe(self._waited)
-        config = self.job.config
-        if not config_lib.is_time(step, config.log_every_steps, self.job.schedule.total_steps):
+        self.skipped_runs.append(on_device["skipped_run"])
+        if not config_lib.is_time(step, self.job.config.log_every_steps, self.job.schedule.total_steps):
             return
-        values = {name: value.item() for name, value in jax.device_get(on_device).items()}
+        fetched, runs = jax.device_get((on_device, self.skipped_runs))
+        self.longest_skipped_run, self.skipped_runs = int(max(runs)), []
+        values = {name: value.item() for name, value in fetched.items()}
+        bad_records = len(self.job.data.train.bad_records) + len(self.host_batches.bad_records)
+        if bad_records:
+            values["bad_records"] = bad_records
         self.recorder.write_scalars(step, {**values, **self.throughput.log(step)})
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
-        if values["skipped_run"] >= config.max_skipped_steps:
+
+    def stop_if_diverged(self, step: int) -> None:
+        """Raises `Diverged` after a run of non-finite updates, even one that ended before this log step."""
+        limit = self.job.config.max_skipped_steps
+        if self.longest_skipped_run >= limit:
             raise errors.Diverged(
-                f"{values['skipped_run']} updates in a row, up to step {step}, had a non-finite gradient and were "
-                f"skipped (max_skipped_steps={config.max_skipped_steps}); the parameters are those of step "
-                f"{step - values['skipped_run']}. Lower optim.base_lr, set optim.clip_norm, or use "
-                "model.dtype=float32, in a new workdir."
+                f"{self.longest_skipped_run} updates in a row, the last by step {step}, had a non-finite gradient and were "
+                f"skipped (max_skipped_steps={limit}). Nothing was saved since. Lower optim.base_lr, set optim.clip_norm, "
+                "or use model.dtype=float32, in a new workdir."
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:
@@ -153,11 +184,18 @@ class _Run:
 
     def _evaluate_split(self, step: int, state: TrainState, prefix: str, dataset: Dataset) -> None:
         job = self.job
-        with self.throughput.pause(), jax.transfer_guard("allow"):
+        with self._pause(state):
             batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size)
             values = evaluate.evaluate(job.eval_step, state.params, batches, prefix, dataset.class_names)
         self.recorder.write_scalars(step, values)
-        self.best_metrics = {**self.best_metrics, **values}
+        self.evaluated |= values
+
+    @contextlib.contextmanager
+    def _pause(self, state: TrainState) -> Iterator[None]:
+        """Time that is not the updates': waits first for those under way, which are."""
+        jax.block_until_ready(state.step)
+        with self.throughput.pause(), jax.transfer_guard("allow"):
+            yield
 
     def draw(self, step: int, state: TrainState) -> None:
         """Pictures of the first test images, to pictures/ and TensorBoard."""
@@ -170,7 +208,7 @@ class _Run:
             or not config_lib.is_time(step, every, job.schedule.total_steps)
         ):
             return
-        with self.throughput.pause(), jax.transfer_guard("allow"):
+        with self._pause(state):
             grid = draw_reconstructions(job, state.params, dataset, step, job.config.pictures.num_images)
             if distributed.is_primary():
                 pictures.write_png(self.workdir / "pictures" / f"step_{step:08d}.png", grid)

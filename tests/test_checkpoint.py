@@ -1,5 +1,11 @@
 """Checkpoints: any mesh, retention, the config stored with them, encoders for probe and fine-tuning, faults."""
 
+import json
+import resource
+import shutil
+import signal
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -38,7 +44,9 @@ def save(checkpoints, built, state, step, metrics=None):
 
 def restore(checkpoints, built):
     """The newest state for the mesh of `built`."""
-    return checkpoints.restore(built.abstract_state, built.shardings, built.config, built.fingerprint)
+    return checkpoints.restore(
+        built.abstract_state, built.shardings, built.config, built.fingerprint, default.get_config()
+    )
 
 
 def steps(workdir):
@@ -100,19 +108,82 @@ def test_steps_between_are_not_saved(workdir):
     assert steps(workdir) == [8, 10]
 
 
-def test_by_minutes(workdir):
-    """Nothing for a fresh checkpoint; one as soon as the last is old enough."""
+def test_the_best_stays_after_a_restart(workdir):
+    """The metric must be stored with the checkpoint: the next process compares with it; NaN is never best."""
     built = build()
     state = new_state(built)
-    with open_checkpoints(workdir, every_steps=2, every_minutes=1 / 60) as checkpoints:
+    options = {"keep_best": "val_loss", "every_steps": 0, "keep_latest": 1}
+    for values in ({1: 3.0, 2: 1.0, 3: float("nan")}, {4: 2.0, 5: 5.0}):
+        with open_checkpoints(workdir, **options) as checkpoints:
+            for step, loss in values.items():
+                save(checkpoints, built, state, step, {"val_loss": loss})
+    assert steps(workdir) == [2, 5]
+
+
+def test_by_minutes_alone(workdir):
+    """Nothing at first; one as soon as the start, then the last save, is long enough ago."""
+    built = build()
+    state = new_state(built)
+    with open_checkpoints(workdir, every_steps=0, every_minutes=1 / 60) as checkpoints:
+        save(checkpoints, built, state, 1)
+        assert steps(workdir) == []
+        time.sleep(1.1)
         save(checkpoints, built, state, 2)
         save(checkpoints, built, state, 3)
         assert steps(workdir) == [2]
-        import time
-
         time.sleep(1.2)
-        save(checkpoints, built, state, 5)
-    assert steps(workdir) == [2, 5]
+        save(checkpoints, built, state, 4)
+    assert steps(workdir) == [2, 4]
+
+
+@pytest.mark.parametrize("damage", ["truncated array", "empty step", "no meta"])
+def test_damage_is_one_clear_error(workdir, damage):
+    """What Orbax and tensorstore raise, in words that name the directory."""
+    built = build()
+    with open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, built, new_state(built), 1)
+    directory = workdir / "checkpoints" / "1"
+    if damage == "truncated array":
+        for path in directory.glob("state/ocdbt.process_0/d/*"):
+            path.write_bytes(path.read_bytes()[:10])
+        for path in directory.glob("state/d/*"):
+            path.write_bytes(path.read_bytes()[:10])
+    else:
+        shutil.rmtree(directory / "meta" if damage == "no meta" else directory)
+        directory.mkdir(exist_ok=True)
+    with open_checkpoints(workdir) as checkpoints, pytest.raises(StorageFault, match=r"checkpoints/1 cannot"):
+        restore(checkpoints, built)
+
+
+def test_full_disk_during_a_save_is_a_storage_fault(workdir):
+    """tensorstore's own error for a write that fails, by a limit on the size of files."""
+    built = build()
+    state = new_state(built)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(StorageFault, match="free some space"), open_checkpoints(workdir) as checkpoints:
+            save(checkpoints, built, state, 1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            save(checkpoints, built, state, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert 1 in steps(workdir)
+    with open_checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        restore(checkpoints, built)
+
+
+def test_a_field_added_since_counts_as_its_default(workdir):
+    """A checkpoint of an older version continues."""
+    built = build()
+    old = json.loads(built.meta["config"])
+    del old["optim"]["eps"]
+    with open_checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, new_state(built), {**built.meta, "config": json.dumps(old)}, {})
+        checkpoints.wait()
+        assert int(restore(checkpoints, built).step) == 0
 
 
 def test_other_config_or_data_is_refused(workdir):

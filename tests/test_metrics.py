@@ -150,7 +150,6 @@ def test_other_processes_write_nothing(workdir: epath.Path):
     with Recorder(workdir, start_step=0, is_primary=False) as recorder:
         recorder.write_scalars(1, {"loss": 1.0})
         recorder.write_images(1, {"x": np.zeros((1, 4, 4, 3))})
-        recorder.write_hparams({"lr": 0.1})
         recorder.commit(1)
     assert not workdir.exists()
 

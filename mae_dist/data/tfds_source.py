@@ -114,16 +114,21 @@ class TfdsDataset(Dataset):
 
     def _parse(self, record: bytes | None) -> tuple[np.ndarray | None, int]:
         """The decoded image, or None if it cannot be, and the label."""
+        from google.protobuf.message import DecodeError
         from tensorflow_datasets.proto import tf_example_pb2  # bytes to fields; no TensorFlow in it
 
         if record is None:
             return None, 0
         # Parsed here because TFDS's general deserializer, for features of any kind, takes five times as long.
-        example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
-        features = example.features.feature
-        label = features["label"].int64_list.value[0]
         try:
-            return decode_image(features["image"].bytes_list.value[0], self.channels), label
+            example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+            features = example.features.feature
+            label = features["label"].int64_list.value[0]
+            data = features["image"].bytes_list.value[0]
+        except (DecodeError, IndexError):  # no Example, or one without image and label
+            return None, 0
+        try:
+            return decode_image(data, self.channels), label
         except UndecodableImage:
             return None, label
 
