@@ -245,7 +245,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if config.task == "probe" and not config.init_from:
         yield "task='probe' needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
     if config.task == "pretrain" and config.init_from:
-        yield f"init_from={config.init_from!r} is for probe and finetune; a pretraining continues by its own command"
+        yield f"init_from={config.init_from!r} is for probe and finetune; to continue a pretraining repeat its command"
     if config.task != "pretrain" and config.classify.pool == "cls" and config.model.cls_token == "none":
         yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
     for field in ("mean", "std"):
@@ -263,7 +263,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if not 0 < low <= high <= 1:
         yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"
     metric = config.checkpoint.keep_best
-    metrics = ("val_loss",) if config.task == "pretrain" else ("val_loss", "val_top1")
+    metrics = ("val_loss",) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
     if metric and metric not in metrics:
         yield f"checkpoint.keep_best={metric!r} is not one of {', '.join(metrics)} (or '').{nearest(metric, metrics)}"
     if metric and not (config.data.val_split and (config.eval.every_epochs or config.eval.every_steps)):

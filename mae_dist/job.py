@@ -109,9 +109,7 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
         if size % needed:
             factors = f"mesh.data x mesh.fsdp = {shape['data']} x {shape['fsdp']}"
             if needed > shards:
-                factors = (
-                    f"mesh.data x mesh.fsdp x accum_steps = {shape['data']} x {shape['fsdp']} x {config.accum_steps}"
-                )
+                factors = factors.replace(" =", " x accum_steps =") + f" x {config.accum_steps}"
             raise ConfigError(
                 f"{field}={size} does not divide by {factors} = {needed}; nearest that does: "
                 f"{max(needed, round(size / needed) * needed)}"
@@ -120,8 +118,8 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
         heads = config.model[f"{prefix}num_heads"]
         if heads % shape["tensor"]:
             raise ConfigError(
-                f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={shape['tensor']}; choose a mesh.tensor "
-                f"that divides {heads}, or more heads"
+                f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={shape['tensor']}; choose "
+                f"a mesh.tensor that divides {heads}, or more heads"
             )
 
 
@@ -152,6 +150,10 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     check_mesh(config, len(devices))
     mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
     schedule = config_lib.schedule(config, data.train.num_examples)
+    if config.checkpoint.keep_best == "val_top5" and data.train.num_classes <= 5:
+        raise ConfigError(
+            f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
+        )
     task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     abstract_params = jax.eval_shape(task.init_params, jax.random.key(0))
     trainable, _ = state.split_frozen(sharding.logical_axes(abstract_params), task.frozen)

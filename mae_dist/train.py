@@ -167,9 +167,9 @@ class _Run:
         limit = self.job.config.max_skipped_steps
         if self.longest_skipped_run >= limit:
             raise errors.Diverged(
-                f"{self.longest_skipped_run} updates in a row, the last by step {step}, had a non-finite gradient and were "
-                f"skipped (max_skipped_steps={limit}). Nothing was saved since. Lower optim.base_lr, set optim.clip_norm, "
-                "or use model.dtype=float32, in a new workdir."
+                f"{self.longest_skipped_run} updates in a row, the last by step {step}, had a non-finite gradient and "
+                f"were skipped (max_skipped_steps={limit}). Nothing was saved since. Lower optim.base_lr, set "
+                "optim.clip_norm, or use model.dtype=float32, in a new workdir."
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:

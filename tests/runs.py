@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMING = ("images_per_sec", "step_secs", "data_wait", "eta_secs")
 
 
-def start(env: dict[str, str], *args: str, module: str = "main", **popen: Any) -> subprocess.Popen[str]:
-    """Starts `python -m mae_dist.<module>` in the clone, output captured."""
+def start(env: dict[str, str], *args: str, module: str = "main", file_limit_kib: int = 0) -> subprocess.Popen[str]:
+    """Starts `python -m mae_dist.<module>` in the clone, output captured; with a limit to a file's size if given."""
     command = [sys.executable, "-m", f"mae_dist.{module}", *args]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, **{**pipes, **popen})
+    if file_limit_kib:  # writing beyond it fails, as on a full disk; by default it would kill instead
+        command = ["bash", "-c", f"trap '' XFSZ; ulimit -f {file_limit_kib}; exec \"$@\"", "bash", *command]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run(env: dict[str, str], *args: str, module: str = "main") -> tuple[int, str]:

@@ -174,7 +174,7 @@ def test_choices(field):
         ({"checkpoint__keep_best": "val_top1"}, "checkpoint.keep_best='val_top1' is not one of val_loss (or '')."),
         (
             {"checkpoint__keep_best": "val_loss", "data__val_split": ""},
-            "checkpoint.keep_best='val_loss' needs a validation split and data.val_split is ''",
+            "checkpoint.keep_best='val_loss' needs evaluations: set data.val_split",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
