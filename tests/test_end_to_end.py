@@ -41,7 +41,7 @@ def test_pretraining_learns_and_reports(quickstart):
     found = records(workdir)
     val = [record["val_loss"] for record in found if "val_loss" in record]
     assert len(val) == 2
-    assert val[-1] < val[0] < 0.2
+    assert val[-1] < val[0] < 1  # the pixels' variance
     summary = json.loads((workdir / "summary.json").read_text())
     assert {"step", "loss", "val_loss", "test_loss", "images_per_sec", "environment"} <= summary.keys()
     assert json.loads((workdir / "config.json").read_text())["name"] == "quickstart"
@@ -162,7 +162,8 @@ def test_full_disk_ends_with_its_code_and_harms_nothing(child_env, tmp_path, lim
     kill_at_step(start(child_env(), *args), workdir, 8)
     env = child_env()
     del env["JAX_COMPILATION_CACHE_DIR"]  # its files would be too large as well
-    limited = start(env, *args, file_limit_kib=limit_kib)
+    every_steps = "--config.checkpoint.every_steps=" + ("5" if named == "checkpoints" else "1000")
+    limited = start(env, *args, every_steps, file_limit_kib=limit_kib)
     output, _ = limited.communicate(timeout=240)
     assert limited.returncode == 5, output
     assert f"error: {'checkpoint' if named == 'checkpoints' else 'cannot'}" in output
