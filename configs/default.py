@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     config.optim.base_lr = 1e-3  # peak learning rate = base_lr * global_batch_size / 256
     config.optim.schedule = "cosine"  # cosine | constant, after the warm-up
     config.optim.final_lr = 0.0  # where the cosine ends
-    config.optim.warmup_epochs = 20.0  # linear warm-up from 0
+    config.optim.warmup_epochs = 20.0  # linear warm-up from 0; at most total_epochs
     config.optim.b1 = 0.9
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8
@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     config.data.num_classes = 10  # of the synthetic set
 
     config.eval = ConfigDict()
-    config.eval.every_epochs = 1.0  # evaluate the validation split; and always at the end
+    config.eval.every_epochs = 1.0  # evaluate the validation split, and always at the end; 0: never
     config.eval.every_steps = 0  # > 0: this many updates instead
     config.eval.batch_size = 0  # examples per evaluation batch; 0: global_batch_size
     config.eval.test_at_end = True  # also evaluate the test split after the last update
@@ -112,9 +112,9 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500  # and always at the end; 0: by minutes only
-    config.checkpoint.every_minutes = 10.0  # at the first log step after this long; 0: by steps only
+    config.checkpoint.every_minutes = 10.0  # at the first log step this long after the last; 0: by steps only
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_every_steps = 0  # > 0: also keep the checkpoints at multiples of this for ever
-    config.checkpoint.keep_best = ""  # also keep the best by this metric: val_loss, val_top1, …
+    config.checkpoint.keep_best = ""  # save every evaluated step, and keep the best by val_loss, val_top1 or val_top5
 
     return config.lock()
