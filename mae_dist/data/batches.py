@@ -110,12 +110,15 @@ class Batches:
       bad_records: names of the unreadable records met so far, in this process and its workers.
     """
 
-    def __init__(self, batches: grain.IterDataset[HostBatch], dataset: Dataset, num_batches: int):
+    def __init__(self, batches: grain.IterDataset[HostBatch], dataset: Dataset, num_batches: int, *, copy: bool):
         self.bad_records: list[str] = []
         self._dataset = dataset
         self._num_left = num_batches
         self._num_read = 0
         self._num_bad = 0
+        # A batch of a worker lies in shared memory, which must be given back before the iterator is closed, while JAX
+        # may hold on to the batch for longer.
+        self._own = np.array if copy else np.asarray
         self._iterator = iter(batches)
 
     def __iter__(self) -> Iterator[HostBatch]:
@@ -128,7 +131,7 @@ class Batches:
         if not self._num_left:
             raise StopIteration
         self._num_left -= 1
-        batch = {name: np.asarray(column) for name, column in next(self._iterator).items()}
+        batch = {name: self._own(column) for name, column in next(self._iterator).items()}
         bad = batch.pop(_BAD)
         self._num_read += len(batch["label"])
         if len(bad):
@@ -250,7 +253,7 @@ def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_worke
     if num_workers:
         processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
-    return Batches(batches, dataset, stop - start)
+    return Batches(batches, dataset, stop - start, copy=num_workers > 0)
 
 
 def _start_worker(worker: int, num_workers: int) -> None:
