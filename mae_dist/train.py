@@ -168,8 +168,8 @@ class _Run:
         if self.longest_skipped_run >= limit:
             raise errors.Diverged(
                 f"{self.longest_skipped_run} updates in a row, the last by step {step}, had a non-finite gradient and "
-                f"were skipped (max_skipped_steps={limit}): the parameters are those before them. Lower optim.base_lr, set "
-                "optim.clip_norm, or use model.dtype=float32, in a new workdir."
+                f"were skipped (max_skipped_steps={limit}): the parameters are those before them. Lower optim.base_lr, "
+                "set optim.clip_norm, or use model.dtype=float32, in a new workdir."
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:
