@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs mae_dist on this machine, from a virtual environment that the first run makes in the clone.
 #
-#   bash launch/local.sh                                     the quick start: pretrain, reconstruct, probe; about a minute
+#   bash launch/local.sh                                     the quick start: pretrain, reconstruct, probe; a minute and a half
 #   bash launch/local.sh --config configs/cifar_medium.py …  any run: everything is passed on to mae_dist.main
 #
 # It works from any directory; paths in arguments are relative to the clone.
