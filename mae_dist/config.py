@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_dist import layers, patches
+from mae_dist import layers, patches, transforms
 from mae_dist.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.name": ("adamw", "sgd"),
     "optim.schedule": ("cosine", "constant"),
     "data.source": ("tfds", "digits", "synthetic"),
-    "data.augment": ("none", "flip", "crop_flip"),
+    "data.augment": transforms.AUGMENT_KINDS,
     "data.cache": ("auto", "memory", "stream"),
 }
 POSITIVE = (

@@ -1,6 +1,7 @@
 """Wires one run together: `build(config, devices, data) -> Job`. Nothing is allocated on a device here."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,15 +104,17 @@ def open_data(config: ConfigDict) -> Data:
 def check_mesh(config: ConfigDict, num_devices: int) -> None:
     """Raises `ConfigError` for what cannot be split over the devices: the mesh itself, batches, heads."""
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
-    shards = shape["data"] * shape["fsdp"]
-    for field, needed in (("global_batch_size", shards * config.accum_steps), ("eval.batch_size", shards)):
+    split = (("mesh.data", shape["data"]), ("mesh.fsdp", shape["fsdp"]))
+    for field, factors in (
+        ("global_batch_size", (*split, ("accum_steps", config.accum_steps))),
+        ("eval.batch_size", split),
+    ):
+        needed = math.prod(factor for _, factor in factors)
         size = config_lib.get(config, field)
         if size % needed:
-            factors = f"mesh.data x mesh.fsdp = {shape['data']} x {shape['fsdp']}"
-            if needed > shards:
-                factors = factors.replace(" =", " x accum_steps =") + f" x {config.accum_steps}"
             raise ConfigError(
-                f"{field}={size} does not divide by {factors} = {needed}; nearest that does: "
+                f"{field}={size} does not divide by {' x '.join(name for name, _ in factors)} = "
+                f"{' x '.join(str(factor) for _, factor in factors)} = {needed}; nearest that does: "
                 f"{max(needed, round(size / needed) * needed)}"
             )
     for prefix in ("", "decoder_") if config.task == "pretrain" else ("",):
