@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.task = (
         "pretrain"  # pretrain | probe (frozen encoder) | finetune (all weights; from scratch without init_from)
     )
-    config.init_from = ""  # workdir of a pretraining whose encoder a probe or finetune starts from
+    config.init_from = ""  # trained weights to start from: a workdir, what convert wrote, Hugging Face's or timm's
     config.seed = 0  # decides everything random: initial weights, order of the data, augmentation, masks, dropout
 
     config.total_epochs = 100.0  # passes over the training split
@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     config.model.mask_token = "learned"  # learned | zero
     config.model.pos_embed = "sincos2d"  # sincos2d (the paper's) | sincos1d (the report's) | learned
     config.model.layer_scale_init = 0.0  # initial value of LayerScale; 0: no LayerScale
+    config.model.norm_eps = 1e-6  # of every LayerNorm: the paper's code; Hugging Face's default is 1e-12
     config.model.drop_path = 0.0  # stochastic depth of the last encoder block, rising linearly from 0
     config.model.dropout = 0.0
     config.model.qkv_bias = True
@@ -65,6 +66,7 @@ def get_config() -> ConfigDict:
     config.classify.head = "linear"  # linear | mlp (one hidden layer)
     config.classify.hidden_dim = 128  # of the mlp head
     config.classify.pool = "gap"  # gap (mean over patches) | cls (class token)
+    config.classify.norm_after_pool = False  # True: a new LayerNorm of what was pooled instead of the encoder's last
     config.classify.label_smoothing = 0.0
 
     config.optim = ConfigDict()

@@ -23,11 +23,12 @@ def probe(config: ConfigDict) -> ConfigDict:
 
 
 def finetune(config: ConfigDict) -> ConfigDict:
-    """All weights trained on from the pretrained encoder: flip, label smoothing 0.1, drop path 0.1."""
+    """All weights trained on from the pretrained encoder: crops and flips, label smoothing 0.1, drop path 0.1."""
     config.task = "finetune"
     config.init_from = f"runs/{config.name}"
     config.name = f"{config.name}_finetune"
     config.total_epochs = 100.0
+    config.classify.norm_after_pool = True  # as the paper fine-tunes: mean over patches, then a LayerNorm
     config.classify.label_smoothing = 0.1
     config.model.drop_path = 0.1
     config.optim.b2 = 0.999

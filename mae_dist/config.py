@@ -45,6 +45,7 @@ POSITIVE = (
     "model.decoder_depth",
     "model.decoder_num_heads",
     "model.decoder_mlp_ratio",
+    "model.norm_eps",
     "classify.hidden_dim",
     "optim.base_lr",
     "optim.eps",
@@ -244,10 +245,10 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
     if config.task == "probe" and not config.init_from:
         yield "task='probe' needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
-    if config.task == "pretrain" and config.init_from:
-        yield f"init_from={config.init_from!r} is for probe and finetune; to continue a pretraining repeat its command"
     if config.task != "pretrain" and config.classify.pool == "cls" and config.model.cls_token == "none":
         yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
+    if config.task == "probe" and config.classify.norm_after_pool:
+        yield "classify.norm_after_pool is for task='finetune': a probe keeps the encoder as it is, with its own norm"
     for field in ("mean", "std"):
         value = config.data[field]
         if len(value) not in (1, config.model.channels):

@@ -106,13 +106,14 @@ class Block(nnx.Module):
         qkv_bias: bool,
         gelu: str,
         layer_scale_init: float,
+        norm_eps: float,
         dropout: float,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.norm1 = nnx.LayerNorm(dim, epsilon=1e-6, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(dim, epsilon=1e-6, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu=gelu, dtype=dtype, rngs=rngs)
         self.scaled = layer_scale_init > 0
         if self.scaled:
@@ -159,8 +160,9 @@ class Stack(nnx.Module):
         self.remat = remat
         self.constrain = constrain
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """x (B, N, D) -> (B, N, D)."""
+    def __call__(self, x: jax.Array, keys: jax.Array | None, num_blocks: int | None = None) -> jax.Array:
+        """x (B, N, D) -> (B, N, D), through the first `num_blocks` blocks or all of them."""
+        depth = self.depth if num_blocks is None else num_blocks
         graphdef, params = nnx.split(self.blocks)
         if not self.stochastic:
             keys = None
@@ -179,7 +181,7 @@ class Stack(nnx.Module):
         x = self.constrain(x, TOKENS)
         if self.scan:
             layers = (params, jnp.arange(self.depth), jnp.asarray(rates))
-            return jax.lax.scan(apply, x, layers)[0]
-        for index in range(self.depth):
+            return jax.lax.scan(apply, x, jax.tree.map(lambda p: p[:depth], layers))[0]
+        for index in range(depth):
             x, _ = apply(x, (jax.tree.map(lambda p, i=index: p[i], params), index, rates[index]))
         return x

@@ -57,28 +57,35 @@ class Encoder(nnx.Module):
         depth: int,
         cls_token: str,
         pos_embed: str,
+        norm_eps: float,
         dtype: Any,
         rngs: nnx.Rngs,
+        final_norm: bool = True,
         **stack: Any,
     ):
         self.patch_embed = nnx.Linear(patch_dim, embed_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.positions = Positions(pos_embed, grid, embed_dim, rngs=rngs)
         self.has_cls = cls_token != "none"
         self.cls_token = _token(cls_token, embed_dim, rngs)
-        self.stack = Stack(embed_dim, depth=depth, dtype=dtype, rngs=rngs, **stack)
-        self.norm = nnx.LayerNorm(embed_dim, epsilon=1e-6, rngs=rngs)
+        self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, rngs=rngs, **stack)
+        self.final_norm = final_norm
+        if final_norm:
+            self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs)
         self.dtype, self.dropout = dtype, stack["dropout"]
 
-    def __call__(self, x: jax.Array, ids_keep: jax.Array | None, keys: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, ids_keep: jax.Array | None, keys: jax.Array | None, num_blocks: int | None = None
+    ) -> jax.Array:
         """Encodes patches.
 
         Args:
           x: all patches of the images, (B, L, P).
           ids_keep: (B, K) which patches to look at, or None for all; the others never enter the computation.
           keys: one key per example for dropout and DropPath, or None.
+          num_blocks: stop after so many blocks, before the final norm; None for all of them and the norm.
 
         Returns:
-          Normalised tokens (B, N, D), the class token first if there is one.
+          Tokens (B, N, D), the class token first if there is one.
         """
         position = self.positions(self.dtype)  # (1, L, D)
         if ids_keep is not None:
@@ -90,7 +97,8 @@ class Encoder(nnx.Module):
             cls = _token_value(self.cls_token, x.shape[0], 1, x.shape[2], self.dtype)
             x = jnp.concatenate([cls, x], axis=1)  # (B, 1 + K, D)
         x = dropout(x, self.dropout, fold_in(keys, self.stack.depth))
-        return layer_norm(self.norm, self.stack(x, keys))
+        x = self.stack(x, keys, num_blocks)
+        return layer_norm(self.norm, x) if self.final_norm and num_blocks is None else x
 
     def pool(self, tokens: jax.Array, pool: str) -> jax.Array:
         """Tokens (B, N, D) -> (B, D): the class token (`cls`) or the mean over patches (`gap`)."""
@@ -111,6 +119,7 @@ class Decoder(nnx.Module):
         has_cls: bool,
         mask_token: str,
         pos_embed: str,
+        norm_eps: float,
         dtype: Any,
         rngs: nnx.Rngs,
         **stack: Any,
@@ -118,8 +127,8 @@ class Decoder(nnx.Module):
         self.embed = nnx.Linear(in_dim, embed_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.mask_token = _token(mask_token, embed_dim, rngs)
         self.positions = Positions(pos_embed, grid, embed_dim, rngs=rngs)
-        self.stack = Stack(embed_dim, depth=depth, dtype=dtype, rngs=rngs, **stack)
-        self.norm = nnx.LayerNorm(embed_dim, epsilon=1e-6, rngs=rngs)
+        self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, rngs=rngs, **stack)
+        self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs)
         self.pred = nnx.Linear(embed_dim, patch_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.has_cls, self.dtype = has_cls, dtype
 
@@ -159,6 +168,7 @@ class MaskedAutoencoder(nnx.Module):
         mask_token: str,
         pos_embed: str,
         layer_scale_init: float,
+        norm_eps: float,
         drop_path: float,
         dropout: float,
         qkv_bias: bool,
@@ -166,6 +176,7 @@ class MaskedAutoencoder(nnx.Module):
         dtype: str,
         scan: bool,
         remat: str,
+        final_norm: bool = True,  # of the encoder; a classifier may normalise what it pooled instead
         constrain: Constrain = unconstrained,
         rngs: nnx.Rngs,
     ):
@@ -179,6 +190,7 @@ class MaskedAutoencoder(nnx.Module):
             "pos_embed": pos_embed,
             "dtype": jnp.dtype(dtype),
             "layer_scale_init": layer_scale_init,
+            "norm_eps": norm_eps,
             "dropout": dropout,
             "qkv_bias": qkv_bias,
             "gelu": gelu,
@@ -194,6 +206,7 @@ class MaskedAutoencoder(nnx.Module):
             mlp_ratio=mlp_ratio,
             cls_token=cls_token,
             drop_path=drop_path,
+            final_norm=final_norm,
             **shared,
         )
         self.decoder = Decoder(
@@ -237,9 +250,12 @@ class MaskedAutoencoder(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Linear, or one hidden layer with GELU, from pooled features (B, D) to logits (B, Y)."""
+    """Pooled features (B, D) to logits (B, Y): linear, or one hidden layer with GELU; a LayerNorm first if asked."""
 
-    def __init__(self, dim: int, num_classes: int, *, kind: str, hidden_dim: int, rngs: nnx.Rngs):
+    def __init__(self, dim: int, num_classes: int, *, kind: str, hidden_dim: int, norm_eps: float, rngs: nnx.Rngs):
+        self.has_norm = norm_eps > 0
+        if self.has_norm:
+            self.norm = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
         if kind == "mlp":
             self.hidden = nnx.Linear(dim, hidden_dim, kernel_init=xavier, rngs=rngs)
             dim = hidden_dim
@@ -249,11 +265,17 @@ class Head(nnx.Module):
 
     def __call__(self, features: jax.Array) -> jax.Array:
         x = features.astype(jnp.float32)
+        if self.has_norm:
+            x = self.norm(x)
         return self.linear(jax.nn.gelu(self.hidden(x)) if self.has_hidden else x)
 
 
 class Classifier(nnx.Module):
-    """The encoder of a masked autoencoder on all patches, a pooling and a head."""
+    """The encoder of a masked autoencoder on all patches, a pooling and a head.
+
+    The last LayerNorm is the encoder's and acts on tokens, or, with `norm_after_pool`, the head's and acts on what was
+    pooled, as in the paper's fine-tuning.
+    """
 
     def __init__(
         self,
@@ -263,12 +285,16 @@ class Classifier(nnx.Module):
         kind: str,
         hidden_dim: int,
         pool: str,
-        constrain: Constrain,
+        norm_after_pool: bool,
+        constrain: Constrain = unconstrained,
         rngs: nnx.Rngs,
     ):
-        autoencoder = MaskedAutoencoder(**model, constrain=constrain, rngs=rngs)
+        autoencoder = MaskedAutoencoder(**model, final_norm=not norm_after_pool, constrain=constrain, rngs=rngs)
         self.encoder, self.patch_size = autoencoder.encoder, autoencoder.patch_size
-        self.head = Head(model["embed_dim"], num_classes, kind=kind, hidden_dim=hidden_dim, rngs=rngs)
+        norm_eps = model["norm_eps"] if norm_after_pool else 0.0
+        self.head = Head(
+            model["embed_dim"], num_classes, kind=kind, hidden_dim=hidden_dim, norm_eps=norm_eps, rngs=rngs
+        )
         self.pool = pool
 
     def features(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import nnx, struct
 from ml_collections import ConfigDict
 
 from mae_dist import losses, patches
-from mae_dist.layers import Constrain
+from mae_dist.layers import Constrain, unconstrained
 from mae_dist.models import Classifier, MaskedAutoencoder
 
 Batch = Mapping[str, jax.Array]
@@ -33,7 +33,7 @@ class Task:
     evaluate: (params, batch) -> clu metrics, to be merged over batches.
     frozen: top-level parameter groups that are not trained.
     features: (params, batch) -> pooled features (B, D) of the frozen encoder, where they can be cached.
-    reconstruct: (params, batch) -> pictures, see `_reconstruct`.
+    reconstruct: (params, batch) -> pictures, see `make_pictures`.
     """
 
     name: str
@@ -69,7 +69,7 @@ def unscale_pixels(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return jnp.clip(x * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32), 0, 1)
 
 
-def _functional(
+def functional(
     make: Callable[[nnx.Rngs], nnx.Module],
 ) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Any]]:
     """(init, bind): key -> parameters as a nested dict, and parameters -> the module to call."""
@@ -81,6 +81,29 @@ def _functional(
     return init, functools.partial(nnx.merge, graphdef)
 
 
+def make_model(config: ConfigDict, num_classes: int, constrain: Constrain, rngs: nnx.Rngs) -> Any:
+    """The module that `config` describes: a `MaskedAutoencoder`, or a `Classifier` for `num_classes`."""
+    fields, options = config.model.to_dict(), config.classify
+    if config.task == "pretrain":
+        return MaskedAutoencoder(**fields, constrain=constrain, rngs=rngs)
+    return Classifier(
+        fields,
+        num_classes=num_classes,
+        kind=options.head,
+        hidden_dim=options.hidden_dim,
+        pool=options.pool,
+        norm_after_pool=options.norm_after_pool,
+        constrain=constrain,
+        rngs=rngs,
+    )
+
+
+def abstract_params(config: ConfigDict, num_classes: int) -> Params:
+    """The shapes of the parameters of `config`'s model, by group."""
+    module = nnx.eval_shape(lambda: make_model(config, num_classes, unconstrained, nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
 def make_task(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
     """The Task that `config.task` names, for a data set of `num_classes`."""
     if config.task == "pretrain":
@@ -90,7 +113,7 @@ def make_task(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
 
 def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
     mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
-    init, bind = _functional(lambda rngs: MaskedAutoencoder(**config.model.to_dict(), constrain=constrain, rngs=rngs))
+    init, bind = functional(functools.partial(make_model, config, 0, constrain))
 
     def forward(params: Params, batch: Batch, mask_keys: jax.Array, keys: jax.Array | None) -> Any:
         model = bind(params)
@@ -112,43 +135,45 @@ def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
         return {"loss": clu_metrics.Average.from_model_output(values, batch["weight"] > 0)}
 
     def reconstruct(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """`original`, `masked`, `reconstruction`, `with_visible`: float32 (B, H, W, C) in 0..1."""
-        pred, true, mask = forward(params, batch, fixed_keys(batch), None)
-        pixels = losses.denormalize_patches(pred, true) if norm_pix_loss else pred
-        removed = mask[:, :, None]  # (B, L, 1)
-
-        def picture(x: jax.Array) -> jax.Array:
-            image = patches.unpatchify(x, config.model.image_size, config.model.patch_size)
-            return unscale_pixels(image, mean, std)
-
-        gray = (0.5 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-        blank = patches.patchify(jnp.broadcast_to(gray, batch["image"].shape), config.model.patch_size)
-        return {
-            "original": picture(true),
-            "masked": picture(jnp.where(removed > 0, blank, true)),
-            "reconstruction": picture(pixels),
-            "with_visible": picture(jnp.where(removed > 0, pixels, true)),
-        }
+        return make_pictures(config, *forward(params, batch, fixed_keys(batch), None))
 
     return Task(name="pretrain", init_params=init, loss=loss, evaluate=evaluate, reconstruct=reconstruct)
+
+
+def make_pictures(config: ConfigDict, pred: jax.Array, true: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Turns a prediction into pictures.
+
+    Args:
+      config: of the pretraining.
+      pred: predictions (B, L, P), normalised per patch where the loss was.
+      true: the patches as the model saw them (B, L, P).
+      mask: (B, L), 1 where a patch was removed.
+
+    Returns:
+      `original`, `masked`, `reconstruction`, `with_visible`: float32 (B, H, W, C) in 0..1.
+    """
+    mean, std, model = config.data.mean, config.data.std, config.model
+    pixels = losses.denormalize_patches(pred, true) if config.pretrain.norm_pix_loss else pred
+    removed = mask[:, :, None]  # (B, L, 1)
+
+    def picture(x: jax.Array) -> jax.Array:
+        return unscale_pixels(patches.unpatchify(x, model.image_size, model.patch_size), mean, std)
+
+    gray = (0.5 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    blank = patches.patchify(jnp.broadcast_to(gray, (1, *model.image_size, model.channels)), model.patch_size)
+    return {
+        "original": picture(true),
+        "masked": picture(jnp.where(removed > 0, blank, true)),
+        "reconstruction": picture(pixels),
+        "with_visible": picture(jnp.where(removed > 0, pixels, true)),
+    }
 
 
 def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
     mean, std, options = config.data.mean, config.data.std, config.classify
     probe = config.task == "probe"
 
-    def make(rngs: nnx.Rngs) -> Classifier:
-        return Classifier(
-            config.model.to_dict(),
-            num_classes=num_classes,
-            kind=options.head,
-            hidden_dim=options.hidden_dim,
-            pool=options.pool,
-            constrain=constrain,
-            rngs=rngs,
-        )
-
-    init, bind = _functional(make)
+    init, bind = functional(functools.partial(make_model, config, num_classes, constrain))
 
     def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
         return bind(params).features(scale_pixels(batch["image"], mean, std), keys)

@@ -19,6 +19,7 @@ BLOCK: dict[str, Any] = {
     "qkv_bias": True,
     "gelu": "exact",
     "layer_scale_init": 0.5,
+    "norm_eps": 1e-6,
     "dtype": jnp.float32,
 }
 X = jax.random.normal(jax.random.key(0), (BATCH, TOKENS, DIM))

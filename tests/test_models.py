@@ -37,6 +37,7 @@ BASE: dict[str, Any] = {
     "mask_token": "learned",
     "pos_embed": "sincos2d",
     "layer_scale_init": 0.0,
+    "norm_eps": 1e-6,
     "drop_path": 0.0,
     "dropout": 0.0,
     "qkv_bias": True,
@@ -301,7 +302,14 @@ def test_parameters_by_hand(module, total):
 
 
 def make_classifier(**options: Any) -> models.Classifier:
-    settings: dict[str, Any] = {"num_classes": 7, "kind": "linear", "hidden_dim": 5, "pool": "gap", **options}
+    settings: dict[str, Any] = {
+        "num_classes": 7,
+        "kind": "linear",
+        "hidden_dim": 5,
+        "pool": "gap",
+        "norm_after_pool": False,
+        **options,
+    }
     return models.Classifier(BASE, **settings, constrain=layers.unconstrained, rngs=nnx.Rngs(0))
 
 
@@ -324,9 +332,17 @@ def test_classifier_pools_all_patches():
     assert np.abs(logits).max() < 1e-3  # the head starts near zero
 
 
-@pytest.mark.parametrize(("kind", "count"), [("linear", 16 * 7 + 7), ("mlp", 16 * 5 + 5 + 5 * 7 + 7)])
-def test_heads(kind, count):
-    """And a classifier has no decoder."""
-    _, params = abstract_params(lambda: make_classifier(kind=kind))
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"kind": "linear"}, 16 * 7 + 7),
+        ({"kind": "mlp"}, 16 * 5 + 5 + 5 * 7 + 7),
+        ({"kind": "linear", "norm_after_pool": True}, 16 * 7 + 7 + 2 * 16),
+    ],
+)
+def test_heads(options, count):
+    """A classifier has no decoder, and one last norm: the encoder's or the head's."""
+    _, params = abstract_params(lambda: make_classifier(**options))
+    assert ("norm" in params["encoder"]) != options.get("norm_after_pool", False)
     assert set(params) == {"encoder", "head"}
     assert models.param_count(params["head"]) == count
