@@ -1,0 +1,297 @@
+"""Files of named tensors as other programs write them: safetensors, and PyTorch's checkpoints.
+
+A PyTorch checkpoint holds a pickle, which is a program: it is read by PyTorch's own loader of weights alone, which
+refuses whatever is not a tensor or a plain container. PyTorch is an extra; everything else does without it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from mae_dist.errors import ConfigError, DataFault, StorageFault
+
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+_MAX_HEADER = 2**24  # bytes of a safetensors header: many times that of a ViT-H
+_SPARE = 2**26  # bytes that tensors may take beyond four times their file: small ones repeated along an axis
+_AGAIN = "download or copy it again"
+_ALONE = "If you trust it, save its tensors alone in PyTorch, as torch.save({'model': state_dict}, 'weights.pth')"
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOATS = {np.dtype(np.float16), _BFLOAT16, np.dtype(np.float32), np.dtype(np.float64)}
+_SAFE_DTYPES = ("F16", "BF16", "F32", "F64", "BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+
+
+def read_tensors(path: epath.Path) -> dict[str, np.ndarray]:
+    """Named tensors of a file, or of a directory as Hugging Face's libraries write it; runs no code of the file.
+
+    In a PyTorch checkpoint they stand below "model", "state_dict" or "model_state_dict", the first that is there, or
+    else at its top. A prefix "module." that all names share is dropped.
+
+    Args:
+      path: a .safetensors, .pth, .pt, .bin or .ckpt file, or a directory with model.safetensors or pytorch_model.bin
+        or the .index.json of one and its shards.
+
+    Returns:
+      Arrays of any shape by name, each with memory of its own: float32 where they are float16, bfloat16, float32 or
+      float64 in the file (not checked for NaN and infinity), else of the file's dtype.
+
+    Raises:
+      DataFault: missing, damaged, of another format, or asking for more than tensors.
+    """
+    tensors = _read_directory(path) if path.is_dir() else _read_file(path)
+    prefix = "module."
+    if all(name.startswith(prefix) for name in tensors):
+        tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
+    return tensors
+
+
+def write_tensors(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes named tensors, whole or not at all; the same tensors give the same bytes.
+
+    Args:
+      path: .safetensors; or .pth or .pt, which hold {"model": tensors} and take PyTorch to write.
+      tensors: arrays of any shape and of a dtype that `read_tensors` knows; it is kept.
+
+    Raises:
+      ConfigError: another extension, or PyTorch is not installed.
+      StorageFault: the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".safetensors", ".pth", ".pt"):
+        raise ConfigError(f"cannot write {path}: weights are written as .safetensors, .pth or .pt; name it so")
+    # Both libraries write memory as it lies, and PyTorch warns of memory that it may not change.
+    arrays = {name: np.require(tensors[name], requirements=["C", "W"]) for name in sorted(tensors)}
+    local = "://" not in os.fspath(path)
+    try:
+        with contextlib.ExitStack() as stack:
+            directory = path.parent if local else stack.enter_context(tempfile.TemporaryDirectory())
+            temporary = Path(directory) / f".{path.name}.{os.getpid()}.tmp"
+            stack.callback(temporary.unlink, missing_ok=True)
+            (_save_safetensors if suffix == ".safetensors" else _save_torch)(temporary, arrays)
+            if not local:
+                path.write_bytes(temporary.read_bytes())  # an object appears whole or not at all
+                return
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise StorageFault(
+            f"cannot write {path}: {error}. Free some space, make its directory and make it writable, or name another"
+        ) from error
+
+
+def _save_safetensors(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    file.touch()
+    mode = file.stat().st_mode
+    safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"})
+    file.chmod(mode)  # the library leaves a file that only its owner can read
+
+
+def _save_torch(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    torch = _torch("writing .pth and .pt", "name a .safetensors file")
+    with open(file, "wb") as handle:  # given a name, torch.save would write it into the archive
+        torch.save({"model": {name: torch.from_numpy(array) for name, array in arrays.items()}}, handle)
+
+
+def _torch(what: str, instead: str) -> Any:
+    """PyTorch, or a `ConfigError` with the cure."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigError(f"{what} needs PyTorch: pip install 'mae_dist[torch]', or {instead}") from error
+    return torch
+
+
+def _read_directory(path: epath.Path) -> dict[str, np.ndarray]:
+    found = next((path / name for name in _FILES if (path / name).is_file()), None)
+    if found is None:
+        raise DataFault(
+            f"the directory {path} holds none of {', '.join(_FILES)}; it holds "
+            f"{_some(sorted(entry.name for entry in path.iterdir()))}. Name the directory or the file of the weights"
+        )
+    return _read_index(found) if found.suffix == ".json" else _read_file(found)
+
+
+def _read_index(index: epath.Path) -> dict[str, np.ndarray]:
+    """The tensors of an index's shards, in its order."""
+    try:
+        content = _parse_json(index.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataFault(f"{index} cannot be read: {_cause(error)}; {_AGAIN}") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise DataFault(f'{index} has no "weight_map" from names of tensors to names of files; {_AGAIN}')
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    shards: dict[str, set[str]] = {}
+    for name, shard in names.items():
+        shards.setdefault(shard, set()).add(name)
+    merged = {}
+    for shard, expected in shards.items():
+        if not re.fullmatch(rf"[^/\\\0]+{re.escape(suffix)}", shard):
+            raise DataFault(f"{index} names the shard {_shown(shard)}, no {suffix} file beside it; {_AGAIN}")
+        tensors = _read_file(index.parent / shard)
+        if tensors.keys() != expected:
+            raise DataFault(
+                f"{index.parent / shard} does not fit {index.name}: missing {_some(expected - tensors.keys())}, "
+                f"unexpected {_some(tensors.keys() - expected)}; download or copy the whole directory again"
+            )
+        merged.update(tensors)
+    return {name: merged[name] for name in names}
+
+
+def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise DataFault(
+            f"{path} is neither a directory nor a file named as weights are ({', '.join(_SUFFIXES)}); name one of these"
+        )
+    if not path.is_file():
+        raise DataFault(f"there is no file {path}; correct the path, or download it")
+    try:
+        with _on_disk(path) as file:
+            if not os.path.getsize(file):
+                raise DataFault(f"{path} is empty; {_AGAIN}")
+            return (_read_safetensors if suffix == ".safetensors" else _read_pytorch)(file, path)
+    except OSError as error:
+        raise DataFault(f"{path} cannot be read: {error}; make it readable, or {_AGAIN}") from error
+
+
+@contextlib.contextmanager
+def _on_disk(path: epath.Path) -> Iterator[str]:
+    """The name of a local file of this content: tensors are read one by one, never the whole file beside them."""
+    if "://" not in os.fspath(path):
+        yield os.fspath(path)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        with path.open("rb") as remote:
+            shutil.copyfileobj(remote, file)
+        file.flush()
+        yield file.name
+
+
+def _read_safetensors(file: str, path: epath.Path) -> dict[str, np.ndarray]:
+    """The library checks offsets, sizes and that tensors cover the file, but not for names given twice."""
+    size = os.path.getsize(file)
+    tensors = {}
+    try:
+        with open(file, "rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > min(_MAX_HEADER, size):
+                raise ValueError(f"it claims a header of {length} bytes in a file of {size}")
+            _parse_json(handle.read(length))
+        with safetensors.safe_open(file, framework="numpy") as content:
+            for name in content.keys():  # noqa: SIM118 (no dict)
+                dtype = content.get_slice(name).get_dtype()
+                if dtype not in _SAFE_DTYPES:
+                    raise ValueError(f"{_shown(name)} is of dtype {dtype}; known are {', '.join(_SAFE_DTYPES)}")
+                tensors[name] = _plain(content.get_tensor(name))
+    except (safetensors.SafetensorError, ValueError, RecursionError, struct.error) as error:
+        raise DataFault(
+            f"{path} ({size} bytes) is damaged or no safetensors file: {_cause(error)}; {_AGAIN}"
+        ) from error
+    if not tensors:
+        raise DataFault(f"{path} holds no tensors; name the file of the weights")
+    return tensors
+
+
+def _read_pytorch(file: str, path: epath.Path) -> dict[str, np.ndarray]:
+    torch = _torch(f"reading {path}", "take the .safetensors file of the same weights")
+    size = os.path.getsize(file)
+    try:
+        # The paper's checkpoints carry their command line beside the model.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file leads to: the loader has no error of its own
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise DataFault(
+                f"{path} asks for {_shown(asked[1])}, which is no tensor: refused, and nothing of it was run. {_ALONE}"
+            ) from error
+        # The loader's own advice is to read the file without its protection.
+        cause = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+        raise DataFault(f"{path} ({size} bytes) cannot be read as PyTorch's: {_cause(cause)}; {_AGAIN}") from error
+    tensors = _state_dict(content, path, torch)
+    taken = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors.values())
+    if taken > 4 * size + _SPARE:
+        raise DataFault(f"{path}: its tensors would take {taken} bytes of memory, out of a file of {size}; {_AGAIN}")
+    return {name: _plain(_to_numpy(tensor, torch)) for name, tensor in tensors.items()}
+
+
+def _state_dict(content: Any, path: epath.Path, torch: Any) -> dict[str, Any]:
+    """The tensors of a checkpoint by name."""
+    place, found = "at its top", content
+    for key in _WRAPPERS if isinstance(content, dict) else ():
+        if isinstance(content.get(key), dict):
+            place, found = f"below {key!r}", content[key]
+            break
+    if not isinstance(found, dict) or not found:
+        raise DataFault(f"{path} holds no named tensors {place}. {_ALONE}")
+
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+    others = [str(name) for name, value in found.items() if not isinstance(name, str) or not is_plain(value)]
+    if others:
+        raise DataFault(f"{path}: {_some(others)} {place} are no plain tensors. {_ALONE}")
+    return found
+
+
+def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
+    """A copy with memory of its own."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy().copy()
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Float32 of any floating dtype; contiguous; bools of 0 and 1."""
+    if array.dtype in _FLOATS:
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond float32: infinity, for the caller to find
+            return array.astype(np.float32, order="C", copy=False)
+    if array.dtype == np.bool_:
+        return np.asarray(array.view(np.uint8) != 0)
+    return array.astype(array.dtype, order="C", copy=False)
+
+
+def _parse_json(data: bytes) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"of {len(pairs)} names some are there twice: {_some(key for key, _ in pairs)}")
+        return found
+
+    return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+
+
+def _cause(error: Exception | str) -> str:
+    """In a line; a library's message may hold names from the file."""
+    text = str(error) or repr(error)
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:300])
+
+
+def _shown(text: str) -> str:
+    """Names come from the file: they may be long, or control a terminal."""
+    return repr(text if len(text) <= 100 else text[:100] + "…")
+
+
+def _some(texts: Iterable[str]) -> str:
+    texts = list(texts)
+    return ", ".join(map(_shown, texts[:5])) + (f", … ({len(texts)} in all)" if len(texts) > 5 else "") or "nothing"
