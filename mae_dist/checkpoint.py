@@ -19,9 +19,11 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.state import TrainState
-from mae_dist.storage import naming_faults
+from mae_dist.storage import naming_faults, write_text_atomically
 
 _policy = ocp.checkpoint_managers
+# In the meta of converted weights: where they came from.
+WEIGHTS_ONLY = "weights_of"
 
 
 @contextlib.contextmanager
@@ -166,6 +168,11 @@ class Checkpoints:
         with _naming_damage(path):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             stored = config_lib.from_json(meta["config"], default)
+        if WEIGHTS_ONLY in meta:
+            raise StorageFault(
+                f"{path} holds converted weights ({meta[WEIGHTS_ONLY]}), not a run to continue; start one from them in "
+                f"another --workdir with --config.init_from={self.directory.parent}"
+            )
         lines = config_lib.differences(stored, config)
         if meta["data_fingerprint"] != fingerprint:
             lines.append(f"training data (fingerprint): {meta['data_fingerprint']} -> {fingerprint}")
@@ -201,8 +208,9 @@ def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
         return config_lib.from_json(path.read_text(), default)
 
 
-def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
+@contextlib.contextmanager
+def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """The manager of an existing run's checkpoints and its newest step."""
     directory = workdir / "checkpoints"
     if not directory.exists():
         raise StorageFault(f"{directory} does not exist; train that run first, or correct init_from or --workdir")
@@ -215,34 +223,70 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
                 f"{directory} holds no checkpoint; train that run first, or correct init_from or --workdir"
             )
         with _naming_damage(directory / str(step)):
-            state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
-        return step, state["params"]
+            yield manager, step
     finally:
         manager.close()
 
 
-# The fields an encoder's parameters depend on; all must be equal to start from it.
-ENCODER_FIELDS = (
-    *(
-        f"model.{name}"
-        for name in ("image_size", "channels", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+def param_shapes(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
+    """(step, shapes of the parameters by group) of the newest checkpoint in `workdir`; nothing of them is read."""
+    with _newest(workdir) as (_, step):
+        handler = ocp.PyTreeCheckpointHandler()
+        try:
+            return step, handler.metadata(workdir / "checkpoints" / str(step) / "state").tree["params"]
+        finally:
+            handler.close()
+
+
+def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
+    with _newest(workdir) as (manager, step):
+        state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
+        return step, state["params"]
+
+
+def save_params(workdir: epath.Path, config: ConfigDict, params: dict[str, Any], origin: str) -> None:
+    """Writes trained parameters as a workdir of their own, at step 0 and without the state of an optimizer."""
+    directory = workdir / "checkpoints"
+    with _naming_damage(directory), ocp.CheckpointManager(directory) as manager:
+        meta = {"config": config_lib.to_json(config), WEIGHTS_ONLY: origin}
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}), meta=ocp.args.JsonSave(meta))
+        manager.save(0, args=args)
+        manager.wait_until_finished()
+    with naming_faults(workdir):
+        write_text_atomically(workdir / "config.json", config_lib.to_json(config) + "\n")
+
+
+# The fields that parameters depend on, by group; all must be equal to start from them.
+_SHARED = ("image_size", "channels", "patch_size", "cls_token", "pos_embed", "qkv_bias", "gelu", "norm_eps")
+FIELDS = {
+    "encoder": (
+        *(f"model.{name}" for name in (*_SHARED, "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale_init")),
+        "data.mean",
+        "data.std",
     ),
-    *(f"model.{name}" for name in ("cls_token", "pos_embed", "qkv_bias", "gelu", "layer_scale_init")),
-    "data.mean",
-    "data.std",
-)
+    "decoder": (
+        *(f"model.decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")),
+        "model.mask_token",
+        "pretrain.norm_pix_loss",
+    ),
+}
 
 
-def check_encoder_fits(source: ConfigDict, config: ConfigDict) -> None:
-    """Raises `StorageFault` naming every field in which the encoder of `source` differs from that of `config`."""
+def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) -> None:
+    """Raises `StorageFault` naming every field in which these groups of `source` differ from those of `config`."""
     lines = []
-    for field in ENCODER_FIELDS:
+    for field in (field for group in groups for field in FIELDS[group]):
         old, new = config_lib.get(source, field), config_lib.get(config, field)
         if field == "model.layer_scale_init":  # the value is only where training starts; whether there is one matters
             old, new = old > 0, new > 0
+        elif field.startswith("data.") and len(old) != len(new):  # one value stands for all channels
+            old, new = (value * config.model.channels if len(value) == 1 else value for value in (old, new))
         if old != new:
             lines.append(f"{field}: {old!r} -> {new!r}")
     if lines:
         raise StorageFault(
-            f"the encoder of init_from={config.init_from!r} does not fit this config:\n  - " + "\n  - ".join(lines)
+            f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
+            + "\n  - ".join(lines)
+            + "\nSet these as they were, or convert the weights to another size first (python -m mae_dist.convert)."
         )

@@ -10,7 +10,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint, flops, patches, sharding, state, steps, tasks
+from mae_dist import checkpoint, flops, patches, pretrained, sharding, state, steps, tasks
 from mae_dist import config as config_lib
 from mae_dist.data import Augment, Dataset, open_split, train_batches
 from mae_dist.errors import ConfigError
@@ -62,15 +62,18 @@ class Job:
         return sharding.overview(self.mesh, self.abstract_state, self.shardings)
 
     def fresh_state(self, default: ConfigDict) -> TrainState:
-        """The state at step 0, created in its shards; the encoder from `config.init_from` if that is set."""
+        """The state at step 0, created in its shards; trained weights from `config.init_from` if that is set.
+
+        A pretraining takes encoder and, where there is one, decoder; probe and finetune the encoder.
+        """
         new = jax.jit(self.init, out_shardings=self.shardings)()
         if not self.config.init_from:
             return new
-        workdir = absolute(self.config.init_from)
-        checkpoint.check_encoder_fits(checkpoint.read_config(workdir, default), self.config)
-        group = {"encoder": self.abstract_state.params["encoder"]}
-        step, loaded = checkpoint.load_params(workdir, group, {"encoder": self.shardings.params["encoder"]})
-        logging.info("Encoder from %s, step %d", workdir, step)
+        source = pretrained.open_pretrained(absolute(self.config.init_from), default, self.config)
+        groups = [group for group in ("encoder", "decoder") if group in new.params and group in source.abstract]
+        checkpoint.check_fits(source.config, self.config, groups)
+        loaded = source.load({group: self.shardings.params[group] for group in groups})
+        logging.info("%s from %s", " and ".join(groups), source.origin)
         return new.replace(params={**new.params, **loaded})
 
     def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
@@ -90,15 +93,20 @@ class Job:
 
 def open_data(config: ConfigDict) -> Data:
     """Opens the splits of `config.data`, downloading or decoding what is not there yet."""
-    options = config.data.to_dict()
-    splits = [options.pop(f"{name}_split") for name in ("train", "val", "test")]
-    for name in ("augment", "crop_scale", "mean", "std", "num_workers"):
-        options.pop(name)  # of the pipeline and the model, not of the source
-    image = {"image_size": config.model.image_size, "channels": config.model.channels}
-    train, val, test = (open_split(split, **image, **options) if split else None for split in splits)
-    if train is None:
+    if not config.data.train_split:
         raise ConfigError("data.train_split is empty; name a split, as 'train' or 'train[:80%]'")
+    splits = [config.data[f"{name}_split"] for name in ("train", "val", "test")]
+    train, val, test = (open_dataset(config, split) if split else None for split in splits)
+    assert train is not None
     return Data(train, val, test)
+
+
+def open_dataset(config: ConfigDict, split: str) -> Dataset:
+    """Opens a split expression of the source that `config.data` names, for the images that `config.model` takes."""
+    options = config.data.to_dict()
+    for name in ("train_split", "val_split", "test_split", "augment", "crop_scale", "mean", "std", "num_workers"):
+        del options[name]  # of the pipeline and the model, not of the source
+    return open_split(split, image_size=config.model.image_size, channels=config.model.channels, **options)
 
 
 def check_mesh(config: ConfigDict, num_devices: int) -> None:

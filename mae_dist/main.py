@@ -6,6 +6,7 @@ The same line again continues the run in its workdir. Exit codes: `mae_dist/erro
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -48,10 +49,9 @@ def main(argv: Sequence[str]) -> int:
 
     import jax
 
-    from mae_dist import distributed, job, storage, train
+    from mae_dist import job, storage, train
 
-    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    distributed.quiet_unless_primary()
+    join_processes()
     workdir = storage.absolute(_WORKDIR.value or f"runs/{config.name}")
     logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
     job.check_mesh(config, jax.device_count())  # before any data is fetched
@@ -63,6 +63,38 @@ def default_config() -> ConfigDict:
     from configs import default
 
     return default.get_config()
+
+
+def join_processes() -> None:
+    """Joins the processes of one command, as the flags or the cluster say, before any device is touched."""
+    from mae_dist import distributed
+
+    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    distributed.quiet_unless_primary()
+
+
+def required(flag: flags.FlagHolder[Any]) -> str:
+    """The value of a flag that a command cannot do without."""
+    if not flag.value:
+        raise errors.ConfigError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
+    return flag.value
+
+
+def new_local_path(value: str) -> Any:
+    """Where a command shall write what is not there yet; a `ConfigError` for a bucket or something that exists."""
+    from mae_dist import storage
+
+    if "://" in value:
+        raise errors.ConfigError(f"--out={value}: write to a local path and copy the result to the bucket")
+    path = storage.absolute(value)
+    if path.exists():
+        raise errors.ConfigError(f"--out={path} exists already; remove it or choose another")
+    return path
+
+
+def given_config() -> ConfigDict | None:
+    """What --config names, if anything."""
+    return _CONFIG.value
 
 
 def run(entry: Callable[[Sequence[str]], int]) -> None:

@@ -14,18 +14,20 @@ from mae_dist.storage import absolute
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "How many images, the first of the split.", lower_bound=1)
-_SPLIT = flags.DEFINE_enum("split", "test", ["train", "val", "test"], "Which split of the run.")
-_OUT = flags.DEFINE_string("out", None, "Where to write the PNG (default <workdir>/pictures/<split>_<step>.png).")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS keeps data sets, if not where the run had it.")
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "val", "test"], "Which split of the run.", allow_override=True)
+_OUT = flags.DEFINE_string(
+    "out", None, "Where to write the PNG (default <workdir>/pictures/<split>_<step>.png).", allow_override=True
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where TFDS keeps data sets, if not where the run had it.", allow_override=True
+)
 
 
 def reconstruct(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
-    if not _WORKDIR.value:
-        raise errors.ConfigError("--workdir is missing: the directory of a pretraining, for example runs/cifar_small")
+    workdir = absolute(main.required(_WORKDIR))
     distributed.quiet_unless_primary()
-    workdir = absolute(_WORKDIR.value)
     config = checkpoint.read_config(workdir, main.default_config())
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)

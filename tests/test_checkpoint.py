@@ -190,9 +190,9 @@ def test_free_fields_may_change(workdir):
         assert int(restore(checkpoints, other).step) == 0
 
 
-@pytest.mark.parametrize("task", ["probe", "finetune"])
-def test_encoder_of_a_pretraining(workdir, task):
-    """Exactly the encoder is taken over, onto another mesh; the head is new."""
+@pytest.mark.parametrize("task", ["pretrain", "probe", "finetune"])
+def test_weights_of_a_pretraining(workdir, task):
+    """Exactly the encoder, and by a pretraining the decoder, is taken over, onto another mesh; the rest is new."""
     source = build((2, 2, 2))
     state = new_state(source)
     (workdir / "checkpoints").mkdir(parents=True)
@@ -202,16 +202,35 @@ def test_encoder_of_a_pretraining(workdir, task):
     # Another seed: the encoder could not be equal by chance.
     built = build((4, 1, 2), task=task, init_from=str(workdir), seed=5)
     loaded = built.fresh_state(default.get_config())
-    for a, b in zip(jax.tree.leaves(loaded.params["encoder"]), jax.tree.leaves(state.params["encoder"]), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    assert set(loaded.params) == {"encoder", "head"}
+    for group in ("encoder", "decoder") if task == "pretrain" else ("encoder",):
+        a, b = (jax.tree.leaves(params[group]) for params in (loaded.params, state.params))
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    assert set(loaded.params) == {"encoder", "decoder" if task == "pretrain" else "head"}
+    assert int(loaded.step) == 0
+
+
+def test_encoder_without_its_norm_is_refused(workdir):
+    """A fine-tuned encoder with the norm in its head, where one is needed that has its own."""
+    source = build(task="finetune", classify__norm_after_pool=True)
+    checkpoint.save_params(workdir, source.config, new_state(source).params, "a test")
+    built = build(task="finetune", init_from=str(workdir))
+    with pytest.raises(StorageFault, match=r"has no encoder/norm, .*norm_after_pool"):
+        built.fresh_state(default.get_config())
+
+
+def test_converted_weights_are_not_continued(workdir):
+    """They have no optimizer state: a run from them is a new one."""
+    built = build()
+    checkpoint.save_params(workdir, built.config, new_state(built).params, "a test")
+    with open_checkpoints(workdir) as checkpoints, pytest.raises(StorageFault, match=r"converted weights \(a test\)"):
+        restore(checkpoints, built)
 
 
 def test_encoder_that_does_not_fit_is_refused(workdir):
     """Field by field, before anything is read."""
     source = build()
-    workdir.mkdir()
-    (workdir / "config.json").write_text(source.meta["config"])
+    checkpoint.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="probe", init_from=str(workdir), model__embed_dim=64, model__depth=3)
     with pytest.raises(StorageFault, match=r"model.embed_dim: 32 -> 64\n.*model.depth: 2 -> 3"):
         built.fresh_state(default.get_config())

@@ -152,7 +152,10 @@ def test_choices(field):
             "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved",
         ),
         ({"task": "probe"}, "task='probe' needs init_from=<workdir of a pretraining>"),
-        ({"init_from": "runs/x"}, "init_from='runs/x' is for probe and finetune; to continue a pretraining repeat"),
+        (
+            {"task": "probe", "init_from": "runs/x", "classify__norm_after_pool": True},
+            "classify.norm_after_pool is for task='finetune'",
+        ),
         (
             {"task": "finetune", "classify__pool": "cls", "model__cls_token": "none"},
             "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'",

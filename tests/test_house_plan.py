@@ -25,14 +25,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "flops",
         "storage",
         "clu_without_tf",
+        "weights",
     ),
-    ("config", "models", "state", "data", "metrics"),
+    ("config", "models", "state", "data", "metrics", "layouts"),
     ("tasks", "pictures", "checkpoint", "evaluate"),
-    ("steps",),
-    ("job",),
+    ("steps", "pretrained"),
+    ("job", "encoder"),
     ("train",),
     ("main",),
-    ("reconstruct",),
+    ("reconstruct", "convert", "features", "export"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 

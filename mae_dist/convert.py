@@ -1,0 +1,315 @@
+"""Turns trained weights into another layout: `python -m mae_dist.convert --source S --out O --to hf|timm|mae_dist`.
+
+S is the workdir of a run, a directory in Hugging Face's layout (ViTMAE, or ViT for a classifier), or a `.pth` or
+`.safetensors` file in timm's, which the paper's own code extends by a decoder. O is written whole or not at all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import checkpoint, distributed, errors, layouts, main, patches, pretrained, weights
+from mae_dist import config as config_lib
+from mae_dist.storage import absolute, naming_faults
+
+Params = dict[str, Any]
+
+_SOURCE = flags.DEFINE_string("source", None, "Workdir, Hugging Face directory, or file in timm's layout.")
+_OUT = flags.DEFINE_string("out", None, "A directory for hf and mae_dist, a file for timm.", allow_override=True)
+_TO = flags.DEFINE_enum("to", None, [*layouts.LAYOUTS, "mae_dist"], "The layout to write.")
+_IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Height,width for which positions are interpolated.")
+_CHANNELS = flags.DEFINE_integer("channels", None, "Adapt the patch products to so many channels.")
+_ENCODER_ONLY = flags.DEFINE_bool("encoder_only", False, "Leave out the decoder or the head.")
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    del argv
+    distributed.quiet_unless_primary()
+    path, to = main.required(_SOURCE), main.required(_TO)
+    out = main.new_local_path(main.required(_OUT))
+    source = pretrained.open_pretrained(absolute(path), main.default_config(), main.given_config())
+    groups, count = convert_weights(
+        source,
+        out,
+        to,
+        image_size=_sizes(_IMAGE_SIZE.value) if _IMAGE_SIZE.value is not None else None,
+        channels=_CHANNELS.value,
+        encoder_only=_ENCODER_ONLY.value,
+    )
+    print(f"{source.origin} -> {out}: {' and '.join(groups)}, {count:,} parameters ({to} layout)")
+    return errors.EXIT_DONE
+
+
+def convert_weights(
+    source: pretrained.Pretrained,
+    out: epath.Path,
+    to: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    encoder_only: bool = False,
+) -> tuple[list[str], int]:
+    """Writes `source` to `out` in the layout `to`, whole or not at all.
+
+    Args:
+      source: what to convert; its config is changed.
+      out: a local path that does not exist.
+      to: `hf`, `timm` or `mae_dist`.
+      image_size: (height, width) to interpolate positions for.
+      channels: to adapt the products with patches to.
+      encoder_only: leave out the decoder or the head.
+
+    Returns:
+      The groups written and how many values there are in them.
+
+    Raises:
+      ConfigError: the layout cannot express the model, or the model cannot be of that size.
+      DataFault: values that are not finite.
+    """
+    if to == "timm" and out.suffix not in (".safetensors", ".pth"):
+        raise errors.ConfigError(f"--out={out}: a state dict is a file; end it in .safetensors or .pth")
+    config, params = source.config, source.load_whole()
+    with config.unlocked():
+        if encoder_only:
+            params = {"encoder": params["encoder"]}
+        if image_size is not None:
+            params = resize_positions(params, config, image_size)
+        if channels is not None:
+            params = adapt_channels(params, config, channels)
+        if to == "hf":
+            params = fold_layer_scale(params, config)
+        config.name = out.stem
+    config_lib.validate(config)
+    _check_finite(params, source.origin)
+    temporary = out.parent / f".{out.stem}.{os.getpid()}.tmp{out.suffix}"
+    try:
+        with naming_faults(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary, params, config, to, source.origin)
+            _check_written(temporary, params, config)
+            os.rename(temporary, out)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+    return sorted(params, reverse=True), sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _sizes(values: Sequence[str]) -> tuple[int, int]:
+    try:
+        height, width = (int(value) for value in (values if len(values) > 1 else [*values, *values]))
+    except ValueError as error:
+        raise errors.ConfigError(f"--image_size={','.join(values)}: give one whole number or height,width") from error
+    return height, width
+
+
+def _check_finite(params: Params, origin: str) -> None:
+    bad = [
+        "/".join(str(key.key) for key in path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not np.isfinite(leaf).all()
+    ]
+    if bad:
+        raise errors.DataFault(f"{origin}: values that are not finite in {', '.join(bad)}; use another checkpoint")
+
+
+def resize_positions(params: Params, config: ConfigDict, image_size: tuple[int, int]) -> Params:
+    """Interpolates position embeddings to the grid of `image_size` (height, width) and sets it in `config.model`.
+
+    Bicubic with a = -0.75 and half-pixel centres, as the paper's code does it for fine-tuning at another size. Fixed
+    positions become learned ones: an interpolated table is none of the fixed ones.
+    """
+    model = config.model
+    old = patches.grid_size(model.image_size, model.patch_size)
+    new = patches.grid_size(image_size, model.patch_size)
+    model.image_size = image_size
+    if old == new:
+        return params
+    result = {group: dict(tree) for group, tree in params.items()}
+    for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
+        if group in result:
+            learned = result[group].get("positions")
+            table = learned["embedding"] if learned else layouts.position_table(model.pos_embed, old, dim)
+            result[group]["positions"] = {"embedding": _interpolate(table.reshape(*old, dim), new).reshape(-1, dim)}
+    model.pos_embed = "learned"
+    return result
+
+
+def fold_layer_scale(params: Params, config: ConfigDict) -> Params:
+    """Multiplies LayerScale into the products before it, for layouts without: the same function, up to rounding."""
+    if config.model.layer_scale_init == 0:
+        return params
+    config.model.layer_scale_init = 0.0
+    result = dict(params)
+    for group in ("encoder", "decoder"):
+        if group in params:
+            blocks = dict(params[group]["stack"]["blocks"])
+            scales = (blocks.pop("scale1"), blocks.pop("scale2"))  # (layers, D)
+            for layer, last, scale in (("attn", "out", scales[0]), ("mlp", "fc2", scales[1])):
+                product = blocks[layer][last]
+                kernel = product["kernel"] * scale.reshape(len(scale), *[1] * (product["kernel"].ndim - 2), -1)
+                blocks[layer] = {**blocks[layer], last: {"kernel": kernel, "bias": product["bias"] * scale}}
+            result[group] = {**params[group], "stack": {"blocks": blocks}}
+    logging.info("LayerScale is multiplied into the products before it: this layout has none")
+    return result
+
+
+def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(gh, gw, D) -> (*grid, D)."""
+    import cv2
+
+    # A few values at a time: OpenCV's images have at most four channels where it interpolates exactly.
+    columns = [
+        cv2.resize(np.ascontiguousarray(table[..., i]), (grid[1], grid[0]), interpolation=cv2.INTER_CUBIC)
+        for i in range(table.shape[-1])
+    ]
+    return np.stack(columns, axis=-1).astype(np.float32)
+
+
+def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
+    """Makes the products with patches those of `channels`, and sets them in `config.model`.
+
+    A gray image, the same in all channels, gives the same tokens as before: a channel's weights are shared out among
+    those that take its place, and summed for a single one. The decoder predicts the old channels in turn, or one mean.
+    """
+    model, old = config.model, config.model.channels
+    model.channels = channels
+    if channels == old:
+        return params
+    config.data.mean = _adapt(config.data.mean, old, channels)
+    config.data.std = _adapt(config.data.std, old, channels)
+    result = {group: dict(tree) for group, tree in params.items()}
+    turn = np.arange(channels) % old
+    embed = result["encoder"]["patch_embed"]
+    kernel = embed["kernel"].reshape(-1, old, embed["kernel"].shape[-1])  # (ph * pw, C, D)
+    kernel = kernel.sum(1, keepdims=True) if channels == 1 else kernel[:, turn] / np.bincount(turn)[turn][:, None]
+    result["encoder"]["patch_embed"] = {**embed, "kernel": kernel.reshape(-1, kernel.shape[-1]).astype(np.float32)}
+    if "decoder" in result:
+
+        def columns(x: np.ndarray) -> np.ndarray:
+            """(…, ph * pw * C) -> the same of the new channels."""
+            x = x.reshape(*x.shape[:-1], -1, old)
+            x = x.mean(-1, keepdims=True) if channels == 1 else x[..., turn]
+            return x.reshape(*x.shape[:-2], -1).astype(np.float32)
+
+        result["decoder"]["pred"] = {name: columns(value) for name, value in result["decoder"]["pred"].items()}
+    return result
+
+
+def _adapt(values: tuple[float, ...], old: int, channels: int) -> tuple[float, ...]:
+    """Mean or std of the pixels for other channels: in turn, or one for all."""
+    if len(values) == 1:
+        return values
+    return (sum(values) / old,) if channels == 1 else tuple(values[i % old] for i in range(channels))
+
+
+def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin: str) -> None:
+    """Writes parameters in a layout; `ConfigError` names what the layout cannot express."""
+    if to == "mae_dist":
+        checkpoint.save_params(path, config, params, origin)
+        return
+    faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
+    if to == "hf":
+        faults += _not_in_hugging_face(params, config)
+    if faults:
+        raise errors.ConfigError(
+            f"the {to} layout cannot express this model:\n  - " + "\n  - ".join(faults) + "\n"
+            "--encoder_only leaves out the decoder or the head; --to=mae_dist expresses everything."
+        )
+    tensors = layouts.to_layout(params, config.model, to)
+    if to == "timm":
+        weights.write_tensors(path, tensors)
+        return
+    path.mkdir(parents=True)
+    weights.write_tensors(path / "model.safetensors", tensors)
+    for name, value in _hugging_face_files(params, config).items():
+        (path / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _not_in_hugging_face(params: Params, config: ConfigDict) -> list[str]:
+    model, classify, faults = config.model, config.classify, []
+    if model.cls_token == "none":
+        faults.append("there is no class token (model.cls_token)")
+    if "decoder" in params and any(height != width for height, width in (model.image_size, model.patch_size)):
+        faults.append(f"images {model.image_size} and patches {model.patch_size} are not square")
+    if "decoder" in params and model.masking != "random":
+        logging.warning("Hugging Face's ViTMAE masks at random; the run masked by %r", model.masking)
+    if "head" in params and classify.pool != "cls":
+        faults.append(f"its classifier reads the class token, and this one pools by {classify.pool!r}")
+    return faults
+
+
+def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """config.json and preprocessor_config.json."""
+    model = config.model
+    architecture = {"decoder": "ViTMAEForPreTraining", "head": "ViTForImageClassification"}
+
+    def one(size: tuple[int, int]) -> int | list[int]:
+        return size[0] if size[0] == size[1] else list(size)
+
+    described: dict[str, Any] = {
+        "architectures": [next((architecture[g] for g in params if g in architecture), "ViTMAEModel")],
+        "model_type": "vit" if "head" in params else "vit_mae",
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": int(model.embed_dim * model.mlp_ratio),
+        "hidden_act": "gelu" if model.gelu == "exact" else "gelu_pytorch_tanh",
+        "layer_norm_eps": model.norm_eps,
+        "hidden_dropout_prob": model.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "image_size": one(model.image_size),
+        "patch_size": one(model.patch_size),
+        "num_channels": model.channels,
+        "qkv_bias": model.qkv_bias,
+        "torch_dtype": "float32",
+    }
+    if "head" in params:
+        names = {str(i): f"LABEL_{i}" for i in range(params["head"]["linear"]["bias"].shape[0])}
+        described |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    else:
+        described |= {
+            "decoder_hidden_size": model.decoder_embed_dim,
+            "decoder_num_hidden_layers": model.decoder_depth,
+            "decoder_num_attention_heads": model.decoder_num_heads,
+            "decoder_intermediate_size": int(model.decoder_embed_dim * model.decoder_mlp_ratio),
+            "mask_ratio": model.mask_ratio,
+            "norm_pix_loss": config.pretrain.norm_pix_loss,
+        }
+    mean, std = (list(v) * (model.channels if len(v) == 1 else 1) for v in (config.data.mean, config.data.std))
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": model.image_size[0], "width": model.image_size[1]},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    return {"config.json": described, "preprocessor_config.json": preprocessor}
+
+
+def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None:
+    """Reads back what was written and compares every value that a layout keeps apart."""
+    reread = pretrained.open_pretrained(path, main.default_config(), config).load_whole()
+    for place, leaf in jax.tree_util.tree_leaves_with_path(params):
+        other: Any = reread
+        for key in place:
+            other = other.get(key.key, np.zeros(0)) if isinstance(other, dict) else other
+        assert np.array_equal(leaf, other), f"{jax.tree_util.keystr(place)} was not written as it is"
+
+
+if __name__ == "__main__":
+    main.run(convert)

@@ -1,0 +1,354 @@
+"""Other implementations' names and shapes for our parameters: Hugging Face's ViTMAE and ViT, and timm's.
+
+`timm` is the layout of timm's vision transformers, which the paper's own code extends by a decoder; `hf` that of
+`transformers`. Nothing is read or written here: tensors are NumPy arrays by name, ours a nested dict.
+
+Shapes: D width, H heads, hd = D / H, M MLP width, L patches, C channels, (ph, pw) patch.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mae_dist import patches
+from mae_dist.errors import DataFault
+
+LAYOUTS = ("hf", "timm")
+Tensors = dict[str, np.ndarray]
+Params = dict[str, Any]
+
+
+class _Row(NamedTuple):
+    """One parameter.
+
+    path: ours, below the group, or below `stack/blocks`.
+    kind: how the array is turned: `same`; `flat`, a vector of ours with several axes; `patch`, a product with patches
+      that is a convolution there; or how many of the leading axes are inputs of a product, stored there as (out, in).
+    timm, hf: its name there; three names where q, k and v are apart; None where there is no such parameter.
+    """
+
+    path: str
+    kind: str | int
+    timm: str | None
+    hf: str | tuple[str, ...] | None
+
+
+def _pair(path: str, timm: str | None, hf: str | None, inputs: int = 1) -> tuple[_Row, _Row]:
+    """Kernel and bias of a linear layer."""
+    return (
+        _Row(f"{path}/kernel", inputs, timm and f"{timm}.weight", hf and f"{hf}.weight"),
+        _Row(f"{path}/bias", "same", timm and f"{timm}.bias", hf and f"{hf}.bias"),
+    )
+
+
+def _norm(path: str, timm: str, hf: str | None) -> tuple[_Row, _Row]:
+    return (
+        _Row(f"{path}/scale", "same", f"{timm}.weight", hf and f"{hf}.weight"),
+        _Row(f"{path}/bias", "same", f"{timm}.bias", hf and f"{hf}.bias"),
+    )
+
+
+_QKV = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
+_BLOCK = (
+    *_norm("norm1", "norm1", "layernorm_before"),
+    _Row("attn/qkv/kernel", 1, "attn.qkv.weight", tuple(f"{name}.weight" for name in _QKV)),
+    _Row("attn/qkv/bias", "flat", "attn.qkv.bias", tuple(f"{name}.bias" for name in _QKV)),
+    *_pair("attn/out", "attn.proj", "attention.output.dense", inputs=2),
+    *_norm("norm2", "norm2", "layernorm_after"),
+    *_pair("mlp/fc1", "mlp.fc1", "intermediate.dense"),
+    *_pair("mlp/fc2", "mlp.fc2", "output.dense"),
+    _Row("scale1", "same", "ls1.gamma", None),
+    _Row("scale2", "same", "ls2.gamma", None),
+)
+_PATCH = "embeddings.patch_embeddings.projection"
+_GROUPS: dict[str, tuple[_Row, ...]] = {
+    "encoder": (
+        _Row("cls_token", "same", "cls_token", "vit.embeddings.cls_token"),
+        _Row("patch_embed/kernel", "patch", "patch_embed.proj.weight", f"vit.{_PATCH}.weight"),
+        _Row("patch_embed/bias", "same", "patch_embed.proj.bias", f"vit.{_PATCH}.bias"),
+        *_norm("norm", "norm", "vit.layernorm"),
+    ),
+    "decoder": (
+        *_pair("embed", "decoder_embed", "decoder.decoder_embed"),
+        _Row("mask_token", "same", "mask_token", "decoder.mask_token"),
+        *_norm("norm", "decoder_norm", "decoder.decoder_norm"),
+        *_pair("pred", "decoder_pred", "decoder.decoder_pred"),
+    ),
+    "head": (
+        *_norm("norm", "fc_norm", None),
+        *_pair("hidden", None, None),
+        *_pair("linear", "head", "classifier"),
+    ),
+}
+# What stands before the name of a block's parameter.
+_BLOCK_PREFIX = {
+    ("encoder", "timm"): "blocks.{}.",
+    ("decoder", "timm"): "decoder_blocks.{}.",
+    ("encoder", "hf"): "vit.encoder.layer.{}.",
+    ("decoder", "hf"): "decoder.decoder_layers.{}.",
+}
+_POSITIONS = {
+    ("encoder", "timm"): "pos_embed",
+    ("decoder", "timm"): "decoder_pos_embed",
+    ("encoder", "hf"): "vit.embeddings.position_embeddings",
+    ("decoder", "hf"): "decoder.decoder_pos_embed",
+}
+# The names of `transformers` 5 inside a model, and what it writes for a decoder's blocks -> the names of its files
+# since 4, which both versions read.
+_HF_ALIASES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^vit\.layers\.", "vit.encoder.layer."),
+        (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    )
+)
+
+
+def with_standard_names(tensors: Mapping[str, np.ndarray], layout: str) -> Tensors:
+    """The tensors under the names of the tables above; an encoder alone has no `vit.` before its names in its file."""
+    if layout == "timm":
+        return dict(tensors)
+    result = {}
+    bare = not any(name.startswith("vit.") for name in tensors)
+    for original, tensor in tensors.items():
+        name = original
+        if bare and name.partition(".")[0] in ("embeddings", "encoder", "layers", "layernorm", "pooler"):
+            name = f"vit.{name}"
+        for pattern, replacement in _HF_ALIASES:
+            name = pattern.sub(replacement, name)
+        if name in result:
+            raise DataFault(f"{original!r} and another tensor are both {name!r}: the file mixes two ways of naming")
+        result[name] = tensor
+    return result
+
+
+def groups_in(tensors: Mapping[str, np.ndarray], layout: str) -> tuple[str, ...]:
+    """Which of encoder, decoder and head the (standard) names belong to, in this order."""
+    prefixes = {
+        "hf": {"decoder": ("decoder.",), "head": ("classifier.",)},
+        "timm": {"decoder": ("decoder_", "mask_token"), "head": ("head.", "fc_norm.")},
+    }[layout]
+    return ("encoder", *(group for group, starts in prefixes.items() if any(n.startswith(starts) for n in tensors)))
+
+
+def _rows_of(params: Params) -> Iterator[tuple[str, str, Any, _Row]]:
+    """(group, path, leaf, row) of every parameter but the positions; a block's path is below `stack/blocks`."""
+    for group, tree in params.items():
+        rows = {row.path: row for row in _GROUPS[group]}
+        rows |= {f"stack/blocks/{row.path}": row for row in _BLOCK}
+        for path, leaf in _leaves(tree):
+            if path != "positions/embedding":
+                assert path in rows, f"{group}/{path} has no row in layouts: add one"
+                yield group, path, leaf, rows[path]
+
+
+def _leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def not_expressible(params: Params, layout: str) -> list[str]:
+    """Our parameters (arrays or shapes) for which the layout has no name."""
+    return [
+        f"{group}/{path}"
+        for group, path, _, row in _rows_of({g: tree for g, tree in params.items() if g in _GROUPS})
+        if (row.hf if layout == "hf" else row.timm) is None
+    ]
+
+
+def _places(params: Params, layout: str) -> Iterator[tuple[str, str, int | None, Any, _Row, tuple[str, ...]]]:
+    """(group, path, block or None, shape of ours, row, foreign names) of every array there is on the other side."""
+    for group, path, leaf, row in _rows_of(params):
+        names = row.hf if layout == "hf" else row.timm
+        assert names is not None, f"{group}/{path} cannot be expressed: ask not_expressible first"
+        names = (names,) if isinstance(names, str) else names
+        if not path.startswith("stack/blocks/"):
+            yield group, path, None, tuple(leaf.shape), row, names
+            continue
+        for block in range(leaf.shape[0]):
+            prefix = _BLOCK_PREFIX[group, layout].format(block)
+            yield group, path, block, tuple(leaf.shape[1:]), row, tuple(prefix + name for name in names)
+
+
+def _forward(x: np.ndarray, kind: str | int, patch: tuple[int, int, int]) -> np.ndarray:
+    """Ours -> theirs; `patch` is (ph, pw, C)."""
+    if kind == "same":
+        return x
+    if kind == "flat":
+        return x.reshape(-1)
+    if kind == "patch":  # (ph * pw * C, D) -> (D, C, ph, pw)
+        return x.reshape(*patch, x.shape[-1]).transpose(3, 2, 0, 1)
+    return x.reshape(math.prod(x.shape[: int(kind)]), -1).T  # (in, out) -> (out, in)
+
+
+def _their_shape(shape: tuple[int, ...], kind: str | int, patch: tuple[int, int, int]) -> tuple[int, ...]:
+    """The shape of `_forward`'s result, without an array: a description may claim any size."""
+    if kind == "same":
+        return shape
+    if kind == "flat":
+        return (math.prod(shape),)
+    if kind == "patch":
+        return shape[-1], patch[2], *patch[:2]
+    inputs = int(kind)
+    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+
+def _backward(x: np.ndarray, kind: str | int, shape: tuple[int, ...]) -> np.ndarray:
+    """Theirs -> ours of this shape."""
+    if kind == "patch":  # (D, C, ph, pw) -> (ph * pw * C, D)
+        x = x.transpose(2, 3, 1, 0)
+    elif kind not in ("same", "flat"):
+        x = x.T
+    return np.ascontiguousarray(x.reshape(shape))
+
+
+def position_table(kind: str, grid: tuple[int, int], dim: int) -> np.ndarray:
+    """A fixed position table (L, D)."""
+    return (patches.sincos_2d if kind == "sincos2d" else patches.sincos_1d)(grid, dim)
+
+
+def position_kind(tensors: Mapping[str, np.ndarray], layout: str, grid: tuple[int, int], has_cls: bool) -> str:
+    """Which fixed table the position embeddings are to the last bit, or `learned`; one kind for both transformers."""
+    kinds = set()
+    for group in ("encoder", "decoder"):
+        table = tensors.get(_POSITIONS[group, layout])
+        if table is None or table.ndim != 3 or table.shape[1] != math.prod(grid) + int(has_cls):
+            continue  # not there, or misshapen: `from_layout` says so
+        dim, table = table.shape[2], table[0, int(has_cls) :]
+        fits = [kind for kind, multiple in (("sincos2d", 4), ("sincos1d", 2)) if dim % multiple == 0]
+        equal = [kind for kind in fits if np.array_equal(table, position_table(kind, grid, dim))]
+        kinds.add(equal[0] if equal else "learned")
+    return kinds.pop() if len(kinds) == 1 else "learned"
+
+
+def to_layout(params: Params, model: Any, layout: str) -> Tensors:
+    """Our parameters under the other side's names.
+
+    Args:
+      params: whole arrays of the groups to write, as a nested dict.
+      model: the section `config.model` they belong to.
+      layout: `hf` or `timm`. `not_expressible` must be empty, and for `hf` there must be a class token.
+
+    Returns:
+      float32 tensors by name. A token that is a constant zero here is a tensor of zeros there; fixed positions are
+      written as the table they are.
+    """
+    patch = (*model.patch_size, model.channels)
+    grid = patches.grid_size(model.image_size, model.patch_size)
+    tensors: Tensors = {}
+    for group, path, block, _, row, names in _places(params, layout):
+        leaf = params[group]
+        for key in path.split("/"):
+            leaf = leaf[key]
+        value = _forward(np.asarray(leaf if block is None else leaf[block]), row.kind, patch)
+        for name, part in zip(names, np.split(value, len(names)), strict=True):
+            tensors[name] = np.ascontiguousarray(part, np.float32)
+    for group, dim, token in (
+        ("encoder", model.embed_dim, "cls_token"),
+        ("decoder", model.decoder_embed_dim, "mask_token"),
+    ):
+        if group not in params:
+            continue
+        learned = params[group].get("positions")
+        table = np.asarray(learned["embedding"]) if learned else position_table(model.pos_embed, grid, dim)  # (L, D)
+        zero = np.zeros((int(model.cls_token != "none"), dim), np.float32)  # the class token has no position
+        tensors[_POSITIONS[group, layout]] = np.concatenate([zero, table])[None].astype(np.float32)
+        if model[token] == "zero":
+            names = next(row for row in _GROUPS[group] if row.path == token)
+            name = names.hf if layout == "hf" else names.timm
+            assert isinstance(name, str)
+            tensors[name] = np.zeros((1, 1, dim), np.float32)
+    return tensors
+
+
+def from_layout(tensors: Mapping[str, np.ndarray], abstract: Params, model: Any, layout: str) -> Params:
+    """Tensors under standard names -> our parameters, all of them or none.
+
+    Args:
+      tensors: float32 by name.
+      abstract: the parameters that `model` describes, as shapes.
+      model: the section `config.model`, its `pos_embed` as `position_kind` found it.
+      layout: `hf` or `timm`.
+
+    Raises:
+      DataFault: lists every tensor that is missing, has another shape, is not finite, or belongs to nothing here.
+    """
+    patch = (*model.patch_size, model.channels)
+    places = list(_places(abstract, layout))
+    expected: dict[str, tuple[int, ...]] = {}
+    for _, _, _, shape, row, names in places:
+        first, *rest = _their_shape(shape, row.kind, patch)
+        expected |= {name: (first // len(names), *rest) for name in names}
+    has_cls = model.cls_token != "none"
+    length = math.prod(patches.grid_size(model.image_size, model.patch_size))
+    for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
+        if group in abstract:
+            expected[_POSITIONS[group, layout]] = (1, length + int(has_cls), dim)
+    _check(tensors, expected)
+
+    params: Params = {}
+    blocks: dict[str, list[np.ndarray]] = {}
+    for group, path, block, shape, row, names in places:
+        value = _backward(np.concatenate([tensors[name] for name in names]), row.kind, shape)
+        if block is None:
+            _put(params, f"{group}/{path}", value)
+        else:
+            blocks.setdefault(f"{group}/{path}", []).append(value)
+    for path, values in blocks.items():
+        _put(params, path, np.stack(values))
+    for group in ("encoder", "decoder"):
+        if group in abstract:
+            name = _POSITIONS[group, layout]
+            _put_positions(params[group], tensors[name][0], has_cls, "positions" in abstract[group], name)
+    return params
+
+
+def _check(tensors: Mapping[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:
+    """Lists everything in which the tensors are not those expected."""
+    faults = []
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            faults.append(f"{name}: missing; expected shape {shape}")
+        elif tensor.shape != shape:
+            faults.append(f"{name}: shape {tensor.shape}, expected {shape}")
+        elif not np.issubdtype(tensor.dtype, np.floating):
+            faults.append(f"{name}: {tensor.dtype} values, expected floating-point ones")
+        elif not np.isfinite(tensor).all():
+            faults.append(f"{name}: {int((~np.isfinite(tensor)).sum())} of {tensor.size} values are not finite")
+    faults += [
+        f"{name}: shape {tensor.shape}, belongs to nothing here"
+        for name, tensor in tensors.items()
+        if name not in expected
+    ]
+    if faults:
+        raise DataFault("the tensors do not fit the model:\n  - " + "\n  - ".join(faults))
+
+
+def _put(params: Params, path: str, value: np.ndarray) -> None:
+    *above, key = path.split("/")
+    for name in above:
+        params = params.setdefault(name, {})
+    params[key] = value
+
+
+def _put_positions(group: Params, table: np.ndarray, has_cls: bool, learned: bool, name: str) -> None:
+    """Puts a learned table (N, D) into its group; a class token's own position is added to the token: no difference."""
+    if has_cls and table[0].any():
+        if "cls_token" not in group:
+            raise DataFault(f"{name}: row 0 is not zero: a position of the class token, which a decoder here has not")
+        group["cls_token"] = group["cls_token"] + table[0]
+    if learned:
+        _put(group, "positions/embedding", np.ascontiguousarray(table[int(has_cls) :]))
