@@ -91,6 +91,7 @@ def convert_weights(
     config_lib.validate(config)
     _check_finite(params, source.origin)
     temporary = out.parent / f".{out.stem}.{os.getpid()}.tmp{out.suffix}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
     try:
         with naming_faults(out):
             out.parent.mkdir(parents=True, exist_ok=True)

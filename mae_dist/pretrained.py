@@ -35,12 +35,14 @@ class Pretrained:
     config: a whole config; `task` is `pretrain` for an encoder with or without its decoder, else `probe` or `finetune`.
     origin: what it is and where, for people.
     abstract: the shapes of the parameters there are, by group: `encoder` and maybe `decoder`, `head`.
+    names_data: whether the config says which images it was trained on; foreign weights do not, without a template.
     load: a tree of shardings, of some of the parameters -> those; a `StorageFault` names what there is not.
     """
 
     config: ConfigDict
     origin: str
     abstract: Params
+    names_data: bool
     load: Callable[[Params], Params]
 
     @property
@@ -103,7 +105,7 @@ def _from_workdir(path: epath.Path, default: ConfigDict) -> Pretrained:
     def load(shardings: Params) -> Params:
         return checkpoint.load_params(path, _select(abstract, shardings, path), shardings)[1]
 
-    return Pretrained(config, f"{path}, step {step}", abstract, load)
+    return Pretrained(config, f"{path}, step {step}", abstract, True, load)
 
 
 def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:
@@ -135,7 +137,7 @@ def _from_hugging_face(
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise DataFault(f"{path / 'config.json'} does not describe a model: {error!r}") from error
         _set_scaling(config, path, template is not None)
-    return _from_tensors(config, tensors, "hf", f"Hugging Face layout in {path}")
+    return _from_tensors(config, tensors, "hf", f"Hugging Face layout in {path}", template is not None)
 
 
 def _copy(config: ConfigDict) -> ConfigDict:
@@ -235,7 +237,7 @@ def _from_timm(path: epath.Path, default: ConfigDict, template: ConfigDict | Non
     with config.unlocked(), config.ignore_type():
         _describe_timm(config, tensors, template is not None)
         _set_scaling(config, path, template is not None)
-    return _from_tensors(config, tensors, "timm", f"timm layout in {path}")
+    return _from_tensors(config, tensors, "timm", f"timm layout in {path}", template is not None)
 
 
 def _describe_timm(config: ConfigDict, tensors: layouts.Tensors, has_template: bool) -> None:
@@ -298,7 +300,9 @@ def _describe_timm(config: ConfigDict, tensors: layouts.Tensors, has_template: b
         )
 
 
-def _from_tensors(config: ConfigDict, tensors: layouts.Tensors, layout: str, origin: str) -> Pretrained:
+def _from_tensors(
+    config: ConfigDict, tensors: layouts.Tensors, layout: str, origin: str, has_template: bool
+) -> Pretrained:
     """Checks the tensors against the config that describes them, and turns them."""
     model, groups = config.model, layouts.groups_in(tensors, layout)
     grid = tuple(size // max(1, patch) for size, patch in zip(model.image_size, model.patch_size, strict=True))
@@ -323,4 +327,4 @@ def _from_tensors(config: ConfigDict, tensors: layouts.Tensors, layout: str, ori
     def load(shardings: Params) -> Params:
         return jax.tree.map(jax.device_put, _select(params, shardings, origin), shardings)
 
-    return Pretrained(config.lock(), origin, abstract, load)
+    return Pretrained(config.lock(), origin, abstract, has_template, load)

@@ -21,8 +21,8 @@ def naming_faults(path: epath.Path) -> Iterator[None]:
         while isinstance(cause, asynclib.AsyncError) and cause.__cause__ is not None:  # what happened in the thread
             cause = cause.__cause__
         raise StorageFault(
-            f"cannot read or write {path}: {cause}. Free some space or make it writable (or choose another workdir); "
-            "the same command then continues from the last checkpoint."
+            f"cannot read or write {path}: {cause}. Free some space or make it writable, or choose another place; the "
+            "same command then continues from the last checkpoint, if it is a training."
         ) from error
 
 

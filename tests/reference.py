@@ -102,19 +102,34 @@ def _layer(p: Any, index: int) -> Any:
     return {name: _layer(value, index) for name, value in p.items()} if isinstance(p, dict) else p[index]
 
 
-def _transformer(x: np.ndarray, p: Params, gelu: str) -> np.ndarray:
-    """Pre-norm blocks x + s1 * attention(norm(x)), x + s2 * MLP(norm(x)), where s is LayerScale, and a last norm."""
+def _transformer(x: np.ndarray, p: Params, gelu: str, num_blocks: int | None = None) -> np.ndarray:
+    """Pre-norm blocks x + s1 * attention(norm(x)), x + s2 * MLP(norm(x)), where s is LayerScale, and a last norm.
+
+    With `num_blocks` the first so many of them, and no last norm.
+    """
     blocks = p["stack"]["blocks"]
-    for index in range(len(blocks["norm1"]["scale"])):
+    for index in range(len(blocks["norm1"]["scale"]) if num_blocks is None else num_blocks):
         block = _layer(blocks, index)
         x = x + block.get("scale1", 1.0) * _attention(_layer_norm(x, block["norm1"]), block["attn"])
         hidden = _gelu(_linear(_layer_norm(x, block["norm2"]), block["mlp"]["fc1"]), gelu)
         x = x + block.get("scale2", 1.0) * _linear(hidden, block["mlp"]["fc2"])
-    return _layer_norm(x, p["norm"])
+    return x if num_blocks is not None else _layer_norm(x, p["norm"])
 
 
 def _positions(p: Params, kind: str, grid: tuple[int, int], dim: int) -> np.ndarray:
     return p["positions"]["embedding"] if kind == "learned" else fixed_positions(kind, grid, dim)
+
+
+def encode(params: Params, images: np.ndarray, options: Options, num_blocks: int | None = None) -> np.ndarray:
+    """Tokens (B, N, D) of all patches of scaled images (B, H, W, C), after so many blocks or all of them and a norm."""
+    encoder = params["encoder"]
+    grid = images.shape[1] // options.patch_size[0], images.shape[2] // options.patch_size[1]
+    tokens = _linear(cut(images.astype(np.float64), options.patch_size), encoder["patch_embed"])
+    tokens = tokens + _positions(encoder, options.pos_embed, grid, tokens.shape[-1])
+    if options.cls_token != "none":
+        cls = encoder.get("cls_token", np.zeros((1, 1, tokens.shape[-1])))
+        tokens = np.concatenate([np.repeat(cls, len(images), axis=0), tokens], axis=1)
+    return _transformer(tokens, encoder, options.gelu, num_blocks)
 
 
 def autoencoder(params: Params, images: np.ndarray, ids_shuffle: np.ndarray, kept: int, options: Options) -> Output:

@@ -64,7 +64,7 @@ def run_dir(path: Path, config: ConfigDict, params: Any) -> epath.Path:
 def in_memory(config: ConfigDict, params: Any) -> pretrained.Pretrained:
     """As `open_pretrained` would describe a run of these."""
     config = config.copy_and_resolve_references().lock()
-    return pretrained.Pretrained(config, "a test", tasks.abstract_params(config, NUM_CLASSES), lambda _: params)
+    return pretrained.Pretrained(config, "a test", tasks.abstract_params(config, NUM_CLASSES), True, lambda _: params)
 
 
 def opened(path: Any, template: ConfigDict | None = None) -> pretrained.Pretrained:

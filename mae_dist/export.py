@@ -1,0 +1,119 @@
+"""Writes a model as StableHLO that runs without this package: `python -m mae_dist.export --workdir W --out F`.
+
+The file holds program and weights; `jax.export.deserialize(bytes).call(…)` runs it for any number of images:
+
+  --what encoder          images (b, H, W, C) -> {"mean": (b, D), "cls": (b, D), "patches": (b, gh, gw, D)}
+  --what reconstruction   images, noise (b, L) -> {"original", "masked", "reconstruction", "with_visible": (b, H, W, C)
+                          in 0..1, "mask": (b, L), 1 where a patch was removed}; the patches of lowest noise are kept
+
+Images are uint8 in 0..255, or with --input float32 in 0..1.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import distributed, encoder, errors, main, patches, pretrained, tasks
+from mae_dist.models import MaskedAutoencoder
+from mae_dist.storage import absolute, naming_faults, write_bytes_atomically
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is.", allow_override=True)
+_OUT = flags.DEFINE_string("out", None, "The file to write.", allow_override=True)
+_WHAT = flags.DEFINE_enum("what", "encoder", ["encoder", "reconstruction"], "Which function.")
+_INPUT = flags.DEFINE_enum("input", "uint8", ["uint8", "float32"], "Type of the images.")
+_PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "Where it will run.")
+
+Function = Callable[..., dict[str, jax.Array]]
+
+
+def export(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    del argv
+    distributed.quiet_unless_primary()
+    workdir, out_value = main.required(_WORKDIR), main.required(_OUT)
+    unknown = set(_PLATFORMS.value) - {"cpu", "cuda", "rocm", "tpu"}
+    if unknown or not _PLATFORMS.value:
+        raise errors.ConfigError(f"--platforms={','.join(_PLATFORMS.value)}: choose of cpu, cuda, rocm and tpu")
+    out = main.new_local_path(out_value)
+    source = pretrained.open_pretrained(absolute(workdir), main.default_config(), main.given_config())
+    function, arguments = make_function(source, _WHAT.value, _INPUT.value)
+    exported = jax.export.export(jax.jit(function), platforms=_PLATFORMS.value)(*arguments.values())
+    temporary = out.parent / f".{out.name}.{os.getpid()}.new"
+    try:
+        with naming_faults(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomically(temporary, bytes(exported.serialize()))
+            _check(temporary, function, arguments)
+            os.rename(temporary, out)
+            size = out.stat().length / 2**20
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{source.origin}: {_WHAT.value} for {', '.join(_PLATFORMS.value)} in {out} ({size:.1f} MiB)")
+    for word, values in (("takes", arguments), ("gives", jax.eval_shape(function, *arguments.values()))):
+        for name, value in values.items():
+            print(f"  {word} {name}: {value.dtype} ({', '.join(map(str, value.shape))})")
+    return errors.EXIT_DONE
+
+
+def make_function(
+    source: pretrained.Pretrained, what: str, dtype: str
+) -> tuple[Function, dict[str, jax.ShapeDtypeStruct]]:
+    """The function with its weights inside, and its arguments in order, their number of images a symbol."""
+    config, model = source.config, source.config.model
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *model.image_size, model.channels), jnp.dtype(dtype))
+    if what == "reconstruction" and "decoder" not in source.abstract:
+        raise errors.ConfigError(f"{source.origin} has no decoder, so it cannot reconstruct; use --what=encoder")
+    shapes = encoder.needed_shapes(source) if what == "encoder" else source.abstract
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = source.load(jax.tree.map(lambda _: device, shapes))
+    if what == "encoder":
+        kinds = [kind for kind in encoder.KINDS if kind != "cls" or model.cls_token != "none"]
+        encode = encoder.make_encode(config, kinds)
+        return lambda x: encode(params, x), {"images": images}
+    rows, columns = patches.grid_size(model.image_size, model.patch_size)
+    noise = jax.ShapeDtypeStruct((batch, rows * columns), jnp.float32)
+    return _make_reconstruction(config, params), {"images": images, "noise": noise}
+
+
+def _make_reconstruction(config: ConfigDict, params: Any) -> Function:
+    _, bind = tasks.functional(lambda rngs: MaskedAutoencoder(**config.model.to_dict(), rngs=rngs))
+
+    def reconstruct(images: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
+        model = bind(params)
+        _, kept = model.draw_ids_shuffle(jax.random.split(jax.random.key(0), 1))  # how many; which, the noise says
+        ids_shuffle = jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32)
+        pred, true, mask = model(encoder.scale(images, config), ids_shuffle, kept, None)
+        return {**tasks.make_pictures(config, pred, true, mask), "mask": mask}
+
+    return reconstruct
+
+
+def _check(path: epath.Path, function: Function, arguments: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Runs what was written, for one image and for three, and compares it with the function itself."""
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    here = jax.export.default_export_platform()  # cuda or rocm, where the backend is called gpu
+    if here not in exported.platforms:
+        logging.warning("written for %s and not run: this is %s", ", ".join(exported.platforms), here)
+        return
+    rng = np.random.default_rng(0)
+    for batch in (1, 3):
+        shares = {name: rng.random((batch, *value.shape[1:]), np.float32) for name, value in arguments.items()}
+        drawn = [
+            shares[n] if v.dtype == np.float32 else (shares[n] * 255).astype(np.uint8) for n, v in arguments.items()
+        ]
+        ours, written = jax.jit(function)(*drawn), exported.call(*drawn)
+        for name, value in ours.items():
+            difference = float(jnp.abs(value - written[name]).max())
+            assert difference <= 1e-4 * float(jnp.abs(value).max()), f"{path}: {name} differs by {difference}"
+
+
+if __name__ == "__main__":
+    main.run(export)
