@@ -14,6 +14,19 @@ def one_device():
     return losses(smoke_config(global_batch_size=64), 1)
 
 
+def trained(params):
+    """The parameters but the biases of the keys.
+
+    Softmax takes no notice of those: their gradient is rounding noise, which Adam makes as large as any other.
+    """
+
+    def without_keys(path, leaf):
+        leaf = np.asarray(leaf)
+        return np.delete(leaf, 1, axis=1) if sharding.path_name(path).endswith("attn/qkv/bias") else leaf
+
+    return jax.tree.leaves(jax.tree_util.tree_map_with_path(without_keys, params))
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_every_mesh_gives_the_losses_of_one_device(one_device, shape):
     """Examples, masks and gradients must not depend on how the work is split."""
@@ -21,8 +34,8 @@ def test_every_mesh_gives_the_losses_of_one_device(one_device, shape):
     config = smoke_config(global_batch_size=64, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
     values, state = losses(config, 8)
     np.testing.assert_allclose(values, one_device[0], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(one_device[1].params), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+    for a, b in zip(trained(state.params), trained(one_device[1].params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_loss_falls(one_device):
