@@ -1,5 +1,6 @@
 """Checkpoints: any mesh, retention, the config stored with them, encoders for probe and fine-tuning, faults."""
 
+import functools
 import json
 import shutil
 import time
@@ -21,8 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytes
 KEEP = {"every_steps": 1, "every_minutes": 0.0, "keep_latest": 2, "keep_every_steps": 0, "keep_best": ""}
 
 
+@functools.cache
 def build(shape=(1, 1, 1), **overrides):
-    """A job on smoke.py with a mesh of this shape."""
+    """A job on smoke.py with a mesh of this shape; it holds no state, and compiles once for all tests."""
     data, fsdp, tensor = shape
     config = smoke_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **overrides)
     return job.build(config, jax.devices()[: data * fsdp * tensor], job.open_data(config))

@@ -1,5 +1,7 @@
 """Evaluation: every example once, chance for a head that knows nothing, features computed once."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from mae_dist.data import ArrayDataset
 from tests.runs import smoke_config
 
 
+@functools.cache
 def build(devices=8, **overrides):
-    """A job on smoke.py and its state."""
+    """A job on smoke.py and its state, which no test changes."""
     config = smoke_config(**{"data__num_examples": 510, "eval__batch_size": 32, **overrides})
     built = job.build(config, jax.devices()[:devices], job.open_data(config))
     return built, jax.jit(built.init, out_shardings=built.shardings)()
