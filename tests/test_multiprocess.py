@@ -35,12 +35,19 @@ def run_processes(env, workdir, count, *args):
     return outputs
 
 
-@pytest.mark.parametrize("mesh", [("--config.mesh.data=-1",), ("--config.mesh.data=1", "--config.mesh.tensor=2")])
-def test_two_processes_equal_one(child_env, tmp_path, mesh):
-    """Metrics, evaluation and pictures as from one process; a tensor axis across processes shares every row."""
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    code, output = run(child_env(), *ARGS, f"--workdir={alone}")
+@pytest.fixture(scope="module")
+def alone(child_env, tmp_path_factory):
+    """The run of one process."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
     assert code == 0, output
+    return workdir
+
+
+@pytest.mark.parametrize("mesh", [("--config.mesh.data=-1",), ("--config.mesh.data=1", "--config.mesh.tensor=2")])
+def test_two_processes_equal_one(alone, child_env, tmp_path, mesh):
+    """Metrics, evaluation and pictures as from one process; a tensor axis across processes shares every row."""
+    together = tmp_path / "together"
     outputs = run_processes(child_env(), together, 2, *mesh)
     assert "smoke: step 20 of 20" in outputs[0]
     assert "smoke: step 20 of 20" not in outputs[1], "only the first process reports"
