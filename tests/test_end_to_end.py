@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,19 +150,26 @@ def test_unwritable_workdir_is_one_clear_error(child_env, tmp_path):
     assert "Traceback" not in output
 
 
+FORTY_STEPS = ("--config=configs/smoke.py", "--config.total_steps=40", "--config.log_every_steps=1")
+
+
+@pytest.fixture(scope="module")
+def begun(child_env, tmp_path_factory):
+    """A run killed a few steps after its first checkpoint."""
+    workdir = tmp_path_factory.mktemp("begun") / "run"
+    kill_at_step(start(child_env(), *FORTY_STEPS, f"--workdir={workdir}"), workdir, 8)
+    return workdir
+
+
 @pytest.mark.parametrize(("limit_kib", "named"), [(3, "metrics.jsonl"), (40, "checkpoints")])
-def test_full_disk_ends_with_its_code_and_harms_nothing(child_env, tmp_path, limit_kib, named):
+def test_full_disk_ends_with_its_code_and_harms_nothing(begun, child_env, tmp_path, limit_kib, named):
     """A limit on the size of a file stands for the disk: the last good checkpoint continues afterwards."""
     workdir = tmp_path / "run"
-    args = (
-        "--config=configs/smoke.py",
-        "--config.total_steps=40",
-        "--config.log_every_steps=1",
-        f"--workdir={workdir}",
-    )
-    kill_at_step(start(child_env(), *args), workdir, 8)
+    shutil.copytree(begun, workdir)
+    args = (*FORTY_STEPS, f"--workdir={workdir}")
     env = child_env()
-    del env["JAX_COMPILATION_CACHE_DIR"]  # its files would be too large as well
+    # The files of the compilation cache would be too large as well: it is read only.
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
     every_steps = "--config.checkpoint.every_steps=" + ("5" if named == "checkpoints" else "1000")
     limited = start(env, *args, every_steps, file_limit_kib=limit_kib)
     output, _ = limited.communicate(timeout=240)
