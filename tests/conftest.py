@@ -70,9 +70,14 @@ def pytest_collection_finish() -> None:
 def child_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
     """`child_env(devices=1)`: the environment of a started process that shall see this many CPU devices.
 
-    Nothing of this process's JAX settings is inherited; compiled programs are shared among the children of one session.
+    Nothing of this process's JAX settings is inherited; compiled programs are shared among the children of one session,
+    whichever of pytest's workers starts them.
     """
-    compilation_cache = tmp_path_factory.mktemp("jax_cache")
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent  # a worker has a directory of its own in the session's
+    compilation_cache = session / "jax_cache"
+    compilation_cache.mkdir(exist_ok=True)
 
     def make(devices: int = 1) -> dict[str, str]:
         ours = ("JAX_", "XLA_", "NPROC", "TPU_", "PYTEST_", "COV_")

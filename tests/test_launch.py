@@ -123,7 +123,10 @@ def test_run_sh_makes_the_venv_that_local_sh_then_uses(run):
     tests = run("tests/run.sh", "-k", "x")
     assert tests.returncode == 0, tests.stderr
     assert "installing mae_dist[test]" in tests.stderr
-    assert tests.stdout == "RAN pytest ['-k', 'x'] a clone\n"
+    workers = "'-n', 'auto', '--maxprocesses=8', '--dist=worksteal'"
+    assert tests.stdout == f"RAN pytest [{workers}, '-k', 'x'] a clone\n"
+    for one in ("pytest.py", "pytest.py::test_x"):  # a file of the clone
+        assert run("tests/run.sh", one, "-k", "x").stdout == f"RAN pytest ['{one}', '-k', 'x'] a clone\n"
     assert run("launch/local.sh", "x").stderr == ""
 
 
