@@ -1,7 +1,8 @@
 """CLU's metric writers and periodic actions without TensorFlow, and the TensorBoard writer that CLU needs it for.
 
 CLU imports TensorFlow for one class, its own TensorBoard writer. A placeholder takes the place of that module before
-anything is imported, also where TensorFlow is installed: importing it costs seconds at every start.
+anything is imported, also where TensorFlow is installed: importing it costs seconds at every start. So does PyTorch,
+which tensorboardX imports if it can, only to convert tensors nobody gives it here.
 
     from mae_dist.clu_without_tf import metric_writers, periodic_actions
 """
@@ -15,12 +16,20 @@ from typing import Any, NoReturn
 
 import numpy as np
 from etils import epath
-from tensorboardX import summary as tb_summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import (  # protobuf makes these names when it is imported
+
+_torch_is_loaded = "torch" in sys.modules
+if not _torch_is_loaded:
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (None: importing it raises ImportError)
+
+from tensorboardX import summary as tb_summary  # noqa: E402
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import (  # noqa: E402 (protobuf makes these names when it is imported)
     Event,  # pyright: ignore[reportAttributeAccessIssue]
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
+
+if not _torch_is_loaded:
+    del sys.modules["torch"]
 
 
 class _NoSummaryWriter:

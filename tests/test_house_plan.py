@@ -135,9 +135,14 @@ def run(child_env: Callable[..., dict[str, str]], *arguments: str) -> str:
     return done.stdout
 
 
-def test_training_starts_without_tensorflow(child_env):
-    """Nor do our dependencies import it behind our back."""
-    run(child_env, "-c", "import sys, mae_dist.main, mae_dist.train; assert 'tensorflow' not in sys.modules")
+def test_training_starts_without_other_frameworks(child_env):
+    """Nor do our dependencies import TensorFlow or PyTorch behind our back, which both are there for others to use."""
+    names = "{'tensorflow', 'torch', 'transformers'}"
+    run(
+        child_env,
+        "-c",
+        f"import sys, mae_dist.main, mae_dist.train; assert not {names} & set(sys.modules); import torch",
+    )
 
 
 def test_main_is_light(child_env):
