@@ -24,6 +24,10 @@ def get_config() -> ConfigDict:
     config.log_every_steps = 50  # metrics are fetched from the device and written this often
     config.max_skipped_steps = 20  # stop ("diverged") after this many updates in a row with a non-finite gradient
 
+    config.cpu = ConfigDict()  # only where there is no accelerator; 0: chosen for this machine, and kept with the run
+    config.cpu.devices = 0  # the cores are used as so many devices; 0: one per core, as far as batches divide
+    config.cpu.pieces = 0  # a device's share of an update is computed in so many pieces; 0: as fit its cache
+
     config.mesh = ConfigDict()  # devices = data x fsdp x tensor; one of them may be -1: whatever is left
     config.mesh.data = -1  # copies of the model, each with its share of the batch
     config.mesh.fsdp = 1  # parameters and optimizer state split over these devices, which also share the batch

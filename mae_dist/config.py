@@ -56,6 +56,8 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "total_steps",
+    "cpu.devices",
+    "cpu.pieces",
     "model.layer_scale_init",
     "optim.final_lr",
     "optim.warmup_epochs",
@@ -87,6 +89,7 @@ SHARES = (
 # it computes.
 FREE = (
     "name",
+    "cpu",
     "mesh",
     "accum_steps",
     "log_every_steps",

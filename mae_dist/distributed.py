@@ -1,7 +1,13 @@
 """Start-up of one or many processes, and what only the first of them does."""
 
+import contextlib
 import logging as python_logging
 import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import logging
@@ -32,6 +38,34 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     if not 0 <= process_id < num_processes or not coordinator_address.rpartition(":")[2].isdigit():
         raise ConfigError(f"{flags}: the address is host:port, and process ids are 0 to num_processes - 1")
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+@contextlib.contextmanager
+def interrupted_between_steps() -> Iterator[Callable[[], None]]:
+    """Holds Ctrl-C back until the function it gives is called, which then raises `KeyboardInterrupt`.
+
+    Raised anywhere, it can be swallowed by a callback, or tear a save apart. A second one is not held back.
+    """
+    pending = []
+
+    def note(number: int, frame: Any) -> None:
+        del number, frame
+        pending.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("interrupted: stopping after this update; once more to stop at once", file=sys.stderr, flush=True)
+
+    def stop() -> None:
+        if pending:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers, and only it is interrupted
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def is_primary() -> bool:

@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mae_dist import distributed, encoder, errors, evaluate, job, main, pretrained, sharding
+from mae_dist import distributed, encoder, errors, evaluate, job, main, pretrained, sharding, steps
 from mae_dist.data import Dataset
 from mae_dist.storage import absolute, naming_faults
 
@@ -97,7 +97,13 @@ def _compute(source: pretrained.Pretrained, config: ConfigDict, dataset: Dataset
     shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     batch_size = math.ceil(config.eval.batch_size / shards) * shards
     encode = encoder.make_encode(config, _KINDS.value, _BLOCK.value, sharding.make_constrain(mesh))
-    step = jax.jit(encode, in_shardings=(shardings, batch_sharding), out_shardings=batch_sharding)
+    step = steps.make_eval_step(
+        lambda params, batch: encode(params, batch["image"]),
+        mesh=mesh,
+        params=shardings,
+        per_example=True,
+        pieces=job.feature_pieces(config, mesh, batch_size),
+    )
 
     def fetch(part: Any) -> Columns:
         columns = multihost_utils.process_allgather(part, tiled=True)
@@ -108,7 +114,7 @@ def _compute(source: pretrained.Pretrained, config: ConfigDict, dataset: Dataset
         params = source.load(shardings)
         waiting = None  # one batch behind, so that the device computes the next while this one is fetched and written
         for batch in evaluate.global_batches(dataset, batch_sharding, batch_size):
-            part = {**step(params, batch["image"]), **{name: batch[name] for name in ("label", "index", "weight")}}
+            part = {**step(params, batch), **{name: batch[name] for name in ("label", "index", "weight")}}
             if waiting is not None:
                 yield fetch(waiting)
             waiting = part

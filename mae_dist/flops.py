@@ -20,6 +20,15 @@ def stack_forward_flops(*, num_tokens: int, embed_dim: int, depth: int, mlp_rati
     return depth * (projections + attention + mlp)
 
 
+def activation_bytes(*, num_tokens: int, embed_dim: int, num_heads: int, mlp_ratio: float) -> int:
+    """Bytes of the largest float32 arrays that one image's forward pass through a block holds at once.
+
+    What goes into a product and what comes out of the widest one, and the attention scores.
+    """
+    widest = embed_dim + max(3 * embed_dim, int(mlp_ratio * embed_dim))
+    return 4 * (num_tokens * widest + num_heads * num_tokens**2)
+
+
 def encoder_forward_flops(
     *,
     patch_size: tuple[int, int],

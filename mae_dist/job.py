@@ -10,7 +10,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint, flops, patches, pretrained, sharding, state, steps, tasks
+from mae_dist import checkpoint, cpu, flops, patches, pretrained, sharding, state, steps, tasks
 from mae_dist import config as config_lib
 from mae_dist.data import Augment, Dataset, open_split, train_batches
 from mae_dist.errors import ConfigError
@@ -134,6 +134,48 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
             )
 
 
+def _pieces(config: ConfigDict, mesh: Mesh, images: int, num_patches: int, decoder: bool) -> int:
+    """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
+
+    Args:
+      config: validated.
+      mesh: what it runs on.
+      images: of all devices together.
+      num_patches: the encoder sees.
+      decoder: whether the decoder runs too.
+    """
+    if mesh.devices.flat[0].platform != "cpu" or not sharding.is_data_parallel(mesh):
+        return 1
+    model, has_cls = config.model, int(config.model.cls_token != "none")
+    sizes = [(num_patches + has_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
+    if decoder:
+        rows, columns = patches.grid_size(model.image_size, model.patch_size)
+        tokens = rows * columns + has_cls
+        sizes.append((tokens, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_mlp_ratio))
+    largest = max(
+        flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
+        for tokens, width, heads, ratio in sizes
+    )
+    return cpu.num_pieces(images // mesh.size, largest)
+
+
+def feature_pieces(config: ConfigDict, mesh: Mesh, images: int) -> int:
+    """Into how many pieces each device computes features of its share of `images`."""
+    rows, columns = patches.grid_size(config.model.image_size, config.model.patch_size)
+    return _pieces(config, mesh, images, rows * columns, decoder=False)
+
+
+def _num_kept(config: ConfigDict) -> int:
+    """Patches the encoder sees of an image while it trains."""
+    model = config.model
+    rows, columns = patches.grid_size(model.image_size, model.patch_size)
+    if config.task != "pretrain":
+        return rows * columns
+    if model.masking == "user":
+        return rows * columns - int(patches.load_user_mask(model.mask_file, (rows, columns)).sum())
+    return patches.num_keep(rows * columns, model.mask_ratio)
+
+
 def _flops_per_image(config: ConfigDict, num_classes: int) -> float:
     model = config.model
     shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
@@ -143,13 +185,8 @@ def _flops_per_image(config: ConfigDict, num_classes: int) -> float:
         return flops.classifier_train_flops_per_image(
             **shape, num_classes=num_classes, head_hidden_dims=hidden, frozen_encoder=config.task == "probe"
         )
-    grid = patches.grid_size(model.image_size, model.patch_size)
-    length = grid[0] * grid[1]
-    kept = patches.num_keep(length, model.mask_ratio)
-    if model.masking == "user":
-        kept = length - int(patches.load_user_mask(model.mask_file, grid).sum())
     decoder = {name: model[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
-    return flops.mae_train_flops_per_image(**shape, **decoder, num_keep=kept)
+    return flops.mae_train_flops_per_image(**shape, **decoder, num_keep=_num_kept(config))
 
 
 def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
@@ -165,6 +202,16 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         raise ConfigError(
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
+    pretrain, rows = config.task == "pretrain", patches.grid_size(config.model.image_size, config.model.patch_size)
+    caches_features = config.task == "probe" and config.data.augment == "none"  # nothing but the head runs then
+    if not config.cpu.pieces:
+        config = config.copy_and_resolve_references()
+        images = config.global_batch_size // config.accum_steps
+        pieces = 1 if caches_features else _pieces(config, mesh, images, _num_kept(config), pretrain)
+        config.cpu.pieces = pieces
+        config.lock()
+    eval_batch_size = config.eval.batch_size or config.global_batch_size
+    eval_pieces = _pieces(config, mesh, eval_batch_size, rows[0] * rows[1], pretrain)
     task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     abstract_params = jax.eval_shape(task.init_params, jax.random.key(0))
     trainable, _ = state.split_frozen(sharding.logical_axes(abstract_params), task.frozen)
@@ -188,11 +235,13 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         shardings=shardings,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        accum_steps=config.accum_steps,
+        accum_steps=config.accum_steps * config.cpu.pieces,
     )
 
-    def forward(fn: Any, per_example: bool) -> Any:
-        return fn and steps.make_eval_step(fn, mesh=mesh, shardings=shardings, per_example=per_example)
+    def forward(fn: Any, per_example: bool, pieces: int = eval_pieces) -> Any:
+        return fn and steps.make_eval_step(
+            fn, mesh=mesh, params=shardings.params, per_example=per_example, pieces=pieces
+        )
 
     return Job(
         config=config,
@@ -204,10 +253,10 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         abstract_state=abstract_state,
         shardings=shardings,
         train_step=train_step,
-        eval_step=forward(task.evaluate, per_example=False),
+        eval_step=forward(task.evaluate, per_example=False, pieces=1 if caches_features else eval_pieces),
         feature_step=forward(task.features, per_example=True),
-        reconstruct_step=forward(task.reconstruct, per_example=True),
+        reconstruct_step=forward(task.reconstruct, per_example=True, pieces=1),
         batch_sharding=sharding.batch_sharding(mesh),
-        eval_batch_size=config.eval.batch_size or config.global_batch_size,
+        eval_batch_size=eval_batch_size,
         flops_per_image=_flops_per_image(config, data.train.num_classes),
     )

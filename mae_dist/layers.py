@@ -56,9 +56,91 @@ def drop_path(x: jax.Array, rate: Any, keys: jax.Array | None) -> jax.Array:
     return x * scale[:, None, None]
 
 
+def _sum_rows(x: jax.Array, rows: int) -> jax.Array:
+    """Sums x over its first `rows` axes: gradients of biases and scales, over thousands of rows.
+
+    On a CPU as a product with ones, which XLA's reductions there take three times as long for.
+    """
+
+    def product(x: jax.Array) -> jax.Array:
+        axes = tuple(range(rows))
+        return jax.lax.dot_general(jnp.ones(x.shape[:rows], x.dtype), x, ((axes, axes), ((), ())))
+
+    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(axis=tuple(range(rows))))
+
+
+def _product(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
+    """x (*rows, *in) times kernel (*in, *out), with `inputs` axes of input: (*rows, *out)."""
+    axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array, inputs: int) -> jax.Array:
+    return _product(x, kernel, inputs) + bias
+
+
+def _affine_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, inputs: int) -> Any:
+    return _affine(x, kernel, bias, inputs), (x, kernel)
+
+
+def _affine_backward(inputs: int, saved: Any, grad: jax.Array) -> Any:
+    x, kernel = saved
+    rows = x.ndim - inputs
+    row_axes, out_axes = tuple(range(rows)), (tuple(range(rows, grad.ndim)), tuple(range(inputs, kernel.ndim)))
+    return (
+        jax.lax.dot_general(grad, kernel, (out_axes, ((), ()))),
+        jax.lax.dot_general(x, grad, ((row_axes, row_axes), ((), ()))),
+        _sum_rows(grad, rows),
+    )
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
+def linear(module: nnx.Linear | nnx.LinearGeneral, x: jax.Array, part: Any = None) -> jax.Array:
+    """Applies a linear module to x (*rows, *in) in the module's dtype: (*rows, *out).
+
+    `part` is an index into the first axis of the output: only that part is computed.
+    """
+    inputs = len(module.axis) if isinstance(module, nnx.LinearGeneral) else 1
+    kernel: Any = module.kernel[...]
+    bias: Any = None if module.bias is None else module.bias[...]
+    if part is not None:
+        kernel, bias = kernel[(slice(None),) * inputs + (part,)], None if bias is None else bias[part]
+    x, kernel = x.astype(module.dtype), kernel.astype(module.dtype)
+    return _product(x, kernel, inputs) if bias is None else _affine(x, kernel, bias.astype(module.dtype), inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    return _normalize_forward(x, scale, bias, eps)[0]
+
+
+def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> Any:
+    mean = x.mean(axis=-1, keepdims=True)
+    centred = x - mean
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
+    return centred * inverse * scale + bias, (x, mean, inverse, scale)
+
+
+def _normalize_backward(eps: float, saved: Any, grad: jax.Array) -> Any:
+    del eps
+    x, mean, inverse, scale = saved
+    normal = (x - mean) * inverse
+    scaled = grad * scale
+    dx = scaled - scaled.mean(axis=-1, keepdims=True) - normal * (scaled * normal).mean(axis=-1, keepdims=True)
+    return inverse * dx, _sum_rows(grad * normal, x.ndim - 1), _sum_rows(grad, x.ndim - 1)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
 def layer_norm(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
-    """Applies `norm` in float32 and returns x's own dtype."""
-    return norm(x.astype(jnp.float32)).astype(x.dtype)
+    """Applies `norm` in float32 to x (*rows, D) and returns x's own dtype."""
+    assert norm.scale is not None
+    assert norm.bias is not None
+    return _normalize(x.astype(jnp.float32), norm.scale[...], norm.bias[...], norm.epsilon).astype(x.dtype)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -72,26 +154,33 @@ class Attention(nnx.Module):
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dtype: Any, rngs: nnx.Rngs):
         head_dim = dim // num_heads
-        linear = functools.partial(nnx.LinearGeneral, dtype=dtype, kernel_init=xavier, rngs=rngs)
-        self.qkv = linear(dim, (3, num_heads, head_dim), use_bias=qkv_bias)
-        self.out = linear((num_heads, head_dim), dim, axis=(-2, -1))
+        make = functools.partial(nnx.LinearGeneral, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.qkv = make(dim, (3, num_heads, head_dim), use_bias=qkv_bias)
+        self.out = make((num_heads, head_dim), dim, axis=(-2, -1))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        qkv = self.qkv(x)  # (B, N, 3, H, hd)
-        return self.out(attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]))  # (B, N, D)
+    def __call__(self, x: jax.Array, num_out: int | None = None) -> jax.Array:
+        """x (B, N, D) -> (B, N, D), or only the last `num_out` tokens, which look at all."""
+        if num_out is None:
+            qkv = linear(self.qkv, x)  # (B, N, 3, H, hd)
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        else:
+            q = linear(self.qkv, x[:, -num_out:], 0)  # (B, num_out, H, hd)
+            kv = linear(self.qkv, x, slice(1, 3))  # (B, N, 2, H, hd)
+            k, v = kv[:, :, 0], kv[:, :, 1]
+        return linear(self.out, attention(q, k, v))
 
 
 class Mlp(nnx.Module):
     """Linear, GELU, linear."""
 
     def __init__(self, dim: int, hidden_dim: int, *, gelu: str, dtype: Any, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, dtype=dtype, kernel_init=xavier, rngs=rngs)
-        self.fc1 = linear(dim, hidden_dim)
-        self.fc2 = linear(hidden_dim, dim)
+        make = functools.partial(nnx.Linear, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        self.fc1 = make(dim, hidden_dim)
+        self.fc2 = make(hidden_dim, dim)
         self.approximate = gelu == "tanh"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+        return linear(self.fc2, jax.nn.gelu(linear(self.fc1, x), approximate=self.approximate))
 
 
 class Block(nnx.Module):
@@ -121,9 +210,15 @@ class Block(nnx.Module):
             self.scale2 = nnx.Param(jnp.full((dim,), layer_scale_init))
         self.dropout = dropout
 
-    def __call__(self, x: jax.Array, drop_path_rate: Any, keys: jax.Array | None) -> jax.Array:
-        for site, (norm, layer) in enumerate(((self.norm1, self.attn), (self.norm2, self.mlp))):
+    def __call__(
+        self, x: jax.Array, drop_path_rate: Any, keys: jax.Array | None, num_out: int | None = None
+    ) -> jax.Array:
+        """x (B, N, D) -> (B, N, D), or only the last `num_out` tokens."""
+        attend = functools.partial(self.attn, num_out=num_out)
+        for site, (norm, layer) in enumerate(((self.norm1, attend), (self.norm2, self.mlp))):
             branch = layer(layer_norm(norm, x))  # (B, N, D)
+            if num_out is not None:
+                x = x[:, -num_out:]
             if self.scaled:
                 branch = branch * (self.scale1, self.scale2)[site][...].astype(x.dtype)
             branch = dropout(branch, self.dropout, fold_in(keys, 2 * site))
@@ -160,8 +255,17 @@ class Stack(nnx.Module):
         self.remat = remat
         self.constrain = constrain
 
-    def __call__(self, x: jax.Array, keys: jax.Array | None, num_blocks: int | None = None) -> jax.Array:
-        """x (B, N, D) -> (B, N, D), through the first `num_blocks` blocks or all of them."""
+    def __call__(
+        self, x: jax.Array, keys: jax.Array | None, num_blocks: int | None = None, num_out: int | None = None
+    ) -> jax.Array:
+        """x (B, N, D) -> (B, N, D).
+
+        Args:
+          x: tokens.
+          keys: one key per example for dropout and DropPath, or None.
+          num_blocks: go through the first so many blocks; None for all.
+          num_out: return the last so many tokens only, and spare the last block what the others would cost.
+        """
         depth = self.depth if num_blocks is None else num_blocks
         graphdef, params = nnx.split(self.blocks)
         if not self.stochastic:
@@ -169,19 +273,22 @@ class Stack(nnx.Module):
         # Stochastic depth grows linearly with depth, as in the paper's fine-tuning recipe.
         rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
 
-        def apply(x: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, None]:
+        def apply(num_out: int | None, x: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, None]:
             block_params, index, rate = layer
             block = nnx.merge(graphdef, block_params)
-            x = block(x, rate if self.drop_path > 0 else None, fold_in(keys, index))
+            x = block(x, rate if self.drop_path > 0 else None, fold_in(keys, index), num_out)
             return self.constrain(x, TOKENS), None
 
+        whole, last = functools.partial(apply, None), functools.partial(apply, num_out)
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            apply = jax.checkpoint(apply, policy=policy, prevent_cse=not self.scan)
+            whole, last = (jax.checkpoint(f, policy=policy, prevent_cse=not self.scan) for f in (whole, last))
         x = self.constrain(x, TOKENS)
+        num_alike = depth - 1 if num_out is not None else depth  # the last block is another function then
         if self.scan:
             layers = (params, jnp.arange(self.depth), jnp.asarray(rates))
-            return jax.lax.scan(apply, x, jax.tree.map(lambda p: p[:depth], layers))[0]
-        for index in range(depth):
-            x, _ = apply(x, (jax.tree.map(lambda p, i=index: p[i], params), index, rates[index]))
+            x, _ = jax.lax.scan(whole, x, jax.tree.map(lambda p: p[:num_alike], layers))
+        for index in range(num_alike if self.scan else 0, depth):
+            layer = (jax.tree.map(lambda p, i=index: p[i], params), index, rates[index])
+            x, _ = (whole if index < num_alike else last)(x, layer)
         return x

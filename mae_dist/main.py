@@ -3,6 +3,7 @@
 The same line again continues the run in its workdir. Exit codes: `mae_dist/errors.py`.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mae_dist import errors
+from mae_dist import cpu, errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives (default runs/<config.name>); may be gs://….")
@@ -47,12 +48,15 @@ def main(argv: Sequence[str]) -> int:
 
     config_lib.validate(config)
 
+    workdir_name = _WORKDIR.value or f"runs/{config.name}"
+    use_cores(config, workdir_name)
+
     import jax
 
     from mae_dist import job, storage, train
 
     join_processes()
-    workdir = storage.absolute(_WORKDIR.value or f"runs/{config.name}")
+    workdir = storage.absolute(workdir_name)
     logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
     job.check_mesh(config, jax.device_count())  # before any data is fetched
     return train.train(job.build(config, jax.devices(), job.open_data(config)), workdir, default_config())
@@ -63,6 +67,33 @@ def default_config() -> ConfigDict:
     from configs import default
 
     return default.get_config()
+
+
+def use_cores(config: ConfigDict, workdir: str) -> None:
+    """On a CPU splits the cores into devices, as the run in `workdir` did before or as `config.cpu` says.
+
+    A run that continues keeps its choices, for results depend on them in the last bits.
+    """
+    if _COORDINATOR.value is not None or "://" in workdir or any(config.mesh[axis] != 1 for axis in ("fsdp", "tensor")):
+        return
+    with config.unlocked():
+        stored = _stored_choices(workdir)
+        if not config.cpu.devices and 0 < stored.get("devices", 0) <= cpu.num_cores():
+            config.cpu.update(devices=stored["devices"], pieces=config.cpu.pieces or stored.get("pieces", 0))
+        batch_sizes = (
+            config.global_batch_size // config.accum_steps,
+            config.eval.batch_size or config.global_batch_size,
+        )
+        wanted = config.cpu.devices if config.mesh.data == -1 else config.mesh.data
+        config.cpu.devices = cpu.split_cores(wanted, batch_sizes)
+
+
+def _stored_choices(workdir: str) -> dict[str, int]:
+    try:
+        with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
+            return dict(json.load(file)["cpu"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # no run there yet, or one whose damage is told later
 
 
 def join_processes() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mae_dist import patches
-from mae_dist.layers import Constrain, Stack, dropout, fold_in, layer_norm, normal02, unconstrained, xavier
+from mae_dist.layers import Constrain, Stack, dropout, fold_in, layer_norm, linear, normal02, unconstrained, xavier
 
 
 class Positions(nnx.Module):
@@ -92,7 +92,7 @@ class Encoder(nnx.Module):
             # Gathering raw patches before embedding them: K products instead of L.
             x = patches.take_patches(x, ids_keep)  # (B, K, P)
             position = position[0][ids_keep]  # (B, K, D)
-        x = self.patch_embed(x.astype(self.dtype)) + position  # (B, K, D)
+        x = linear(self.patch_embed, x) + position  # (B, K, D)
         if self.has_cls:
             cls = _token_value(self.cls_token, x.shape[0], 1, x.shape[2], self.dtype)
             x = jnp.concatenate([cls, x], axis=1)  # (B, 1 + K, D)
@@ -134,14 +134,29 @@ class Decoder(nnx.Module):
 
     def __call__(self, latent: jax.Array, ids_restore: jax.Array, keys: jax.Array | None) -> jax.Array:
         """latent (B, N, D), ids_restore (B, L) -> float32 predictions (B, L, P)."""
-        x = self.embed(latent)  # (B, N, E)
+        x = linear(self.embed, latent)  # (B, N, E)
         cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
         b, kept, dim = x.shape
         removed = _token_value(self.mask_token, b, ids_restore.shape[1] - kept, dim, self.dtype)
         x = patches.take_patches(jnp.concatenate([x, removed], axis=1), ids_restore)  # (B, L, E) in raster order
         x = jnp.concatenate([cls, x + self.positions(self.dtype)], axis=1)
         x = layer_norm(self.norm, self.stack(x, keys))[:, int(self.has_cls) :]
-        return self.pred(x).astype(jnp.float32)
+        return linear(self.pred, x).astype(jnp.float32)
+
+    def predict_removed(self, latent: jax.Array, ids_shuffle: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """The same predictions, of the removed patches only and in their shuffled order: float32 (B, L - K, P).
+
+        For training, where nothing else is looked at: attention does not mind the order, so nothing is put back into
+        raster order, and the last block spares what only visible patches would need.
+        """
+        x = linear(self.embed, latent)  # (B, N, E)
+        cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
+        b, kept, dim = x.shape
+        num_removed = ids_shuffle.shape[1] - kept
+        removed = _token_value(self.mask_token, b, num_removed, dim, self.dtype)
+        x = jnp.concatenate([x, removed], axis=1) + self.positions(self.dtype)[0][ids_shuffle]  # (B, L, E)
+        x = self.stack(jnp.concatenate([cls, x], axis=1), keys, num_out=num_removed)
+        return linear(self.pred, layer_norm(self.norm, x)).astype(jnp.float32)
 
 
 class MaskedAutoencoder(nnx.Module):
@@ -247,6 +262,19 @@ class MaskedAutoencoder(nnx.Module):
         latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)
         pred = self.decoder(latent, ids_restore, fold_in(keys, 1 << 16))  # apart from the encoder's layer indices
         return pred, x, patches.mask_from_ids(ids_restore, kept)
+
+    def removed_patches(
+        self, images: jax.Array, ids_shuffle: jax.Array, kept: int, keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """What a training loss needs of `__call__`, for less: its arguments, removed patches only.
+
+        Returns:
+          Predictions and true patches, both (B, L - K, P) float32, in shuffled order.
+        """
+        x = patches.patchify(images, self.patch_size)  # (B, L, P)
+        latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)
+        pred = self.decoder.predict_removed(latent, ids_shuffle, fold_in(keys, 1 << 16))
+        return pred, patches.take_patches(x, ids_shuffle[:, kept:])
 
 
 class Head(nnx.Module):

@@ -7,7 +7,7 @@ axes at most. Optimizer state follows its parameter.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -170,8 +170,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def is_data_parallel(mesh: Mesh) -> bool:
+    """Whether every device holds the whole model and only examples are split."""
+    return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+
+
+def mean_over_devices(fn: Callable[..., Any], mesh: Mesh, num_whole: int) -> Callable[..., Any]:
+    """Runs `fn` on each device for its own examples and averages what comes out; for a data-parallel mesh.
+
+    One exchange at the end, whatever loop `fn` runs: left to itself the compiler would exchange in every round of it.
+
+    Args:
+      fn: takes `num_whole` arguments that are whole on every device, then one or more split over examples.
+      mesh: data-parallel.
+      num_whole: how many of the arguments are whole.
+    """
+    axes = MESH_AXES["batch"]
+
+    def local(*args: Any) -> Any:
+        return jax.lax.pmean(fn(*args), axes)
+
+    def call(*args: Any) -> Any:
+        specs = tuple(PartitionSpec() if i < num_whole else PartitionSpec(axes) for i in range(len(args)))
+        # Nothing is said of replication inside: gradients taken there are of local examples only.
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(*args)
+
+    return call
+
+
 def make_constrain(mesh: Mesh) -> Any:
     """The hook (array, logical axes) -> array by which a model pins activations without knowing the mesh."""
+    if is_data_parallel(mesh):
+        return lambda x, axes: x  # the batch is split from the start and nothing else is
 
     def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, to_spec(axes, "activation")))

@@ -1,12 +1,13 @@
 """The compiled steps: one update, one evaluation batch. Pure functions of (state, batch), sharded and donated."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mae_dist import sharding
 from mae_dist.optim import nonfinite_counts
@@ -62,12 +63,15 @@ def make_train_step(
         total, _ = jax.lax.scan(add, zeros, micros)
         return jax.tree.map(lambda x: x / accum_steps, total)
 
+    compute = accumulated if accum_steps > 1 else grad_fn
+    if sharding.is_data_parallel(mesh):
+        compute = sharding.mean_over_devices(compute, mesh, num_whole=2)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.random.split(step_key, global_batch_size)
         keys = jax.lax.with_sharding_constraint(keys, sharding.batch_sharding(mesh))  # (B,)
         trainable, frozen = split_frozen(state.params, task.frozen)
-        compute = accumulated if accum_steps > 1 else grad_fn
         grads, metrics = compute(trainable, frozen, batch, keys)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
             updates, opt_state = tx.update(grads, state.opt_state, trainable)
@@ -93,11 +97,36 @@ def make_train_step(
 
 
 def make_eval_step(
-    fn: Callable[[Any, Batch], Any], *, mesh: Mesh, shardings: TrainState, per_example: bool = False
+    fn: Callable[[Any, Batch], Any], *, mesh: Mesh, params: Any, per_example: bool = False, pieces: int = 1
 ) -> Any:
-    """Compiles (params, batch) -> outputs: whole on every device, or split over examples like the batch."""
+    """Compiles (params, batch) -> outputs: whole on every device, or split over examples like the batch.
+
+    Args:
+      fn: (params, batch) -> arrays of one row per example, or else metrics whose fields are sums over examples.
+      mesh: what it runs on.
+      params: the shardings of the parameters it is given.
+      per_example: which of the two `fn` returns.
+      pieces: each device computes its examples in so many pieces, one after another; needs a data-parallel mesh.
+    """
+
+    def in_pieces(params: Any, batch: Batch) -> Any:
+        if pieces == 1:
+            return fn(params, batch)
+        split = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
+        out = jax.lax.map(functools.partial(fn, params), split)  # (pieces, ...)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if per_example else x.sum(axis=0), out)
+
+    def local(params: Any, batch: Batch) -> Any:
+        out = in_pieces(params, batch)
+        return out if per_example else jax.lax.psum(out, sharding.MESH_AXES["batch"])
+
+    batch_spec = sharding.batch_sharding(mesh).spec
+    compute = in_pieces
+    if sharding.is_data_parallel(mesh):
+        specs = {"in_specs": (PartitionSpec(), batch_spec), "out_specs": batch_spec if per_example else PartitionSpec()}
+        compute = jax.shard_map(local, mesh=mesh, **specs, check_vma=False)
     return jax.jit(
-        fn,
-        in_shardings=(shardings.params, sharding.batch_sharding(mesh)),
+        compute,
+        in_shardings=(params, sharding.batch_sharding(mesh)),
         out_shardings=sharding.batch_sharding(mesh) if per_example else sharding.replicated(mesh),
     )

@@ -115,27 +115,32 @@ def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
     mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
     init, bind = functional(functools.partial(make_model, config, 0, constrain))
 
-    def forward(params: Params, batch: Batch, mask_keys: jax.Array, keys: jax.Array | None) -> Any:
+    def forward(params: Params, batch: Batch, mask_keys: jax.Array) -> Any:
         model = bind(params)
         ids_shuffle, kept = model.draw_ids_shuffle(mask_keys)
-        return model(scale_pixels(batch["image"], mean, std), ids_shuffle, kept, keys)
+        return model(scale_pixels(batch["image"], mean, std), ids_shuffle, kept, None)
 
-    def per_example(pred: jax.Array, true: jax.Array, mask: jax.Array) -> jax.Array:
-        return losses.masked_pixel_loss(pred, losses.normalize_patches(true) if norm_pix_loss else true, mask)
+    def target(true: jax.Array) -> jax.Array:
+        return losses.normalize_patches(true) if norm_pix_loss else true
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return per_example(*forward(params, batch, keys, keys)), {}
+        model = bind(params)
+        ids_shuffle, kept = model.draw_ids_shuffle(keys)
+        images = scale_pixels(batch["image"], mean, std)
+        pred, true = model.removed_patches(images, ids_shuffle, kept, keys)  # (B, L - K, P)
+        return jnp.square(pred - target(true)).mean(axis=(1, 2)), {}
 
     def fixed_keys(batch: Batch) -> jax.Array:
         """One mask per example of a split, the same at every evaluation and on any devices: keys (B,)."""
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), batch["index"])
 
     def evaluate(params: Params, batch: Batch) -> dict[str, clu_metrics.Metric]:
-        values = per_example(*forward(params, batch, fixed_keys(batch), None))
+        pred, true, mask = forward(params, batch, fixed_keys(batch))
+        values = losses.masked_pixel_loss(pred, target(true), mask)
         return {"loss": clu_metrics.Average.from_model_output(values, batch["weight"] > 0)}
 
     def reconstruct(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        return make_pictures(config, *forward(params, batch, fixed_keys(batch), None))
+        return make_pictures(config, *forward(params, batch, fixed_keys(batch)))
 
     return Task(name="pretrain", init_params=init, loss=loss, evaluate=evaluate, reconstruct=reconstruct)
 

@@ -44,7 +44,11 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
                 len(dataset.bad_records),
                 ", ".join(dataset.bad_records),
             )
-    with _checkpoints(job, workdir) as checkpoints, jax.set_mesh(job.mesh):
+    with (
+        distributed.interrupted_between_steps() as stop_if_interrupted,
+        _checkpoints(job, workdir) as checkpoints,
+        jax.set_mesh(job.mesh),
+    ):
         state, start = _restore_or_begin(job, checkpoints, default)
         logging.info("%s", job.overview())
         with _recorder(workdir, start) as recorder:
@@ -61,6 +65,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
                 run.stop_if_diverged(step)
                 with jax.transfer_guard("allow"):  # an accelerator's state is copied to the host
                     checkpoints.save(step, state, job.meta, run.evaluated)
+                stop_if_interrupted()
                 if checkpoints.preempted(step):
                     checkpoints.wait()
                     logging.warning("Preempted: saved step %d; the same command continues from it.", step)

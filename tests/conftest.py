@@ -36,8 +36,8 @@ def _device_env(devices: int) -> dict[str, str]:
     older_emitter = "xla_cpu_use_fusion_emitters"
     if _xla_knows(older_emitter):
         flags.append(f"--{older_emitter}=false")
+    flags.append(f"--xla_force_host_platform_device_count={devices}")  # one too: else a command makes its own choice
     if devices > 1:
-        flags.append(f"--xla_force_host_platform_device_count={devices}")
         # A collective that hangs fails the test well before the test's own timeout (XLA's default is 40 s).
         stuck = "xla_cpu_collective_call_terminate_timeout_seconds"
         if _xla_knows(stuck):

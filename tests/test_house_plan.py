@@ -26,6 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "storage",
         "clu_without_tf",
         "weights",
+        "cpu",
+        "hugging_face",
     ),
     ("config", "models", "state", "data", "metrics", "layouts"),
     ("tasks", "pictures", "checkpoint", "evaluate"),
@@ -33,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("job", "encoder"),
     ("train",),
     ("main",),
-    ("reconstruct", "convert", "features", "export"),
+    ("reconstruct", "convert", "features", "export", "benchmark"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 

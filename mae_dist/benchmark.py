@@ -1,0 +1,288 @@
+"""Measures a config here: `python -m mae_dist.benchmark --config F [--against hf] [--what features] [--scaling]`.
+
+Repeats of several updates with the real data pipeline; medians, and the spread as (largest - smallest) / median.
+`--against hf` takes turns with Hugging Face's ViTMAE of the same shape in PyTorch, eager and compiled, on as many
+threads (extra `parity`). `--scaling` measures one change after another, each in a process of its own.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist import cpu, encoder, errors, flops, job, main, steps
+from mae_dist.data import local_rows, to_global
+
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
+_AGAINST = flags.DEFINE_enum("against", None, ["hf"], "Take turns with another implementation.")
+_WHAT = flags.DEFINE_enum(
+    "what", "train", ["train", "features"], "Updates, or features of whole images.", allow_override=True
+)
+_SCALING = flags.DEFINE_bool("scaling", False, "A table over batch sizes, image sizes, model sizes and CPU devices.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "How often each is measured.", lower_bound=1)
+_SECS = flags.DEFINE_float("secs", 3.0, "About how long a repeat takes.", lower_bound=0.01)
+
+Result = dict[str, Any]
+
+
+def benchmark(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    del argv
+    config = main.given_config()
+    if config is None:
+        raise errors.ConfigError("--config is missing: for example --config configs/cifar_small.py")
+    config_lib.validate(config)
+    if _SCALING.value:
+        return _scaling(config)
+    main.use_cores(config, "")
+    ours = _Ours(config, _WHAT.value)
+    others = {}
+    if _AGAINST.value:
+        others = {name: _Theirs(config, _WHAT.value, name == "compiled") for name in ("eager", "compiled")}
+    result = _measure(ours, others)
+    if _JSON.value:
+        print(json.dumps(result))
+    else:
+        width = max(map(len, result))
+        for name, value in result.items():
+            print(f"{name:{width}}  {value:.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
+    return errors.EXIT_DONE
+
+
+def _measure(ours: "_Ours", others: dict[str, "_Theirs"]) -> Result:
+    """Takes turns; every figure is the median over the repeats."""
+    subjects: dict[str, Any] = {"mae_dist": ours, **{name: other for name, other in others.items() if other.works}}
+    counts = {name: max(1, round(_SECS.value / subject.run(2) * 2)) for name, subject in subjects.items()}
+    ours.parts.clear()
+    rates: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(_REPEATS.value):
+        for name, subject in subjects.items():
+            rates[name].append(counts[name] * ours.batch_size / subject.run(counts[name]))
+    own = rates.pop("mae_dist")
+    rate = statistics.median(own)
+    peak, source = ours.peak_flops()
+    result: Result = {
+        "what": ours.what,
+        "images_per_sec": rate,
+        "spread": (max(own) - min(own)) / rate,
+        "repeats": _REPEATS.value,
+        "step_secs": ours.batch_size / rate,
+        **{f"{part}_share": statistics.median(values) for part, values in ours.parts.items()},
+        "mfu": rate * ours.flops_per_image / peak,
+        "peak_gflops": peak / 1e9,
+        "peak_from": source,
+        "compile_secs": ours.compile_secs,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        **ours.choices,
+    }
+    for name, values in rates.items():
+        result[f"hf_{name}_images_per_sec"] = statistics.median(values)
+    if rates:
+        pairs = [mine / max(theirs) for mine, *theirs in zip(own, *rates.values(), strict=True)]
+        result["ratio"] = statistics.median(pairs)
+        result["ratio_spread"] = f"{min(pairs):.3g} to {max(pairs):.3g}"
+    for name, other in others.items():
+        if not other.works:
+            result[f"hf_{name}"] = f"does not run here: {other.fault}"
+        other.close()
+    ours.close()
+    return result
+
+
+class _Ours:
+    """A config's updates on its own data, or its encoder on whole images."""
+
+    def __init__(self, config: ConfigDict, what: str):
+        self.what = what
+        self.job = built = job.build(config, jax.devices(), job.open_data(config))
+        self.batch_size = config.global_batch_size
+        self.parts: dict[str, list[float]] = {}
+        device = built.mesh.devices.flat[0]
+        self.choices = {
+            "device_kind": device.device_kind,
+            "devices": built.mesh.size,
+            "pieces": built.config.cpu.pieces,
+        }
+        self._rows = local_rows(built.batch_sharding, self.batch_size)
+        self._batches = built.train_batches(built.data.train, 0, self._rows)
+        with jax.set_mesh(built.mesh):
+            self._state: Any = jax.jit(built.init, out_shardings=built.shardings)()
+        self.flops_per_image = built.flops_per_image
+        self._function = self._make_function()
+        began = time.monotonic()
+        with jax.set_mesh(built.mesh):
+            jax.block_until_ready(self._function(self._place(next(self._batches))))
+        self.compile_secs = time.monotonic() - began
+
+    def _make_function(self) -> Callable[[Any], Any]:
+        """batch -> something to wait for."""
+        built, config = self.job, self.job.config
+        if self.what == "train":
+
+            def update(batch: Any) -> Any:
+                self._state, metrics = built.train_step(self._state, batch)
+                return metrics
+
+            return update
+        model = config.model
+        shape = {name: model[name] for name in ("patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
+        rows, columns = (size // patch for size, patch in zip(model.image_size, model.patch_size, strict=True))
+        self.flops_per_image = flops.encoder_forward_flops(
+            **shape, num_patches=rows * columns, cls_token=model.cls_token != "none"
+        )
+        encode = encoder.make_encode(config, ("mean",))
+        pieces = job.feature_pieces(config, built.mesh, self.batch_size)
+        self.choices["pieces"] = pieces
+        step = steps.make_eval_step(
+            lambda params, batch: encode(params, batch["image"]),
+            mesh=built.mesh,
+            params=built.shardings.params,
+            per_example=True,
+            pieces=pieces,
+        )
+        return lambda batch: step(self._state.params, batch)
+
+    def _place(self, host_batch: Any) -> Any:
+        return to_global(host_batch, self.job.batch_sharding, self.batch_size, self._rows)
+
+    def run(self, count: int) -> float:
+        """Seconds for `count` batches; notes which shares of them went to waiting for data and to the host."""
+        data = host = 0.0
+        out = None
+        began = time.monotonic()
+        with jax.set_mesh(self.job.mesh):
+            for _ in range(count):
+                start = time.monotonic()
+                host_batch = next(self._batches)
+                read = time.monotonic()
+                out = self._function(self._place(host_batch))
+                data, host = data + read - start, host + time.monotonic() - read
+            jax.block_until_ready(out)
+        total = time.monotonic() - began
+        for part, value in (("data_wait", data), ("host", host)):
+            self.parts.setdefault(part, []).append(value / total)
+        return total
+
+    def peak_flops(self) -> tuple[float, str]:
+        """FLOP/s of all devices at most: published, or the best of large matrix products measured now."""
+        mesh, dtype = self.job.mesh, self.job.config.model.dtype
+        known = flops.peak_flops(mesh.devices.flat[0].device_kind, dtype)
+        if known:
+            return known * mesh.size, "published"
+        size = 1536
+        x = jnp.ones((mesh.size, size, size), dtype)
+        x = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names)))
+        product = jax.jit(lambda x: jnp.einsum("dij,djk->dik", x, x))
+        secs = []
+        for _ in range(6):
+            began = time.monotonic()
+            jax.block_until_ready(product(x))
+            secs.append(time.monotonic() - began)
+        return 2 * size**3 * mesh.size / min(secs), f"a product of {size}x{size} matrices, measured"
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+class _Theirs:
+    """Hugging Face's model in a process of its own, idle until it is its turn."""
+
+    def __init__(self, config: ConfigDict, what: str, compiled: bool):
+        model = config.model
+        options = {
+            "what": what,
+            "compiled": compiled,
+            "threads": cpu.num_cores(),
+            "batch_size": config.global_batch_size,
+            "image_shape": [model.channels, *model.image_size],
+            "config": {
+                "image_size": model.image_size[0],
+                "patch_size": model.patch_size[0],
+                "num_channels": model.channels,
+                "hidden_size": model.embed_dim,
+                "num_hidden_layers": model.depth,
+                "num_attention_heads": model.num_heads,
+                "intermediate_size": int(model.embed_dim * model.mlp_ratio),
+                "decoder_hidden_size": model.decoder_embed_dim,
+                "decoder_num_hidden_layers": model.decoder_depth,
+                "decoder_num_attention_heads": model.decoder_num_heads,
+                "decoder_intermediate_size": int(model.decoder_embed_dim * model.decoder_mlp_ratio),
+                "mask_ratio": model.mask_ratio if what == "train" else 0.0,
+                "norm_pix_loss": config.pretrain.norm_pix_loss,
+            },
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mae_dist.hugging_face", json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.works = self._process.stdout.readline().startswith("ready")
+        self.fault = ""
+        if not self.works:
+            _, message = self._process.communicate()
+            self.fault = (message.strip().splitlines() or ["it ended"])[-1]
+
+    def run(self, count: int) -> float:
+        """Seconds for `count` steps."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def _variations(config: ConfigDict) -> Iterator[tuple[str, list[str]]]:
+    """(what is changed, overrides)."""
+    model, batch = config.model, config.global_batch_size
+    yield "as configured", []
+    for factor in (0.25, 4):
+        yield f"batch {int(batch * factor)}", [f"--config.global_batch_size={int(batch * factor)}"]
+    height, width = model.image_size
+    yield f"images {2 * height}x{2 * width}", [f"--config.model.image_size=({2 * height}, {2 * width})"]
+    yield f"width {2 * model.embed_dim}", [f"--config.model.embed_dim={2 * model.embed_dim}"]
+    yield f"depth {2 * model.depth}", [f"--config.model.depth={2 * model.depth}"]
+    for devices in sorted({1, cpu.num_cores()}):
+        yield f"{devices} CPU devices", [f"--config.cpu.devices={devices}"]
+    yield "in one piece", ["--config.cpu.pieces=1"]
+
+
+def _scaling(config: ConfigDict) -> int:
+    """Prints a line for each variation."""
+    given = [value for value in sys.argv[1:] if not value.startswith(("--scaling", "--json", "--against"))]
+    first = None
+    print(f"{'':18} {'images/s':>9} {'relative':>9} {'MFU':>6} {'memory MiB':>11} {'compile s':>10}  devices x pieces")
+    for name, overrides in _variations(config):
+        command = [sys.executable, "-m", "mae_dist.benchmark", *given, *overrides, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{name:18} {(done.stderr.strip().splitlines() or ['failed'])[-1]}", flush=True)
+            continue
+        r = json.loads(done.stdout.strip().splitlines()[-1])
+        first = first or r["images_per_sec"]
+        print(
+            f"{name:18} {r['images_per_sec']:9.0f} {r['images_per_sec'] / first:9.2f} {r['mfu']:6.2f} "
+            f"{r['peak_memory_mib']:11.0f} {r['compile_secs']:10.1f}  {r['devices']} x {r['pieces']}",
+            flush=True,
+        )
+    return errors.EXIT_DONE
+
+
+if __name__ == "__main__":
+    main.run(benchmark)

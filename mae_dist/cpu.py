@@ -1,0 +1,62 @@
+"""How a computation is carried out on a CPU: into how many devices the cores are split, a batch into how many pieces.
+
+Measured on two cores: a device per core with data parallelism, and pieces whose activations stay in the cache, are
+twice as fast as one device and the whole batch. Nothing here touches a TPU or GPU. Nothing imports JAX: the number of
+devices counts only before JAX makes its CPU client.
+"""
+
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+_FLAG = "xla_force_host_platform_device_count"
+_ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+_EXAMPLES_PER_DEVICE = 16  # fewer, and the exchange of gradients costs more than another device gains
+_CACHES = 4.0  # a piece's largest activations may fill the second-level cache so many times; measured best
+_UNKNOWN_CACHE = 2**20
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def split_cores(wanted: int, batch_sizes: tuple[int, ...]) -> int:
+    """Makes JAX see the CPU as so many devices, before it first looks; returns how many that is, 0 if it is not asked.
+
+    Args:
+      wanted: 0 for a device per core, as far as each gets whole shares of the batches and enough of them.
+      batch_sizes: what must divide.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if (platforms and platforms != "cpu") or (not platforms and any(find_spec(name) for name in _ACCELERATORS)):
+        return 0
+    if _FLAG in os.environ.get("XLA_FLAGS", ""):
+        return 0  # whoever set it knows better
+    if not wanted:
+        most = max(1, min(num_cores(), min(batch_sizes) // _EXAMPLES_PER_DEVICE))
+        wanted = max(n for n in range(1, most + 1) if all(size % n == 0 for size in batch_sizes))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FLAG}={wanted}".strip()
+    return wanted
+
+
+def cache_bytes() -> int:
+    """Second-level cache of a core."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
+        return int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]]
+    except (OSError, ValueError, KeyError, IndexError):
+        return _UNKNOWN_CACHE
+
+
+def num_pieces(examples: int, bytes_per_example: int) -> int:
+    """Into how many pieces a device computes its examples: a divisor of `examples`.
+
+    Args:
+      examples: of one device in one update or evaluation batch.
+      bytes_per_example: largest activations that live at once, see `flops.activation_bytes`.
+    """
+    ideal = max(1.0, _CACHES * cache_bytes() / bytes_per_example)  # examples in a piece
+    sizes = [size for size in range(1, examples + 1) if examples % size == 0]
+    return examples // min(sizes, key=lambda size: abs(math.log(size / ideal)))

@@ -1,0 +1,179 @@
+"""How a CPU carries out what a config describes: faster, and the same numbers."""
+
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mae_dist import cpu, flops, job, layers, main, tasks
+from mae_dist.data import local_rows, to_global
+from tests import QUICK
+from tests.runs import losses, run, smoke_config
+
+
+@given(examples=st.integers(1, 2000), size=st.integers(1, 2**40))
+def test_pieces_divide_and_shrink(examples, size):
+    """Any number of examples, any size: whole pieces, and never fewer of them for larger examples."""
+    pieces = cpu.num_pieces(examples, size)
+    assert examples % pieces == 0
+    assert cpu.num_pieces(examples, 2 * size) >= pieces
+    assert cpu.num_pieces(examples, 2**60) == examples
+    assert cpu.num_pieces(examples, 1) == 1 or examples > cpu.cache_bytes()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of eight cores without accelerator, whose JAX has not started."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(cpu, "num_cores", lambda: 8)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("wanted", "batches", "devices"),
+    [(0, (256, 512), 8), (0, (256, 100), 4), (0, (64, 64), 4), (0, (8, 256), 1), (0, (254, 254), 2), (3, (256,), 3)],
+)
+def test_devices(machine, wanted, batches, devices):
+    """As many as divide the batches and leave each enough; what is asked for otherwise."""
+    assert cpu.split_cores(wanted, batches) == devices
+    assert os.environ["XLA_FLAGS"] == f"--xla_force_host_platform_device_count={devices}"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("JAX_PLATFORMS", "tpu"),
+        ("JAX_PLATFORMS", "cuda,cpu"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=3"),
+    ],
+)
+def test_not_on_accelerators_nor_against_the_user(machine, variable, value):
+    machine.setenv(variable, value)
+    assert cpu.split_cores(0, (256,)) == 0
+    assert os.environ[variable] == value
+
+
+def test_a_run_keeps_its_choices(machine, tmp_path):
+    """Results depend on them in the last bits; what the config says goes first, and fewer cores end it."""
+    (tmp_path / "config.json").write_text(json.dumps({"cpu": {"devices": 2, "pieces": 4}}))
+    with flagsaver.flagsaver(coordinator_address=None):
+        for overrides, cores, found in (
+            ({}, 8, (2, 4)),
+            ({"cpu__pieces": 8}, 8, (2, 8)),
+            ({"cpu__devices": 1}, 8, (1, 0)),
+            ({}, 1, (1, 0)),
+        ):
+            machine.setattr(cpu, "num_cores", lambda cores=cores: cores)
+            machine.delenv("XLA_FLAGS", raising=False)
+            config = smoke_config(**overrides)
+            main.use_cores(config, str(tmp_path))
+            assert (config.cpu.devices, config.cpu.pieces) == found
+
+
+@pytest.mark.parametrize("masking", ["random", "grid"])
+def test_pieces_and_devices_change_nothing(masking):
+    """Two devices in four pieces each, and one device in one piece: the same losses to float tolerance."""
+    options = {"total_steps": 3, "model__masking": masking}
+    whole, _ = losses(smoke_config(**options, cpu__pieces=1), 1)
+    pieces, _ = losses(smoke_config(**options, cpu__pieces=4), 2)
+    np.testing.assert_allclose(pieces, whole, rtol=2e-6)
+
+
+def test_evaluation_in_pieces(monkeypatch):
+    """Every example once, whatever the pieces: counts are exact, means to float tolerance."""
+    results = []
+    for pieces in (1, 4):
+        monkeypatch.setattr(cpu, "num_pieces", lambda examples, size, pieces=pieces: pieces)
+        config = smoke_config(task="finetune", data__num_examples=100)
+        built = job.build(config, jax.devices()[:2], job.open_data(config))
+        with jax.set_mesh(built.mesh):
+            state = jax.jit(built.init, out_shardings=built.shardings)()
+            rows = local_rows(built.batch_sharding, 32)
+            batch = built.data.train.examples(np.arange(32))
+            batch |= {"index": np.arange(32, dtype=np.int32), "weight": (np.arange(32) < 30).astype(np.float32)}
+            metrics = built.eval_step(state.params, to_global(batch, built.batch_sharding, 32, rows))
+        results.append(jax.device_get(metrics))
+    assert results[0]["loss"].count == results[1]["loss"].count == 30
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"pretrain__norm_pix_loss": True, "model__scan": True}])
+def test_training_loss_is_that_of_the_whole_prediction(overrides):
+    """Decoding in shuffled order and the removed patches only: the loss and gradient of He et al. all the same."""
+    config = smoke_config(**overrides)
+    task = tasks.make_task(config, 10, layers.unconstrained)
+    params = task.init_params(jax.random.key(0))
+    images = jax.random.randint(jax.random.key(1), (4, *config.model.image_size, 3), 0, 256, jnp.int32)
+    batch = {"image": images.astype(jnp.uint8), "index": jnp.arange(4, dtype=jnp.int32), "weight": jnp.ones(4)}
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), batch["index"])
+
+    def short(params):
+        return task.loss(params, batch, keys)[0].mean()
+
+    def whole(params):
+        metric = task.evaluate(params, batch)["loss"]
+        return metric.total / metric.count
+
+    a, b = (jax.jit(jax.value_and_grad(f), compiler_options=QUICK)(params) for f in (short, whole))
+    np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_products_and_norms():
+    """Written by hand, so compared with those JAX derives."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2, 4))
+    kernel = jax.random.normal(jax.random.key(1), (2, 4, 3, 6))
+    bias, weights = jnp.ones((3, 6)), jax.random.normal(jax.random.key(2), (3, 5, 3, 6))
+    scale, shift = jnp.linspace(0.5, 2, 4), jnp.linspace(-1, 1, 4)
+
+    def norm(x, scale, shift):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) * scale + shift
+
+    pairs = (
+        (
+            lambda x, k, b: (layers._affine(x, k, b, 2) * weights).sum(),
+            lambda x, k, b: ((jnp.einsum("rshd,hdef->rsef", x, k) + b) * weights).sum(),
+            (x, kernel, bias),
+        ),
+        (
+            lambda *a: (layers._normalize(*a, 1e-6) ** 2 * x).sum(),
+            lambda *a: (norm(*a) ** 2 * x).sum(),
+            (x, scale, shift),
+        ),
+    )
+    for ours, derived, arguments in pairs:
+        a, b = (jax.jit(jax.grad(f, argnums=(0, 1, 2)), compiler_options=QUICK)(*arguments) for f in (ours, derived))
+        for got, wanted in zip(a, b, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
+
+
+def test_activation_bytes_by_hand():
+    """The decoder of configs/cifar_small.py: 65 tokens of 64, to q, k and v, and four heads' scores."""
+    size = flops.activation_bytes(num_tokens=65, embed_dim=64, num_heads=4, mlp_ratio=2.0)
+    assert size == 4 * (65 * (64 + 192) + 4 * 65 * 65)
+
+
+def test_benchmark_takes_turns(child_env):
+    """Both implementations really run; each figure is there and possible."""
+    shape = ("--config.model.image_size=(16, 16)", "--config.global_batch_size=16", "--config.data.num_examples=64")
+    options = ("--json", "--against=hf", "--repeats=2", "--secs=0.05")
+    code, output = run(child_env(), "--config=configs/smoke.py", *shape, *options, module="benchmark")
+    assert code == 0, output
+    result = json.loads(output.strip().splitlines()[-1])
+    assert result["ratio"] > 0
+    assert 0 < result["mfu"] < 1
+    assert 0 <= result["data_wait_share"] < 1
+    for name in ("images_per_sec", "hf_eager_images_per_sec", "compile_secs", "peak_memory_mib", "peak_gflops"):
+        assert result[name] > 0, name
+    assert functools.reduce(min, (result["devices"], result["pieces"])) >= 1
