@@ -13,7 +13,7 @@ from pathlib import Path
 _FLAG = "xla_force_host_platform_device_count"
 _ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 _EXAMPLES_PER_DEVICE = 16  # fewer, and the exchange of gradients costs more than another device gains
-_CACHES = 4.0  # a piece's largest activations may fill the second-level cache so many times; measured best
+_CACHES = 5.0  # a piece's largest activations may fill the second-level cache so many times; measured best
 _UNKNOWN_CACHE = 2**20
 
 

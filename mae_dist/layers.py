@@ -140,7 +140,8 @@ def layer_norm(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
     """Applies `norm` in float32 to x (*rows, D) and returns x's own dtype."""
     assert norm.scale is not None
     assert norm.bias is not None
-    return _normalize(x.astype(jnp.float32), norm.scale[...], norm.bias[...], norm.epsilon).astype(x.dtype)
+    normal: Any = _normalize(x.astype(jnp.float32), norm.scale[...], norm.bias[...], norm.epsilon)
+    return normal.astype(x.dtype)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

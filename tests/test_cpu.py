@@ -3,11 +3,13 @@
 import functools
 import json
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +66,8 @@ def test_not_on_accelerators_nor_against_the_user(machine, variable, value):
 def test_a_run_keeps_its_choices(machine, tmp_path):
     """Results depend on them in the last bits; what the config says goes first, and fewer cores end it."""
     (tmp_path / "config.json").write_text(json.dumps({"cpu": {"devices": 2, "pieces": 4}}))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(coordinator_address=None):
         for overrides, cores, found in (
             ({}, 8, (2, 4)),
@@ -120,8 +124,8 @@ def test_training_loss_is_that_of_the_whole_prediction(overrides):
         return task.loss(params, batch, keys)[0].mean()
 
     def whole(params):
-        metric = task.evaluate(params, batch)["loss"]
-        return metric.total / metric.count
+        metric: Any = task.evaluate(params, batch)["loss"]
+        return metric.total / metric.count.astype(jnp.float32)
 
     a, b = (jax.jit(jax.value_and_grad(f), compiler_options=QUICK)(params) for f in (short, whole))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
@@ -135,6 +139,8 @@ def test_gradients_of_products_and_norms():
     kernel = jax.random.normal(jax.random.key(1), (2, 4, 3, 6))
     bias, weights = jnp.ones((3, 6)), jax.random.normal(jax.random.key(2), (3, 5, 3, 6))
     scale, shift = jnp.linspace(0.5, 2, 4), jnp.linspace(-1, 1, 4)
+    affine: Any = layers._affine
+    normalize: Any = layers._normalize
 
     def norm(x, scale, shift):
         centred = x - x.mean(-1, keepdims=True)
@@ -142,12 +148,12 @@ def test_gradients_of_products_and_norms():
 
     pairs = (
         (
-            lambda x, k, b: (layers._affine(x, k, b, 2) * weights).sum(),
+            lambda x, k, b: (affine(x, k, b, 2) * weights).sum(),
             lambda x, k, b: ((jnp.einsum("rshd,hdef->rsef", x, k) + b) * weights).sum(),
             (x, kernel, bias),
         ),
         (
-            lambda *a: (layers._normalize(*a, 1e-6) ** 2 * x).sum(),
+            lambda *a: (normalize(*a, 1e-6) ** 2 * x).sum(),
             lambda *a: (norm(*a) ** 2 * x).sum(),
             (x, scale, shift),
         ),
