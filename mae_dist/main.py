@@ -84,8 +84,14 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
             config.global_batch_size // config.accum_steps,
             config.eval.batch_size or config.global_batch_size,
         )
+        if config.cpu.devices > cpu.num_cores():
+            raise errors.ConfigError(
+                f"cpu.devices={config.cpu.devices} and this process may use {cpu.num_cores()} cores: devices that share a "
+                "core wait for each other; choose 0 (one per core) or fewer"
+            )
         wanted = config.cpu.devices if config.mesh.data == -1 else config.mesh.data
-        config.cpu.devices = cpu.split_cores(wanted, batch_sizes)
+        if wanted <= cpu.num_cores():  # of a larger mesh the check of the mesh tells
+            config.cpu.devices = cpu.split_cores(wanted, batch_sizes)
 
 
 def _stored_choices(workdir: str) -> dict[str, int]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mae_dist import cpu, flops, job, layers, main, tasks
 from mae_dist.data import local_rows, to_global
+from mae_dist.errors import ConfigError
 from tests import QUICK
 from tests.runs import losses, run, smoke_config
 
@@ -80,6 +81,17 @@ def test_a_run_keeps_its_choices(machine, tmp_path):
             config = smoke_config(**overrides)
             main.use_cores(config, str(tmp_path))
             assert (config.cpu.devices, config.cpu.pieces) == found
+
+
+def test_more_devices_than_cores(machine, tmp_path):
+    """They would wait for each other for ever; a mesh that needs them is refused where meshes are checked."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(coordinator_address=None):
+        with pytest.raises(ConfigError, match=r"cpu\.devices=9 and this process may use 8 cores"):
+            main.use_cores(smoke_config(cpu__devices=9), str(tmp_path))
+        main.use_cores(smoke_config(mesh__data=16), str(tmp_path))
+    assert "XLA_FLAGS" not in os.environ
 
 
 @pytest.mark.parametrize("masking", ["random", "grid"])
