@@ -86,8 +86,8 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
         )
         if config.cpu.devices > cpu.num_cores():
             raise errors.ConfigError(
-                f"cpu.devices={config.cpu.devices} and this process may use {cpu.num_cores()} cores: devices that share a "
-                "core wait for each other; choose 0 (one per core) or fewer"
+                f"cpu.devices={config.cpu.devices} and this process may use {cpu.num_cores()} cores: devices on "
+                "one core wait for each other; choose 0 (one per core) or fewer"
             )
         wanted = config.cpu.devices if config.mesh.data == -1 else config.mesh.data
         if wanted <= cpu.num_cores():  # of a larger mesh the check of the mesh tells
