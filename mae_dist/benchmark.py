@@ -6,6 +6,7 @@ threads (extra `parity`). `--scaling` measures one change after another, each in
 """
 
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -19,8 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import config as config_lib
-from mae_dist import cpu, encoder, errors, flops, job, main, steps
+from mae_dist import cpu, encoder, errors, flops, hugging_face, job, main, patches, steps
 from mae_dist.data import local_rows, to_global
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
@@ -38,10 +38,7 @@ Result = dict[str, Any]
 def benchmark(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
-    config = main.given_config()
-    if config is None:
-        raise errors.ConfigError("--config is missing: for example --config configs/cifar_small.py")
-    config_lib.validate(config)
+    config = main.needed_config()
     if _SCALING.value:
         return _scaling(config)
     main.use_cores(config, "")
@@ -136,20 +133,12 @@ class _Ours:
             return update
         model = config.model
         shape = {name: model[name] for name in ("patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
-        rows, columns = (size // patch for size, patch in zip(model.image_size, model.patch_size, strict=True))
+        num_patches = math.prod(patches.grid_size(model.image_size, model.patch_size))
         self.flops_per_image = flops.encoder_forward_flops(
-            **shape, num_patches=rows * columns, cls_token=model.cls_token != "none"
+            **shape, num_patches=num_patches, cls_token=model.cls_token != "none"
         )
-        encode = encoder.make_encode(config, ("mean",))
-        pieces = job.feature_pieces(config, built.mesh, self.batch_size)
-        self.choices["pieces"] = pieces
-        step = steps.make_eval_step(
-            lambda params, batch: encode(params, batch["image"]),
-            mesh=built.mesh,
-            params=built.shardings.params,
-            per_example=True,
-            pieces=pieces,
-        )
+        self.choices["pieces"] = steps.num_pieces(config, built.mesh, self.batch_size)
+        step = encoder.make_feature_step(config, built.mesh, built.shardings.params, self.batch_size, ("mean",))
         return lambda batch: step(self._state.params, batch)
 
     def _place(self, host_batch: Any) -> Any:
@@ -206,19 +195,8 @@ class _Theirs:
             "batch_size": config.global_batch_size,
             "image_shape": [model.channels, *model.image_size],
             "config": {
-                "image_size": model.image_size[0],
-                "patch_size": model.patch_size[0],
-                "num_channels": model.channels,
-                "hidden_size": model.embed_dim,
-                "num_hidden_layers": model.depth,
-                "num_attention_heads": model.num_heads,
-                "intermediate_size": int(model.embed_dim * model.mlp_ratio),
-                "decoder_hidden_size": model.decoder_embed_dim,
-                "decoder_num_hidden_layers": model.decoder_depth,
-                "decoder_num_attention_heads": model.decoder_num_heads,
-                "decoder_intermediate_size": int(model.decoder_embed_dim * model.decoder_mlp_ratio),
+                **hugging_face.describe(model, config.pretrain.norm_pix_loss),
                 "mask_ratio": model.mask_ratio if what == "train" else 0.0,
-                "norm_pix_loss": config.pretrain.norm_pix_loss,
             },
         }
         self._process = subprocess.Popen(

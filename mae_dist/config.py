@@ -202,7 +202,7 @@ def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
                 f"model.{prefix}mlp_ratio={ratio} of model.{prefix}embed_dim={dim} leaves no "
                 f"MLP; choose at least {1 / dim:.3g}"
             )
-        multiple = {"sincos2d": 4, "sincos1d": 2}.get(model.pos_embed, 1)
+        multiple = patches.FIXED_POSITIONS.get(model.pos_embed, 1)
         if dim % multiple:
             yield (
                 f"model.{prefix}embed_dim={dim} is not a multiple of {multiple}, which "

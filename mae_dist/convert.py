@@ -16,7 +16,18 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint, distributed, errors, layouts, main, patches, pretrained, weights
+from mae_dist import (
+    checkpoint,
+    distributed,
+    errors,
+    hugging_face,
+    layouts,
+    main,
+    patches,
+    pretrained,
+    sharding,
+    weights,
+)
 from mae_dist import config as config_lib
 from mae_dist.storage import absolute, naming_faults
 
@@ -116,7 +127,7 @@ def _sizes(values: Sequence[str]) -> tuple[int, int]:
 
 def _check_finite(params: Params, origin: str) -> None:
     bad = [
-        "/".join(str(key.key) for key in path)
+        sharding.path_name(path)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if not np.isfinite(leaf).all()
     ]
@@ -140,7 +151,7 @@ def resize_positions(params: Params, config: ConfigDict, image_size: tuple[int, 
     for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
         if group in result:
             learned = result[group].get("positions")
-            table = learned["embedding"] if learned else layouts.position_table(model.pos_embed, old, dim)
+            table = learned["embedding"] if learned else patches.fixed_positions(model.pos_embed, old, dim)
             result[group]["positions"] = {"embedding": _interpolate(table.reshape(*old, dim), new).reshape(-1, dim)}
     model.pos_embed = "learned"
     return result
@@ -255,38 +266,17 @@ def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[st
     model = config.model
     architecture = {"decoder": "ViTMAEForPreTraining", "head": "ViTForImageClassification"}
 
-    def one(size: tuple[int, int]) -> int | list[int]:
-        return size[0] if size[0] == size[1] else list(size)
-
     described: dict[str, Any] = {
+        **hugging_face.describe(model, config.pretrain.norm_pix_loss),
         "architectures": [next((architecture[g] for g in params if g in architecture), "ViTMAEModel")],
         "model_type": "vit" if "head" in params else "vit_mae",
-        "hidden_size": model.embed_dim,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.num_heads,
-        "intermediate_size": int(model.embed_dim * model.mlp_ratio),
-        "hidden_act": "gelu" if model.gelu == "exact" else "gelu_pytorch_tanh",
-        "layer_norm_eps": model.norm_eps,
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": 0.0,
-        "image_size": one(model.image_size),
-        "patch_size": one(model.patch_size),
-        "num_channels": model.channels,
-        "qkv_bias": model.qkv_bias,
         "torch_dtype": "float32",
     }
-    if "head" in params:
+    if "head" in params:  # ViT knows of no decoder and no mask
+        own = ("mask_ratio", "norm_pix_loss")
+        described = {key: v for key, v in described.items() if key not in own and not key.startswith("decoder_")}
         names = {str(i): f"LABEL_{i}" for i in range(params["head"]["linear"]["bias"].shape[0])}
         described |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
-    else:
-        described |= {
-            "decoder_hidden_size": model.decoder_embed_dim,
-            "decoder_num_hidden_layers": model.decoder_depth,
-            "decoder_num_attention_heads": model.decoder_num_heads,
-            "decoder_intermediate_size": int(model.decoder_embed_dim * model.decoder_mlp_ratio),
-            "mask_ratio": model.mask_ratio,
-            "norm_pix_loss": config.pretrain.norm_pix_loss,
-        }
     mean, std = (list(v) * (model.channels if len(v) == 1 else 1) for v in (config.data.mean, config.data.std))
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
@@ -309,7 +299,7 @@ def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None
         other: Any = reread
         for key in place:
             other = other.get(key.key, np.zeros(0)) if isinstance(other, dict) else other
-        assert np.array_equal(leaf, other), f"{jax.tree_util.keystr(place)} was not written as it is"
+        assert np.array_equal(leaf, other), f"{sharding.path_name(place)} was not written as it is"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import models, patches, pretrained, tasks
+from mae_dist import models, patches, pretrained, sharding, steps, tasks
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.layers import Constrain, unconstrained
 from mae_dist.storage import absolute
@@ -50,11 +51,12 @@ def make_encode(
     if block is not None and not 0 <= block <= model.depth:
         raise ConfigError(f"block {block}: the encoder has blocks 1 to {model.depth}, and 0 is what enters the first")
     grid = patches.grid_size(model.image_size, model.patch_size)
-    pooled_norm = config.task == "finetune" and config.classify.norm_after_pool and block is None
+    norm_in_head = _norm_in_head(config)
 
     def make_encoder(rngs: nnx.Rngs) -> models.Encoder:
-        norm = not (config.task == "finetune" and config.classify.norm_after_pool)
-        return models.MaskedAutoencoder(**model.to_dict(), final_norm=norm, constrain=constrain, rngs=rngs).encoder
+        return models.MaskedAutoencoder(
+            **model.to_dict(), final_norm=not norm_in_head, constrain=constrain, rngs=rngs
+        ).encoder
 
     _, bind = tasks.functional(make_encoder)
     _, bind_norm = tasks.functional(lambda rngs: nnx.LayerNorm(model.embed_dim, epsilon=model.norm_eps, rngs=rngs))
@@ -69,12 +71,33 @@ def make_encode(
                 value = tokens[:, int(encoder.has_cls) :].reshape(-1, *grid, model.embed_dim)
             else:
                 value = encoder.pool(tokens, "gap" if kind == "mean" else "cls")
-                if pooled_norm:
+                if norm_in_head and block is None:
                     value = bind_norm(params["head"]["norm"])(value.astype(jnp.float32))
             result[kind] = value.astype(jnp.float32)
         return result
 
     return encode
+
+
+def make_feature_step(
+    config: ConfigDict, mesh: Mesh, shardings: Any, batch_size: int, kinds: Sequence[str], block: int | None = None
+) -> Any:
+    """Compiles (params, batch) -> features, split over examples like the batch; otherwise as `make_encode`.
+
+    `shardings` are those of the parameters it is given, `batch_size` the images of all devices together.
+    """
+    encode = make_encode(config, kinds, block, sharding.make_constrain(mesh))
+    return steps.make_eval_step(
+        lambda params, batch: encode(params, batch["image"]),
+        mesh=mesh,
+        params=shardings,
+        per_example=True,
+        pieces=steps.num_pieces(config, mesh, batch_size),
+    )
+
+
+def _norm_in_head(config: ConfigDict) -> bool:
+    return config.task == "finetune" and config.classify.norm_after_pool
 
 
 def scale(images: jax.Array, config: ConfigDict) -> jax.Array:
@@ -86,7 +109,7 @@ def scale(images: jax.Array, config: ConfigDict) -> jax.Array:
 
 def needed_shapes(source: pretrained.Pretrained) -> pretrained.Params:
     """The shapes of the parameters that `make_encode`'s function reads, by group."""
-    if not (source.config.task == "finetune" and source.config.classify.norm_after_pool):
+    if not _norm_in_head(source.config):
         return {"encoder": source.abstract["encoder"]}
     if "head" not in source.abstract:
         raise ConfigError(
@@ -115,8 +138,7 @@ class Encoder:
         self.grid = patches.grid_size(model.image_size, model.patch_size)
         self.embed_dim, self.depth = model.embed_dim, model.depth
         self._origin = source.origin
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        self._params = source.load(jax.tree.map(lambda _: device, needed_shapes(source)))
+        self._params = source.load_here(needed_shapes(source))
         self._steps: dict[tuple[str, int | None], Any] = {}
 
     def __repr__(self) -> str:

@@ -72,8 +72,7 @@ def make_function(
     if what == "reconstruction" and "decoder" not in source.abstract:
         raise errors.ConfigError(f"{source.origin} has no decoder, so it cannot reconstruct; use --what=encoder")
     shapes = encoder.needed_shapes(source) if what == "encoder" else source.abstract
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = source.load(jax.tree.map(lambda _: device, shapes))
+    params = source.load_here(shapes)
     if what == "encoder":
         kinds = [kind for kind in encoder.KINDS if kind != "cls" or model.cls_token != "none"]
         encode = encoder.make_encode(config, kinds)

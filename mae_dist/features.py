@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mae_dist import distributed, encoder, errors, evaluate, job, main, pretrained, sharding, steps
+from mae_dist import distributed, encoder, errors, evaluate, job, main, patches, pretrained, sharding
 from mae_dist.data import Dataset
 from mae_dist.storage import absolute, naming_faults
 
@@ -50,7 +50,7 @@ def features(argv: Sequence[str]) -> int:
     if not source.names_data:
         raise errors.ConfigError(f"{source.origin} does not say which images to take; give --config with their data")
     config = _with_data(source.config, main.given_config())
-    encoder.make_encode(config, _KINDS.value, _BLOCK.value)  # refuses what the model has not, before data are opened
+    compute = _prepare(source, config)  # refuses what the model has not, before data are opened
     if split in ("train", "val", "test"):
         split = config.data[f"{split}_split"]
     if not split:
@@ -59,7 +59,7 @@ def features(argv: Sequence[str]) -> int:
     logging.info("%s; %d images of %s", source.origin, dataset.num_examples, split)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        files = list(_write_shards(temporary, _compute(source, config, dataset), dataset))
+        files = list(_write_shards(temporary, compute(dataset), dataset))
         if distributed.is_primary():
             description = _describe(source, config, dataset, split, files)
             with naming_faults(out):
@@ -89,37 +89,36 @@ def _with_data(config: ConfigDict, given: ConfigDict | None) -> ConfigDict:
     return config
 
 
-def _compute(source: pretrained.Pretrained, config: ConfigDict, dataset: Dataset) -> Iterator[Columns]:
-    """The columns of batch after batch, whole on every process, padding and unreadable images left out."""
+def _prepare(source: pretrained.Pretrained, config: ConfigDict) -> Callable[[Dataset], Iterator[Columns]]:
+    """A function of a dataset to the columns of batch after batch, whole on every process.
+
+    Padding and unreadable images are left out.
+    """
     mesh = sharding.make_mesh(config.mesh.to_dict(), jax.devices())
     shardings = sharding.param_shardings(mesh, encoder.needed_shapes(source))
     batch_sharding = sharding.batch_sharding(mesh)
-    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    shards = sharding.num_batch_shards(mesh)
     batch_size = math.ceil(config.eval.batch_size / shards) * shards
-    encode = encoder.make_encode(config, _KINDS.value, _BLOCK.value, sharding.make_constrain(mesh))
-    step = steps.make_eval_step(
-        lambda params, batch: encode(params, batch["image"]),
-        mesh=mesh,
-        params=shardings,
-        per_example=True,
-        pieces=job.feature_pieces(config, mesh, batch_size),
-    )
+    step = encoder.make_feature_step(config, mesh, shardings, batch_size, _KINDS.value, _BLOCK.value)
 
     def fetch(part: Any) -> Columns:
         columns = multihost_utils.process_allgather(part, tiled=True)
         real = columns.pop("weight") > 0
         return {name: column[real] for name, column in columns.items()}
 
-    with jax.set_mesh(mesh):
-        params = source.load(shardings)
-        waiting = None  # one batch behind, so that the device computes the next while this one is fetched and written
-        for batch in evaluate.global_batches(dataset, batch_sharding, batch_size):
-            part = {**step(params, batch), **{name: batch[name] for name in ("label", "index", "weight")}}
+    def compute(dataset: Dataset) -> Iterator[Columns]:
+        with jax.set_mesh(mesh):
+            params = source.load(shardings)
+            waiting = None  # one behind: the device computes the next while this one is fetched and written
+            for batch in evaluate.global_batches(dataset, batch_sharding, batch_size):
+                part = {**step(params, batch), **{name: batch[name] for name in ("label", "index", "weight")}}
+                if waiting is not None:
+                    yield fetch(waiting)
+                waiting = part
             if waiting is not None:
                 yield fetch(waiting)
-            waiting = part
-        if waiting is not None:
-            yield fetch(waiting)
+
+    return compute
 
 
 def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Dataset) -> Iterator[dict[str, Any]]:
@@ -175,8 +174,8 @@ def _describe(
 ) -> dict[str, Any]:
     """What features.json says."""
     model = config.model
-    height, width = (size // patch for size, patch in zip(model.image_size, model.patch_size, strict=True))
-    shapes = {"mean": [model.embed_dim], "cls": [model.embed_dim], "patches": [height, width, model.embed_dim]}
+    grid = patches.grid_size(model.image_size, model.patch_size)
+    shapes = {"mean": [model.embed_dim], "cls": [model.embed_dim], "patches": [*grid, model.embed_dim]}
     return {
         "encoder": source.origin,
         "data": {"source": config.data.source, "name": config.data.name, "split": split},

@@ -10,7 +10,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint, cpu, flops, patches, pretrained, sharding, state, steps, tasks
+from mae_dist import checkpoint, flops, patches, pretrained, sharding, state, steps, tasks
 from mae_dist import config as config_lib
 from mae_dist.data import Augment, Dataset, open_split, train_batches
 from mae_dist.errors import ConfigError
@@ -46,6 +46,7 @@ class Job:
     reconstruct_step: Any
     batch_sharding: NamedSharding
     eval_batch_size: int
+    caches_features: bool  # a frozen encoder without augmentation gives the same features every epoch
     flops_per_image: float
 
     @property
@@ -134,37 +135,6 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
             )
 
 
-def _pieces(config: ConfigDict, mesh: Mesh, images: int, num_patches: int, decoder: bool) -> int:
-    """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
-
-    Args:
-      config: validated.
-      mesh: what it runs on.
-      images: of all devices together.
-      num_patches: the encoder sees.
-      decoder: whether the decoder runs too.
-    """
-    if mesh.devices.flat[0].platform != "cpu" or not sharding.is_data_parallel(mesh):
-        return 1
-    model, has_cls = config.model, int(config.model.cls_token != "none")
-    sizes = [(num_patches + has_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
-    if decoder:
-        rows, columns = patches.grid_size(model.image_size, model.patch_size)
-        tokens = rows * columns + has_cls
-        sizes.append((tokens, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_mlp_ratio))
-    largest = max(
-        flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
-        for tokens, width, heads, ratio in sizes
-    )
-    return cpu.num_pieces(images // mesh.size, largest)
-
-
-def feature_pieces(config: ConfigDict, mesh: Mesh, images: int) -> int:
-    """Into how many pieces each device computes features of its share of `images`."""
-    rows, columns = patches.grid_size(config.model.image_size, config.model.patch_size)
-    return _pieces(config, mesh, images, rows * columns, decoder=False)
-
-
 def _num_kept(config: ConfigDict) -> int:
     """Patches the encoder sees of an image while it trains."""
     model = config.model
@@ -202,16 +172,15 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         raise ConfigError(
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
-    pretrain, rows = config.task == "pretrain", patches.grid_size(config.model.image_size, config.model.patch_size)
+    pretrain = config.task == "pretrain"
     caches_features = config.task == "probe" and config.data.augment == "none"  # nothing but the head runs then
     if not config.cpu.pieces:
         config = config.copy_and_resolve_references()
-        images = config.global_batch_size // config.accum_steps
-        pieces = 1 if caches_features else _pieces(config, mesh, images, _num_kept(config), pretrain)
-        config.cpu.pieces = pieces
+        images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
+        config.cpu.pieces = 1 if caches_features else steps.num_pieces(config, mesh, images, kept, decoder=pretrain)
         config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
-    eval_pieces = _pieces(config, mesh, eval_batch_size, rows[0] * rows[1], pretrain)
+    eval_pieces = steps.num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
     task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     abstract_params = jax.eval_shape(task.init_params, jax.random.key(0))
     trainable, _ = state.split_frozen(sharding.logical_axes(abstract_params), task.frozen)
@@ -258,5 +227,6 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         reconstruct_step=forward(task.reconstruct, per_example=True, pieces=1),
         batch_sharding=sharding.batch_sharding(mesh),
         eval_batch_size=eval_batch_size,
+        caches_features=caches_features,
         flops_per_image=_flops_per_image(config, data.train.num_classes),
     )

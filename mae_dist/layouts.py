@@ -113,10 +113,8 @@ _HF_ALIASES = tuple(
 )
 
 
-def with_standard_names(tensors: Mapping[str, np.ndarray], layout: str) -> Tensors:
-    """The tensors under the names of the tables above; an encoder alone has no `vit.` before its names in its file."""
-    if layout == "timm":
-        return dict(tensors)
+def with_standard_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Hugging Face's tensors under the names of the tables above; in a file of an encoder alone they lack `vit.`."""
     result = {}
     bare = not any(name.startswith("vit.") for name in tensors)
     for original, tensor in tensors.items():
@@ -161,17 +159,13 @@ def _leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def not_expressible(params: Params, layout: str) -> list[str]:
     """Our parameters (arrays or shapes) for which the layout has no name."""
-    return [
-        f"{group}/{path}"
-        for group, path, _, row in _rows_of({g: tree for g, tree in params.items() if g in _GROUPS})
-        if (row.hf if layout == "hf" else row.timm) is None
-    ]
+    return [f"{group}/{path}" for group, path, _, row in _rows_of(params) if getattr(row, layout) is None]
 
 
 def _places(params: Params, layout: str) -> Iterator[tuple[str, str, int | None, Any, _Row, tuple[str, ...]]]:
     """(group, path, block or None, shape of ours, row, foreign names) of every array there is on the other side."""
     for group, path, leaf, row in _rows_of(params):
-        names = row.hf if layout == "hf" else row.timm
+        names = getattr(row, layout)
         assert names is not None, f"{group}/{path} cannot be expressed: ask not_expressible first"
         names = (names,) if isinstance(names, str) else names
         if not path.startswith("stack/blocks/"):
@@ -214,11 +208,6 @@ def _backward(x: np.ndarray, kind: str | int, shape: tuple[int, ...]) -> np.ndar
     return np.ascontiguousarray(x.reshape(shape))
 
 
-def position_table(kind: str, grid: tuple[int, int], dim: int) -> np.ndarray:
-    """A fixed position table (L, D)."""
-    return (patches.sincos_2d if kind == "sincos2d" else patches.sincos_1d)(grid, dim)
-
-
 def position_kind(tensors: Mapping[str, np.ndarray], layout: str, grid: tuple[int, int], has_cls: bool) -> str:
     """Which fixed table the position embeddings are to the last bit, or `learned`; one kind for both transformers."""
     kinds = set()
@@ -227,8 +216,8 @@ def position_kind(tensors: Mapping[str, np.ndarray], layout: str, grid: tuple[in
         if table is None or table.ndim != 3 or table.shape[1] != math.prod(grid) + int(has_cls):
             continue  # not there, or misshapen: `from_layout` says so
         dim, table = table.shape[2], table[0, int(has_cls) :]
-        fits = [kind for kind, multiple in (("sincos2d", 4), ("sincos1d", 2)) if dim % multiple == 0]
-        equal = [kind for kind in fits if np.array_equal(table, position_table(kind, grid, dim))]
+        fits = [kind for kind, multiple in patches.FIXED_POSITIONS.items() if dim % multiple == 0]
+        equal = [kind for kind in fits if np.array_equal(table, patches.fixed_positions(kind, grid, dim))]
         kinds.add(equal[0] if equal else "learned")
     return kinds.pop() if len(kinds) == 1 else "learned"
 
@@ -262,13 +251,13 @@ def to_layout(params: Params, model: Any, layout: str) -> Tensors:
         if group not in params:
             continue
         learned = params[group].get("positions")
-        table = np.asarray(learned["embedding"]) if learned else position_table(model.pos_embed, grid, dim)  # (L, D)
+        table = (
+            np.asarray(learned["embedding"]) if learned else patches.fixed_positions(model.pos_embed, grid, dim)
+        )  # (L, D)
         zero = np.zeros((int(model.cls_token != "none"), dim), np.float32)  # the class token has no position
         tensors[_POSITIONS[group, layout]] = np.concatenate([zero, table])[None].astype(np.float32)
         if model[token] == "zero":
-            names = next(row for row in _GROUPS[group] if row.path == token)
-            name = names.hf if layout == "hf" else names.timm
-            assert isinstance(name, str)
+            name = next(getattr(row, layout) for row in _GROUPS[group] if row.path == token)
             tensors[name] = np.zeros((1, 1, dim), np.float32)
     return tensors
 

@@ -40,14 +40,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; options are --config.field=value")
-    if _CONFIG.value is None:
-        raise errors.ConfigError("--config is missing: for example --config configs/smoke.py (seconds, no download)")
-    config = _CONFIG.value
-
-    from mae_dist import config as config_lib
-
-    config_lib.validate(config)
-
+    config = needed_config()
     workdir_name = _WORKDIR.value or f"runs/{config.name}"
     use_cores(config, workdir_name)
 
@@ -131,6 +124,17 @@ def new_local_path(value: str) -> Any:
 
 def given_config() -> ConfigDict | None:
     """What --config names, if anything."""
+    return _CONFIG.value
+
+
+def needed_config() -> ConfigDict:
+    """What --config names, checked."""
+    if _CONFIG.value is None:
+        raise errors.ConfigError("--config is missing: for example --config configs/smoke.py (seconds, no download)")
+
+    from mae_dist import config as config_lib
+
+    config_lib.validate(_CONFIG.value)
     return _CONFIG.value
 
 

@@ -28,9 +28,7 @@ class Positions(nnx.Module):
         if self.kind == "learned":
             table = self.embedding[...]
         else:
-            table = jnp.asarray(
-                (patches.sincos_2d if self.kind == "sincos2d" else patches.sincos_1d)(self.grid, self.dim)
-            )
+            table = jnp.asarray(patches.fixed_positions(self.kind, self.grid, self.dim))
         return table.astype(dtype)[None]
 
 

@@ -14,6 +14,8 @@ from mae_dist.errors import ConfigError
 
 STRATEGIES = ("random", "grid", "block", "user")
 POSITIONS = ("sincos2d", "sincos1d", "learned")
+# Widths that fixed positions can have: a multiple of this.
+FIXED_POSITIONS = {"sincos2d": 4, "sincos1d": 2}
 # Blocks tried per example by `block`; whatever they leave short of the count is filled at random.
 _NUM_BLOCKS = 16
 
@@ -194,3 +196,8 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
     """Fixed positions (L, D) as the paper's: the first half of D encodes the column, the second the row; D % 4 == 0."""
     rows, cols = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     return np.concatenate([_sincos(cols, dim // 2), _sincos(rows, dim // 2)], axis=1).astype(np.float32)
+
+
+def fixed_positions(kind: str, grid: tuple[int, int], dim: int) -> np.ndarray:
+    """The table (L, D) of `sincos2d` or `sincos1d`."""
+    return (sincos_2d if kind == "sincos2d" else sincos_1d)(grid, dim)

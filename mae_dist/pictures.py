@@ -11,11 +11,10 @@ from jax.experimental import multihost_utils
 
 from mae_dist.data import Dataset, local_rows, to_global
 from mae_dist.errors import DataFault
-from mae_dist.sharding import MESH_AXES
+from mae_dist.sharding import num_batch_shards
 from mae_dist.storage import naming_faults, write_bytes_atomically
 
 COLUMNS = ("original", "masked", "reconstruction", "with_visible")
-BATCH_AXES = MESH_AXES["batch"] or ()
 _TITLES = ("original", "masked", "reconstruction", "reconstruction\nwith visible patches")
 
 
@@ -33,7 +32,7 @@ def reconstruct(
     good = candidates[~bad][:num_images]
     if not len(good):
         raise DataFault(f"none of the first {len(candidates)} images of the split decodes")
-    shards = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+    shards = num_batch_shards(sharding.mesh)
     size = math.ceil(len(good) / shards) * shards  # the batch must split evenly; what is too much is dropped below
     rows = local_rows(sharding, size)
     index = good[np.minimum(rows, len(good) - 1)]

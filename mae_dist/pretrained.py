@@ -50,10 +50,14 @@ class Pretrained:
         """Outputs of the head, 0 without one."""
         return self.abstract["head"]["linear"]["bias"].shape[0] if "head" in self.abstract else 0
 
+    def load_here(self, shapes: Params) -> Params:
+        """The parameters of `shapes`, a part of `abstract`, on this process's first device."""
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return self.load(jax.tree.map(lambda _: device, shapes))
+
     def load_whole(self) -> Params:
         """Every parameter as a NumPy array."""
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.tree.map(np.asarray, self.load(jax.tree.map(lambda _: device, self.abstract)))
+        return jax.tree.map(np.asarray, self.load_here(self.abstract))
 
 
 def open_pretrained(path: epath.Path, default: ConfigDict, template: ConfigDict | None = None) -> Pretrained:
@@ -129,7 +133,7 @@ def _from_hugging_face(
             f"{path / 'config.json'}: model_type {stored['model_type']!r} is no masked autoencoder; it can be "
             "'vit_mae', or 'vit' for a classifier"
         )
-    tensors = layouts.with_standard_names(weights.read_tensors(path), "hf")
+    tensors = layouts.with_standard_names(weights.read_tensors(path))
     config = _copy(template if template is not None else default)
     with config.unlocked(), config.ignore_type():
         try:

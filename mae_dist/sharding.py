@@ -130,7 +130,7 @@ def logical_axes(params: Any, rules: Sequence[tuple[str, LogicalAxes]] = RULES) 
     return jax.tree_util.tree_map_with_path(match, params)
 
 
-def _axis_size(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:
+def _axis_size(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names)
 
@@ -168,6 +168,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def num_batch_shards(mesh: Any) -> int:
+    """Into how many parts the examples of a batch are split."""
+    return _axis_size(mesh, MESH_AXES["batch"])
 
 
 def is_data_parallel(mesh: Mesh) -> bool:

@@ -1,6 +1,7 @@
 """The compiled steps: one update, one evaluation batch. Pure functions of (state, batch), sharded and donated."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
 
-from mae_dist import sharding
+from mae_dist import cpu, flops, patches, sharding
 from mae_dist.optim import nonfinite_counts
 from mae_dist.state import TrainState, split_frozen
 from mae_dist.tasks import Batch, Task
@@ -94,6 +96,33 @@ def make_train_step(
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def num_pieces(
+    config: ConfigDict, mesh: Mesh, images: int, num_patches: int | None = None, *, decoder: bool = False
+) -> int:
+    """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
+
+    Args:
+      config: validated.
+      mesh: what it runs on.
+      images: of all devices together.
+      num_patches: the encoder sees of an image; None for all.
+      decoder: whether the decoder runs too.
+    """
+    if mesh.devices.flat[0].platform != "cpu" or not sharding.is_data_parallel(mesh):
+        return 1
+    model, has_cls = config.model, int(config.model.cls_token != "none")
+    length = math.prod(patches.grid_size(model.image_size, model.patch_size))
+    seen = length if num_patches is None else num_patches
+    sizes = [(seen + has_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
+    if decoder:
+        sizes.append((length + has_cls, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_mlp_ratio))
+    largest = max(
+        flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
+        for tokens, width, heads, ratio in sizes
+    )
+    return cpu.num_pieces(images // mesh.size, largest)
 
 
 def make_eval_step(

@@ -115,7 +115,7 @@ class _Run:
 
     def __init__(self, job: Job, workdir: epath.Path, recorder: metrics.Recorder, params: Any):
         self.job, self.workdir, self.recorder = job, workdir, recorder
-        self.data = _with_features(job, params) if _caches_features(job) else job.data
+        self.data = _with_features(job, params) if job.caches_features else job.data
         device = job.mesh.devices.flat[0]
         peak = flops.peak_flops(device.device_kind, job.config.model.dtype)
         self.throughput = metrics.Throughput(
@@ -226,11 +226,6 @@ def draw_reconstructions(job: Job, params: Any, dataset: Dataset, step: int, num
     model = job.config.model
     title = f"{job.config.name}, step {step}: {model.masking} masking, ratio {model.mask_ratio:g}"
     return pictures.draw_grid(images, names, title)
-
-
-def _caches_features(job: Job) -> bool:
-    """A frozen encoder without augmentation gives the same features every epoch: compute them once."""
-    return job.feature_step is not None and job.config.data.augment == "none"
 
 
 def _with_features(job: Job, params: Any) -> Data:

@@ -293,7 +293,7 @@ def test_positions_at_another_size(pos_embed):
     old = {
         group: params[group]["positions"]["embedding"]
         if pos_embed == "learned"
-        else layouts.position_table(pos_embed, (3, 5), dim)
+        else patches.fixed_positions(pos_embed, (3, 5), dim)
         for group, dim in (("encoder", 24), ("decoder", 16))
     }
     with config.unlocked():

@@ -184,7 +184,7 @@ def compare_outputs(pair: Pair) -> dict[str, float]:
     }
     for name in ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"):
         their_grads[name][:, 0] = 0  # of a class token's position, which the token itself has too
-    standard = layouts.with_standard_names(their_grads, "hf")
+    standard = layouts.with_standard_names(their_grads)
     wanted = layouts.from_layout(standard, pair.ours.abstract, model, "hf")
     return {
         "latent": relative(our_latent, latent.detach()),
@@ -208,7 +208,7 @@ def compare_steps(pair: Pair) -> float:
     tensors = layouts.to_layout(decayed, pair.ours.config.model, "hf")
     placeholder = np.zeros(0)
     trained = [
-        (next(iter(layouts.with_standard_names({name: placeholder}, "hf"))), p)
+        (next(iter(layouts.with_standard_names({name: placeholder}))), p)
         for name, p in theirs.named_parameters()
         if p.requires_grad
     ]
