@@ -5,8 +5,6 @@ S is the workdir of a run, a directory in Hugging Face's layout (ViTMAE, or ViT 
 """
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +27,7 @@ from mae_dist import (
     weights,
 )
 from mae_dist import config as config_lib
-from mae_dist.storage import absolute, naming_faults
+from mae_dist.storage import absolute, appearing, naming_faults
 
 Params = dict[str, Any]
 
@@ -101,19 +99,9 @@ def convert_weights(
         config.name = out.stem
     config_lib.validate(config)
     _check_finite(params, source.origin)
-    temporary = out.parent / f".{out.stem}.{os.getpid()}.tmp{out.suffix}"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
-    try:
-        with naming_faults(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary, params, config, to, source.origin)
-            _check_written(temporary, params, config)
-            os.rename(temporary, out)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+    with appearing(out) as temporary, naming_faults(out):
+        write(temporary, params, config, to, source.origin)
+        _check_written(temporary, params, config)
     return sorted(params, reverse=True), sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -9,7 +9,6 @@ The file holds program and weights; `jax.export.deserialize(bytes).call(…)` ru
 Images are uint8 in 0..255, or with --input float32 in 0..1.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import distributed, encoder, errors, main, patches, pretrained, tasks
 from mae_dist.models import MaskedAutoencoder
-from mae_dist.storage import absolute, naming_faults, write_bytes_atomically
+from mae_dist.storage import absolute, appearing, naming_faults, write_bytes_atomically
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is.", allow_override=True)
 _OUT = flags.DEFINE_string("out", None, "The file to write.", allow_override=True)
@@ -45,16 +44,10 @@ def export(argv: Sequence[str]) -> int:
     source = pretrained.open_pretrained(absolute(workdir), main.default_config(), main.given_config())
     function, arguments = make_function(source, _WHAT.value, _INPUT.value)
     exported = jax.export.export(jax.jit(function), platforms=_PLATFORMS.value)(*arguments.values())
-    temporary = out.parent / f".{out.name}.{os.getpid()}.new"
-    try:
-        with naming_faults(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes_atomically(temporary, bytes(exported.serialize()))
-            _check(temporary, function, arguments)
-            os.rename(temporary, out)
-            size = out.stat().length / 2**20
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(out) as temporary, naming_faults(out):
+        write_bytes_atomically(temporary, bytes(exported.serialize()))
+        _check(temporary, function, arguments)
+        size = temporary.stat().length / 2**20
     print(f"{source.origin}: {_WHAT.value} for {', '.join(_PLATFORMS.value)} in {out} ({size:.1f} MiB)")
     for word, values in (("takes", arguments), ("gives", jax.eval_shape(function, *arguments.values()))):
         for name, value in values.items():

@@ -5,10 +5,10 @@ images are those of W's config, or of --config. F becomes a directory of shards 
 in them; it appears when all of it is written. Every readable image is in it once, nothing masked, nothing random.
 """
 
+import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import distributed, encoder, errors, evaluate, job, main, patches, pretrained, sharding
 from mae_dist.data import Dataset
-from mae_dist.storage import absolute, naming_faults
+from mae_dist.storage import absolute, appearing, naming_faults
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
 _OUT = flags.DEFINE_string("out", None, "The directory to write.", allow_override=True)
@@ -57,17 +57,13 @@ def features(argv: Sequence[str]) -> int:
         raise errors.ConfigError(f"--split={_SPLIT.value}: data.{_SPLIT.value}_split is ''; name a split expression")
     dataset = job.open_dataset(config, split)
     logging.info("%s; %d images of %s", source.origin, dataset.num_examples, split)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    try:
+    # Only the first process writes: on another machine, a process may have the same number.
+    with appearing(out) if distributed.is_primary() else contextlib.nullcontext(out) as temporary:
         files = list(_write_shards(temporary, compute(dataset), dataset))
         if distributed.is_primary():
             description = _describe(source, config, dataset, split, files)
             with naming_faults(out):
                 (temporary / "features.json").write_text(json.dumps(description, indent=2) + "\n")
-                os.rename(temporary, out)
-    finally:
-        if distributed.is_primary():  # on another machine, a process may have the same number
-            shutil.rmtree(temporary, ignore_errors=True)
     if distributed.is_primary():
         print(f"{source.origin}: features of {sum(file['count'] for file in files)} images of {split} in {out}")
     return errors.EXIT_DONE
@@ -125,8 +121,7 @@ def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Da
     """Writes full shards as soon as they are; yields the name and count of each. Only the first process writes."""
     if distributed.is_primary():
         with naming_faults(directory):
-            shutil.rmtree(directory, ignore_errors=True)  # of a killed process with the same number
-            directory.mkdir(parents=True)
+            directory.mkdir()
     left: list[Columns] = []
     count = number = 0
 

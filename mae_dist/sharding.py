@@ -180,25 +180,31 @@ def is_data_parallel(mesh: Mesh) -> bool:
     return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
 
 
-def mean_over_devices(fn: Callable[..., Any], mesh: Mesh, num_whole: int) -> Callable[..., Any]:
-    """Runs `fn` on each device for its own examples and averages what comes out; for a data-parallel mesh.
+def on_each_device(
+    fn: Callable[..., Any], mesh: Mesh, num_whole: int, combine: Callable[[Any, Any], Any] | None
+) -> Callable[..., Any]:
+    """Runs `fn` on each device for its own examples; for a data-parallel mesh.
 
-    One exchange at the end, whatever loop `fn` runs: left to itself the compiler would exchange in every round of it.
+    What is combined is exchanged once at the end, whatever loop `fn` runs: left to itself the compiler would exchange
+    in every round of it.
 
     Args:
       fn: takes `num_whole` arguments that are whole on every device, then one or more split over examples.
       mesh: data-parallel.
       num_whole: how many of the arguments are whole.
+      combine: `jax.lax.pmean` or `jax.lax.psum` over the devices; None leaves the results split over examples.
     """
-    axes = MESH_AXES["batch"]
+    whole, split = PartitionSpec(), batch_sharding(mesh).spec
 
     def local(*args: Any) -> Any:
-        return jax.lax.pmean(fn(*args), axes)
+        return combine(fn(*args), MESH_AXES["batch"]) if combine else fn(*args)
 
     def call(*args: Any) -> Any:
-        specs = tuple(PartitionSpec() if i < num_whole else PartitionSpec(axes) for i in range(len(args)))
+        specs = tuple(whole if i < num_whole else split for i in range(len(args)))
         # Nothing is said of replication inside: gradients taken there are of local examples only.
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(*args)
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole if combine else split, check_vma=False)(
+            *args
+        )
 
     return call
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_dist import cpu, flops, patches, sharding
@@ -67,7 +67,7 @@ def make_train_step(
 
     compute = accumulated if accum_steps > 1 else grad_fn
     if sharding.is_data_parallel(mesh):
-        compute = sharding.mean_over_devices(compute, mesh, num_whole=2)
+        compute = sharding.on_each_device(compute, mesh, num_whole=2, combine=jax.lax.pmean)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -145,15 +145,9 @@ def make_eval_step(
         out = jax.lax.map(functools.partial(fn, params), split)  # (pieces, ...)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if per_example else x.sum(axis=0), out)
 
-    def local(params: Any, batch: Batch) -> Any:
-        out = in_pieces(params, batch)
-        return out if per_example else jax.lax.psum(out, sharding.MESH_AXES["batch"])
-
-    batch_spec = sharding.batch_sharding(mesh).spec
     compute = in_pieces
     if sharding.is_data_parallel(mesh):
-        specs = {"in_specs": (PartitionSpec(), batch_spec), "out_specs": batch_spec if per_example else PartitionSpec()}
-        compute = jax.shard_map(local, mesh=mesh, **specs, check_vma=False)
+        compute = sharding.on_each_device(in_pieces, mesh, 1, combine=None if per_example else jax.lax.psum)
     return jax.jit(
         compute,
         in_shardings=(params, sharding.batch_sharding(mesh)),

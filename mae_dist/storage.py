@@ -53,6 +53,31 @@ def write_bytes_atomically(path: epath.Path, data: bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def appearing(path: epath.Path) -> Iterator[epath.Path]:
+    """A hidden place beside a local `path` for a file or directory to be made, which then gets the name.
+
+    If making it fails, nothing is left of it.
+    """
+    temporary = path.parent / f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
+    _remove(temporary)  # of a killed process with the same number
+    try:
+        with naming_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with naming_faults(path):
+            os.rename(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: epath.Path) -> None:
+    if path.is_dir():
+        path.rmtree()
+    else:
+        path.unlink(missing_ok=True)
+
+
 class Lines(Protocol):
     def append(self, line: str) -> None: ...
 
