@@ -205,6 +205,7 @@ class _Theirs:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=cpu.given_environment(),
         )
         assert self._process.stdout is not None
         self.works = self._process.stdout.readline().startswith("ready")

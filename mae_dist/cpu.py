@@ -1,15 +1,19 @@
 """How a computation is carried out on a CPU: into how many devices the cores are split, a batch into how many pieces.
 
 Measured on two cores: a device per core with data parallelism, and pieces whose activations stay in the cache, are
-twice as fast as one device and the whole batch. Nothing here touches a TPU or GPU. Nothing imports JAX: the number of
-devices counts only before JAX makes its CPU client.
+twice as fast as one device and the whole batch; memory in huge pages spares matrix products another 5 %. Nothing here
+touches a TPU or GPU. Nothing imports JAX: the number of devices counts only before JAX makes its CPU client.
 """
 
 import math
 import os
+import platform
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc 2.35 asks the kernel for them then, where the kernel lets it
+_GIVEN = "MAE_DIST_GLIBC_TUNABLES"  # what GLIBC_TUNABLES was before
 _FLAG = "xla_force_host_platform_device_count"
 _ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 _EXAMPLES_PER_DEVICE = 16  # fewer, and the exchange of gradients costs more than another device gains
@@ -22,6 +26,40 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _runs_on_cores() -> bool:
+    """Whether JAX will compute on the CPU and nobody said how."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if (platforms and platforms != "cpu") or (not platforms and any(find_spec(name) for name in _ACCELERATORS)):
+        return False
+    return _FLAG not in os.environ.get("XLA_FLAGS", "")  # whoever set it knows better
+
+
+def use_huge_pages() -> None:
+    """Starts this process once more, under the same number, with memory in huge pages: a setting of the C library that
+    it reads only then. Nothing happens where that does not exist or does not help."""
+    if not _runs_on_cores() or "glibc.malloc.hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return
+    library, version = platform.libc_ver()
+    if "[madvise]" not in setting or library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        return
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    os.environ[_GIVEN] = given
+    os.environ["GLIBC_TUNABLES"] = f"{given}:{_HUGE_PAGES}".lstrip(":")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def given_environment() -> dict[str, str]:
+    """The environment as the user set it, for programs that are none of ours."""
+    given = dict(os.environ)
+    if _GIVEN in given:
+        given["GLIBC_TUNABLES"] = given.pop(_GIVEN)
+    return given
+
+
 def split_cores(wanted: int, batch_sizes: tuple[int, ...]) -> int:
     """Makes JAX see the CPU as so many devices, before it first looks; returns how many that is, 0 if it is not asked.
 
@@ -29,11 +67,8 @@ def split_cores(wanted: int, batch_sizes: tuple[int, ...]) -> int:
       wanted: 0 for a device per core, as far as each gets whole shares of the batches and enough of them.
       batch_sizes: what must divide.
     """
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if (platforms and platforms != "cpu") or (not platforms and any(find_spec(name) for name in _ACCELERATORS)):
+    if not _runs_on_cores():
         return 0
-    if _FLAG in os.environ.get("XLA_FLAGS", ""):
-        return 0  # whoever set it knows better
     if not wanted:
         most = max(1, min(num_cores(), min(batch_sizes) // _EXAMPLES_PER_DEVICE))
         wanted = max(n for n in range(1, most + 1) if all(size % n == 0 for size in batch_sizes))

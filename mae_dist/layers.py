@@ -6,6 +6,7 @@ None for a deterministic pass, so that dropout of an example does not depend on 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from mae_dist.attention import attention
 
 CLS_TOKENS = ("learned", "zero", "none")
 MASK_TOKENS = ("learned", "zero")
@@ -69,29 +72,54 @@ def _sum_rows(x: jax.Array, rows: int) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(axis=tuple(range(rows))))
 
 
-def _product(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
-    """x (*rows, *in) times kernel (*in, *out), with `inputs` axes of input: (*rows, *out)."""
-    axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+def _contract(a: jax.Array, b: jax.Array, num: int, sides: tuple[str, str]) -> jax.Array:
+    """The product of a and b summed over `num` axes of each, the `first` or `last` ones: (*rest of a, *rest of b).
+
+    Where a device computes for itself, on a CPU, as a product of two matrices: there operands of more axes are first
+    transposed, a tenth of the step. Elsewhere the axes stay, for the compiler splits heads over devices by them.
+    """
+
+    def axes(x: jax.Array, side: str) -> tuple[int, ...]:
+        return tuple(range(num)) if side == "first" else tuple(range(x.ndim - num, x.ndim))
+
+    def rest(x: jax.Array, side: str) -> tuple[int, ...]:
+        return x.shape[num:] if side == "first" else x.shape[: x.ndim - num]
+
+    def as_it_is(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(a, b, ((axes(a, sides[0]), axes(b, sides[1])), ((), ())))
+
+    def as_matrices(a: jax.Array, b: jax.Array) -> jax.Array:
+        first, second = (
+            x.reshape((-1, math.prod(rest(x, side))) if side == "first" else (math.prod(rest(x, side)), -1))
+            for x, side in zip((a, b), sides, strict=True)
+        )
+        contracted = tuple((0 if side == "first" else 1,) for side in sides)
+        product = jax.lax.dot_general(first, second, (contracted, ((), ())))
+        return product.reshape(*rest(a, sides[0]), *rest(b, sides[1]))
+
+    if not jax.sharding.get_abstract_mesh().are_all_axes_manual:
+        return as_it_is(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=as_matrices, default=as_it_is)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array, inputs: int) -> jax.Array:
-    return _product(x, kernel, inputs) + bias
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int) -> jax.Array:
+    """x (*rows, *in) times kernel (*in, *out), with `inputs` axes of input, plus bias (*out): (*rows, *out)."""
+    product = _contract(x, kernel, inputs, ("last", "first"))
+    return product if bias is None else product + bias
 
 
-def _affine_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, inputs: int) -> Any:
-    return _affine(x, kernel, bias, inputs), (x, kernel)
+def _affine_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int) -> Any:
+    return _affine(x, kernel, bias, inputs), (x, kernel, None if bias is None else ())
 
 
 def _affine_backward(inputs: int, saved: Any, grad: jax.Array) -> Any:
-    x, kernel = saved
-    rows = x.ndim - inputs
-    row_axes, out_axes = tuple(range(rows)), (tuple(range(rows, grad.ndim)), tuple(range(inputs, kernel.ndim)))
+    x, kernel, bias = saved  # of the bias only whether there is one
+    rows, outputs = x.ndim - inputs, kernel.ndim - inputs
     return (
-        jax.lax.dot_general(grad, kernel, (out_axes, ((), ()))),
-        jax.lax.dot_general(x, grad, ((row_axes, row_axes), ((), ()))),
-        _sum_rows(grad, rows),
+        _contract(grad, kernel, outputs, ("last", "last")),
+        _contract(x, grad, rows, ("first", "first")),
+        _sum_rows(grad, rows) if bias is not None else None,
     )
 
 
@@ -108,8 +136,8 @@ def linear(module: nnx.Linear | nnx.LinearGeneral, x: jax.Array, part: Any = Non
     bias: Any = None if module.bias is None else module.bias[...]
     if part is not None:
         kernel, bias = kernel[(slice(None),) * inputs + (part,)], None if bias is None else bias[part]
-    x, kernel = x.astype(module.dtype), kernel.astype(module.dtype)
-    return _product(x, kernel, inputs) if bias is None else _affine(x, kernel, bias.astype(module.dtype), inputs)
+    bias = None if bias is None else bias.astype(module.dtype)
+    return _affine(x.astype(module.dtype), kernel.astype(module.dtype), bias, inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -144,10 +172,9 @@ def layer_norm(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
     return normal.astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(hd)) v for (B, N, H, hd) operands, softmax in float32."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
+def _unstack(x: jax.Array) -> list[jax.Array]:
+    """(B, N, n, H, hd) -> n times (B, N, H, hd); the gradient of a split is a concatenation, of n slices n sums."""
+    return [part[:, :, 0] for part in jax.lax.split(x, (1,) * x.shape[2], axis=2)]
 
 
 class Attention(nnx.Module):
@@ -163,11 +190,11 @@ class Attention(nnx.Module):
         """x (B, N, D) -> (B, N, D), or only the last `num_out` tokens, which look at all."""
         if num_out is None:
             qkv = linear(self.qkv, x)  # (B, N, 3, H, hd)
-            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+            q, k, v = _unstack(qkv)
         else:
             q = linear(self.qkv, x[:, -num_out:], 0)  # (B, num_out, H, hd)
             kv = linear(self.qkv, x, slice(1, 3))  # (B, N, 2, H, hd)
-            k, v = kv[:, :, 0], kv[:, :, 1]
+            k, v = _unstack(kv)
         return linear(self.out, attention(q, k, v))
 
 
@@ -207,8 +234,8 @@ class Block(nnx.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu=gelu, dtype=dtype, rngs=rngs)
         self.scaled = layer_scale_init > 0
         if self.scaled:
-            self.scale1 = nnx.Param(jnp.full((dim,), layer_scale_init))
-            self.scale2 = nnx.Param(jnp.full((dim,), layer_scale_init))
+            self.scale1 = nnx.Param(jnp.full((dim,), layer_scale_init, jnp.float32))
+            self.scale2 = nnx.Param(jnp.full((dim,), layer_scale_init, jnp.float32))
         self.dropout = dropout
 
     def __call__(

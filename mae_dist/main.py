@@ -143,6 +143,7 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     if "--help" in sys.argv[1:]:
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(errors.EXIT_DONE)
+    cpu.use_huge_pages()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     try:

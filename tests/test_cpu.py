@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import sys
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from absl import flags
 from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from mae_dist import cpu, flops, job, layers, main, tasks
 from mae_dist.data import local_rows, to_global
@@ -165,15 +167,75 @@ def test_gradients_of_products_and_norms():
             (x, kernel, bias),
         ),
         (
+            lambda x, k: (affine(x, k, None, 2) * weights).sum(),
+            lambda x, k: (jnp.einsum("rshd,hdef->rsef", x, k) * weights).sum(),
+            (x, kernel),
+        ),
+        (
             lambda *a: (normalize(*a, 1e-6) ** 2 * x).sum(),
             lambda *a: (norm(*a) ** 2 * x).sum(),
             (x, scale, shift),
         ),
     )
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     for ours, derived, arguments in pairs:
-        a, b = (jax.jit(jax.grad(f, argnums=(0, 1, 2)), compiler_options=QUICK)(*arguments) for f in (ours, derived))
-        for got, wanted in zip(a, b, strict=True):
+        derivatives = [jax.grad(f, argnums=range(len(arguments))) for f in (ours, derived)]
+        # Where a device computes for itself products take another form.
+        local = jax.shard_map(derivatives[0], mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        a, b, c = (jax.jit(f, compiler_options=QUICK)(*arguments) for f in (*derivatives, local))
+        for got, wanted, own in zip(a, b, c, strict=True):
             np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
+            np.testing.assert_allclose(own, wanted, rtol=2e-5, atol=1e-5)
+
+
+def test_one_compilation():
+    """An update gives back just what the next one takes: another type somewhere, and it would be compiled again."""
+    config = smoke_config(model__layer_scale_init=0.1)
+    built = job.build(config, jax.devices()[:2], job.open_data(config))
+    rows = local_rows(built.batch_sharding, config.global_batch_size)
+    with jax.set_mesh(built.mesh):
+        state = jax.jit(built.init, out_shardings=built.shardings)()
+        batches = built.train_batches(built.data.train, 0, rows)
+        for _ in range(2):
+            batch = to_global(next(batches), built.batch_sharding, config.global_batch_size, rows)
+            state, _ = built.train_step(state, batch)
+        batches.close()
+    step: Any = built.train_step
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("given", ["", "glibc.malloc.arena_max=2"])
+def test_huge_pages(machine, given):
+    """The process starts again, once, with what it was called with; other programs see what the user set."""
+    started = []
+    machine.setattr(cpu.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    machine.setattr(cpu.Path, "read_text", lambda self: "always [madvise] never")
+    machine.setattr(os, "execv", lambda *command: started.append(command))
+    machine.setenv("GLIBC_TUNABLES", given)
+    machine.delenv("MAE_DIST_GLIBC_TUNABLES", raising=False)
+    for _ in range(2):
+        cpu.use_huge_pages()
+    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+    assert os.environ["GLIBC_TUNABLES"].split(":") == [*filter(None, [given]), "glibc.malloc.hugetlb=1"]
+    assert cpu.given_environment()["GLIBC_TUNABLES"] == given
+    os.environ.pop("MAE_DIST_GLIBC_TUNABLES")
+
+
+@pytest.mark.parametrize(
+    ("library", "version", "setting"),
+    [
+        ("glibc", "2.34", "[madvise]"),
+        ("", "", "[madvise]"),
+        ("glibc", "2.36", "[always]"),
+        ("glibc", "2.36", "[never]"),
+    ],
+)
+def test_no_huge_pages(machine, library, version, setting):
+    machine.setattr(cpu.platform, "libc_ver", lambda: (library, version))
+    machine.setattr(cpu.Path, "read_text", lambda self: setting)
+    machine.setattr(os, "execv", lambda *command: pytest.fail(str(command)))
+    machine.delenv("GLIBC_TUNABLES", raising=False)
+    cpu.use_huge_pages()
 
 
 def test_activation_bytes_by_hand():

@@ -92,22 +92,6 @@ def test_layer_norm_statistics_are_float32():
     np.testing.assert_allclose(out[0].astype(jnp.float32), exact, atol=0.01)
 
 
-def test_attention_by_the_formula():
-    """softmax(q k^T / sqrt(hd)) v, head by head."""
-    q, k, v = (np.asarray(jax.random.normal(jax.random.key(i), (2, 5, 3, 4)), np.float64) for i in range(3))
-    out = np.asarray(layers.attention(*(jnp.asarray(a, jnp.float32) for a in (q, k, v))))
-    for head in range(3):
-        weights = np.exp(q[:, :, head] @ k[:, :, head].transpose(0, 2, 1) / 2)
-        expected = weights / weights.sum(-1, keepdims=True) @ v[:, :, head]
-        np.testing.assert_allclose(out[:, :, head], expected, atol=1e-5)
-
-
-def test_attention_of_large_scores_is_finite():
-    """exp of the raw scores would overflow."""
-    big = jnp.full((1, 3, 1, 4), 1e3)
-    np.testing.assert_allclose(layers.attention(big, big, big), big)
-
-
 def run_stack(*, scan: bool, remat: str) -> tuple[jax.Array, Any, Any]:
     """Output, initial parameters and gradients of a stack with dropout and DropPath."""
 
