@@ -4,7 +4,7 @@ Shapes: B batch, N queries, M keys and values, H heads, hd width of a head.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ def _products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def _library(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)  # pyright: ignore[reportArgumentType]
+def _library(implementation: Literal["cudnn", "xla"], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
 # `library` is the same call as `cudnn` for any platform: its meaning can be tested without a GPU.

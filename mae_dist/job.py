@@ -67,7 +67,9 @@ class Job:
 
         A pretraining takes encoder and, where there is one, decoder; probe and finetune the encoder.
         """
-        new = jax.jit(self.init, out_shardings=self.shardings)()
+        # A CPU runs it as fast, and compiles it in half the time, without the dearer optimisations.
+        quick = {"xla_backend_optimization_level": "1"} if self.mesh.devices.flat[0].platform == "cpu" else None
+        new = jax.jit(self.init, out_shardings=self.shardings, compiler_options=quick)()
         if not self.config.init_from:
             return new
         source = pretrained.open_pretrained(absolute(self.config.init_from), default, self.config)
@@ -194,7 +196,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         global_batch_size=config.global_batch_size,
     )
     init = state.make_init(task.init_params, tx, task.frozen, config.seed)
-    abstract_state = jax.eval_shape(init)
+    abstract_state = state.abstract_state(abstract_params, tx, task.frozen)
     shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
     train_step = steps.make_train_step(
         task,

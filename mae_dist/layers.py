@@ -93,8 +93,8 @@ def _contract(a: jax.Array, b: jax.Array, num: int, sides: tuple[str, str]) -> j
             x.reshape((-1, math.prod(rest(x, side))) if side == "first" else (math.prod(rest(x, side)), -1))
             for x, side in zip((a, b), sides, strict=True)
         )
-        contracted = tuple((0 if side == "first" else 1,) for side in sides)
-        product = jax.lax.dot_general(first, second, (contracted, ((), ())))
+        contracted = [(0,) if side == "first" else (1,) for side in sides]
+        product = jax.lax.dot_general(first, second, ((contracted[0], contracted[1]), ((), ())))
         return product.reshape(*rest(a, sides[0]), *rest(b, sides[1]))
 
     if not jax.sharding.get_abstract_mesh().are_all_axes_manual:

@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
     join_processes()
     workdir = storage.absolute(workdir_name)
+    keep_compilations(workdir_name)
     logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
     job.check_mesh(config, jax.device_count())  # before any data is fetched
     return train.train(job.build(config, jax.devices(), job.open_data(config)), workdir, default_config())
@@ -93,6 +94,30 @@ def _stored_choices(workdir: str) -> dict[str, int]:
             return dict(json.load(file)["cpu"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # no run there yet, or one whose damage is told later
+
+
+def keep_compilations(workdir: str) -> None:
+    """Compiled programs are kept in `.compiled` beside a local workdir, for the next start of this or a like run.
+
+    They are code: a directory that somebody else owns or may write to is not used. `JAX_COMPILATION_CACHE_DIR` names
+    another place, a bucket's too; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    """
+    import jax
+
+    if "://" in workdir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    directory = os.path.join(os.path.dirname(os.path.abspath(os.path.expanduser(workdir))), ".compiled")
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        found = os.stat(directory)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            logging.warning("%s belongs to others or is open to them: compiled programs are not kept", directory)
+            return
+    except OSError as error:  # the run itself tells what cannot be written
+        logging.warning("Compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def join_processes() -> None:

@@ -42,6 +42,15 @@ def make_init(
     return init
 
 
+def abstract_state(
+    abstract_params: dict[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...]
+) -> TrainState:
+    """The shapes of what `make_init` creates, from those of the parameters."""
+    trainable, _ = split_frozen(abstract_params, frozen)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step=step, params=abstract_params, opt_state=jax.eval_shape(tx.init, trainable))
+
+
 def state_shardings(
     mesh: Mesh, abstract: TrainState, tx: optax.GradientTransformation, frozen: tuple[str, ...]
 ) -> TrainState:
