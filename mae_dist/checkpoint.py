@@ -1,29 +1,47 @@
-"""Checkpoints of a run: saved asynchronously by steps and minutes, resumed from the newest, read for an encoder.
+"""Checkpoints of a run: saved in the background by steps and minutes, verified, resumed from the newest good one.
 
-Layout: `<workdir>/checkpoints/<step>/state` (Orbax) and `…/meta` (JSON: the config and the data set's fingerprint).
+Layout: `<workdir>/checkpoints/<step>/state` (Orbax) and `…/meta` (JSON: the config, the data set's fingerprint and the
+digests of the arrays); `mae_dist/seals.py` adds the files' digests. `python -m mae_dist.checkpoint verify|list|
+rm-quarantine W` looks after those of a workdir.
 """
 
+import argparse
+import concurrent.futures
 import contextlib
 import datetime
+import json
 import math
+import sys
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist import errors, integrity
 from mae_dist.errors import StorageFault, UserError
+from mae_dist.seals import Seals
 from mae_dist.state import TrainState
-from mae_dist.storage import naming_faults, write_text_atomically
+from mae_dist.storage import absolute, naming_faults, write_text_atomically
 
 _policy = ocp.checkpoint_managers
 # In the meta of converted weights: where they came from.
 WEIGHTS_ONLY = "weights_of"
+
+
+# What Orbax, tensorstore and json raise when files are short, missing or not what they should be.
+_UNREADABLE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, jax.errors.JaxRuntimeError)
+
+
+class _Damaged(Exception):
+    """A checkpoint is not what was saved; the arguments say in which way."""
 
 
 @contextlib.contextmanager
@@ -34,10 +52,11 @@ def _naming_damage(path: epath.Path) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except (ValueError, KeyError, jax.errors.JaxRuntimeError) as error:
+    except _UNREADABLE as error:
         raise StorageFault(
-            f"checkpoint {path} cannot be written or read: {error}\nIf the disk is full, free some space; if the "
-            "checkpoint is damaged, move its directory away: the same command then continues from the one before."
+            f"checkpoint {path} cannot be written or read: {error}\nIf the disk is full, free some space; if it is "
+            f"damaged (python -m mae_dist.checkpoint verify {path.parent.parent}), the training command puts it in "
+            "quarantine and continues from the one before."
         ) from error
 
 
@@ -110,6 +129,10 @@ class Checkpoints:
                 ),
             )
         self._keep_best = keep_best
+        self._seals = Seals(workdir)
+        self._sealing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._unsealed: int | None = None  # the step whose save is under way
+        self._sealed: concurrent.futures.Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -118,10 +141,23 @@ class Checkpoints:
         try:
             with _naming_damage(self.directory):
                 self._manager.close()
+                self._seal(wait=True)
         except StorageFault as fault:
             if error is None:
                 raise
             logging.error("%s", fault)  # what ended the run is the error to report
+        finally:
+            self._sealing.shutdown()
+
+    def _seal(self, wait: bool = False) -> None:
+        """Digests the files of a save that has ended, in the background; a failure of it surfaces in the next call."""
+        if self._unsealed is not None and (wait or not self._manager.is_saving_in_progress()):
+            if jax.process_index() == 0:
+                self._sealed = self._sealing.submit(self._seals.seal, self._unsealed)
+            self._unsealed = None
+        if self._sealed is not None and (wait or self._sealed.done()):
+            self._sealed, sealed = None, self._sealed
+            sealed.result()
 
     def latest_step(self) -> int | None:
         """The newest saved step, or None."""
@@ -137,10 +173,15 @@ class Checkpoints:
         best = {name: value for name, value in metrics.items() if name == self._keep_best and math.isfinite(value)}
         with _naming_damage(self.directory):
             self._manager.check_for_errors()
+            self._seal()
             if not best and not self._manager.should_save(step):
                 return
+            self._manager.wait_until_finished()  # as Orbax does; then the one before can be sealed
+            self._seal()
+            meta = {**meta, "digests": integrity.digests(state)}
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, metrics=best or None, force=True)
+            self._unsealed = step
 
     def preempted(self, step: int) -> bool:
         """Whether a preemption notice has reached this run; the save of this step has begun then."""
@@ -150,24 +191,62 @@ class Checkpoints:
         """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
         with _naming_damage(self.directory):
             self._manager.wait_until_finished()
+            self._seal(wait=True)
 
     def restore(
         self, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str, default: ConfigDict
-    ) -> TrainState:
-        """The newest state, laid out by `shardings` whatever mesh saved it.
+    ) -> tuple[TrainState, int] | None:
+        """The newest good state and its step, laid out by `shardings` whatever mesh saved it; None before any save.
 
-        Fields that `config` has and the checkpoint lacks count as `default` for it.
+        Damaged checkpoints go to quarantine, for all processes alike. Fields that `config` has and the checkpoint lacks
+        count as `default` for it.
 
         Raises:
           StorageFault: the checkpoint belongs to another configuration or other data, and every field that differs is
-            named; or it cannot be read.
+            named; or it cannot be read although its files are as they were written; or none is good.
         """
-        step = self.latest_step()
-        assert step is not None
+        while (step := self.latest_step()) is not None:
+            try:
+                return self._restore_verified(step, abstract, shardings, config, fingerprint, default), step
+            except _Damaged as damage:
+                self._put_away(step, str(damage))
+        reasons = self._seals.quarantined()
+        if reasons:
+            raise StorageFault(
+                f"{self.directory} holds no good checkpoint any more; in quarantine beside it: {', '.join(reasons)}. "
+                "Restore the workdir from a copy and repeat the command, or choose another --workdir to begin anew; "
+                f"python -m mae_dist.checkpoint rm-quarantine {self.directory.parent} gives these up"
+            )
+        return None
+
+    def _put_away(self, step: int, reason: str) -> None:
+        """Quarantines a checkpoint, for all processes."""
         path = self.directory / str(step)
-        with _naming_damage(path):
+        if jax.process_index() == 0:
+            with naming_faults(path):
+                place = self._seals.quarantine(step, reason)
+            logging.error(
+                "DAMAGED CHECKPOINT: step %d (%s). It is put in %s, never to be read again.", step, reason, place
+            )
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"quarantine {step}")
+        self._manager.reload()
+
+    def _restore_verified(
+        self,
+        step: int,
+        abstract: TrainState,
+        shardings: TrainState,
+        config: ConfigDict,
+        fingerprint: str,
+        default: ConfigDict,
+    ) -> TrainState:
+        path = self.directory / str(step)
+        sealed = _check_files(self._seals, step, path)
+        with _telling_damage(path, sealed):
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             stored = config_lib.from_json(meta["config"], default)
+            meta["data_fingerprint"] = meta["data_fingerprint"] if WEIGHTS_ONLY not in meta else ""
         if WEIGHTS_ONLY in meta:
             raise StorageFault(
                 f"{path} holds converted weights ({meta[WEIGHTS_ONLY]}), not a run to continue; start one from them in "
@@ -183,8 +262,56 @@ class Checkpoints:
             )
         for line in config_lib.differences(stored, config, ignore=()):
             logging.info("Continuing with a changed field: %s", line)
-        with _naming_damage(path):
-            return _restore(self._manager, step, abstract, shardings)
+        with _telling_damage(path, sealed):
+            state = _restore(self._manager, step, abstract, shardings)
+        _check_values(meta.get("digests", {}), state)
+        return state
+
+
+def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
+    """Whether the files are known to be as they were written, to process 0; `_Damaged` if they are not."""
+    lines: list[str] | None = None
+    if jax.process_index() == 0:
+        with naming_faults(path):
+            lines = seals.damage(step)
+    known, count = (int(x) for x in _from_first([int(lines is not None), len(lines or [])]))
+    if count:
+        raise _Damaged("; ".join((lines or [f"{count} files"])[:5]))
+    return bool(known)
+
+
+def _from_first(values: list[int]) -> Any:
+    """What process 0 says, for all."""
+    values_array = np.asarray(values)
+    return values_array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(values_array)
+
+
+@contextlib.contextmanager
+def _telling_damage(path: epath.Path, sealed: bool) -> Iterator[None]:
+    """A failure to read is damage, unless the files are as they were written: then this version cannot read them."""
+    try:
+        with contextlib.nullcontext() if not sealed else _naming_damage(path):
+            yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, _UNREADABLE):
+            with naming_faults(path):  # not the checkpoint is at fault: permissions, a disk that is away
+                raise
+        raise _Damaged(f"it cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_values(meant: dict[str, str], tree: Any) -> None:
+    """Raises `_Damaged` if an array is not what was meant when it was saved; older checkpoints do not say."""
+    if meant:
+        found = integrity.digests(tree)
+        lines = integrity.differences({name: value for name, value in meant.items() if name in found}, found)
+        if lines:
+            raise _Damaged("; ".join(lines[:5]))
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any, shardings: Any, partial: bool = False) -> Any:
@@ -217,13 +344,20 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     with _naming_damage(directory):
         manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False))
     try:
-        step = manager.latest_step()
-        if step is None:
-            raise StorageFault(
-                f"{directory} holds no checkpoint; train that run first, or correct init_from or --workdir"
-            )
-        with _naming_damage(directory / str(step)):
-            yield manager, step
+        damaged = False
+        for step in sorted(manager.all_steps(), reverse=True):
+            damage = Seals(workdir).damage(step)
+            if damage:
+                damaged = True
+                logging.error("DAMAGED CHECKPOINT: %s (%s); reading the one before", directory / str(step), damage[0])
+                continue
+            with _naming_damage(directory / str(step)):
+                yield manager, step
+            return
+        good = "good " if damaged else ""
+        raise StorageFault(
+            f"{directory} holds no {good}checkpoint; train that run first, or correct init_from or --workdir"
+        )
     finally:
         manager.close()
 
@@ -242,6 +376,14 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
     """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
     with _newest(workdir) as (manager, step):
         state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        try:
+            _check_values(meta.get("digests", {}), state)
+        except _Damaged as damage:
+            raise StorageFault(
+                f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged: {damage}. Repeat the command that "
+                "trained it: it puts it in quarantine and continues from the one before"
+            ) from damage
         return step, state["params"]
 
 
@@ -290,3 +432,69 @@ def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) ->
             + "\n  - ".join(lines)
             + "\nSet these as they were, or convert the weights to another size first (python -m mae_dist.convert)."
         )
+
+
+def _condition(workdir: epath.Path, step: int) -> list[str]:
+    """What is wrong with a checkpoint: its files against their seal, its arrays against their digests."""
+    path = workdir / "checkpoints" / str(step)
+    lines = Seals(workdir).damage(step)
+    if lines:
+        return lines
+    handler = ocp.PyTreeCheckpointer()
+    try:
+        meta = json.loads((path / "meta" / "metadata").read_text())
+        shapes: Any = handler.metadata(path / "state").item_metadata
+        shapes = shapes.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        _check_values(meta.get("digests", {}), jax.device_put(handler.restore(path / "state", restore_args=as_numpy)))
+    except _Damaged as damage:
+        return [str(damage)]
+    except Exception as error:  # whatever a parser makes of garbage
+        return [f"it cannot be read: {_first_line(error)}"]
+    finally:
+        handler.close()
+    return []
+
+
+def _command(argv: Sequence[str]) -> int:
+    """Runs `verify`, `list` or `rm-quarantine`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mae_dist.checkpoint", description="Looks after a run's checkpoints."
+    )
+    parser.add_argument("what", choices=("verify", "list", "rm-quarantine"))
+    parser.add_argument("workdir", help="of the run; its processes may be running")
+    given = parser.parse_args(argv)
+    workdir = absolute(given.workdir)
+    seals, directory = Seals(workdir), workdir / "checkpoints"
+    if given.what == "rm-quarantine":
+        print(f"{seals.empty_quarantine()} checkpoints deleted from quarantine")
+        return errors.EXIT_DONE
+    if not directory.exists():
+        raise StorageFault(f"{directory} does not exist: {workdir} is not the workdir of a run that has saved")
+    steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    faults = 0
+    for step in steps:
+        path = directory / str(step)
+        files = list(integrity.files(path))
+        sealed = "sealed" if seals.damage(step) is not None else "not sealed"
+        line = (
+            f"{step:>10}  {sum(file.stat().length for file in files) / 2**20:8.1f} MiB  {len(files):4} files  {sealed}"
+        )
+        if given.what == "verify":
+            lines = _condition(workdir, step)
+            faults += bool(lines)
+            line += "  DAMAGED: " + "; ".join(lines[:5]) if lines else "  good"
+        print(line, flush=True)
+    for name, reason in seals.quarantined().items():
+        print(f"{name:>10}  in quarantine: {reason}")
+    if not steps:
+        print(f"{directory} is empty")
+    return errors.EXIT_STORAGE if faults else errors.EXIT_DONE
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(_command(sys.argv[1:]))
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(fault.exit_code)

@@ -139,7 +139,8 @@ class Encoder:
         self.embed_dim, self.depth = model.embed_dim, model.depth
         self._origin = source.origin
         self._params = source.load_here(needed_shapes(source))
-        self._steps: dict[tuple[str, int | None], Any] = {}
+        self._mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
+        self._steps: dict[tuple[str, int | None, int], Any] = {}
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -168,17 +169,19 @@ class Encoder:
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size}: at least one image has to be computed at once")
         images = self._checked(np.asarray(images))
-        step = self._steps.get((kind, block))
-        if step is None:
-            step = self._steps[kind, block] = jax.jit(make_encode(self.config, (kind,), block))
         # Few different sizes, for each is compiled: powers of two up to the batch's.
         size = min(batch_size, 1 << max(0, len(images) - 1).bit_length())
+        step = self._steps.get((kind, block, size))
+        if step is None:
+            whole = sharding.replicated(self._mesh)
+            step = make_feature_step(self.config, self._mesh, whole, size, (kind,), block)
+            self._steps[kind, block, size] = step
         width = (*self.grid, self.embed_dim) if kind == "patches" else (self.embed_dim,)
         result = np.empty((len(images), *width), np.float32)
         for start in range(0, len(images), size):
             part = images[start : start + size]
             padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
-            result[start : start + size] = np.asarray(step(self._params, padded)[kind])[: len(part)]
+            result[start : start + size] = np.asarray(step(self._params, {"image": padded})[kind])[: len(part)]
         return result
 
     def _checked(self, images: np.ndarray) -> np.ndarray:

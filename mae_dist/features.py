@@ -44,6 +44,7 @@ def features(argv: Sequence[str]) -> int:
     del argv
     workdir, out_value = main.required(_WORKDIR), main.required(_OUT)
     split, _ = main.required(_SPLIT), main.required(_KINDS)
+    main.use_all_cores(main.given_config())
     main.join_processes()
     out = main.new_local_path(out_value)
     source = pretrained.open_pretrained(absolute(workdir), main.default_config(), main.given_config())

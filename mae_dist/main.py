@@ -88,6 +88,13 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
             config.cpu.devices = cpu.split_cores(wanted, batch_sizes)
 
 
+def use_all_cores(config: ConfigDict | None) -> None:
+    """On a CPU makes each core a device, for commands to which any number will do; a mesh given goes first."""
+    alone = _COORDINATOR.value is None
+    if alone and (config is None or all(config.mesh[axis] == 1 for axis in ("fsdp", "tensor"))):
+        cpu.split_cores(cpu.num_cores() if config is None or config.mesh.data == -1 else config.mesh.data, ())
+
+
 def _stored_choices(workdir: str) -> dict[str, int]:
     try:
         with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:

@@ -92,12 +92,12 @@ def _shows_bar() -> bool:
 
 
 def _restore_or_begin(job: Job, checkpoints: Checkpoints, default: ConfigDict) -> tuple[TrainState, int]:
-    """The newest checkpoint of the workdir, or a new state: (state, updates already done)."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return job.fresh_state(default), 0
+    """The newest good checkpoint of the workdir, or a new state: (state, updates already done)."""
     began = time.monotonic()
-    state = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint, default)
+    restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint, default)
+    if restored is None:
+        return job.fresh_state(default), 0
+    state, step = restored
     logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
     return state, step
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 import time
 
 import jax
@@ -47,10 +46,14 @@ def save(checkpoints, built, state, step, metrics=None):
 
 
 def restore(checkpoints, built):
-    """The newest state for the mesh of `built`."""
-    return checkpoints.restore(
+    """The newest good state for the mesh of `built`."""
+    restored = checkpoints.restore(
         built.abstract_state, built.shardings, built.config, built.fingerprint, default.get_config()
     )
+    assert restored is not None
+    state, step = restored
+    assert step == checkpoints.latest_step()
+    return state
 
 
 def steps(workdir):
@@ -139,25 +142,6 @@ def test_by_minutes_alone(workdir):
         time.sleep(2.2)
         save(checkpoints, built, state, 4)
     assert steps(workdir) == [2, 4]
-
-
-@pytest.mark.parametrize("damage", ["truncated array", "empty step", "no meta"])
-def test_damage_is_one_clear_error(workdir, damage):
-    """What Orbax and tensorstore raise, in words that name the directory."""
-    built = build()
-    with open_checkpoints(workdir) as checkpoints:
-        save(checkpoints, built, new_state(built), 1)
-    directory = workdir / "checkpoints" / "1"
-    if damage == "truncated array":
-        for path in directory.glob("state/ocdbt.process_0/d/*"):
-            path.write_bytes(path.read_bytes()[:10])
-        for path in directory.glob("state/d/*"):
-            path.write_bytes(path.read_bytes()[:10])
-    else:
-        shutil.rmtree(directory / "meta" if damage == "no meta" else directory)
-        directory.mkdir(exist_ok=True)
-    with open_checkpoints(workdir) as checkpoints, pytest.raises(StorageFault, match=r"checkpoints/1 cannot"):
-        restore(checkpoints, built)
 
 
 def test_a_field_added_since_counts_as_its_default(workdir):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -236,6 +237,29 @@ def test_no_huge_pages(machine, library, version, setting):
     machine.setattr(os, "execv", lambda *command: pytest.fail(str(command)))
     machine.delenv("GLIBC_TUNABLES", raising=False)
     cpu.use_huge_pages()
+
+
+def test_compiled_programs_are_kept(child_env, tmp_path):
+    """A like run beside the first one compiles nothing anew; a place that others may write to is left alone."""
+    env = child_env()
+    del env["JAX_COMPILATION_CACHE_DIR"], env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
+    kept = tmp_path / ".compiled"
+    found = []
+    for name in ("first", "second"):
+        options = ("--config=configs/smoke.py", "--config.total_steps=2", f"--workdir={tmp_path / name}")
+        code, output = run(env, *options)
+        assert code == 0, output
+        found.append({path.name for path in kept.glob("*-cache")})
+    assert any(name.startswith("jit_train_step") for name in found[0])
+    assert found[0] == found[1]
+    assert kept.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(kept)
+    kept.mkdir()
+    kept.chmod(0o777)
+    code, output = run(env, *options, "--config.total_steps=3")
+    assert code == 0, output
+    assert "compiled programs are not kept" in output
+    assert not list(kept.iterdir())
 
 
 def test_activation_bytes_by_hand():

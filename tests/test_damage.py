@@ -1,0 +1,255 @@
+"""Damaged checkpoints: always noticed, put away, and the newest good one goes on."""
+
+import gc
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from configs import default
+from mae_dist import checkpoint, integrity
+from mae_dist.checkpoint import Checkpoints
+from mae_dist.errors import StorageFault
+from mae_dist.seals import Seals
+from tests.runs import ROOT, records, run
+from tests.test_checkpoint import KEEP, build, new_state
+
+# After a read that failed, Orbax leaves coroutines that nobody awaits, and tensorstore complains at its own time.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _collect():
+    """Their complaints belong to this file's tests, not to whichever comes next."""
+    yield
+    gc.collect()
+
+
+def open_checkpoints(workdir):
+    return Checkpoints(workdir, **KEEP, log_every_steps=1, total_steps=1000)
+
+
+def restore(workdir):
+    """(step, arrays) of what a run would continue from, or None."""
+    built = build()
+    with open_checkpoints(workdir) as checkpoints:
+        restored = checkpoints.restore(
+            built.abstract_state, built.shardings, built.config, built.fingerprint, default.get_config()
+        )
+    return restored and (restored[1], [np.asarray(leaf) for leaf in jax.tree.leaves(restored[0])])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with steps 1 and 2, and what each of them holds."""
+    workdir = epath.Path(tmp_path_factory.mktemp("saved") / "run")
+    workdir.mkdir()
+    built, held = build(), {}
+    (workdir / "config.json").write_text(built.meta["config"])
+    with open_checkpoints(workdir) as checkpoints:
+        for step in (1, 2):
+            state = new_state(built)
+            state = state.replace(params=jax.tree.map(lambda x, step=step: x + step, state.params))
+            checkpoints.save(step, state, built.meta, {})
+            held[step] = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+            checkpoints.wait()
+    return workdir, held
+
+
+def copy_of(saved, tmp_path_factory):
+    workdir = epath.Path(tmp_path_factory.mktemp("copy") / "run")
+    shutil.copytree(saved[0], workdir)
+    return workdir
+
+
+def assert_holds(found, held):
+    step, arrays = found
+    for a, b in zip(arrays, held[step], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def damage_one(path, kind, data):
+    """Does to one file of a checkpoint, or to the whole, what a fault does."""
+    written = list(integrity.files(path))
+    victim = written[data.draw(st.integers(0, len(written) - 1))]
+    content = victim.read_bytes()
+    if kind == "flip" and content:
+        at = data.draw(st.integers(0, len(content) - 1))
+        flipped = content[at] ^ data.draw(st.integers(1, 255))
+        victim.write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
+    elif kind == "truncate" and content:
+        victim.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    elif kind == "empty":
+        shutil.rmtree(path)
+        path.mkdir()
+    elif kind == "foreign":
+        shutil.rmtree(path)
+        (path / "photos").mkdir(parents=True)
+        (path / "photos" / "cat.jpg").write_bytes(b"no checkpoint")
+    elif kind == "no meta":
+        shutil.rmtree(path / "meta")
+    elif kind == "half":
+        for file in written:
+            if file == victim or data.draw(st.booleans()):
+                file.unlink()
+    else:
+        victim.unlink()
+
+
+KINDS = ["flip", "truncate", "missing", "empty", "foreign", "no meta", "half"]
+RARELY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(RARELY, max_examples=20)
+@given(kind=st.sampled_from(KINDS), data=st.data())
+def test_any_damage_is_noticed(saved, tmp_path_factory, kind, data):
+    """A byte, a file or all of it: the step before goes on, and the damaged one is put away with a reason."""
+    workdir = copy_of(saved, tmp_path_factory)
+    damage_one(workdir / "checkpoints" / "2", kind, data)
+    found = restore(workdir)
+    assert found is not None
+    assert found[0] == 1
+    assert_holds(found, saved[1])
+    (reason,) = Seals(workdir).quarantined().values()
+    assert reason
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
+    assert len([path for path in (workdir / "quarantine").iterdir() if path.is_dir()]) == 1
+
+
+@settings(RARELY, max_examples=12)
+@given(kind=st.sampled_from(KINDS), data=st.data())
+def test_damage_without_a_seal(saved, tmp_path_factory, kind, data):
+    """Killed before the seal, the arrays' own digests decide: what goes on is exactly what was saved."""
+    workdir = copy_of(saved, tmp_path_factory)
+    shutil.rmtree(workdir / "seals")
+    damage_one(workdir / "checkpoints" / "2", kind, data)
+    found = restore(workdir)
+    assert found is not None
+    assert_holds(found, saved[1])
+
+
+def test_nothing_good_left(saved, tmp_path_factory):
+    """Never silently from scratch: an error, and the same one the next time, until the user gives them up."""
+    workdir = copy_of(saved, tmp_path_factory)
+    for step in ("1", "2"):
+        shutil.rmtree(workdir / "checkpoints" / step / "state")
+    for _ in range(2):
+        with pytest.raises(StorageFault, match=r"no good checkpoint any more; in quarantine beside it: 1_.*, 2_"):
+            restore(workdir)
+    assert Seals(workdir).empty_quarantine() == 2
+    assert restore(workdir) is None
+
+
+def test_intact_but_unreadable_is_no_damage(saved, tmp_path_factory, monkeypatch):
+    """Files as they were written that this version cannot read are not thrown away."""
+    workdir = copy_of(saved, tmp_path_factory)
+
+    def fail(*args):
+        raise ValueError("another tree")
+
+    monkeypatch.setattr(checkpoint, "_restore", fail)
+    with pytest.raises(StorageFault, match=r"checkpoints/2 cannot be .*another tree"):
+        restore(workdir)
+    assert not Seals(workdir).quarantined()
+
+
+def test_wrong_from_the_start(saved, tmp_path_factory):
+    """What was written well but was not what was meant, as by a fault of memory: the arrays' digests tell."""
+    workdir = copy_of(saved, tmp_path_factory)
+    path = workdir / "checkpoints" / "2"
+    meta = path / "meta" / "metadata"
+    text = meta.read_text()
+    at = text.index('"params.') + text[text.index('"params.') :].index(': "') + 3
+    meta.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
+    Seals(workdir).seal(2)
+    found = restore(workdir)
+    assert found is not None
+    assert found[0] == 1
+    assert "damaged" in next(iter(Seals(workdir).quarantined().values()))
+
+
+def test_readers_take_a_good_one(saved, tmp_path_factory):
+    """An encoder for a probe comes from the newest good checkpoint; readers move nothing."""
+    workdir = copy_of(saved, tmp_path_factory)
+    shutil.rmtree(workdir / "checkpoints" / "2" / "meta")
+    built = build()
+    step, _ = checkpoint.load_params(workdir, built.abstract_state.params, built.shardings.params)
+    assert step == 1
+    assert (workdir / "checkpoints" / "2").exists()
+
+
+def test_digests_do_not_depend_on_the_mesh():
+    """The digest of a value is that of its parts wherever they are."""
+    state = new_state(build())
+    wanted = integrity.digests(state)
+    assert integrity.digests(jax.device_put(state, build((2, 2, 2)).shardings)) == wanted
+    assert len(set(wanted.values())) > 20  # the moments are all zero yet
+    assert all(name.startswith(("params.", "opt_state.", "step")) for name in wanted)
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), max_size=3).map(tuple),
+    dtype=st.sampled_from(["float32", "int32", "bfloat16", "uint8", "bool"]),
+    data=st.data(),
+)
+@settings(RARELY, max_examples=40)
+def test_any_bit_changes_the_digest(shape, dtype, data):
+    """A single changed bit, always; two values that change places, too."""
+    size = int(np.prod(shape))
+    x = np.asarray(jnp.arange(size).astype(dtype)).reshape(shape)
+    bits = x.copy().reshape(-1).view(np.uint8)
+    at = data.draw(st.integers(0, bits.size - 1))
+    bits[at] ^= 1 if dtype == "bool" else 1 << data.draw(st.integers(0, 7))
+    changed = bits.view(x.dtype).reshape(shape)
+    first, second = (integrity.digests([jnp.asarray(value)]) for value in (x, changed))
+    assert first != second
+    if size > 1 and dtype != "bool":
+        assert integrity.digests([jnp.asarray(x.reshape(-1)[::-1].reshape(shape))]) != first
+
+
+def look_after(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "mae_dist.checkpoint", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_command(saved, tmp_path_factory, child_env):
+    """A user finds a flipped byte, the run goes on without that step, and the quarantine can be emptied."""
+    workdir = tmp_path_factory.mktemp("command") / "run"
+    options = ("--config=configs/smoke.py", "--config.checkpoint.every_steps=2", f"--workdir={workdir}")
+    code, output = run(child_env(), *options, "--config.total_steps=4")
+    assert code == 0, output
+    code, output = look_after("verify", workdir)
+    assert (code, output.count("good")) == (0, 2), output
+    assert "not sealed" not in output
+    victim = max((workdir / "checkpoints" / "4").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    code, output = look_after("verify", workdir)
+    assert (code, output.count("good"), output.count("DAMAGED")) == (5, 1, 1), output
+    code, output = run(child_env(), *options, "--config.total_steps=6")
+    assert code == 0, output
+    assert "DAMAGED CHECKPOINT: step 4" in output
+    assert "Continuing from step 2" in output
+    steps = [record["step"] for record in records(workdir)]
+    assert steps == sorted(set(steps))
+    code, output = look_after("list", workdir)
+    assert (code, output.count("in quarantine")) == (0, 1), output
+    assert look_after("rm-quarantine", workdir) == (0, "1 checkpoints deleted from quarantine\n")
+    assert look_after("list", workdir / "nothing")[0] == 5
