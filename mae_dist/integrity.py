@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 _CHUNK = 2**22
@@ -42,26 +41,33 @@ def _digest(x: jax.Array) -> jax.Array:
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis in range(words.ndim):  # the place in the whole array, whoever holds which part
         place = place * jnp.uint32(words.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    sums = [jnp.sum(_mixed(words ^ _mixed(place + jnp.uint32(seed))), dtype=jnp.uint32) for seed in (1, 0x9E3779B9)]
-    return jnp.stack(sums)
+    mixed = _mixed(words ^ (place * jnp.uint32(0x9E3779B9)))
+    return jnp.stack([jnp.sum(value, dtype=jnp.uint32) for value in (mixed, _mixed(mixed + jnp.uint32(1)))])
 
 
 @functools.cache
 def _compiled(platform: str) -> Any:
+    """Digests of groups of arrays of one shape: a program with a third of the operations of one for each array."""
     # A CPU runs it as fast, and compiles it in half the time, without the dearer optimisations.
     options = {"xla_backend_optimization_level": "1"} if platform == "cpu" else None
-    return jax.jit(lambda leaves: jnp.stack([_digest(leaf) for leaf in leaves]), compiler_options=options)
+    return jax.jit(lambda groups: [jax.vmap(_digest)(jnp.stack(group)) for group in groups], compiler_options=options)
 
 
 def digests(tree: Any) -> dict[str, str]:
     """The digest of every array of a tree by its path, 16 hexadecimal digits each; all processes must take part."""
-    named = jax.tree.leaves_with_path(tree)
-    if not named:
+    groups: dict[Any, dict[str, jax.Array]] = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        groups.setdefault((leaf.shape, leaf.dtype, leaf.sharding), {})[name] = leaf
+    if not groups:
         return {}
-    platform = next(iter(named[0][1].devices())).platform
-    values = np.asarray(jax.device_get(_compiled(platform)([leaf for _, leaf in named])))  # (arrays, 2)
-    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in named)
-    return {name: f"{high:08x}{low:08x}" for name, (high, low) in zip(names, values, strict=True)}
+    platform = next(iter(jax.tree.leaves(tree)[0].devices())).platform
+    values = jax.device_get(_compiled(platform)([list(group.values()) for group in groups.values()]))
+    return {
+        name: f"{high:08x}{low:08x}"
+        for group, pairs in zip(groups.values(), values, strict=True)
+        for name, (high, low) in zip(group, pairs, strict=True)
+    }
 
 
 def files(directory: epath.Path) -> Iterator[epath.Path]:
