@@ -198,6 +198,23 @@ class Attention(nnx.Module):
         return linear(self.out, attention(q, k, v))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: jax.Array, approximate: bool) -> jax.Array:
+    """GELU of x in any shape, exact or by tanh; keeps nothing but x for its gradient, a third of what JAX would."""
+    return jax.nn.gelu(x, approximate=approximate)
+
+
+def _gelu_forward(x: jax.Array, approximate: bool) -> Any:
+    return gelu(x, approximate), x
+
+
+def _gelu_backward(approximate: bool, x: jax.Array, grad: jax.Array) -> Any:
+    return jax.vjp(functools.partial(jax.nn.gelu, approximate=approximate), x)[1](grad)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
 class Mlp(nnx.Module):
     """Linear, GELU, linear."""
 
@@ -208,7 +225,7 @@ class Mlp(nnx.Module):
         self.approximate = gelu == "tanh"
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(self.fc2, jax.nn.gelu(linear(self.fc1, x), approximate=self.approximate))
+        return linear(self.fc2, gelu(linear(self.fc1, x), self.approximate))
 
 
 class Block(nnx.Module):

@@ -156,6 +156,7 @@ def test_gradients_of_products_and_norms():
     scale, shift = jnp.linspace(0.5, 2, 4), jnp.linspace(-1, 1, 4)
     affine: Any = layers._affine
     normalize: Any = layers._normalize
+    gelu: Any = layers.gelu
 
     def norm(x, scale, shift):
         centred = x - x.mean(-1, keepdims=True)
@@ -172,6 +173,8 @@ def test_gradients_of_products_and_norms():
             lambda x, k: (jnp.einsum("rshd,hdef->rsef", x, k) * weights).sum(),
             (x, kernel),
         ),
+        (lambda x: (gelu(x, False) * x).sum(), lambda x: (x * x * jax.scipy.stats.norm.cdf(x)).sum(), (x,)),
+        (lambda x: gelu(x, True).sum(), lambda x: jax.nn.gelu(x).sum(), (x,)),
         (
             lambda *a: (normalize(*a, 1e-6) ** 2 * x).sum(),
             lambda *a: (norm(*a) ** 2 * x).sum(),
