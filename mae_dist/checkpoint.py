@@ -163,8 +163,10 @@ class Checkpoints:
         """The newest saved step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Called after every update; saves where a policy says so, in the background.
+    def save(
+        self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float], force: bool = False
+    ) -> None:
+        """Called after every update; saves where a policy says so or by `force`, in the background.
 
         `metrics` are those of an evaluation after this very update, or empty. With `keep_best` each evaluated step is
         saved, for the best is kept among what was evaluated. A failure of an earlier background save surfaces here, as
@@ -174,7 +176,7 @@ class Checkpoints:
         with _naming_damage(self.directory):
             self._manager.check_for_errors()
             self._seal()
-            if not best and not self._manager.should_save(step):
+            if not (force or best or self._manager.should_save(step)):
                 return
             self._manager.wait_until_finished()  # as Orbax does; then the one before can be sealed
             self._seal()

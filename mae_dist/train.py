@@ -46,6 +46,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
             )
     with (
         distributed.interrupted_between_steps() as stop_if_interrupted,
+        distributed.noticing_preemption() as told_to_end,
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
     ):
@@ -63,10 +64,11 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
                 run.draw(step, state)
                 recorder.commit(step)  # on disk before the checkpoint: a resumed run continues after this line
                 run.stop_if_diverged(step)
+                ending = told_to_end()  # asked once: what is told after the save is for the next update
                 with jax.transfer_guard("allow"):  # an accelerator's state is copied to the host
-                    checkpoints.save(step, state, job.meta, run.evaluated)
+                    checkpoints.save(step, state, job.meta, run.evaluated, force=ending)
                 stop_if_interrupted()
-                if checkpoints.preempted(step):
+                if ending or checkpoints.preempted(step):
                     checkpoints.wait()
                     logging.warning("Preempted: saved step %d; the same command continues from it.", step)
                     return errors.EXIT_PREEMPTED

@@ -3,11 +3,14 @@
 import json
 import random
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 
-from tests.runs import checkpoint_arrays, kill_at_step, records, run, start
+from mae_dist.errors import EXIT_PREEMPTED
+from tests.runs import checkpoint_arrays, kill_at_step, last_step, records, run, start
 
 ARGS = (
     "--config=configs/smoke.py",
@@ -61,6 +64,32 @@ def test_killed_before_the_first_checkpoint_starts_again(uninterrupted, child_en
     shutil.rmtree(workdir / "checkpoints")
     code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
     assert code == 0, output
+    assert_same(workdir, uninterrupted)
+
+
+@pytest.mark.parametrize("moment", ["compiling", "training"])
+def test_preempted_alone(uninterrupted, child_env, tmp_path, moment):
+    """SIGTERM to a process without others, twice: what was computed is saved, its own exit code, and it goes on."""
+    workdir = tmp_path / "run"
+    args = (*ARGS, "--config.checkpoint.every_steps=0", f"--workdir={workdir}")
+    process = start(child_env(), *args)
+    deadline = time.monotonic() + 120
+    while not (workdir / "config.json").exists() or (moment == "training" and last_step(workdir) < 9):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run does not advance"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_PREEMPTED, output
+    saved = last_step(workdir)
+    assert f"Preempted: saved step {saved};" in output
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(saved)]
+    assert (workdir / "seals" / f"{saved}.json").exists()
+    code, output = run(child_env(), *args)
+    assert code == 0, output
+    assert f"Continuing from step {saved} " in output
     assert_same(workdir, uninterrupted)
 
 
