@@ -70,7 +70,7 @@ def interrupted_between_steps() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def noticing_preemption() -> Iterator[Callable[[], bool]]:
-    """Gives a function: whether this process, being the only one, was told to end by SIGTERM, which does not end it then.
+    """Gives a function: whether this process, being the only one, was told to end by SIGTERM, which it then survives.
 
     Of several processes JAX's own notifier tells all and agrees with them on a step; it keeps the signal.
     """
