@@ -24,7 +24,13 @@ class Seals:
 
     def seal(self, step: int) -> None:
         """Notes the files of a complete checkpoint, forgets those of ones that are gone; an `OSError` if it cannot."""
-        found = integrity.file_digests(self._checkpoints / str(step))
+        checkpoint = self._checkpoints / str(step)
+        try:
+            found = integrity.file_digests(checkpoint)
+        except FileNotFoundError:
+            if checkpoint.exists():
+                raise
+            found = {}
         if not found:
             return  # superseded and deleted meanwhile
         self._seals.mkdir(parents=True, exist_ok=True)

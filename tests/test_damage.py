@@ -178,6 +178,30 @@ def test_wrong_from_the_start(saved, tmp_path_factory):
     assert "damaged" in next(iter(Seals(workdir).quarantined().values()))
 
 
+def test_sealing_what_is_deleted_meanwhile(saved, tmp_path_factory, monkeypatch):
+    """Retention may delete a checkpoint while its files are read: no fault; a file that goes alone is one."""
+    workdir = copy_of(saved, tmp_path_factory)
+    whole = integrity.files
+
+    def one_goes(directory):
+        for path in whole(directory):
+            path.unlink()
+            yield path
+
+    monkeypatch.setattr(integrity, "files", one_goes)
+    with pytest.raises(FileNotFoundError):
+        Seals(workdir).seal(2)
+
+    def all_go(directory):
+        for path in list(whole(directory)):
+            shutil.rmtree(directory, ignore_errors=True)
+            yield path
+
+    monkeypatch.setattr(integrity, "files", all_go)
+    Seals(workdir).seal(1)
+    assert not (workdir / "checkpoints" / "1").exists()
+
+
 def test_readers_take_a_good_one(saved, tmp_path_factory):
     """An encoder for a probe comes from the newest good checkpoint; readers move nothing."""
     workdir = copy_of(saved, tmp_path_factory)
