@@ -55,6 +55,7 @@ def _compiled(platform: str) -> Any:
 
 def digests(tree: Any) -> dict[str, str]:
     """The digest of every array of a tree by its path, 16 hexadecimal digits each; all processes must take part."""
+    tree = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), tree)
     groups: dict[Any, dict[str, jax.Array]] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -218,7 +218,7 @@ def test_interrupt_from_the_keyboard_can_be_continued(child_env, tmp_path):
         f"--workdir={workdir}",
     )
     process = start(child_env(), *args)
-    while last_step(workdir) < 49:  # about when a save begins, which an interrupt must not tear apart
+    while last_step(workdir) < 50:  # when a save begins, which an interrupt must not tear apart
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
