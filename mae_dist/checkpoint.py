@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import errors, integrity
+from mae_dist import distributed, errors, integrity
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
 from mae_dist.state import TrainState
@@ -152,7 +152,7 @@ class Checkpoints:
     def _seal(self, wait: bool = False) -> None:
         """Digests the files of a save that has ended, in the background; a failure of it surfaces in the next call."""
         if self._unsealed is not None and (wait or not self._manager.is_saving_in_progress()):
-            if jax.process_index() == 0:
+            if distributed.is_primary():
                 self._sealed = self._sealing.submit(self._seals.seal, self._unsealed)
             self._unsealed = None
         if self._sealed is not None and (wait or self._sealed.done()):
@@ -224,7 +224,7 @@ class Checkpoints:
     def _put_away(self, step: int, reason: str) -> None:
         """Quarantines a checkpoint, for all processes."""
         path = self.directory / str(step)
-        if jax.process_index() == 0:
+        if distributed.is_primary():
             with naming_faults(path):
                 place = self._seals.quarantine(step, reason)
             logging.error(
@@ -246,17 +246,17 @@ class Checkpoints:
         path = self.directory / str(step)
         sealed = _check_files(self._seals, step, path)
         with _telling_damage(path, sealed):
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = _read_meta(self._manager, step)
             stored = config_lib.from_json(meta["config"], default)
-            meta["data_fingerprint"] = meta["data_fingerprint"] if WEIGHTS_ONLY not in meta else ""
+            stored_fingerprint = "" if WEIGHTS_ONLY in meta else meta["data_fingerprint"]
         if WEIGHTS_ONLY in meta:
             raise StorageFault(
                 f"{path} holds converted weights ({meta[WEIGHTS_ONLY]}), not a run to continue; start one from them in "
                 f"another --workdir with --config.init_from={self.directory.parent}"
             )
         lines = config_lib.differences(stored, config)
-        if meta["data_fingerprint"] != fingerprint:
-            lines.append(f"training data (fingerprint): {meta['data_fingerprint']} -> {fingerprint}")
+        if stored_fingerprint != fingerprint:
+            lines.append(f"training data (fingerprint): {stored_fingerprint} -> {fingerprint}")
         if lines:
             raise StorageFault(
                 f"{path} was saved by another configuration:\n  - " + "\n  - ".join(lines) + "\n"
@@ -273,7 +273,7 @@ class Checkpoints:
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
     """Whether the files are known to be as they were written, to process 0; `_Damaged` if they are not."""
     lines: list[str] | None = None
-    if jax.process_index() == 0:
+    if distributed.is_primary():
         with naming_faults(path):
             lines = seals.damage(step)
     known, count = (int(x) for x in _from_first([int(lines is not None), len(lines or [])]))
@@ -292,13 +292,13 @@ def _from_first(values: list[int]) -> Any:
 def _telling_damage(path: epath.Path, sealed: bool) -> Iterator[None]:
     """A failure to read is damage, unless the files are as they were written: then this version cannot read them."""
     try:
-        with contextlib.nullcontext() if not sealed else _naming_damage(path):
-            yield
+        yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, _UNREADABLE):
-            with naming_faults(path):  # not the checkpoint is at fault: permissions, a disk that is away
+        # Of an operating system's errors most are not the checkpoint's fault: permissions, a disk that is away.
+        if sealed or (isinstance(error, OSError) and not isinstance(error, _UNREADABLE)):
+            with _naming_damage(path):
                 raise
         raise _Damaged(f"it cannot be read: {_first_line(error)}") from error
 
@@ -314,6 +314,10 @@ def _check_values(meant: dict[str, str], tree: Any) -> None:
         lines = integrity.differences({name: value for name, value in meant.items() if name in found}, found)
         if lines:
             raise _Damaged("; ".join(lines[:5]))
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any, shardings: Any, partial: bool = False) -> Any:
@@ -378,7 +382,7 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
     """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
     with _newest(workdir) as (manager, step):
         state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = _read_meta(manager, step)
         try:
             _check_values(meta.get("digests", {}), state)
         except _Damaged as damage:
@@ -478,7 +482,7 @@ def _command(argv: Sequence[str]) -> int:
     for step in steps:
         path = directory / str(step)
         files = list(integrity.files(path))
-        sealed = "sealed" if seals.damage(step) is not None else "not sealed"
+        sealed = "sealed" if seals.has(step) else "not sealed"
         line = (
             f"{step:>10}  {sum(file.stat().length for file in files) / 2**20:8.1f} MiB  {len(files):4} files  {sealed}"
         )

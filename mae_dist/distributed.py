@@ -58,14 +58,8 @@ def interrupted_between_steps() -> Iterator[Callable[[], None]]:
         if pending:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers, and only it is interrupted
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with _handling(signal.SIGINT, note):
         yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -82,14 +76,21 @@ def noticing_preemption() -> Iterator[Callable[[], bool]]:
             print("preempted: saving after this update", file=sys.stderr, flush=True)
         noticed.append(True)
 
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGTERM, note)
-    try:
+    with _handling(signal.SIGTERM, note) if jax.process_count() == 1 else contextlib.nullcontext():
         yield lambda: bool(noticed)
+
+
+@contextlib.contextmanager
+def _handling(number: signal.Signals, handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Has a signal handled so meanwhile; in the main thread, the only one that may say so and that is interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 def is_primary() -> bool:

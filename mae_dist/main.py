@@ -68,7 +68,7 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
 
     A run that continues keeps its choices, for results depend on them in the last bits.
     """
-    if _COORDINATOR.value is not None or "://" in workdir or any(config.mesh[axis] != 1 for axis in ("fsdp", "tensor")):
+    if "://" in workdir or not _may_split_cores(config):
         return
     with config.unlocked():
         stored = _stored_choices(workdir)
@@ -90,9 +90,13 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
 
 def use_all_cores(config: ConfigDict | None) -> None:
     """On a CPU makes each core a device, for commands to which any number will do; a mesh given goes first."""
-    alone = _COORDINATOR.value is None
-    if alone and (config is None or all(config.mesh[axis] == 1 for axis in ("fsdp", "tensor"))):
+    if _may_split_cores(config):
         cpu.split_cores(cpu.num_cores() if config is None or config.mesh.data == -1 else config.mesh.data, ())
+
+
+def _may_split_cores(config: ConfigDict | None) -> bool:
+    """Whether this is the only process and the devices hold whole models."""
+    return _COORDINATOR.value is None and (config is None or config.mesh.fsdp == config.mesh.tensor == 1)
 
 
 def _stored_choices(workdir: str) -> dict[str, int]:

@@ -39,6 +39,10 @@ class Seals:
             if not (self._checkpoints / path.stem).exists():
                 path.unlink(missing_ok=True)
 
+    def has(self, step: int) -> bool:
+        """Whether there is a seal of this checkpoint."""
+        return self._path(step).exists()
+
     def damage(self, step: int) -> list[str] | None:
         """What is not as it was written: nothing for a good checkpoint, None for one without a seal.
 

@@ -2,8 +2,6 @@
 
 import gc
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +13,10 @@ from hypothesis import strategies as st
 
 from configs import default
 from mae_dist import checkpoint, integrity
-from mae_dist.checkpoint import Checkpoints
 from mae_dist.errors import StorageFault
 from mae_dist.seals import Seals
-from tests.runs import ROOT, records, run
-from tests.test_checkpoint import KEEP, build, new_state
+from tests.runs import records, run
+from tests.test_checkpoint import build, new_state, open_checkpoints
 
 # After a read that failed, Orbax leaves coroutines that nobody awaits, and tensorstore complains at its own time.
 pytestmark = [
@@ -33,10 +30,6 @@ def _collect():
     """Their complaints belong to this file's tests, not to whichever comes next."""
     yield
     gc.collect()
-
-
-def open_checkpoints(workdir):
-    return Checkpoints(workdir, **KEEP, log_every_steps=1, total_steps=1000)
 
 
 def restore(workdir):
@@ -241,31 +234,20 @@ def test_any_bit_changes_the_digest(shape, dtype, data):
         assert integrity.digests([jnp.asarray(x.reshape(-1)[::-1].reshape(shape))]) != first
 
 
-def look_after(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "mae_dist.checkpoint", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
 def test_command(saved, tmp_path_factory, child_env):
     """A user finds a flipped byte, the run goes on without that step, and the quarantine can be emptied."""
     workdir = tmp_path_factory.mktemp("command") / "run"
     options = ("--config=configs/smoke.py", "--config.checkpoint.every_steps=2", f"--workdir={workdir}")
     code, output = run(child_env(), *options, "--config.total_steps=4")
     assert code == 0, output
-    code, output = look_after("verify", workdir)
+    code, output = run(child_env(), "verify", str(workdir), module="checkpoint")
     assert (code, output.count("good")) == (0, 2), output
     assert "not sealed" not in output
     victim = max((workdir / "checkpoints" / "4").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    code, output = look_after("verify", workdir)
+    code, output = run(child_env(), "verify", str(workdir), module="checkpoint")
     assert (code, output.count("good"), output.count("DAMAGED")) == (5, 1, 1), output
     code, output = run(child_env(), *options, "--config.total_steps=6")
     assert code == 0, output
@@ -273,7 +255,9 @@ def test_command(saved, tmp_path_factory, child_env):
     assert "Continuing from step 2" in output
     steps = [record["step"] for record in records(workdir)]
     assert steps == sorted(set(steps))
-    code, output = look_after("list", workdir)
+    code, output = run(child_env(), "list", str(workdir), module="checkpoint")
     assert (code, output.count("in quarantine")) == (0, 1), output
-    assert look_after("rm-quarantine", workdir) == (0, "1 checkpoints deleted from quarantine\n")
-    assert look_after("list", workdir / "nothing")[0] == 5
+    code, output = run(child_env(), "rm-quarantine", str(workdir), module="checkpoint")
+    assert (code, output) == (0, "1 checkpoints deleted from quarantine\n")
+    code, output = run(child_env(), "list", str(workdir / "nothing"), module="checkpoint")
+    assert code == 5, output
