@@ -28,7 +28,6 @@ def get_config() -> ConfigDict:
     config.model.decoder_num_heads = 3
     config.model.decoder_mlp_ratio = 4.0
     config.model.pos_embed = "learned"
-    config.model.scan = True
     config.optim.base_lr = 1.5e-4
     config.optim.warmup_epochs = 200.0
     config.data.mean = (0.5,)

@@ -333,7 +333,12 @@ class Stack(nnx.Module):
         if self.scan:
             layers = (params, jnp.arange(self.depth), jnp.asarray(rates))
             x, _ = jax.lax.scan(whole, x, jax.tree.map(lambda p: p[:num_alike], layers))
-        for index in range(num_alike if self.scan else 0, depth):
-            layer = (jax.tree.map(lambda p, i=index: p[i], params), index, rates[index])
+        scanned = num_alike if self.scan else 0
+        # Taken apart by one split, whose gradient is a concatenation; of one slice a block, a sum of as many paddings.
+        sizes = (scanned, *(1,) * (depth - scanned), self.depth - depth)
+        leaves, structure = jax.tree.flatten(params)
+        parts = [jax.lax.split(p, sizes) for p in leaves]
+        for place, index in enumerate(range(scanned, depth), 1):
+            layer = (structure.unflatten([part[place][0] for part in parts]), index, rates[index])
             x, _ = (whole if index < num_alike else last)(x, layer)
         return x
