@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.global_batch_size = 256  # examples per update, over all devices and processes
     config.accum_steps = 1  # an update's batch is computed in this many pieces, one after another
     config.log_every_steps = 50  # metrics are fetched from the device and written this often
+    config.trace = False  # record digests of each update's images and masks, to compare runs
     config.max_skipped_steps = 20  # stop ("diverged") after this many updates in a row with a non-finite gradient
 
     config.cpu = ConfigDict()  # only where there is no accelerator; 0: chosen for this machine, and kept with the run
@@ -122,5 +123,14 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_every_steps = 0  # > 0: also keep the checkpoints at multiples of this for ever
     config.checkpoint.keep_best = ""  # save every evaluated step, and keep the best by val_loss, val_top1 or val_top5
+    config.checkpoint.retries = 3  # of a save that failed, after 1, 4 and 16 s; of several processes: by a restart
+
+    config.deadlines = ConfigDict()  # seconds without progress after which a process ends ("stalled"); 0: never
+    config.deadlines.start_secs = 1800.0  # joining, opening data, restoring, compiling: each
+    config.deadlines.step_secs = 600.0
+    config.deadlines.data_secs = 600.0  # waiting for one batch
+    config.deadlines.checkpoint_secs = 1800.0
+    config.deadlines.evaluate_secs = 1800.0  # for one batch
+    config.deadlines.peer_secs = 60.0  # after another process's last sign of life ("peer lost")
 
     return config.lock()

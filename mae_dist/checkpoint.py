@@ -12,6 +12,7 @@ import datetime
 import json
 import math
 import sys
+import time
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -90,13 +91,12 @@ class Checkpoints:
         keep_latest: int,
         keep_every_steps: int,
         keep_best: str,
+        retries: int,
         log_every_steps: int,
         total_steps: int,
     ):
         save: list[Any] = [
-            # Listed, or a preemption notice would not lead to a save; the last step is saved whatever the interval.
-            _policy.PreemptionCheckpointingPolicy(),
-            _policy.SpecificStepsPolicy({total_steps}),
+            _policy.SpecificStepsPolicy({total_steps}),  # the last step is saved whatever the interval
         ]
         if every_steps:
             save.append(_policy.FixedIntervalPolicy(every_steps))
@@ -133,6 +133,9 @@ class Checkpoints:
         self._sealing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
         self._unsealed: int | None = None  # the step whose save is under way
         self._sealed: concurrent.futures.Future[None] | None = None
+        self._retries = retries
+        self._failures = 0  # in a row
+        self._retry_at: float | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -158,36 +161,67 @@ class Checkpoints:
         if self._sealed is not None and (wait or self._sealed.done()):
             self._sealed, sealed = None, self._sealed
             sealed.result()
+            self._failures = 0
 
     def latest_step(self) -> int | None:
         """The newest saved step, or None."""
         return self._manager.latest_step()
 
-    def save(
-        self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float], force: bool = False
-    ) -> None:
-        """Called after every update; saves where a policy says so or by `force`, in the background.
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Called after every update; saves where a policy says so, in the background.
 
         `metrics` are those of an evaluation after this very update, or empty. With `keep_best` each evaluated step is
-        saved, for the best is kept among what was evaluated. A failure of an earlier background save surfaces here, as
-        a `StorageFault`.
+        saved, for the best is kept among what was evaluated. A failure of an earlier background save surfaces here; it
+        is tried again after a while, in the end a `StorageFault`.
         """
+        try:
+            self._attempt(step, state, meta, metrics)
+        except StorageFault as fault:
+            self._count_failure(fault)
+
+    def save_and_wait(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Saves, and returns when all that was begun is on disk."""
+        while True:
+            try:
+                self._attempt(step, state, meta, metrics, force=True)
+                return self.wait()
+            except StorageFault as fault:
+                self._count_failure(fault)
+                time.sleep(max(0.0, (self._retry_at or 0.0) - time.monotonic()))
+
+    def _attempt(
+        self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float], force: bool = False
+    ) -> None:
         best = {name: value for name, value in metrics.items() if name == self._keep_best and math.isfinite(value)}
         with _naming_damage(self.directory):
             self._manager.check_for_errors()
             self._seal()
-            if not (force or best or self._manager.should_save(step)):
+            again = self._retry_at is not None and time.monotonic() >= self._retry_at
+            if not (force or best or again or self._manager.should_save(step)) or self.latest_step() == step:
                 return
             self._manager.wait_until_finished()  # as Orbax does; then the one before can be sealed
             self._seal()
             meta = {**meta, "digests": integrity.digests(state)}
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, metrics=best or None, force=True)
-            self._unsealed = step
+            self._unsealed, self._retry_at = step, None
 
-    def preempted(self, step: int) -> bool:
-        """Whether a preemption notice has reached this run; the save of this step has begun then."""
-        return self._manager.reached_preemption(step)
+    def _count_failure(self, fault: StorageFault) -> None:
+        """Plans another attempt; raises the fault when there were enough.
+
+        Of several processes one alone cannot: they save together, and begin anew together.
+        """
+        self._failures += 1
+        if jax.process_count() > 1 or self._failures > self._retries:
+            raise fault
+        delay = 4 ** (self._failures - 1)
+        self._retry_at, self._unsealed = time.monotonic() + delay, None
+        attempt = f"{self._failures} of {self._retries}"
+        logging.error("A SAVE FAILED: %s\nAnother attempt (%s) in %d s", fault, attempt, delay)
+        for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):  # its room is needed
+            with contextlib.suppress(OSError):
+                partial.rmtree()
+        self._manager.reload()
 
     def wait(self) -> None:
         """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
@@ -197,8 +231,10 @@ class Checkpoints:
 
     def restore(
         self, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str, default: ConfigDict
-    ) -> tuple[TrainState, int] | None:
-        """The newest good state and its step, laid out by `shardings` whatever mesh saved it; None before any save.
+    ) -> tuple[TrainState, int, dict[str, float] | None] | None:
+        """The newest good state, its step and the `unfinished` of its meta; None before any save.
+
+        The state is laid out by `shardings`, whatever mesh saved it.
 
         Damaged checkpoints go to quarantine, for all processes alike. Fields that `config` has and the checkpoint lacks
         count as `default` for it.
@@ -209,7 +245,8 @@ class Checkpoints:
         """
         while (step := self.latest_step()) is not None:
             try:
-                return self._restore_verified(step, abstract, shardings, config, fingerprint, default), step
+                state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint, default)
+                return state, step, meta.get("unfinished")
             except _Damaged as damage:
                 self._put_away(step, str(damage))
         reasons = self._seals.quarantined()
@@ -242,7 +279,7 @@ class Checkpoints:
         config: ConfigDict,
         fingerprint: str,
         default: ConfigDict,
-    ) -> TrainState:
+    ) -> tuple[TrainState, dict[str, Any]]:
         path = self.directory / str(step)
         sealed = _check_files(self._seals, step, path)
         with _telling_damage(path, sealed):
@@ -267,7 +304,7 @@ class Checkpoints:
         with _telling_damage(path, sealed):
             state = _restore(self._manager, step, abstract, shardings)
         _check_values(meta.get("digests", {}), state)
-        return state
+        return state, meta
 
 
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:

@@ -73,6 +73,8 @@ NOT_NEGATIVE = (
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
     "checkpoint.keep_every_steps",
+    "checkpoint.retries",
+    *(f"deadlines.{name}_secs" for name in ("start", "step", "data", "checkpoint", "evaluate", "peer")),
 )
 # Shares: in [0, 1) each.
 SHARES = (
@@ -106,6 +108,8 @@ FREE = (
     "eval",
     "pictures",
     "checkpoint",
+    "deadlines",
+    "trace",
 )
 
 

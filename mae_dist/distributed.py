@@ -2,6 +2,7 @@
 
 import contextlib
 import logging as python_logging
+import math
 import os
 import signal
 import sys
@@ -15,16 +16,35 @@ from absl import logging
 from mae_dist.errors import ConfigError
 
 
-def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+def initialize(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    *,
+    join_secs: float = 300,
+    heartbeat_secs: float = 100,
+) -> None:
     """Joins the processes of one run, before any device is touched.
 
     With explicit arguments they are used as given (all three are needed). Without, JAX looks whether this is a TPU
     pod, a Slurm or an Open MPI job; anything else is a run of one process.
+
+    Args:
+      coordinator_address: host:port of process 0.
+      num_processes: of the run.
+      process_id: which of them this one is.
+      join_secs: JAX aborts this process when not all have come by then.
+      heartbeat_secs: JAX aborts all processes when one has been silent for so long.
     """
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM: see `preemption`
+    secs: dict[str, Any] = {
+        "initialization_timeout": math.ceil(join_secs),
+        "heartbeat_timeout_seconds": math.ceil(heartbeat_secs),
+    }
     given = (coordinator_address, num_processes, process_id)
     if all(value is None for value in given):
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**secs)
         except ValueError as error:
             if "coordinator_address should be defined" not in str(error):  # JAX's word for "no cluster found"
                 raise ConfigError(
@@ -37,7 +57,7 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
         raise ConfigError(f"{flags}: give all three (the address is host:port of process 0), or none")
     if not 0 <= process_id < num_processes or not coordinator_address.rpartition(":")[2].isdigit():
         raise ConfigError(f"{flags}: the address is host:port, and process ids are 0 to num_processes - 1")
-    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    jax.distributed.initialize(coordinator_address, num_processes, process_id, **secs)
 
 
 @contextlib.contextmanager
@@ -58,39 +78,24 @@ def interrupted_between_steps() -> Iterator[Callable[[], None]]:
         if pending:
             raise KeyboardInterrupt
 
-    with _handling(signal.SIGINT, note):
+    if threading.current_thread() is not threading.main_thread():  # the only one that may say so and is interrupted
         yield stop
-
-
-@contextlib.contextmanager
-def noticing_preemption() -> Iterator[Callable[[], bool]]:
-    """Gives a function: whether this process, being the only one, was told to end by SIGTERM, which it then survives.
-
-    Of several processes JAX's own notifier tells all and agrees with them on a step; it keeps the signal.
-    """
-    noticed = []
-
-    def note(number: int, frame: Any) -> None:
-        del number, frame
-        if not noticed:
-            print("preempted: saving after this update", file=sys.stderr, flush=True)
-        noticed.append(True)
-
-    with _handling(signal.SIGTERM, note) if jax.process_count() == 1 else contextlib.nullcontext():
-        yield lambda: bool(noticed)
-
-
-@contextlib.contextmanager
-def _handling(number: signal.Signals, handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Has a signal handled so meanwhile; in the main thread, the only one that may say so and that is interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
         return
-    before = signal.signal(number, handler)
+    before = signal.signal(signal.SIGINT, note)
     try:
-        yield
+        yield stop
     finally:
-        signal.signal(number, before)
+        signal.signal(signal.SIGINT, before)
+
+
+def coordination() -> tuple[Any, str]:
+    """(client, host:port of process 0) of JAX's coordination service; (None, "") where nothing was joined.
+
+    There is no public way to it; `preemption` and `watch` need a place where processes leave word for each other.
+    """
+    from jax._src import distributed as internal
+
+    return internal.global_state.client, internal.global_state.coordinator_address or ""
 
 
 def is_primary() -> bool:

@@ -11,6 +11,8 @@ EXIT_DIVERGED = 4
 EXIT_STORAGE = 5
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells have it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
+EXIT_STALLED = 76  # no progress within a deadline; the same command continues
+EXIT_PEER_LOST = 77  # another process of the run is gone; the same command continues
 
 
 class UserError(ValueError):

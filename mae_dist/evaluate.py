@@ -1,6 +1,6 @@
 """One full pass over a split: every example exactly once, on any number of hosts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,17 +21,24 @@ def global_batches(
 
 
 def evaluate(
-    eval_step: Any, params: Any, batches: Iterable[dict[str, jax.Array]], prefix: str, class_names: Sequence[str]
+    eval_step: Any,
+    params: Any,
+    batches: Iterable[dict[str, jax.Array]],
+    prefix: str,
+    class_names: Sequence[str],
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Means over all examples of `batches`, each metric's name behind `prefix` (`val_`, `test_`).
 
     Totals and counts are merged on the device and fetched once. Accuracies per class become `<prefix>top1/<class>`,
-    NaN for a class without examples.
+    NaN for a class without examples. `after_batch` is called after each batch; by raising it ends the pass.
     """
     merged = None
     for batch in batches:
         part = eval_step(params, batch)
+        jax.block_until_ready(merged)  # no more than a batch ahead of the device: time is what it seems
         merged = part if merged is None else {name: merged[name].merge(part[name]) for name in part}
+        after_batch()
     assert merged is not None, "an empty split is refused when it is opened"
     result = {}
     for name, metric in jax.device_get(merged).items():

@@ -19,6 +19,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives (default ru
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_METADATA_SERVER = flags.DEFINE_string(
+    "metadata_server",
+    None,
+    "host[:port] to ask for preemption notices, '': none (default: $GCE_METADATA_HOST, or Google's on its machines).",
+)
+_SIMULATE_PREEMPTION = flags.DEFINE_integer(
+    "simulate_preemption_at_step", 0, "Be told after this update that the machine will go, to see what happens."
+)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -44,16 +52,41 @@ def main(argv: Sequence[str]) -> int:
     workdir_name = _WORKDIR.value or f"runs/{config.name}"
     use_cores(config, workdir_name)
 
+    from mae_dist import preemption, watch
+
+    notices = preemption.Notices(_SIMULATE_PREEMPTION.value)
+    with watch.Watch(**config.deadlines) as watching, notices.handling(_METADATA_SERVER.value):
+        import jax
+
+        from mae_dist import job, storage, train
+
+        join_processes(watching, notices)
+        try:
+            with notices.interrupting():
+                workdir = storage.absolute(workdir_name)
+                keep_compilations(workdir_name)
+                kind = jax.devices()[0].device_kind
+                logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), kind)
+                job.check_mesh(config, jax.device_count())  # before any data is fetched
+                built = job.build(config, jax.devices(), job.open_data(config))
+            return train.train(built, workdir, default_config(), watching, notices)
+        except preemption.Preempted:
+            logging.warning("Preempted before there was anything to save; the same command begins or continues.")
+            return errors.EXIT_PREEMPTED
+        except Exception as error:
+            if _came_from_jax(error):  # a broken connection, perhaps; who broke it is the news
+                watching.end_if_peers_are_gone()
+            raise
+
+
+def _came_from_jax(error: BaseException | None) -> bool:
     import jax
 
-    from mae_dist import job, storage, train
-
-    join_processes()
-    workdir = storage.absolute(workdir_name)
-    keep_compilations(workdir_name)
-    logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
-    job.check_mesh(config, jax.device_count())  # before any data is fetched
-    return train.train(job.build(config, jax.devices(), job.open_data(config)), workdir, default_config())
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def default_config() -> ConfigDict:
@@ -131,12 +164,26 @@ def keep_compilations(workdir: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def join_processes() -> None:
-    """Joins the processes of one command, as the flags or the cluster say, before any device is touched."""
+def join_processes(watching: Any = None, notices: Any = None) -> None:
+    """Joins the processes of one command, as the flags or the cluster say, before any device is touched.
+
+    A training's `Watch` and `Notices` join with it.
+    """
     from mae_dist import distributed
 
-    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    distributed.quiet_unless_primary()
+    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if watching is None:
+        distributed.initialize(*given)
+        distributed.quiet_unless_primary()
+    else:
+        import jax
+
+        watching.expect_peers()
+        distributed.initialize(*given, **watching.join_options())
+        client, address = distributed.coordination()
+        distributed.quiet_unless_primary()
+        watching.join(client, address, jax.process_index(), jax.process_count())
+        notices.join(client, jax.process_index(), jax.process_count())
 
 
 def required(flag: flags.FlagHolder[Any]) -> str:

@@ -106,6 +106,11 @@ class Recorder:
         with naming_faults(self._logdir):
             self._writer.write_scalars(step, record)
 
+    def withdraw(self) -> dict[str, float]:
+        """Takes back what was written since the last commit, as numbers."""
+        scalars, self._pending, self._pending_step = self._pending, {}, None
+        return {name: _number(name, value) for name, value in jax.device_get(scalars).items()}
+
     def close(self) -> None:
         """Waits until TensorBoard events are written; uncommitted scalars are dropped."""
         writer, self._writer = self._writer, None

@@ -192,7 +192,7 @@ def on_each_device(
       fn: takes `num_whole` arguments that are whole on every device, then one or more split over examples.
       mesh: data-parallel.
       num_whole: how many of the arguments are whole.
-      combine: `jax.lax.pmean` or `jax.lax.psum` over the devices; None leaves the results split over examples.
+      combine: (results, mesh axes) -> results of all, as `jax.lax.psum`; None leaves the results split over examples.
     """
     whole, split = PartitionSpec(), batch_sharding(mesh).spec
 

@@ -28,6 +28,20 @@ def _split_microbatches(batch: Any, accum_steps: int) -> Any:
     return jax.tree.map(split, batch)
 
 
+def _is_integer(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _reduce(x: jax.Array) -> jax.Array:
+    """A metric of examples (B,) to one of all: their mean, or the sum of integers."""
+    return x.sum(dtype=x.dtype) if _is_integer(x) else x.mean()
+
+
+def _combine(tree: Any, axes: Any) -> Any:
+    """What devices found for equally many examples each, together."""
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes) if _is_integer(x) else jax.lax.pmean(x, axes), tree)
+
+
 def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,
@@ -49,7 +63,7 @@ def make_train_step(
     def loss_fn(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         loss, metrics = task.loss({**trainable, **frozen}, batch, keys)
         metrics = {"loss": loss, **metrics}
-        return loss.mean(), {name: value.mean() for name, value in metrics.items()}
+        return loss.mean(), {name: _reduce(value) for name, value in metrics.items()}
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -63,11 +77,11 @@ def make_train_step(
         shapes = jax.eval_shape(grad_fn, trainable, frozen, *jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, micros)
-        return jax.tree.map(lambda x: x / accum_steps, total)
+        return jax.tree.map(lambda x: x if _is_integer(x) else x / accum_steps, total)
 
     compute = accumulated if accum_steps > 1 else grad_fn
     if sharding.is_data_parallel(mesh):
-        compute = sharding.on_each_device(compute, mesh, num_whole=2, combine=jax.lax.pmean)
+        compute = sharding.on_each_device(compute, mesh, num_whole=2, combine=_combine)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)

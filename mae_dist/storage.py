@@ -38,7 +38,7 @@ def write_text_atomically(path: epath.Path, text: str) -> None:
 
 def write_bytes_atomically(path: epath.Path, data: bytes) -> None:
     """Replaces a file so that a reader, or a crash at any moment, finds the old content or the new, never a part."""
-    if not _is_local(path):
+    if not is_local(path):
         path.write_bytes(data)  # an object appears whole or not at all
         return
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
@@ -107,10 +107,11 @@ class ObjectLines:
 
 
 def open_lines(path: epath.Path, text: str) -> Lines:
-    return FileLines(path) if _is_local(path) else ObjectLines(path, text)
+    return FileLines(path) if is_local(path) else ObjectLines(path, text)
 
 
-def _is_local(path: epath.Path) -> bool:
+def is_local(path: epath.Path) -> bool:
+    """Whether a path is on a disk, not in a bucket."""
     return "://" not in os.fspath(path)
 
 

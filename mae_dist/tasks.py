@@ -16,7 +16,7 @@ from clu import metrics as clu_metrics
 from flax import nnx, struct
 from ml_collections import ConfigDict
 
-from mae_dist import losses, patches
+from mae_dist import integrity, losses, patches
 from mae_dist.layers import Constrain, unconstrained
 from mae_dist.models import Classifier, MaskedAutoencoder
 
@@ -29,7 +29,8 @@ class Task:
     """Model, loss and metrics of one kind of training.
 
     init_params: key -> parameters.
-    loss: (params, batch, keys (B,)) -> (loss of each example (B,), further per-example metrics (B,)).
+    loss: (params, batch, keys (B,)) -> (loss of each example (B,), further per-example metrics (B,)); integers among
+      them are summed, modulo their size, where others are averaged.
     evaluate: (params, batch) -> clu metrics, to be merged over batches.
     frozen: top-level parameter groups that are not trained.
     features: (params, batch) -> pooled features (B, D) of the frozen encoder, where they can be cached.
@@ -128,7 +129,8 @@ def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
         ids_shuffle, kept = model.draw_ids_shuffle(keys)
         images = scale_pixels(batch["image"], mean, std)
         pred, true = model.removed_patches(images, ids_shuffle, kept, keys)  # (B, L - K, P)
-        return jnp.square(pred - target(true)).mean(axis=(1, 2)), {}
+        traced = {"trace": _trace(batch["image"], ids_shuffle)} if config.trace else {}
+        return jnp.square(pred - target(true)).mean(axis=(1, 2)), traced
 
     def fixed_keys(batch: Batch) -> jax.Array:
         """One mask per example of a split, the same at every evaluation and on any devices: keys (B,)."""
@@ -143,6 +145,11 @@ def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
         return make_pictures(config, *forward(params, batch, fixed_keys(batch)))
 
     return Task(name="pretrain", init_params=init, loss=loss, evaluate=evaluate, reconstruct=reconstruct)
+
+
+def _trace(images: jax.Array, ids_shuffle: jax.Array) -> jax.Array:
+    """What each example and its mask are, as one number: uint32 (B,)."""
+    return jax.vmap(lambda image, ids: integrity.checksum(image) ^ integrity.checksum(ids + 1))(images, ids_shuffle)
 
 
 def make_pictures(config: ConfigDict, pred: jax.Array, true: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

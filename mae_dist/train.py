@@ -15,17 +15,21 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, evaluate, flops, metrics, pictures
+from mae_dist import distributed, errors, evaluate, flops, goodput, metrics, pictures
 from mae_dist.checkpoint import Checkpoints
 from mae_dist.clu_without_tf import periodic_actions
 from mae_dist.data import ArrayDataset, Dataset, local_rows, to_global
+from mae_dist.goodput import Ledger
 from mae_dist.job import Data, Job
+from mae_dist.lock import sole_user
+from mae_dist.preemption import Notices, Preempted
 from mae_dist.state import TrainState
 from mae_dist.storage import naming_faults, write_text_atomically
+from mae_dist.watch import Watch
 
 
-def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
-    """Trains to `job.schedule.total_steps`, continuing from the newest checkpoint in `workdir`.
+def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, notices: Notices) -> int:
+    """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
 
     Returns:
       `errors.EXIT_DONE`, or `errors.EXIT_PREEMPTED` after a preemption notice, the state saved.
@@ -34,46 +38,49 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict) -> int:
       StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.
       DataFault: an example cannot be read.
       Diverged: `config.max_skipped_steps` updates in a row had a non-finite gradient.
+      Preempted: before there was anything to save.
     """
+    _warn_of_bad_records(job.data)
     total_steps = job.schedule.total_steps
-    for name, dataset in (("train", job.data.train), ("val", job.data.val), ("test", job.data.test)):
-        if dataset is not None and dataset.bad_records:
-            logging.warning(
-                "%s: left out %d undecodable records: %s",
-                name,
-                len(dataset.bad_records),
-                ", ".join(dataset.bad_records),
-            )
     with (
+        sole_user(workdir) if distributed.is_primary() else contextlib.nullcontext(),
         distributed.interrupted_between_steps() as stop_if_interrupted,
-        distributed.noticing_preemption() as told_to_end,
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
     ):
-        state, start = _restore_or_begin(job, checkpoints, default)
+        with watch.during("restore"), notices.interrupting():
+            state, start, unfinished = _restore_or_begin(job, checkpoints, default)
         logging.info("%s", job.overview())
         with _recorder(workdir, start) as recorder:
-            if start >= total_steps:
+            if start >= total_steps and unfinished is None:
                 return finish(job, workdir, start)
             _write_config(job, workdir)
-            run = _Run(job, workdir, recorder, state.params)
-            for step, batch in run.batches(start):
-                state, on_device = job.train_step(state, batch)
-                run.log(step, on_device)
-                run.evaluate(step, state)
-                run.draw(step, state)
-                recorder.commit(step)  # on disk before the checkpoint: a resumed run continues after this line
-                run.stop_if_diverged(step)
-                ending = told_to_end()  # asked once: what is told after the save is for the next update
-                with jax.transfer_guard("allow"):  # an accelerator's state is copied to the host
-                    checkpoints.save(step, state, job.meta, run.evaluated, force=ending)
-                stop_if_interrupted()
-                if ending or checkpoints.preempted(step):
-                    checkpoints.wait()
-                    logging.warning("Preempted: saved step %d; the same command continues from it.", step)
-                    return errors.EXIT_PREEMPTED
-        checkpoints.wait()
+            notices.check()
+            with _Run(job, workdir, recorder, state.params, watch, notices, start) as run:
+                if unfinished is not None and not run.conclude_again(start, state, unfinished):
+                    return run.preempted(start)
+                for step, batch in run.batches(start):
+                    state, on_device = run.update(step, state, batch)
+                    run.log(step, on_device)
+                    pending = run.conclude(step, state)
+                    run.stop_if_diverged(step)
+                    ending = pending is not None or notices.poll()
+                    run.save(checkpoints, step, state, pending, last=ending or step == total_steps)
+                    stop_if_interrupted()
+                    if (ending and step < total_steps) or pending is not None:
+                        return run.preempted(step)
+                if run.step < total_steps:  # told to end while it waited for a batch
+                    run.save(checkpoints, run.step, state, None, last=True)
+                    return run.preempted(run.step)
+                run.ended = "done"
     return finish(job, workdir, total_steps)
+
+
+def _warn_of_bad_records(data: Data) -> None:
+    for name, dataset in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if dataset is not None and dataset.bad_records:
+            names = ", ".join(dataset.bad_records)
+            logging.warning("%s: left out %d undecodable records: %s", name, len(dataset.bad_records), names)
 
 
 def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
@@ -93,15 +100,17 @@ def _shows_bar() -> bool:
     return sys.stderr.isatty() and distributed.is_primary()
 
 
-def _restore_or_begin(job: Job, checkpoints: Checkpoints, default: ConfigDict) -> tuple[TrainState, int]:
-    """The newest good checkpoint of the workdir, or a new state: (state, updates already done)."""
+def _restore_or_begin(
+    job: Job, checkpoints: Checkpoints, default: ConfigDict
+) -> tuple[TrainState, int, dict[str, float] | None]:
+    """The newest good checkpoint of the workdir, or a new state: (state, updates done, record left `unfinished`)."""
     began = time.monotonic()
     restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint, default)
     if restored is None:
-        return job.fresh_state(default), 0
-    state, step = restored
+        return job.fresh_state(default), 0, None
+    state, step, unfinished = restored
     logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
-    return state, step
+    return state, step, unfinished
 
 
 def _write_config(job: Job, workdir: epath.Path) -> None:
@@ -115,9 +124,23 @@ def _write_config(job: Job, workdir: epath.Path) -> None:
 class _Run:
     """What the loop does besides the update, each part deciding by itself whether it is due."""
 
-    def __init__(self, job: Job, workdir: epath.Path, recorder: metrics.Recorder, params: Any):
-        self.job, self.workdir, self.recorder = job, workdir, recorder
-        self.data = _with_features(job, params) if job.caches_features else job.data
+    def __init__(
+        self,
+        job: Job,
+        workdir: epath.Path,
+        recorder: metrics.Recorder,
+        params: Any,
+        watch: Watch,
+        notices: Notices,
+        start: int,
+    ):
+        self.job, self.workdir, self.recorder, self.watch, self.notices = job, workdir, recorder, watch, notices
+        self.step = watch.step = start
+        self.ended = "by a fault"  # unless told otherwise
+        began = time.time() - sum(watch.account().values())
+        self.ledger = Ledger(workdir, from_step=start, began=began, is_primary=distributed.is_primary())
+        with watch.during("evaluate"):
+            self.data = _with_features(job, params) if job.caches_features else job.data
         device = job.mesh.devices.flat[0]
         peak = flops.peak_flops(device.device_kind, job.config.model.dtype)
         self.throughput = metrics.Throughput(
@@ -130,7 +153,24 @@ class _Run:
         self.skipped_runs: list[jax.Array] = []  # of the updates since the last log step, still on the device
         self.longest_skipped_run = 0
         self.bar: Any = None
+        self._compiled = False
         self._waited = 0.0  # seconds for the batch of the current update
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.ledger.note(self.step, self.watch.account(), self.ended)
+        except errors.StorageFault:
+            if error is None:
+                raise
+
+    def preempted(self, step: int) -> int:
+        """The end after a notice, all saved."""
+        self.ended = "preempted"
+        logging.warning("Preempted: saved step %d; the same command continues from it.", step)
+        return errors.EXIT_PREEMPTED
 
     def batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """(number of the update, global batch) for every update after `start`, with a bar on a terminal."""
@@ -144,7 +184,12 @@ class _Run:
         ):
             for step in range(start + 1, total + 1):
                 began = time.monotonic()
-                host_batch = next(self.host_batches)
+                try:
+                    with self.watch.during("data"), self.notices.interrupting():
+                        host_batch = next(self.host_batches)
+                except Preempted:
+                    self.host_batches.abandon()
+                    return
                 self._waited = time.monotonic() - began
                 self.evaluated = {}
                 batch = to_global(host_batch, job.batch_sharding, job.config.global_batch_size, rows)
@@ -154,13 +199,54 @@ class _Run:
                 if not shown and distributed.is_primary():
                     progress(step)
 
+    def update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update, dispatched; (new state, metrics on the device)."""
+        with self.watch.during("step" if self._compiled else "compile"):
+            out = self.job.train_step(state, batch)
+        self._compiled = True
+        self.step = self.watch.step = step
+        self.notices.after_update(step)
+        return out
+
+    def save(
+        self, checkpoints: Checkpoints, step: int, state: TrainState, pending: dict[str, float] | None, last: bool
+    ) -> None:
+        """Saves if that is due; the `last` time whatever is due, and waits until it is on disk."""
+        meta = {**self.job.meta, "unfinished": pending}
+        with self.watch.during("checkpoint"), jax.transfer_guard("allow"):  # an accelerator's state is copied
+            (checkpoints.save_and_wait if last else checkpoints.save)(step, state, meta, self.evaluated)
+
+    def conclude(self, step: int, state: TrainState) -> dict[str, float] | None:
+        """Evaluates, draws and records what is due; on disk before the checkpoint, so a resumed run continues after it.
+
+        Returns:
+          None, or what is left to be recorded when a preemption notice cut the evaluation short.
+        """
+        with self.watch.during("evaluate"):
+            try:
+                self.evaluate(step, state)
+            except Preempted:
+                self.evaluated = {}
+                return self.recorder.withdraw()
+            self.draw(step, state)
+        self.recorder.commit(step)
+        return None
+
+    def conclude_again(self, step: int, state: TrainState, unfinished: dict[str, float]) -> bool:
+        """What a notice cut short before; whether it was done now."""
+        if unfinished:
+            self.recorder.write_scalars(step, unfinished)
+        return self.conclude(step, state) is None
+
     def log(self, step: int, on_device: dict[str, jax.Array]) -> None:
         """Fetches and records the metrics of this update when they are due, and waits for the device to do so."""
         self.throughput.observe(self._waited)
         self.skipped_runs.append(on_device["skipped_run"])
         if not config_lib.is_time(step, self.job.config.log_every_steps, self.job.schedule.total_steps):
             return
-        fetched, runs = jax.device_get((on_device, self.skipped_runs))
+        with self.watch.during("step"):
+            fetched, runs = jax.device_get((on_device, self.skipped_runs))
+        self.ledger.note(step, self.watch.account())
         self.longest_skipped_run, self.skipped_runs = int(max(runs)), []
         values = {name: value.item() for name, value in fetched.items()}
         bad_records = len(self.job.data.train.bad_records) + len(self.host_batches.bad_records)
@@ -180,22 +266,30 @@ class _Run:
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """The validation split when it is due, the test split after the last update."""
+        """The validation split when it is due, the test split after the last update; a notice ends it: `Preempted`."""
         total = self.job.schedule.total_steps
         due = config_lib.is_time(step, self.job.schedule.eval_every_steps, total)
         splits = {"val_": self.data.val if due else None}
         splits["test_"] = self.data.test if self.job.config.eval.test_at_end and step == total else None
         for prefix, dataset in splits.items():
             if dataset is not None:
-                self._evaluate_split(step, state, prefix, dataset)
+                self.evaluated |= self._evaluate_split(state, prefix, dataset)
+        if self.evaluated:
+            self.recorder.write_scalars(step, self.evaluated)
 
-    def _evaluate_split(self, step: int, state: TrainState, prefix: str, dataset: Dataset) -> None:
+    def _evaluate_split(self, state: TrainState, prefix: str, dataset: Dataset) -> dict[str, float]:
         job = self.job
+        # The best checkpoint is found by the metrics it is saved with: such an evaluation is finished.
+        stoppable = not job.config.checkpoint.keep_best
+
+        def after_batch() -> None:
+            self.watch.progress()
+            if stoppable and self.notices.poll():
+                raise Preempted
+
         with self._pause(state):
             batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size)
-            values = evaluate.evaluate(job.eval_step, state.params, batches, prefix, dataset.class_names)
-        self.recorder.write_scalars(step, values)
-        self.evaluated |= values
+            return evaluate.evaluate(job.eval_step, state.params, batches, prefix, dataset.class_names, after_batch)
 
     @contextlib.contextmanager
     def _pause(self, state: TrainState) -> Iterator[None]:
@@ -270,6 +364,7 @@ def finish(job: Job, workdir: epath.Path, step: int) -> int:
         "total_steps": job.schedule.total_steps,
         **{name: value for name, value in last.items() if name not in ("step", *timing)},
         "images_per_sec": statistics.median(rates) if rates else None,
+        "goodput": goodput.summarize(workdir),
         "environment": metrics.environment(),
     }
     metrics.write_summary(workdir, summary)

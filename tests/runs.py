@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,11 +42,7 @@ def run(env: dict[str, str], *args: str, module: str = "main") -> tuple[int, str
 
 def kill_at_step(process: subprocess.Popen[str], workdir: Path, step: int) -> None:
     """Sends SIGKILL as soon as metrics.jsonl shows `step`."""
-    deadline = time.monotonic() + 120
-    while last_step(workdir) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run does not advance"
-        time.sleep(0.01)
+    wait_for_step([process], workdir, step)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=20)  # ends when the output is closed: worker processes must not live on
     assert process.returncode == -signal.SIGKILL
@@ -100,3 +97,39 @@ def checkpoint_arrays(workdir: Path) -> Sequence[np.ndarray]:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restored = checkpointer.restore(path, restore_args=as_numpy)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_processes(env: dict[str, str], count: int, *args: str) -> list[subprocess.Popen[str]]:
+    """Starts the processes of one run, joined on this machine; one alone is not joined with anything."""
+    if count == 1:
+        return [start(env, *args)]
+    where = (f"--coordinator_address=127.0.0.1:{free_port()}", f"--num_processes={count}")
+    return [start(env, *args, *where, f"--process_id={index}") for index in range(count)]
+
+
+def end_of(processes: Sequence[subprocess.Popen[str]], timeout: float = 240) -> list[tuple[int, str]]:
+    """(exit code, output) of each; whatever still runs after `timeout` seconds, or at a fault here, is killed."""
+    deadline = time.monotonic() + timeout
+    try:
+        outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def wait_for_step(processes: Sequence[subprocess.Popen[str]], workdir: Path, step: int) -> None:
+    """Returns as soon as metrics.jsonl shows `step`; all processes must be alive till then."""
+    deadline = time.monotonic() + 120
+    while last_step(workdir) < step:
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run does not advance"
+        time.sleep(0.01)

@@ -18,7 +18,7 @@ from tests.runs import smoke_config
 # its own time: the complaint has no test of its own to be expected in.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 
-KEEP = {"every_steps": 1, "every_minutes": 0.0, "keep_latest": 2, "keep_every_steps": 0, "keep_best": ""}
+KEEP = {"every_steps": 1, "every_minutes": 0.0, "keep_latest": 2, "keep_every_steps": 0, "keep_best": "", "retries": 0}
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def restore(checkpoints, built):
         built.abstract_state, built.shardings, built.config, built.fingerprint, default.get_config()
     )
     assert restored is not None
-    state, step = restored
+    state, step, _ = restored
     assert step == checkpoints.latest_step()
     return state
 

@@ -15,8 +15,7 @@ import mae_dist
 from mae_dist import features, job, main
 from mae_dist.data import ArrayDataset
 from mae_dist.errors import ConfigError, DataFault, StorageFault
-from tests.runs import smoke_config, start
-from tests.test_multiprocess import free_port
+from tests.runs import free_port, smoke_config, start
 from tests.trained import in_memory, save
 
 # 102 examples to test: no multiple of a batch or a shard here.

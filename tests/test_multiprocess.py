@@ -1,11 +1,9 @@
 """Several real processes of one run on this machine, joined by jax.distributed."""
 
-import socket
-
 import numpy as np
 import pytest
 
-from tests.runs import records, run, start
+from tests.runs import end_of, records, run, start_processes
 
 ARGS = (
     "--config=configs/smoke.py",
@@ -18,20 +16,11 @@ ARGS = (
 )
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def run_processes(env, workdir, count, *args):
     """Runs `count` processes of one run to their end; their outputs."""
-    port = free_port()
-    where = (f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}")
-    processes = [start(env, *ARGS, *args, *where, f"--process_id={i}", f"--workdir={workdir}") for i in range(count)]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
+    ended = end_of(start_processes(env, count, *ARGS, *args, f"--workdir={workdir}"))
+    outputs = [output for _, output in ended]
+    assert [code for code, _ in ended] == [0] * count, "\n".join(outputs)
     return outputs
 
 

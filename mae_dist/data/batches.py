@@ -160,6 +160,12 @@ class Batches:
             self._iterator = None
             gc.collect()  # grain's iterators are in cycles, and complain if the interpreter's exit finds them alive
 
+    def abandon(self) -> None:
+        """Instead of `close` when the process is to end now: a worker that hangs is not waited for."""
+        self._iterator = None
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
     def __enter__(self) -> "Batches":
         return self
 

@@ -1,0 +1,131 @@
+"""The ledger of a run's time: goodput.jsonl, across restarts, and what share of it was progress.
+
+One JSON object per line, written from time to time while a process works and when it ends; of each start (`run`) the
+last line counts. What a killed process did after its last line is not in it.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from mae_dist.errors import StorageFault
+from mae_dist.storage import naming_faults, open_lines, read_text
+
+GOODPUT_FILE = "goodput.jsonl"
+_EVERY_SECS = 10.0
+
+
+class Ledger:
+    """The lines of one start.
+
+    Args:
+      workdir: the run's directory.
+      from_step: the update that this start continues from.
+      began: when this process started, seconds since 1970.
+      is_primary: whether this process writes.
+      clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        from_step: int,
+        began: float,
+        is_primary: bool,
+        clock: Callable[[], float] = time.time,
+    ):
+        self._path = workdir / GOODPUT_FILE
+        self._from_step, self._began = from_step, began
+        self._clock = clock
+        self._written = -_EVERY_SECS
+        self._is_primary = is_primary
+        if is_primary:
+            with naming_faults(self._path):
+                workdir.mkdir(parents=True, exist_ok=True)
+                text = read_text(self._path)
+                whole = text[: text.rfind("\n") + 1]  # a line cut short by a kill would spoil the next
+                self._run = len(_runs(whole)) + 1
+                if whole != text:
+                    self._path.write_text(whole)
+                self._lines = open_lines(self._path, whole)
+
+    def note(self, step: int, secs: Mapping[str, float], end: str = "") -> None:
+        """Where the time went until now, `secs` by phase; at most every ten seconds, but always at an `end`."""
+        now = self._clock()
+        if not self._is_primary or (not end and 0 <= now - self._written < _EVERY_SECS):
+            return
+        self._written = now
+        line = {
+            "run": self._run,
+            "began": round(self._began, 3),
+            "time": round(now, 3),
+            "from_step": self._from_step,
+            "step": step,
+            "end": end,
+            "secs": {name: round(value, 3) for name, value in secs.items()},
+        }
+        with naming_faults(self._path):
+            self._lines.append(json.dumps(line) + "\n")
+
+
+def summarize(workdir: epath.Path) -> dict[str, Any]:
+    """What became of the time since the run's first start; {} without a ledger.
+
+    Returns:
+      productive_share: of all time, what went into updates that counted.
+      runs: starts. steps_replayed: updates done again, for they had not been saved.
+      secs: by phase; of them `step` without what was `replayed`; `away`: between the end of one start and the next.
+    """
+    path = workdir / GOODPUT_FILE
+    with naming_faults(path):
+        runs = _runs(read_text(path))
+    if not runs:
+        return {}
+    secs: dict[str, float] = {}
+    for run in runs:
+        for name, value in run["secs"].items():
+            secs[name] = secs.get(name, 0.0) + value
+    replayed_steps, replayed_secs, away = 0, 0.0, 0.0
+    for run, following in itertools.pairwise(runs):
+        again = max(0, run["step"] - following["from_step"])
+        done = max(1, run["step"] - run["from_step"])
+        replayed_steps += again
+        replayed_secs += min(again / done, 1.0) * run["secs"].get("step", 0.0)
+        away += max(0.0, following["began"] - run["time"])  # a clock that was set back took no time
+    secs["step"] = secs.get("step", 0.0) - replayed_secs
+    secs |= {"replayed": replayed_secs, "away": away}
+    total = sum(secs.values())
+    return {
+        "productive_share": round(secs["step"] / total, 4) if total else 0.0,
+        "runs": len(runs),
+        "steps_replayed": replayed_steps,
+        "secs": {name: round(value, 1) for name, value in secs.items()},
+    }
+
+
+def _runs(text: str) -> list[dict[str, Any]]:
+    """The last line of each start, in order."""
+    last: dict[int, dict[str, Any]] = {}
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            last[int(record["run"])] = {
+                **{name: float(record[name]) for name in ("began", "time")},
+                **{name: int(record[name]) for name in ("from_step", "step")},
+                "secs": {str(name): float(value) for name, value in record["secs"].items()},
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number < len(lines):
+                raise StorageFault(
+                    f"{GOODPUT_FILE}, line {number} is no entry of the ledger: {line[:80]!r}. Something else wrote to "
+                    "it, or the disk damaged it: delete that line and start again."
+                ) from error
+    return [last[run] for run in sorted(last)]
