@@ -179,9 +179,10 @@ def join_processes(watching: Any = None, notices: Any = None) -> None:
         import jax
 
         watching.expect_peers()
-        distributed.initialize(*given, **watching.join_options())
-        client, address = distributed.coordination()
-        distributed.quiet_unless_primary()
+        with watching.during("join"):
+            distributed.initialize(*given, **watching.join_options())
+            client, address = distributed.coordination()
+            distributed.quiet_unless_primary()
         watching.join(client, address, jax.process_index(), jax.process_count())
         notices.join(client, jax.process_index(), jax.process_count())
 

@@ -27,6 +27,7 @@ _ENDED = "ended"
 # Phases by the deadline that holds for them: seconds without any progress.
 _DEADLINES = {
     "start": "start_secs",
+    "join": "start_secs",
     "restore": "start_secs",
     "compile": "start_secs",
     "data": "data_secs",
@@ -128,7 +129,10 @@ class Watch:
 
     def join_options(self) -> dict[str, float]:
         """For `distributed.initialize`: JAX's own time-outs come after this watch's, which says more."""
-        return {"join_secs": self._start_secs or 86_400, "heartbeat_secs": max(100.0, 3 * self._peer_secs)}
+        return {
+            "join_secs": self._start_secs + 60 if self._start_secs else 86_400,
+            "heartbeat_secs": max(100.0, 3 * self._peer_secs),
+        }
 
     def expect_peers(self) -> None:
         """Before the processes join: JAX aborts a process whose coordinator is gone, which becomes an exit code."""
@@ -200,6 +204,8 @@ class Watch:
             last = now
             name, limit = self._limits[self.phase]
             if limit and now - self._progress > limit:
+                if self.phase == "join":
+                    self._end(EXIT_PEER_LOST, self._never_came())
                 self._end(
                     EXIT_STALLED,
                     f"stalled: no progress in phase {self.phase!r} after update {self.step} for {limit:g} s "
@@ -208,6 +214,9 @@ class Watch:
             silent = self._silent(self._peer_secs) if self._peer_secs else ""
             if silent:
                 self._end(EXIT_PEER_LOST, f"lost {silent}: no sign of life for {self._peer_secs:g} s")
+
+    def _never_came(self) -> str:
+        return f"not all processes came within {self._start_secs:g} s (deadlines.start_secs)"
 
     def _end(self, code: int, message: str) -> NoReturn:
         if not self._reporting.acquire(blocking=False):
@@ -232,7 +241,7 @@ class Watch:
     def _on_abort(self, c_library: Any) -> None:
         """In whatever thread aborts. Only the end of another process gets its own code; anything else is a bug."""
         if not self._peers:
-            message = f"not all processes came within {self._start_secs:g} s (deadlines.start_secs)"
+            message = self._never_came()
         elif self._index and not _answers(self._address):
             message = "lost process 0, which coordinates the others"
         else:

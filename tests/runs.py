@@ -29,7 +29,7 @@ def start(env: dict[str, str], *args: str, module: str = "main", file_limit_kib:
     """Starts `python -m mae_dist.<module>` in the clone, output captured; with a limit to a file's size if given."""
     command = [sys.executable, "-m", f"mae_dist.{module}", *args]
     if file_limit_kib:  # writing beyond it fails, as on a full disk; by default it would kill instead
-        command = ["bash", "-c", f"trap '' XFSZ; ulimit -f {file_limit_kib}; exec \"$@\"", "bash", *command]
+        command = ["bash", "-c", f"trap '' XFSZ; ulimit -S -f {file_limit_kib}; exec \"$@\"", "bash", *command]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -172,7 +173,7 @@ def test_full_disk_ends_with_its_code_and_harms_nothing(begun, child_env, tmp_pa
     # The files of the compilation cache would be too large as well: it is read only.
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
     every_steps = "--config.checkpoint.every_steps=" + ("5" if named == "checkpoints" else "1000")
-    limited = start(env, *args, every_steps, file_limit_kib=limit_kib)
+    limited = start(env, *args, every_steps, "--config.checkpoint.retries=0", file_limit_kib=limit_kib)
     output, _ = limited.communicate(timeout=240)
     assert limited.returncode == 5, output
     assert f"error: {'checkpoint' if named == 'checkpoints' else 'cannot'}" in output
@@ -180,6 +181,35 @@ def test_full_disk_ends_with_its_code_and_harms_nothing(begun, child_env, tmp_pa
     code, output = run(child_env(), *args)
     assert code == 0, output
     assert [record["step"] for record in records(workdir)] == list(range(1, 41))
+
+
+def test_failed_save_is_tried_again(child_env, tmp_path):
+    """The disk is full for a while, within a background save: it is told, and nothing is lost in the end."""
+    workdir = tmp_path / "run"
+    env = child_env()
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+    args = ("--config.total_steps=20000", "--config.checkpoint.every_steps=20", "--config.eval.every_epochs=0")
+    args += ("--config.pictures.every_epochs=0", "--config.pictures.every_steps=0", "--config.eval.every_steps=0")
+    process = start(env, "--config=configs/smoke.py", *args, f"--workdir={workdir}", file_limit_kib=40)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "A SAVE FAILED" in line:
+            break
+    assert process.poll() is None, "".join(lines)
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)  # somebody made room
+    deadline = time.monotonic() + 60
+    while not (list(workdir.glob("seals/*.json")) and last_step(workdir) > 200):
+        assert time.monotonic() < deadline, "no save succeeded"
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+    code, output = run(child_env(), "verify", str(workdir), module="checkpoint")
+    assert code == 0, output
 
 
 def test_data_fault_has_its_own_code(child_env, tmp_path):

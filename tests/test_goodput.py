@@ -1,0 +1,76 @@
+"""The ledger: where the time of a run went, over kills and restarts."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mae_dist.errors import StorageFault
+from mae_dist.goodput import GOODPUT_FILE, Ledger, summarize
+
+
+def start(workdir, from_step, began, now):
+    """A ledger whose clock is `now[0]`."""
+    return Ledger(workdir, from_step=from_step, began=began, is_primary=True, clock=lambda: now[0])
+
+
+def test_killed_and_continued(workdir):
+    """10 s of start, 80 s for 80 updates; killed after update 80, saved at 60; 30 s away; then 40 to the end."""
+    now = [100.0]
+    first = start(workdir, 0, 0.0, now)
+    first.note(40, {"start": 10.0, "step": 40.0})
+    now[0] = 190.0
+    first.note(80, {"start": 10.0, "step": 80.0})
+    now[0] = 230.0
+    second = start(workdir, 60, 220.0, now)
+    now[0] = 280.0
+    second.note(100, {"start": 10.0, "step": 40.0}, "done")
+    assert summarize(workdir) == {
+        "productive_share": round(100 / 170, 4),
+        "runs": 2,
+        "steps_replayed": 20,
+        "secs": {"start": 20.0, "step": 100.0, "replayed": 20.0, "away": 30.0},
+    }
+
+
+def test_notes_are_rare_but_for_the_end(workdir):
+    """A line every ten seconds at most; the end is always one."""
+    now = [0.0]
+    ledger = start(workdir, 0, 0.0, now)
+    for now[0] in (0.0, 1.0, 9.9, 10.0, 15.0):
+        ledger.note(1, {"step": 1.0})
+    ledger.note(2, {"step": 1.0}, "preempted")
+    lines = [json.loads(line) for line in (workdir / GOODPUT_FILE).read_text().splitlines()]
+    assert [(line["time"], line["end"]) for line in lines] == [(0.0, ""), (10.0, ""), (15.0, "preempted")]
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=6))
+def test_clocks_may_jump(tmp_path_factory, starts):
+    """Whatever the clock of a start says, no share leaves 0..1 and no time is negative."""
+    workdir = tmp_path_factory.mktemp("ledger")
+    for clock, from_step, done in starts:
+        start(workdir, from_step, clock, [clock]).note(from_step + done, {"start": 1.0, "step": 2.0}, "end")
+    found = summarize(workdir)
+    assert found["runs"] == len(starts)
+    assert 0 <= found["productive_share"] <= 1
+    assert all(value >= 0 for value in found["secs"].values())
+
+
+def test_a_line_cut_short_is_dropped(workdir):
+    """A kill in the middle of a line costs that line; damage elsewhere is told."""
+    start(workdir, 0, 0.0, [5.0]).note(3, {"step": 5.0}, "killed")
+    path = workdir / GOODPUT_FILE
+    path.write_text(path.read_text() + '{"run": 1, "beg')
+    assert summarize(workdir)["runs"] == 1
+    start(workdir, 3, 6.0, [9.0]).note(4, {"step": 1.0}, "done")
+    assert summarize(workdir)["runs"] == 2
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(StorageFault, match="line 1 is no entry"):
+        summarize(workdir)
+
+
+def test_without_a_ledger(workdir):
+    """An older run has none; other processes than the first write none."""
+    Ledger(workdir, from_step=0, began=0.0, is_primary=False).note(1, {"step": 1.0}, "done")
+    assert summarize(workdir) == {}

@@ -1,0 +1,78 @@
+"""Phases and deadlines. Ends of processes by it: tests/test_preemption.py."""
+
+import subprocess
+import sys
+import time
+
+from mae_dist.errors import EXIT_PEER_LOST, EXIT_STALLED
+from mae_dist.watch import Watch
+from tests.runs import free_port, start_processes
+from tests.test_preemption import LONG
+
+NONE = dict.fromkeys((f"{name}_secs" for name in ("start", "step", "data", "checkpoint", "evaluate", "peer")), 0.0)
+
+
+def test_time_is_accounted_once():
+    """An inner phase's time is not the outer's; the sum is all of it."""
+    now = [0.0]
+    watch = Watch(**NONE, clock=lambda: now[0])
+    now[0] = 3.0
+    with watch.during("evaluate"):
+        now[0] = 5.0
+        with watch.during("data"):
+            now[0] = 9.0
+        now[0] = 10.0
+    now[0] = 11.0
+    found = {name: secs for name, secs in watch.account().items() if secs}
+    assert found == {"start": 4.0, "evaluate": 3.0, "data": 4.0}
+    assert watch.phase == "start"
+
+
+def run_python(code):
+    """(exit code, output, seconds) of Python code with the watch at hand."""
+    began = time.monotonic()
+    prelude = f"import time, os, signal\nfrom mae_dist.watch import Watch\nNONE = {NONE}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - began
+
+
+def test_deadline_ends_the_process():
+    """A phase without progress, and only then: with progress it may take longer."""
+    code, output, secs = run_python(
+        "with Watch(**NONE | {'evaluate_secs': 1}) as watch, watch.during('evaluate'):\n"
+        "    for _ in range(6): time.sleep(.4); watch.progress()\n"
+        "    print('moved', flush=True)\n"
+        "    time.sleep(50)\n"
+    )
+    assert code == EXIT_STALLED, output
+    assert "moved" in output
+    assert "phase 'evaluate' after update 0 for 1 s (deadlines.evaluate_secs)" in output
+    assert 'File "<string>"' in output, "no stacks"
+    assert secs < 30
+
+
+def test_a_stopped_process_has_not_stalled():
+    """Ctrl-Z and fg: no time has passed for what was stopped."""
+    code, output, _ = run_python(
+        "import subprocess\n"
+        "with Watch(**NONE | {'step_secs': 6}) as watch, watch.during('step'):\n"
+        "    pid = os.getpid()\n"
+        "    subprocess.Popen(['sh', '-c', f'sleep 1; kill -STOP {pid}; sleep 9; kill -CONT {pid}'])\n"
+        "    time.sleep(1.5)\n"
+        "    time.sleep(1.5)\n"
+        "    print('went on', flush=True)\n"
+    )
+    assert code == 0, output
+    assert "went on" in output
+
+
+def test_a_process_that_never_comes(child_env, tmp_path):
+    """The others end in time, and say so."""
+    args = (*LONG, "--config.deadlines.start_secs=8", f"--workdir={tmp_path / 'run'}")
+    where = (f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=0")
+    [process] = start_processes(child_env(), 1, *args, *where)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_PEER_LOST, output
+    assert "not all processes came within 8 s" in output
