@@ -1,0 +1,162 @@
+"""A small Google Cloud behind a `gcloud` that tests put first in PATH: every call is recorded, the answers are scripted.
+
+`Cloud(directory)` makes the executable; `cloud.play(…)` says what is to happen; `cloud.calls()` says what did.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Without what the environment would add to Python's start: a launcher calls gcloud a dozen times.
+EXECUTABLE = """#!{python} -IS
+import runpy, sys
+sys.exit(runpy.run_path({module!r})["gcloud"]({directory!r}, sys.argv[1:]))
+"""
+
+
+class Cloud:
+    """The scripted cloud whose `gcloud` lies in `directory`."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+        executable = directory / "gcloud"
+        executable.write_text(EXECUTABLE.format(python=sys.executable, module=__file__, directory=str(directory)))
+        executable.chmod(0o755)
+        self.play()
+
+    def play(self, ssh: list[Any] | None = None, **script: Any) -> None:
+        """Replaces the script. Of every list one item is taken by each call, the last again and again.
+
+        Args:
+          ssh: what the remote command does: exit codes the workers print, or a dict with `codes`, and
+            `lines` (printed before), `connection` (ssh's own exit code), `state` (the resource's, afterwards; a list:
+            one at each look; None: gone), `secs` (how long it takes), `run` (a home directory: the command is run for
+            real there).
+          script: `state` (None: no resource yet), `states` (a list of lists: each creation's or start's states),
+            `create`, `start`, `delete`, `upload` (lists of error texts, "" for success), `probe` (ssh's exit codes for
+            the command `true`), `describe` (errors), `reason` (of a FAILED state), `settings` (of `gcloud config`).
+        """
+        defaults: dict[str, Any] = {"states": [["WAITING_FOR_RESOURCES", "ACTIVE"]], "state": None}
+        script = defaults | script | {"ssh": [0] if ssh is None else ssh}
+        script["current"] = _states(script["state"])
+        (self.directory / "script.json").write_text(json.dumps(script))
+        (self.directory / "calls.jsonl").write_text("")
+
+    def calls(self) -> list[list[str]]:
+        """The arguments of every call so far, in order."""
+        return [json.loads(line) for line in (self.directory / "calls.jsonl").read_text().splitlines()]
+
+    def verbs(self) -> list[str]:
+        """What was done, in a word each; looks at the state and `ssh true` left out."""
+        verbs = [verb_of(call) for call in self.calls()]
+        return [verb for verb in verbs if verb not in ("describe", "probe", "reason", "config")]
+
+    def commands(self) -> list[str]:
+        """What was run on the workers."""
+        return [option(call, "--command") for call in self.calls() if verb_of(call) == "ssh"]
+
+
+def option(call: list[str], name: str) -> str:
+    """The value of an option of a call; "" without it."""
+    return next((part.removeprefix(f"{name}=") for part in call if part.startswith(f"{name}=")), "")
+
+
+def verb_of(call: list[str]) -> str:
+    if call[0] == "config":
+        return "config"
+    if call[:2] == ["storage", "cp"]:
+        return "upload" if call[2] == "-" else "download"
+    if "ssh" in call:
+        return "probe" if option(call, "--command") == "true" else "ssh"
+    verb = call[call.index("queued-resources" if "tpus" in call else "instances") + 1]
+    return "reason" if verb == "describe" and "failedData" in option(call, "--format") else verb
+
+
+@contextmanager
+def _script(directory: str) -> Iterator[dict[str, Any]]:
+    """The script, for one call at a time: several nodes are reached at once."""
+    with open(os.path.join(directory, "script.json"), "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        script = json.load(file)
+        yield script
+        file.seek(0)
+        json.dump(script, file)
+        file.truncate()
+
+
+def _next(script: dict[str, Any], name: str, default: Any) -> Any:
+    items = script.get(name) or [default]
+    return items.pop(0) if len(items) > 1 else items[0]
+
+
+def _states(state: Any) -> list[str] | None:
+    return state if state is None or isinstance(state, list) else [state]
+
+
+def _refuse(text: str) -> int:
+    sys.stderr.write(f"ERROR: (gcloud) {text}\n")
+    return 1
+
+
+def gcloud(directory: str, call: list[str]) -> int:
+    """One call of gcloud; returns its exit code."""
+    verb = verb_of(call)
+    data = sys.stdin.buffer.read() if verb == "upload" else b""
+    with _script(directory) as script:
+        with open(os.path.join(directory, "calls.jsonl"), "a") as calls:
+            calls.write(json.dumps(call) + "\n")
+        if verb == "config":
+            print(script.get("settings", {}).get(call[2], ""))
+            return 0
+        if verb == "probe":
+            return _next(script, "probe", 0)
+        if verb == "reason":
+            print(script.get("reason", ""))
+            return 0
+        if verb == "describe":
+            error = _next(script, "describe", "")
+            if error:
+                return _refuse(error)
+            if script["current"] is None:
+                return _refuse("NOT_FOUND: Resource 'projects/p/…' was not found")
+            print(_next(script, "current", None))
+            return 0
+        if verb == "ssh":
+            reply = _next(script, "ssh", 0)
+            reply = reply if isinstance(reply, dict) else {"codes": reply if isinstance(reply, list) else [reply]}
+            if "state" in reply:
+                script["current"] = _states(reply["state"])
+        else:
+            refusal = _next(script, verb, "")
+            if refusal:
+                return _refuse(refusal)
+            if verb in ("create", "start"):
+                script["current"] = _next(script, "states", None)
+            if verb == "delete":
+                script["current"] = None
+    if verb == "upload":
+        Path(directory, "archive.tar.gz").write_bytes(data)
+    if verb == "download":
+        sys.stdout.buffer.write(Path(directory, "archive.tar.gz").read_bytes())
+    if verb == "ssh":
+        return _ssh(reply, option(call, "--command"))
+    return 0
+
+
+def _ssh(reply: dict[str, Any], command: str) -> int:
+    if "run" in reply:
+        return subprocess.run(["bash", "-c", command], cwd=reply["run"], check=False).returncode
+    for line in reply.get("lines", []):
+        print(line, flush=True)
+    time.sleep(reply.get("secs", 0))
+    for worker, code in enumerate(reply.get("codes", [])):
+        print(f"\nmae_dist exit code: {code} on worker-{worker}")
+    return reply.get("connection", 0)
