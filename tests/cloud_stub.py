@@ -1,23 +1,27 @@
 """A small Google Cloud behind a `gcloud` that tests put first in PATH: every call is recorded, the answers are scripted.
 
 `Cloud(directory)` makes the executable; `cloud.play(…)` says what is to happen; `cloud.calls()` says what did.
+A launcher calls gcloud a dozen times and a test is mostly such calls, so only what starts fast is imported.
 """
+
+from __future__ import annotations
 
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-# Without what the environment would add to Python's start: a launcher calls gcloud a dozen times.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
 EXECUTABLE = """#!{python} -IS
-import runpy, sys
-sys.exit(runpy.run_path({module!r})["gcloud"]({directory!r}, sys.argv[1:]))
+import sys
+sys.path.insert(0, {tests!r})
+from cloud_stub import gcloud
+sys.exit(gcloud({directory!r}, sys.argv[1:]))
 """
 
 
@@ -28,7 +32,8 @@ class Cloud:
         self.directory = directory
         directory.mkdir(exist_ok=True)
         executable = directory / "gcloud"
-        executable.write_text(EXECUTABLE.format(python=sys.executable, module=__file__, directory=str(directory)))
+        tests = os.path.dirname(os.path.abspath(__file__))
+        executable.write_text(EXECUTABLE.format(python=sys.executable, tests=tests, directory=str(directory)))
         executable.chmod(0o755)
         self.play()
 
@@ -80,18 +85,6 @@ def verb_of(call: list[str]) -> str:
     return "reason" if verb == "describe" and "failedData" in option(call, "--format") else verb
 
 
-@contextmanager
-def _script(directory: str) -> Iterator[dict[str, Any]]:
-    """The script, for one call at a time: several nodes are reached at once."""
-    with open(os.path.join(directory, "script.json"), "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        script = json.load(file)
-        yield script
-        file.seek(0)
-        json.dump(script, file)
-        file.truncate()
-
-
 def _next(script: dict[str, Any], name: str, default: Any) -> Any:
     items = script.get(name) or [default]
     return items.pop(0) if len(items) > 1 else items[0]
@@ -101,59 +94,61 @@ def _states(state: Any) -> list[str] | None:
     return state if state is None or isinstance(state, list) else [state]
 
 
-def _refuse(text: str) -> int:
-    sys.stderr.write(f"ERROR: (gcloud) {text}\n")
-    return 1
-
-
 def gcloud(directory: str, call: list[str]) -> int:
     """One call of gcloud; returns its exit code."""
     verb = verb_of(call)
-    data = sys.stdin.buffer.read() if verb == "upload" else b""
-    with _script(directory) as script:
+    archive = os.path.join(directory, "archive.tar.gz")
+    if verb == "upload":
+        with open(archive, "wb") as file:
+            file.write(sys.stdin.buffer.read())
+    with open(os.path.join(directory, "script.json"), "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # several slices are reached at once
+        script = json.load(file)
         with open(os.path.join(directory, "calls.jsonl"), "a") as calls:
             calls.write(json.dumps(call) + "\n")
-        if verb == "config":
-            print(script.get("settings", {}).get(call[2], ""))
-            return 0
-        if verb == "probe":
-            return _next(script, "probe", 0)
-        if verb == "reason":
-            print(script.get("reason", ""))
-            return 0
-        if verb == "describe":
-            error = _next(script, "describe", "")
-            if error:
-                return _refuse(error)
-            if script["current"] is None:
-                return _refuse("NOT_FOUND: Resource 'projects/p/…' was not found")
-            print(_next(script, "current", None))
-            return 0
-        if verb == "ssh":
-            reply = _next(script, "ssh", 0)
-            reply = reply if isinstance(reply, dict) else {"codes": reply if isinstance(reply, list) else [reply]}
-            if "state" in reply:
-                script["current"] = _states(reply["state"])
-        else:
-            refusal = _next(script, verb, "")
-            if refusal:
-                return _refuse(refusal)
-            if verb in ("create", "start"):
-                script["current"] = _next(script, "states", None)
-            if verb == "delete":
-                script["current"] = None
-    if verb == "upload":
-        Path(directory, "archive.tar.gz").write_bytes(data)
+        reply = _reply(script, verb, call)
+        file.seek(0)
+        json.dump(script, file)
+        file.truncate()
     if verb == "download":
-        sys.stdout.buffer.write(Path(directory, "archive.tar.gz").read_bytes())
+        with open(archive, "rb") as packed:
+            sys.stdout.buffer.write(packed.read())
+    return _ssh(reply, option(call, "--command")) if isinstance(reply, dict) else reply
+
+
+def _reply(script: dict[str, Any], verb: str, call: list[str]) -> Any:
+    """Does to the scripted cloud what the call asks; its exit code, or what a worker is to do."""
     if verb == "ssh":
-        return _ssh(reply, option(call, "--command"))
+        reply = _next(script, "ssh", 0)
+        reply = reply if isinstance(reply, dict) else {"codes": reply if isinstance(reply, list) else [reply]}
+        if "state" in reply:
+            script["current"] = _states(reply["state"])
+        return reply
+    if verb == "probe":
+        return _next(script, "probe", 0)
+    error = _next(script, verb, "") if verb not in ("config", "reason") else ""
+    if verb == "describe" and not error and script["current"] is None:
+        error = "NOT_FOUND: Resource 'projects/p/…' was not found"
+    if error:
+        sys.stderr.write(f"ERROR: (gcloud) {error}\n")
+        return 1
+    if verb in ("create", "start"):
+        script["current"] = _next(script, "states", None)
+    elif verb == "delete":
+        script["current"] = None
+    elif verb == "describe":
+        print(_next(script, "current", None))
+    elif verb == "reason":
+        print(script.get("reason", ""))
+    elif verb == "config":
+        print(script.get("settings", {}).get(call[2], ""))
     return 0
 
 
 def _ssh(reply: dict[str, Any], command: str) -> int:
     if "run" in reply:
-        return subprocess.run(["bash", "-c", command], cwd=reply["run"], check=False).returncode
+        os.chdir(reply["run"])
+        os.execvp("bash", ["bash", "-c", command])
     for line in reply.get("lines", []):
         print(line, flush=True)
     time.sleep(reply.get("secs", 0))

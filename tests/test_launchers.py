@@ -1,24 +1,20 @@
 """The launchers, each run for real against a cloud, a Slurm or a machine that is played by `tests/cloud_stub.py`."""
 
-import ast
 import os
 import re
 import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tarfile
 import time
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mae_dist import errors
-from tests.cloud_stub import Cloud, option, verb_of
+from tests.cloud_stub import Cloud, verb_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_FILES = sorted(
@@ -28,7 +24,10 @@ SHELL_FILES = sorted(
 )
 GCP_SCRIPTS = ["launch/gcp_tpu.sh", "launch/gcp_gpu.sh", "launch/gcp_cpu.sh"]
 # On PATH besides the stubs: nothing here may find a real gcloud.
-TOOLS = "bash basename cat cut dirname env grep gzip head mkdir mktemp ps rm sed sh sleep tar tr".split()
+TOOLS = (
+    *("bash", "basename", "cat", "cut", "dirname", "env", "grep", "gzip", "head", "mkdir", "mktemp", "ps", "rm"),
+    *("sed", "sh", "sleep", "tar", "tr"),
+)
 STOPPING = (errors.EXIT_CONFIG, errors.EXIT_DATA, errors.EXIT_DIVERGED, errors.EXIT_STORAGE)
 CONTINUING = (75, 76, 77)  # preempted, stalled, a peer lost
 WHERE = ("--project=p", "--zone=us-west4-a", "--poll_secs=0")
@@ -53,12 +52,13 @@ def cloud(binaries: Path) -> Cloud:
 
 
 @pytest.fixture
-def start(tmp_path: Path, binaries: Path) -> Callable[..., subprocess.Popen[str]]:
+def start(tmp_path: Path, binaries: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`start(script, *arguments, **environment)`: in a process group of its own, as from a terminal."""
+    started: list[subprocess.Popen[str]] = []
 
     def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         env = {"PATH": str(binaries), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)} | environment
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", str(ROOT / script), *arguments],
             env=env,
             cwd=tmp_path,
@@ -68,8 +68,14 @@ def start(tmp_path: Path, binaries: Path) -> Callable[..., subprocess.Popen[str]
             text=True,
             start_new_session=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.fixture
@@ -385,7 +391,7 @@ def test_accelerators_have_their_runtimes(cloud: Cloud, run):
 
 
 def test_project_and_zone_of_gcloud_and_of_the_environment(cloud: Cloud, run):
-    cloud.play(settings={"core/project": "mine", "compute/zone": "here-b"})
+    cloud.play(state="RUNNING", settings={"core/project": "mine", "compute/zone": "here-b"})
     code, printed = run("launch/gcp_cpu.sh", "status", "--name=x")
     assert code == 0, printed
     assert {"--project=mine", "--zone=here-b"} <= set(cloud.calls()[-1])
@@ -465,28 +471,26 @@ def test_worker_ends_the_trainer_of_a_lost_connection(cloud: Cloud, run, binarie
         "while :; do sleep 0.05; done >/dev/null 2>&1\n",
     )
     (machine / "mae_dist_code").mkdir()
-    first = subprocess.Popen(
+    with subprocess.Popen(
         [binaries / "bash", binaries / "sleep_or_end", "mae_dist.main"],
         cwd=machine / "mae_dist_code",
         env={"PATH": str(binaries)},
         stdout=subprocess.PIPE,
-    )
-    assert first.stdout is not None
-    first.stdout.readline()
-    (machine / "mae_dist_code/trainer.pid").write_text(f"{first.pid}\n")
-    cloud.play([{"run": str(machine)}])
-    reaped = [0]
-
-    code, printed = run("launch/gcp_cpu.sh", *WORKDIR, *WHERE, *TRAINER)
-    del reaped
+    ) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        (machine / "mae_dist_code/trainer.pid").write_text(f"{first.pid}\n")
+        cloud.play([{"run": str(machine)}], state="RUNNING")
+        code, printed = run("launch/gcp_cpu.sh", *WORKDIR, *WHERE, *TRAINER)
+        first.kill()
     assert code == 0, printed
-    assert first.wait(timeout=10) == 75
+    assert first.returncode == 75
     assert f"ending the trainer of an earlier connection (process {first.pid})" in printed
 
 
 def test_worker_reports_an_install_that_fails(cloud: Cloud, run, binaries: Path, machine: Path):
     _executable(binaries / "python3.12", "#!/bin/bash\n[[ $2 != venv ]]\n")
-    cloud.play([{"run": str(machine)}])
+    cloud.play([{"run": str(machine)}], state="RUNNING")
     code, printed = run("launch/gcp_cpu.sh", *WORKDIR, *WHERE, "--max_restarts=0", *TRAINER)
     assert code == 1
     assert "mae_dist exit code: 1 on" in printed
@@ -499,7 +503,7 @@ def test_worker_brings_a_python_that_is_new_enough(cloud: Cloud, run, binaries: 
         echo "$*" >>{tmp_path}/old
         case "$*" in *"uv python find"*) echo {tmp_path}/python3.12 ;; *version_info*) exit 1 ;; esac"""
     _executable(binaries / "python3", old)
-    cloud.play([{"run": str(machine)}], states=[["RUNNING"]])
+    cloud.play([{"run": str(machine)}], state="RUNNING")
     code, printed = run("launch/gcp_gpu.sh", *WORKDIR, *WHERE, *TRAINER)
     assert code == 0, printed
     assert "-m pip install --quiet --user uv\n-m uv python install --quiet 3.12\n" in (tmp_path / "old").read_text()
@@ -510,7 +514,7 @@ def test_worker_brings_a_python_that_is_new_enough(cloud: Cloud, run, binaries: 
     says = '[[ "$*" == *version_info?:2* ]] && echo 3.12\n'
     _executable(binaries / "python3.12", fails + says + PYTHON_STUB.removeprefix("#!/bin/bash\n"))
     _executable(binaries / "sudo", '#!/bin/bash\necho "sudo $*"\ntouch ~/installed\n')
-    cloud.play([{"run": str(machine)}], states=[["RUNNING"]])
+    cloud.play([{"run": str(machine)}], state="RUNNING")
     code, printed = run("launch/gcp_cpu.sh", *WORKDIR, *WHERE, *TRAINER, HOME=str(machine))
     assert code == 0, printed
     assert "sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 python3.12-venv" in printed
