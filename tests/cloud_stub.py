@@ -1,4 +1,4 @@
-"""A small Google Cloud behind a `gcloud` that tests put first in PATH: every call is recorded, the answers are scripted.
+"""A small Google Cloud behind a `gcloud` first in PATH: every call is recorded, the answers are scripted.
 
 `Cloud(directory)` makes the executable; `cloud.play(…)` says what is to happen; `cloud.calls()` says what did.
 A launcher calls gcloud a dozen times and a test is mostly such calls, so only what starts fast is imported.

@@ -6,12 +6,15 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tarfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mae_dist import errors
 from tests.cloud_stub import Cloud, verb_of
@@ -160,8 +163,7 @@ def test_tpu_is_made_anew(cloud: Cloud, run, reply: dict):
 
 @pytest.mark.parametrize(
     ("codes", "code"),
-    [([code], code) for code in STOPPING]
-    + [([77, 2, 75], 2), ([77, 4, 77], 4), ([75, 3], 3), ([0, 5], 5), ([1, 77, 2], 2)],
+    [([2], 2), ([3], 3), ([4], 4), ([5], 5), ([77, 2, 75], 2), ([77, 4, 77], 4), ([75, 3], 3), ([0, 1, 5], 5)],
 )
 def test_tpu_faults_that_would_come_again_stop(cloud: Cloud, run, codes: list[int], code: int):
     cloud.play([{"codes": codes, "state": "SUSPENDED"}])
@@ -274,8 +276,15 @@ def test_tpu_answers_late_or_not_at_all(cloud: Cloud, run):
     assert "gcloud compute firewall-rules create allow-ssh" in printed
 
 
-@pytest.mark.parametrize("script", GCP_SCRIPTS)
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("script", "sent"),
+    [
+        ("launch/gcp_tpu.sh", signal.SIGINT),
+        ("launch/gcp_tpu.sh", signal.SIGHUP),
+        ("launch/gcp_gpu.sh", signal.SIGINT),
+        ("launch/gcp_cpu.sh", signal.SIGTERM),
+    ],
+)
 def test_ctrl_c_deletes_the_machines(cloud: Cloud, start, script: str, sent: signal.Signals):
     ready = "ACTIVE" if "tpu" in script else "RUNNING"
     cloud.play([{"lines": ["training"], "secs": 60}], states=[[ready]])
@@ -518,3 +527,137 @@ def test_worker_brings_a_python_that_is_new_enough(cloud: Cloud, run, binaries: 
     code, printed = run("launch/gcp_cpu.sh", *WORKDIR, *WHERE, *TRAINER, HOME=str(machine))
     assert code == 0, printed
     assert "sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 python3.12-venv" in printed
+
+
+# --- Slurm ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, binaries: Path) -> Callable[..., dict[str, str]]:
+    """`slurm(trainer, state)`: a clone to submit from, and srun, squeue and scontrol; returns the job's environment."""
+
+    def slurm(trainer: str, state: str = "RUNNING") -> dict[str, str]:
+        (tmp_path / "clone/.venv/bin").mkdir(parents=True, exist_ok=True)
+        _executable(tmp_path / "clone/.venv/bin/python", "")
+        for name, action in {"srun": trainer, "squeue": f"echo {state}", "scontrol": ""}.items():
+            _executable(binaries / name, f'#!/bin/bash\necho "{name} $*" >>{tmp_path}/calls\n{action}\n')
+        (tmp_path / "calls").unlink(missing_ok=True)
+        return {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(tmp_path / "clone")}
+
+    return slurm
+
+
+@pytest.mark.parametrize("code", [0, 1, *STOPPING, *CONTINUING])
+def test_slurm_requeues_what_can_continue(tmp_path: Path, run, slurm, code: int):
+    ended, printed = run("launch/slurm.sbatch", "--config", "a b.py", **slurm(f"exit {code}"))
+    assert ended == code, printed
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "srun --kill-on-bad-exit=0 .venv/bin/python -m mae_dist.main --config a b.py"
+    assert calls[2:] == ["scontrol requeue 17"] * (code in CONTINUING)
+
+
+def test_slurm_leaves_a_cancelled_or_hopeless_job_alone(tmp_path: Path, run, slurm):
+    run("launch/slurm.sbatch", "x", **slurm("exit 75", state="COMPLETING"))
+    assert "scontrol" not in (tmp_path / "calls").read_text()
+    code, printed = run("launch/slurm.sbatch", "x", **slurm("exit 77"), SLURM_RESTART_COUNT="3", MAX_REQUEUES="3")
+    assert (code, "after 3 requeues" in printed) == (77, True)
+    assert "scontrol" not in (tmp_path / "calls").read_text()
+
+
+def test_slurm_passes_the_signal_on_and_waits_for_the_save(tmp_path: Path, start, slurm):
+    trainer = "trap 'told=1' TERM; echo up; while [[ -z $told ]]; do sleep 0.02; done; sleep 0.3; echo saved; exit 75"
+    process = start("launch/slurm.sbatch", "x", **slurm(trainer))
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: does
+    printed = process.communicate(timeout=20)[0]
+    assert (process.returncode, printed.splitlines()[0]) == (75, "saved")
+    assert (tmp_path / "calls").read_text().endswith("scontrol requeue 17\n")
+
+
+def test_slurm_names_what_is_missing(tmp_path: Path, run, slurm):
+    environment = slurm("")
+    assert "sbatch launch/slurm.sbatch --config" in run("launch/slurm.sbatch", **environment)[1]
+    assert "this is a batch script: sbatch launch/slurm.sbatch x" in run("launch/slurm.sbatch", "x")[1]
+    (tmp_path / "clone/.venv/bin/python").unlink()
+    code, printed = run("launch/slurm.sbatch", "x", **environment)
+    assert (code, "python3 -m venv .venv" in printed) == (2, True)
+    header = (ROOT / "launch/slurm.sbatch").read_text()
+    for directive in ("--requeue", "--ntasks-per-node=1", "--signal=B:TERM@120"):
+        assert f"#SBATCH {directive}\n" in header
+
+
+# --- Kubernetes and Docker --------------------------------------------------------------------------------------------
+
+
+def test_jobset_restarts_and_fails_on_the_trainers_exit_codes():
+    text = (ROOT / "launch/gke_jobset.yaml").read_text()
+    head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    for placeholder in ("IMAGE", "WORKDIR", "SERVICE_ACCOUNT"):
+        assert re.search(rf"^# {placeholder}  ", head, re.MULTILINE)
+        assert text.removeprefix(head).count(placeholder) == 1
+    jobset = yaml.safe_load(text)
+    assert jobset["apiVersion"].startswith("jobset.x-k8s.io/")
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    fail, restart = job["podFailurePolicy"]["rules"]
+    assert (fail["action"], restart["action"]) == ("FailJob", "Count")
+    assert tuple(fail["onExitCodes"]["values"]) == STOPPING
+    assert tuple(restart["onExitCodes"]["values"]) == CONTINUING
+    assert {rule["onExitCodes"]["containerName"] for rule in (fail, restart)} == {container["name"]}
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert policy["maxRestarts"] > 0
+    # What a pod failure policy requires, and one process a node.
+    assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)
+    assert job["completions"] == job["parallelism"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    assert "command" not in container  # the image's entry point, which gets the signals
+    assert "--workdir" in container["args"]
+
+
+def test_exit_codes_are_the_trainers():
+    for name, code in {"EXIT_PREEMPTED": 75, "EXIT_STALLED": 76, "EXIT_PEER_LOST": 77}.items():
+        assert getattr(errors, name, code) == code
+
+
+def test_dockerfile_has_its_targets_and_a_user_and_passes_signals_on():
+    text = (ROOT / "launch/Dockerfile").read_text()
+    stages = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert list(stages) == ["base", "cpu", "cuda", "tpu"]
+    assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == ["mae"]
+    assert re.findall(r"^ENTRYPOINT (.*)", text, re.MULTILINE) == ['["python", "-m", "mae_dist.main"]']
+    assert stages["base"].index("USER") < stages["base"].index("ENTRYPOINT")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name in ("cpu", "cuda", "tpu"):
+        assert f"docker build -f launch/Dockerfile --target {name}" in text
+        (chosen,) = re.findall(r"^RUN pip install --editable \.\[(\S+)\]$", stages[name], re.MULTILINE)
+        assert set(chosen.split(",")) <= set(extras)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = {word for line in re.findall(r"^COPY --chown=mae (.*) \S+$", text, re.MULTILINE) for word in line.split()}
+    assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == copied
+    assert all((ROOT / path).exists() for path in copied)
+
+
+def test_extras_of_the_scripts_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for script in GCP_SCRIPTS:
+        (chosen,) = re.findall(r"\bextras=(\S+)", (ROOT / script).read_text())
+        assert set(chosen.split(",")) <= set(extras)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_shellcheck():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    assert shellcheck.exists(), f"{shellcheck} is not there: pip install -e .[test]"
+    found = subprocess.run([shellcheck, "-x", *SHELL_FILES], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+    assert {"launch/gcp.sh", "launch/slurm.sbatch", "tests/run.sh", ".ci/run"} <= set(SHELL_FILES)
+
+
+@pytest.mark.parametrize("script", [*GCP_SCRIPTS, "launch/worker.sh"])
+def test_scripts_can_be_run(script: str):
+    assert os.access(ROOT / script, os.X_OK)
