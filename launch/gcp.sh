@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# Sourced by launch/gcp_tpu.sh, launch/gcp_gpu.sh and launch/gcp_cpu.sh: what they share. Machines are asked for until
-# there are some, the code of this clone is put on them, the trainer runs, and its exit code says what comes next.
+# Sourced by launch/gcp_tpu.sh, gcp_gpu.sh and gcp_cpu.sh: what they share. Machines are asked for until there are some,
+# the code of this clone is put on them, the trainer runs, and its exit code says what comes next.
 #
 # Such a script sets $kind, $extras, $option_names and the options' defaults, and defines
 #   check_options        refuses what cannot work; sets the array $nodes
@@ -17,7 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # The options that every script has.
 name="" project="" zone="" workdir="" max_restarts=10 poll_secs=30 spot=1 keep=0 dry_run=0
 option_names="name project zone workdir max_restarts poll_secs"
-action=train
+action=train trainer_example="-- --config configs/cifar_medium.py"
 arguments=() nodes=() call=()
 # A lost machine leaves its connection open and silent, and a prompt in the background would wait for ever.
 ssh_flags=(--ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oServerAliveCountMax=6 --ssh-flag=-oBatchMode=yes)
@@ -33,8 +33,8 @@ print_help() { sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; }
 set_option() {
     local option="${1#--}"
     [[ " $option_names " == *" $option "* ]] ||
-        refuse "unknown option --$option; there are --${option_names// / --} --spot --on_demand --keep --dry_run --help." \
-            "The trainer's own arguments come after --."
+        refuse "unknown option --$option; there are --${option_names// / --} --spot --on_demand --keep --dry_run" \
+            "--help. The trainer's own arguments come after --."
     (($# == 2)) || refuse "--$option needs a value."
     printf -v "$option" '%s' "$2"
 }
@@ -66,7 +66,7 @@ parse_arguments() {
                 set_option "${@:1:2}"
                 shift
                 ;;
-            *) refuse "unexpected argument $1; the trainer's own come after --, as in … -- --config configs/cifar_medium.py" ;;
+            *) refuse "unexpected argument $1; the trainer's own come after --, as in … $trainer_example" ;;
         esac
         shift
     done
@@ -83,17 +83,19 @@ check_settings() {
     [[ -n "$project" ]] || refuse "no project. Give --project=PROJECT, or: gcloud config set project PROJECT"
     zone="${zone:-${CLOUDSDK_COMPUTE_ZONE:-$(configured compute/zone)}}"
     [[ -n "$zone" ]] || refuse "no zone. Give --zone=ZONE, or: gcloud config set compute/zone ZONE." \
-        "Where there is what: https://cloud.google.com/tpu/docs/regions-zones and https://cloud.google.com/compute/docs/gpus/gpu-regions-zones"
+        "Where there is what: https://cloud.google.com/tpu/docs/regions-zones (TPUs)," \
+        "https://cloud.google.com/compute/docs/gpus/gpu-regions-zones (GPUs)"
     for number in max_restarts poll_secs; do
         [[ "${!number}" =~ ^[0-9]+$ ]] || refuse "--$number=${!number} is not a number."
     done
     if [[ "$action" == train ]]; then
         [[ "$workdir" =~ ^gs://[^/]+/.*[^/] ]] ||
             refuse "--workdir=$workdir is not in a bucket, but a machine's disk goes with the machine." \
-                "Give --workdir=gs://BUCKET/RUN. A bucket is made by: gcloud storage buckets create gs://BUCKET --project=$project --location=${zone%-*}"
+                "Give --workdir=gs://BUCKET/RUN. A bucket is made by:" \
+                "gcloud storage buckets create gs://BUCKET --project=$project --location=${zone%-*}"
         workdir="${workdir%/}"
         [[ " ${arguments[*]-} " == *" --config"[=\ ]* ]] ||
-            refuse "no --config for the trainer. Its arguments come after --, as in … -- --config configs/cifar_medium.py"
+            refuse "no --config for the trainer. Its arguments come after --, as in … $trainer_example"
         [[ " ${arguments[*]-} " != *" --workdir"[=\ ]* ]] || refuse "--workdir belongs before the --, once."
     fi
     if [[ -z "$name" ]]; then
@@ -102,7 +104,7 @@ check_settings() {
         name="${name%-}"
     fi
     [[ "$name" =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] ||
-        refuse "--name=$name is no name for a machine: small letters, digits and -, a letter first, 52 characters at most."
+        refuse "--name=$name is no name for a machine: small letters, digits and -, a letter first, at most 52."
     check_options
     common=(--project="$project" --zone="$zone" --quiet)
     archive="$workdir/code.tar.gz"
@@ -114,7 +116,9 @@ show_call() {
 }
 
 # What installing needs and nothing else: no data, no pictures, no stray secrets of the clone.
-archive_call() { call=(tar -czf - -C "$clone" --exclude=__pycache__ pyproject.toml README.md LICENSE mae_dist configs launch); }
+archive_call() {
+    call=(tar -czf - -C "$clone" --exclude=__pycache__ pyproject.toml README.md LICENSE mae_dist configs launch)
+}
 upload_call() { call=(gcloud storage cp - "$archive" --project="$project"); }
 
 # In the bucket rather than copied to each worker: it is sent once, and every restart runs the code the run began with.
@@ -182,9 +186,10 @@ judge_refusal() {
     if is_about 'already exists|per minute|RATE_LIMIT'; then
         back_off
     elif is_about 'quota.*exceed|exceed.*quota|QUOTA_EXCEEDED'; then
-        fail "the quota of project $project does not allow this (see above), and waiting will not change it. Ask for more:" \
-            "https://console.cloud.google.com/iam-admin/quotas?project=$project ($quota_hint in ${zone%-*}), or try fewer or another zone."
-    elif is_about 'no more capacity|RESOURCE_EXHAUSTED|RESOURCE_POOL_EXHAUSTED|enough resources|insufficient capacity|stockout'; then
+        fail "the quota of project $project does not allow this (see above), and waiting will not change it." \
+            "Ask for more: https://console.cloud.google.com/iam-admin/quotas?project=$project" \
+            "($quota_hint, in ${zone%-*}), or try fewer or another zone."
+    elif is_about 'no more capacity|insufficient capacity|enough resources|stockout|RESOURCE(_POOL)?_EXHAUSTED'; then
         say "no capacity in $zone now: trying again in $delay s"
         back_off
     elif [[ "${1:-}" == again ]] || is_about 'UNAVAILABLE|INTERNAL|DEADLINE|try again|timed out|connection'; then
@@ -291,7 +296,8 @@ wait_for_ssh() {
         pause "$poll_secs"
     done
     cat "$scratch/said" >&2
-    say "no ssh to $name. If it stays so, the network needs a rule: gcloud compute firewall-rules create allow-ssh --allow=tcp:22 --project=$project"
+    say "no ssh to $name. If it stays so, the network needs a rule:" \
+        "gcloud compute firewall-rules create allow-ssh --allow=tcp:22 --project=$project"
     return 1
 }
 
@@ -347,7 +353,8 @@ train() {
                 exit 0
                 ;;
             2 | 3 | 4 | 5)
-                say "error: the trainer ended with exit code $code, $(meaning "$code") (see above); running it again would not help."
+                say "error: the trainer ended with exit code $code, $(meaning "$code") (see above);" \
+                    "running it again would not help."
                 exit "$code"
                 ;;
         esac

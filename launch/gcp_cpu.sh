@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on one CPU machine of Google Cloud, a spot one unless told otherwise, from its creation to its deletion. When the
-# machine is taken away it is started again and runs the same line, which continues the run. So does this script.
+# Trains on one CPU machine of Google Cloud, a spot one unless told otherwise, from its creation to its deletion. When
+# it is taken away it is started again and runs the same line, which continues the run. So does this script.
 #
 #   bash launch/gcp_cpu.sh --workdir gs://BUCKET/RUN [options] -- --config configs/cifar_medium.py …
 #   bash launch/gcp_cpu.sh status|delete --workdir gs://BUCKET/RUN   (or --name NAME)
@@ -11,7 +11,8 @@
 #   --image_family F        debian-12; any with Python 3.11 or newer
 #   --image_project P       debian-cloud
 #   --disk_gb N             30
-#   --name NAME             of the machine; default from the workdir. One that is there already is used
+#   --name NAME             of the machine; default from the workdir. One that is there already is
+#                           used, and deleted at the end
 #   --spot, --on_demand     --spot
 #   --max_restarts N        10; restarts that no preemption explains. Preemptions are not counted
 #   --poll_secs S           30; between looks at the state
@@ -19,8 +20,8 @@
 #   --dry_run               print the commands, run none
 #   --                      the rest goes to mae_dist.main
 #
-# Exit code: the trainer's (README.md); 1 and 2 also for what kept it from starting; 130 after Ctrl-C. All of them, Ctrl-C
-# too, delete the machine.
+# Exit code: the trainer's (README.md); 1 and 2 also for what kept it from starting; 130 after Ctrl-C. However it ends, by
+# Ctrl-C or a closed terminal too (tmux, nohup), it deletes the machine; one that was killed by -9 cannot.
 set -euo pipefail
 
 # shellcheck source=launch/gcp_vm.sh

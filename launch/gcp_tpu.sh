@@ -10,7 +10,8 @@
 #   --accelerator_type T    v5litepod-16; v6e-8, v5p-8, v4-8, …
 #   --runtime_version V     the machines' system; default by the accelerator's type
 #   --num_slices N          1; several are one run over all their devices
-#   --name NAME             of the queued resource; default from the workdir. One that is there already is used
+#   --name NAME             of the queued resource; default from the workdir. One that is there already is
+#                           used, and deleted at the end
 #   --spot, --on_demand     --spot
 #   --max_restarts N        10; restarts that no preemption explains. Preemptions are not counted
 #   --poll_secs S           30; between looks at the state
@@ -18,8 +19,8 @@
 #   --dry_run               print the commands, run none
 #   --                      the rest goes to mae_dist.main
 #
-# Exit code: the trainer's (README.md); 1 and 2 also for what kept it from starting; 130 after Ctrl-C. All of them, Ctrl-C
-# too, delete the slice.
+# Exit code: the trainer's (README.md); 1 and 2 also for what kept it from starting; 130 after Ctrl-C. However it ends, by
+# Ctrl-C or a closed terminal too (tmux, nohup), it deletes the slice; one that was killed by -9 cannot.
 set -euo pipefail
 
 # shellcheck source=launch/gcp.sh
@@ -40,7 +41,7 @@ check_options() {
             v5p-*) runtime_version=v2-alpha-tpuv5 ;;
             v6e-*) runtime_version=v2-alpha-tpuv6e ;;
             *)
-                refuse "--accelerator_type=$accelerator_type is none of v2, v3, v4, v5litepod, v5p, v6e (as in v5litepod-16)." \
+                refuse "--accelerator_type=$accelerator_type is none of v2, v3, v4, v5litepod, v5p, v6e (v5litepod-16)." \
                     "For a newer one give --runtime_version too: https://cloud.google.com/tpu/docs/runtimes"
                 ;;
         esac
@@ -76,7 +77,9 @@ create_call() {
     fi
 }
 
-describe_call() { call=(gcloud compute tpus queued-resources describe "$name" "--format=value(state.state)" "${common[@]}"); }
+describe_field() { call=(gcloud compute tpus queued-resources describe "$name" "--format=value($1)" "${common[@]}"); }
+
+describe_call() { describe_field state.state; }
 
 delete_call() { call=(gcloud compute tpus queued-resources delete "$name" --force "${common[@]}"); }
 
@@ -89,8 +92,8 @@ revive() {
         discard
         return
     fi
-    reason="$(gcloud compute tpus queued-resources describe "$name" "--format=value(state.failedData.error.message)" \
-        "${common[@]}" 2>&1)" || true
+    describe_field state.failedData.error.message
+    reason="$("${call[@]}" 2>&1)" || true
     discard
     echo "${reason:-no reason is given}" >"$scratch/said"
     judge_refusal again

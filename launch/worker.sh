@@ -40,14 +40,15 @@ end_earlier_trainer() {
 }
 
 ensure_python() {
-    local python
+    local python version
     if is_new_enough "$venv_python"; then
         return
     elif python="$(find_python 2>/dev/null)"; then
         "$python" -c 'import ensurepip' 2>/dev/null && return
-        # At its first boot a machine may be busy with updates.
+        version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+        # The lock: at its first boot a machine may be busy with updates.
         sudo apt-get update -qq
-        sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 "python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
+        sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 "python$version-venv"
     else
         # Ubuntu 22.04, as on TPU machines, has Python 3.10, and of 3.11 only a release candidate.
         say "bringing Python 3.12"
@@ -64,5 +65,6 @@ end_earlier_trainer
 ensure_python
 ensure_venv "$extras"
 cd "$clone"
-# shellcheck disable=SC2016  # expanded by the bash that becomes the trainer, so that the process number is the trainer's
+# The bash that becomes the trainer expands this, so that the process number is the trainer's.
+# shellcheck disable=SC2016
 bash -c 'echo "$$" >"$0"; exec "$@"' "$trainer_pid" "$venv_python" -m mae_dist.main "$@" </dev/null

@@ -105,8 +105,10 @@ def _executable(path: Path, text: str) -> Path:
 def test_tpu_from_creation_to_deletion(cloud: Cloud, run):
     states = [["CREATING", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]]
     cloud.play([{"codes": [0, 0], "lines": ["step 1"]}], states=states)
-    code, printed = run("launch/gcp_tpu.sh", *WORKDIR, *WHERE, *TRAINER)
+    token = {"CLOUDSDK_AUTH_ACCESS_TOKEN": "a secret"}
+    code, printed = run("launch/gcp_tpu.sh", *WORKDIR, *WHERE, *TRAINER, **token)
     assert code == 0, printed
+    assert "a secret" not in printed + str(cloud.calls())
     assert cloud.verbs() == ["upload", "create", "ssh", "delete"]
     upload, create, ssh, delete = (call for call in cloud.calls() if verb_of(call) not in ("describe", "probe"))
     resources = ["compute", "tpus", "queued-resources"]
