@@ -1,13 +1,13 @@
 """A small Google Cloud behind a `gcloud` first in PATH: every call is recorded, the answers are scripted.
 
 `Cloud(directory)` makes the executable; `cloud.play(…)` says what is to happen; `cloud.calls()` says what did.
-A launcher calls gcloud a dozen times and a test is mostly such calls, so only what starts fast is imported.
+A launcher calls gcloud a dozen times and a test is mostly such calls, so only what starts fast is imported; not json.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
+import marshal
 import os
 import sys
 import time
@@ -52,12 +52,16 @@ class Cloud:
         defaults: dict[str, Any] = {"states": [["WAITING_FOR_RESOURCES", "ACTIVE"]], "state": None}
         script = defaults | script | {"ssh": [0] if ssh is None else ssh}
         script["current"] = _states(script["state"])
-        (self.directory / "script.json").write_text(json.dumps(script))
-        (self.directory / "calls.jsonl").write_text("")
+        (self.directory / "script").write_bytes(marshal.dumps(script))
+        (self.directory / "calls").write_bytes(b"")
 
     def calls(self) -> list[list[str]]:
         """The arguments of every call so far, in order."""
-        return [json.loads(line) for line in (self.directory / "calls.jsonl").read_text().splitlines()]
+        calls = []
+        with (self.directory / "calls").open("rb") as file:
+            while file.peek(1):
+                calls.append(marshal.load(file))
+        return calls
 
     def verbs(self) -> list[str]:
         """What was done, in a word each; looks at the state and `ssh true` left out."""
@@ -101,14 +105,14 @@ def gcloud(directory: str, call: list[str]) -> int:
     if verb == "upload":
         with open(archive, "wb") as file:
             file.write(sys.stdin.buffer.read())
-    with open(os.path.join(directory, "script.json"), "r+") as file:
+    with open(os.path.join(directory, "script"), "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # several slices are reached at once
-        script = json.load(file)
-        with open(os.path.join(directory, "calls.jsonl"), "a") as calls:
-            calls.write(json.dumps(call) + "\n")
+        script = marshal.load(file)
+        with open(os.path.join(directory, "calls"), "ab") as calls:
+            marshal.dump(call, calls)
         reply = _reply(script, verb, call)
         file.seek(0)
-        json.dump(script, file)
+        marshal.dump(script, file)
         file.truncate()
     if verb == "download":
         with open(archive, "rb") as packed:

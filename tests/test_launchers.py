@@ -150,9 +150,7 @@ def test_tpu_preempted_twice_and_then_done(cloud: Cloud, run):
         {"codes": [75]},  # told of a preemption that has not happened yet
         {"codes": [77], "state": None},  # gone altogether
         {"codes": [137, 77], "state": "FAILED"},
-        {"codes": [1], "state": "SUSPENDED"},
-        {"codes": [76]},  # stalled: perhaps its machines are what is wrong
-        {"codes": [77]},
+        {"codes": [76, 77]},  # stalled: perhaps its machines are what is wrong
     ],
 )
 def test_tpu_is_made_anew(cloud: Cloud, run, reply: dict):
@@ -165,7 +163,7 @@ def test_tpu_is_made_anew(cloud: Cloud, run, reply: dict):
 
 @pytest.mark.parametrize(
     ("codes", "code"),
-    [([2], 2), ([3], 3), ([4], 4), ([5], 5), ([77, 2, 75], 2), ([77, 4, 77], 4), ([75, 3], 3), ([0, 1, 5], 5)],
+    [([2], 2), ([77, 2, 75], 2), ([75, 3], 3), ([77, 4, 77], 4), ([0, 1, 5], 5)],
 )
 def test_tpu_faults_that_would_come_again_stop(cloud: Cloud, run, codes: list[int], code: int):
     cloud.play([{"codes": codes, "state": "SUSPENDED"}])
