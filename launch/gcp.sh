@@ -180,7 +180,7 @@ look() {
 # Whether a text says so. What gcloud calls an exhausted resource may be a quota, so that is asked first.
 is_about() { grep -qiE "$1" "$scratch/said"; }
 
-# A refusal in $scratch/said: waits where waiting helps, else ends with the cure. `again`: one not known is tried again.
+# A refusal in $scratch/said: waits where waiting helps, else ends with the cure. One not known: `stop`, or try `again`.
 judge_refusal() {
     cat "$scratch/said" >&2
     if is_about 'already exists|per minute|RATE_LIMIT'; then
@@ -192,7 +192,7 @@ judge_refusal() {
     elif is_about 'no more capacity|insufficient capacity|enough resources|stockout|RESOURCE(_POOL)?_EXHAUSTED'; then
         say "no capacity in $zone now: trying again in $delay s"
         back_off
-    elif [[ "${1:-}" == again ]] || is_about 'UNAVAILABLE|INTERNAL|DEADLINE|try again|timed out|connection'; then
+    elif [[ "$1" == again ]] || is_about 'UNAVAILABLE|INTERNAL|DEADLINE|try again|timed out|connection'; then
         count_restart "asking for $name failed (see above)"
         back_off
     else
@@ -202,7 +202,7 @@ judge_refusal() {
 
 # Runs $call, which asks for machines.
 ask() {
-    "${call[@]}" >"$scratch/said" 2>&1 || judge_refusal
+    "${call[@]}" >"$scratch/said" 2>&1 || judge_refusal stop
 }
 
 # Runs $call, which deletes; that there is nothing left to delete is as good.
