@@ -2,8 +2,7 @@
 
 CLU imports TensorFlow for one class, its own TensorBoard writer. A placeholder takes the place of that module before
 anything is imported, also where TensorFlow is installed: importing it costs seconds at every start. So do PyTorch and
-the clients of clouds, which tensorboardX imports if it can, only to convert tensors nobody gives it here and to write to
-buckets, which `epath` does.
+the clients of clouds, which tensorboardX imports if it can: nobody gives it tensors, and `epath` writes to buckets.
 
     from mae_dist.clu_without_tf import metric_writers, periodic_actions
 """

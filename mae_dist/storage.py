@@ -62,7 +62,7 @@ def _reach(bucket: str) -> None:
     """Asks once for a bucket: a name mistyped is else an empty directory, until the first checkpoint is written."""
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"gs://{bucket}: buckets need the extra `gcs`: pip install -e .[gcs]")
-    import fsspec
+    import fsspec.config
 
     # gcsfs remembers listings for ever; tensorstore and other processes write to the same directories.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)

@@ -10,8 +10,6 @@ https://cloud.google.com/storage/docs/json_api/v1
 import base64
 import dataclasses
 import datetime
-import email.parser
-import email.policy
 import hashlib
 import itertools
 import json
@@ -22,8 +20,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
-
-import google_crc32c
 
 _GENERATIONS = itertools.count(1_700_000_000_000_000)  # every write of any object has a number of its own
 _PAGE = 1000  # of a listing, at most
@@ -57,17 +53,8 @@ class Blob:
             "updated": self.time,
             "storageClass": "STANDARD",
             "metadata": self.metadata,
-            "md5Hash": _md5(self.data),
-            "crc32c": _crc32c(self.data),
+            "md5Hash": base64.b64encode(hashlib.md5(self.data, usedforsecurity=False).digest()).decode(),
         }
-
-
-def _md5(data: bytes) -> str:
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-
-
-def _crc32c(data: bytes) -> str:
-    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
 
 
 class Refused(Exception):
@@ -85,7 +72,7 @@ class GcsEmulator(ThreadingHTTPServer):
         self.buckets: dict[str, dict[str, Blob]] = {name: {} for name in buckets}
         self.forbidden = frozenset(forbidden)
         self.uploads: dict[str, tuple[dict[str, Any], bytearray]] = {}  # begun, by id: (what is known, what has come)
-        self.before_write: Callable[[str], object] = lambda name: None  # is told the name of every object first
+        self.before_write: Callable[[str, bytes], object] = lambda name, data: None  # is told of every write first
         self.lock = threading.RLock()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
@@ -125,7 +112,7 @@ class GcsEmulator(ThreadingHTTPServer):
 
     def put(self, bucket: str, name: str, data: bytes, query: dict[str, str], **fields: Any) -> Blob:
         """A new generation, if the preconditions hold."""
-        self.before_write(name)
+        self.before_write(name, data)
         with self.lock:
             objects = self.objects(bucket)
             _check_generation(objects.get(name), query)
@@ -174,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         """Calls the method for the request's path; each path is of one resource."""
         split = urlsplit(self.path)
-        body = self._body()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         query = dict(parse_qsl(split.query, keep_blank_values=True))
         routes = (
             (r"GET /storage/v1/b/([^/]+)", self._bucket),
@@ -196,16 +183,6 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, {"error": {"code": status, "message": message, "errors": [{"message": message}]}})
 
     do_GET = do_POST = do_PUT = do_DELETE = _answer
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(chunks)
 
     def _send(self, status: int, content: dict[str, Any] | bytes = b"", headers: dict[str, str] | None = None) -> None:
         is_json = isinstance(content, dict)
@@ -232,15 +209,10 @@ class _Handler(BaseHTTPRequestHandler):
         """The object's resource, or with alt=media its content or a range of it."""
         blob = self.server.find(bucket, name)
         _check_generation(blob, query)
-        if query.get("generation", str(blob.generation)) != str(blob.generation):
-            raise Refused(404, f"No such object: {bucket}/{name}")
         if query.get("alt") != "media":
             self._send(200, blob.resource())
             return
-        headers = {
-            "x-goog-generation": str(blob.generation),
-            "x-goog-hash": f"crc32c={_crc32c(blob.data)},md5={_md5(blob.data)}",
-        }
+        headers = {"x-goog-generation": str(blob.generation)}
         span = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if not span:
             self._send(200, blob.data, headers)
@@ -281,12 +253,9 @@ class _Handler(BaseHTTPRequestHandler):
             blob = self.server.put(bucket, query["name"], body, query, content_type=self.headers["Content-Type"])
             self._send(200, blob.resource())
         elif query.get("uploadType") == "multipart":
-            head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-            parsed = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
-            known, _ = (part.get_payload(decode=True) for part in parsed.iter_parts())
-            boundary = b"\n--" + str(parsed.get_boundary()).encode()
-            content = body.split(boundary)[1]  # the parser of mail would change line ends
-            content = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1].removesuffix(b"\r")
+            boundary = re.escape(self.headers.get_boundary("").encode())
+            _, known, content, _ = re.split(rb"(?:^|\r?\n)--" + boundary, body)
+            known, content = (re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (known, content))
             self._send(200, self._store(bucket, query, json.loads(known), content).resource())
         elif query.get("uploadType") == "resumable":
             self.server.objects(bucket)

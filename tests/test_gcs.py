@@ -7,14 +7,13 @@ import signal
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from etils import epath
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] (made when imported)
 
 from mae_dist import storage
-from mae_dist.errors import EXIT_CONFIG, EXIT_PREEMPTED, EXIT_STORAGE, ConfigError
+from mae_dist.errors import EXIT_CONFIG, EXIT_PREEMPTED, EXIT_STORAGE, ConfigError, StorageFault
 from tests.gcs_emulator import GcsEmulator
 from tests.runs import checkpoint_arrays, records, run, start
-
-pytest.importorskip("gcsfs")
 
 BUCKET, RUN = "bucket", "some/run"
 WORKDIR = f"gs://{BUCKET}/{RUN}"
@@ -23,7 +22,10 @@ ARGS = (
     "--config.log_every_steps=1",
     "--config.data.augment=crop_flip",
     "--config.model.drop_path=0.1",
-    "--config.pictures.every_steps=10",
+    "--config.pictures.num_images=2",
+    "--config.eval.every_epochs=0",
+    "--config.eval.every_steps=0",
+    "--config.eval.test_at_end=False",
     "--config.checkpoint.keep_latest=2",
 )
 
@@ -66,18 +68,22 @@ def interrupted(emulator, env):
     """The same run in a bucket: killed in the midst of its second save, preempted, then finished. The outputs."""
     outputs = []
 
-    def train(code, signal_at=None, number=signal.SIGKILL):
-        """Starts the run anew, and sends it a signal just before an object is written."""
+    def train(code, signal_at="nothing", content=b"", number=signal.SIGKILL):
+        """Starts the run anew, and sends it a signal just before it writes an object, or one with this content."""
         process = start(env, *ARGS, f"--workdir={WORKDIR}")
-        emulator.before_write = lambda name: process.send_signal(number) if name == signal_at else None
+
+        def before_write(name, data):
+            if name == f"{RUN}/{signal_at}" and content in data:
+                process.send_signal(number)
+
+        emulator.before_write = before_write
         outputs.append(process.communicate(timeout=120)[0])
-        emulator.before_write = lambda name: None
         assert process.returncode == code, outputs[-1]
 
-    train(-signal.SIGKILL, f"{RUN}/checkpoints/10/state/manifest.ocdbt")
+    train(-signal.SIGKILL, "checkpoints/10/state/manifest.ocdbt")
     code, output = run(env, "list", WORKDIR, module="checkpoint")
     assert (code, output.count("MiB")) == (0, 1), output  # what is incomplete is no checkpoint
-    train(EXIT_PREEMPTED, f"{RUN}/pictures/step_00000010.png", signal.SIGTERM)
+    train(EXIT_PREEMPTED, "metrics.jsonl", b'"step": 12,', signal.SIGTERM)
     train(0)
     return outputs
 
@@ -87,8 +93,8 @@ def test_interrupted_is_bit_equal(emulator, uninterrupted, interrupted, tmp_path
     killed, preempted, finished = interrupted
     assert "Continuing from" not in killed
     assert "Continuing from step 5 " in preempted
-    assert "Preempted: saved step 10;" in preempted
-    assert "Continuing from step 10 " in finished
+    assert "Preempted: saved step 12;" in preempted
+    assert "Continuing from step 12 " in finished
     workdir = emulator.download(BUCKET, RUN, tmp_path)
     assert records(workdir) == records(uninterrupted)
     for a, b in zip(checkpoint_arrays(workdir), checkpoint_arrays(uninterrupted), strict=True):
@@ -108,8 +114,8 @@ def test_nothing_is_missing(emulator, uninterrupted, interrupted, tmp_path):
 
     assert names(workdir) == names(uninterrupted)
     assert json.loads((workdir / "summary.json").read_text())["step"] == 20
-    for name in ("step_00000010.png", "step_00000020.png"):
-        assert (workdir / "pictures" / name).read_bytes() == (uninterrupted / "pictures" / name).read_bytes()
+    picture = "pictures/step_00000020.png"
+    assert (workdir / picture).read_bytes() == (uninterrupted / picture).read_bytes()
 
 
 def test_tensorboard_events(emulator, interrupted, tmp_path):
@@ -117,7 +123,7 @@ def test_tensorboard_events(emulator, interrupted, tmp_path):
     found = sorted((emulator.download(BUCKET, RUN, tmp_path) / "tensorboard").iterdir())
     assert len(found) == 3
     tags = [{value.tag for event in events(path) for value in event.summary.value} for path in found]
-    assert {"loss", "test_loss", "reconstruction"} <= tags[-1]
+    assert {"loss", "reconstruction"} <= tags[-1]
     assert max(event.step for event in events(found[-1])) == 20
 
 
@@ -133,8 +139,6 @@ def events(path):
 
 def test_damaged_checkpoint(emulator, env, interrupted):
     """One flipped byte: `verify` tells, the run puts it in quarantine and goes on from the checkpoint before."""
-    code, output = run(env, "verify", WORKDIR, module="checkpoint")
-    assert (code, output.count("good")) == (0, 2), output
     objects = emulator.buckets[BUCKET]
     damaged = f"{RUN}/checkpoints/20/"
     victim = max((blob for name, blob in objects.items() if name.startswith(damaged)), key=lambda blob: len(blob.data))
@@ -160,14 +164,29 @@ def test_reconstruct(emulator, env, interrupted):
     assert emulator.buckets[BUCKET][f"{RUN}/pictures/test_00000020.png"].data.startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("bucket", "said"), [("nowhere", "no such bucket"), ("forbidden", "does not have storage")])
-def test_bucket_out_of_reach(env, bucket, said):
-    """Told before anything is compiled, by its name."""
-    code, output = run(env, *ARGS, f"--workdir=gs://{bucket}/run")
+@pytest.mark.parametrize(
+    ("module", "bucket", "said"),
+    [("main", "nowhere", "there is no such bucket"), ("checkpoint", "forbidden", "Forbidden")],
+)
+def test_bucket_out_of_reach(env, module, bucket, said):
+    """Told at once, by its name."""
+    path = f"gs://{bucket}/run"
+    code, output = run(env, *([*ARGS, f"--workdir={path}"] if module == "main" else ["list", path]), module=module)
     assert code == EXIT_STORAGE, output
     assert f"gs://{bucket}" in output
     assert said in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("module", ["gcsfs.retry", "google.api_core.exceptions", "aiohttp.client_exceptions"])
+def test_faults_of_the_clients(module):
+    """They are no OSErrors; for a bucket the cure is another than for a disk."""
+    path = epath.Path("gs://bucket/run")
+    fault = type("Fault", (Exception,), {"__module__": module})
+    with pytest.raises(StorageFault, match=r"gs://bucket/run: not you\. .*credentials"), storage.naming_faults(path):
+        raise fault("not you")
+    with pytest.raises(ZeroDivisionError), storage.naming_faults(path):
+        raise ZeroDivisionError
 
 
 def test_extra_is_not_installed(monkeypatch):
