@@ -42,7 +42,6 @@ class Blob:
     def resource(self) -> dict[str, Any]:
         return {
             "kind": "storage#object",
-            "id": f"{self.bucket}/{self.name}/{self.generation}",
             "name": self.name,
             "bucket": self.bucket,
             "generation": str(self.generation),
@@ -51,7 +50,6 @@ class Blob:
             "size": str(len(self.data)),
             "timeCreated": self.time,
             "updated": self.time,
-            "storageClass": "STANDARD",
             "metadata": self.metadata,
             "md5Hash": base64.b64encode(hashlib.md5(self.data, usedforsecurity=False).digest()).decode(),
         }
@@ -71,7 +69,7 @@ class GcsEmulator(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.buckets: dict[str, dict[str, Blob]] = {name: {} for name in buckets}
         self.forbidden = frozenset(forbidden)
-        self.uploads: dict[str, tuple[dict[str, Any], bytearray]] = {}  # begun, by id: (what is known, what has come)
+        self.uploads: dict[str, tuple[dict[str, str], dict[str, Any], bytearray]] = {}  # begun: query, resource, data
         self.before_write: Callable[[str, bytes], object] = lambda name, data: None  # is told of every write first
         self.lock = threading.RLock()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -168,7 +166,6 @@ class _Handler(BaseHTTPRequestHandler):
             (r"GET /storage/v1/b/([^/]+)/o", self._list),
             (r"GET (?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)", self._get),
             (r"DELETE /storage/v1/b/([^/]+)/o/([^/]+)", self._delete),
-            (r"POST /storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", self._rewrite),
             (r"POST /storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", self._move),
             (r"(?:POST|PUT) /upload/(?:resumable/)?storage/v1/b/([^/]+)/o", self._upload),
         )
@@ -185,11 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = _answer
 
     def _send(self, status: int, content: dict[str, Any] | bytes = b"", headers: dict[str, str] | None = None) -> None:
-        is_json = isinstance(content, dict)
-        data = json.dumps(content).encode() if is_json else content
+        data = json.dumps(content).encode() if isinstance(content, dict) else content
         data = b"" if status in (204, 304) else data
         self.send_response(status)
-        self.send_header("Content-Type", "application/json; charset=UTF-8" if is_json else "application/octet-stream")
         for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -230,21 +225,13 @@ class _Handler(BaseHTTPRequestHandler):
             del self.server.buckets[bucket][name]
         self._send(204)
 
-    def _rewrite(self, query: dict[str, str], body: bytes, bucket: str, name: str, to: str, to_name: str) -> None:
-        copy = self._copy(query, self.server.find(bucket, name), to, to_name)
-        size = copy["size"]
-        done = {"kind": "storage#rewriteResponse", "done": True, "totalBytesRewritten": size, "objectSize": size}
-        self._send(200, {**done, "resource": copy})
-
     def _move(self, query: dict[str, str], body: bytes, bucket: str, name: str, to_name: str) -> None:
         with self.server.lock:
-            copy = self._copy(query, self.server.find(bucket, name), bucket, to_name)
+            blob = self.server.find(bucket, name)
+            fields = {"content_type": blob.content_type, "metadata": blob.metadata}
+            moved = self.server.put(bucket, to_name, blob.data, query, **fields)
             del self.server.buckets[bucket][name]
-        self._send(200, copy)
-
-    def _copy(self, query: dict[str, str], blob: Blob, bucket: str, name: str) -> dict[str, Any]:
-        fields = {"content_type": blob.content_type, "metadata": blob.metadata}
-        return self.server.put(bucket, name, blob.data, query, **fields).resource()
+        self._send(200, moved.resource())
 
     def _upload(self, query: dict[str, str], body: bytes, bucket: str) -> None:
         if "upload_id" in query:
@@ -260,14 +247,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif query.get("uploadType") == "resumable":
             self.server.objects(bucket)
             number = str(next(_GENERATIONS))
-            self.server.uploads[number] = ({"query": query, **json.loads(body or b"{}")}, bytearray())
+            self.server.uploads[number] = (query, json.loads(body or b"{}"), bytearray())
             self._send(200, {}, {"Location": f"{self.server.url}{self.path}&upload_id={number}"})
         else:
             raise Refused(400, f"{self.path} is not emulated")
 
     def _piece(self, number: str, body: bytes, bucket: str) -> None:
         """Part of an upload; `Content-Range: bytes 0-99/*` says that there is more to come."""
-        known, received = self.server.uploads[number]
+        query, known, received = self.server.uploads[number]
         span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", self.headers.get("Content-Range", ""))
         if span and span[1]:
             del received[int(span[1]) :]
@@ -275,7 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
         if span and span[2] != str(len(received)):
             self._send(308, {}, {"Range": f"bytes=0-{len(received) - 1}"} if received else {})
             return
-        self._send(200, self._store(bucket, known.pop("query"), known, bytes(received)).resource())
+        self._send(200, self._store(bucket, query, known, bytes(received)).resource())
 
     def _store(self, bucket: str, query: dict[str, str], known: dict[str, Any], content: bytes) -> Blob:
         fields = {"content_type": known.get("contentType", "application/octet-stream")}
