@@ -18,8 +18,8 @@ import numpy as np
 from etils import epath
 
 _hidden = [name for name in ("torch", "google.cloud.storage", "boto3") if name not in sys.modules]
-for name in _hidden:
-    sys.modules[name] = None  # pyright: ignore[reportArgumentType] (None: importing it raises ImportError)
+for _name in _hidden:
+    sys.modules[_name] = None  # pyright: ignore[reportArgumentType] (None: importing it raises ImportError)
 
 from tensorboardX import record_writer  # noqa: E402
 from tensorboardX import summary as tb_summary  # noqa: E402
@@ -29,8 +29,8 @@ from tensorboardX.proto.event_pb2 import (  # noqa: E402 (protobuf makes these n
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-for name in _hidden:
-    del sys.modules[name]
+for _name in _hidden:
+    del sys.modules[_name]
 
 
 class _NoSummaryWriter:
