@@ -34,7 +34,7 @@ def naming_faults(path: epath.Path) -> Iterator[None]:
             raise
         cure = (
             "Free some space or make it writable, or choose another place"
-            if _is_local(path)
+            if is_local(path)
             else "See to the network, the credentials (gcloud auth application-default login) and their permissions"
         )
         raise StorageFault(
@@ -68,6 +68,7 @@ def _reach(bucket: str) -> None:
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     # What fails is raised as well, and here told without a traceback.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    logging.getLogger("fsspec").setLevel(logging.WARNING)  # reports every file opened
     with naming_faults(epath.Path(f"gs://{bucket}")):
         try:
             fsspec.filesystem("gcs", finalize_on_close=True).ls(bucket, max_results=1)  # the one that epath uses
