@@ -514,7 +514,9 @@ def _command(argv: Sequence[str]) -> int:
         return errors.EXIT_DONE
     if not directory.exists():
         raise StorageFault(f"{directory} does not exist: {workdir} is not the workdir of a run that has saved")
-    steps = sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    # In a bucket a save under way, or cut short, has the name already; only a last object says that it is complete.
+    complete = (path for path in directory.iterdir() if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path))
+    steps = sorted(int(path.name) for path in complete)
     faults = 0
     for step in steps:
         path = directory / str(step)

@@ -1,8 +1,8 @@
 """CLU's metric writers and periodic actions without TensorFlow, and the TensorBoard writer that CLU needs it for.
 
 CLU imports TensorFlow for one class, its own TensorBoard writer. A placeholder takes the place of that module before
-anything is imported, also where TensorFlow is installed: importing it costs seconds at every start. So does PyTorch,
-which tensorboardX imports if it can, only to convert tensors nobody gives it here.
+anything is imported, also where TensorFlow is installed: importing it costs seconds at every start. So do PyTorch and
+the clients of clouds, which tensorboardX imports if it can: nobody gives it tensors, and `epath` writes to buckets.
 
     from mae_dist.clu_without_tf import metric_writers, periodic_actions
 """
@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 import numpy as np
 from etils import epath
 
-_torch_is_loaded = "torch" in sys.modules
-if not _torch_is_loaded:
-    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType] (None: importing it raises ImportError)
+_hidden = [name for name in ("torch", "google.cloud.storage", "boto3") if name not in sys.modules]
+for _name in _hidden:
+    sys.modules[_name] = None  # pyright: ignore[reportArgumentType] (None: importing it raises ImportError)
 
+from tensorboardX import record_writer  # noqa: E402
 from tensorboardX import summary as tb_summary  # noqa: E402
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 from tensorboardX.proto.event_pb2 import (  # noqa: E402 (protobuf makes these names when it is imported)
@@ -28,8 +29,8 @@ from tensorboardX.proto.event_pb2 import (  # noqa: E402 (protobuf makes these n
     SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-if not _torch_is_loaded:
-    del sys.modules["torch"]
+for _name in _hidden:
+    del sys.modules[_name]
 
 
 class _NoSummaryWriter:
@@ -52,6 +53,28 @@ from clu import metric_writers, periodic_actions  # noqa: E402 (after the placeh
 __all__ = ["TensorBoardWriter", "metric_writers", "periodic_actions"]
 
 _FLUSH_SECS = 10.0
+
+
+class _ObjectFile:
+    """What tensorboardX writes the events of a bucket to; an object cannot be appended to: each flush replaces it."""
+
+    def __init__(self, path: str):
+        self._path = epath.Path(path)
+        self._content, self._written = bytearray(), 0
+
+    def write(self, data: bytes) -> None:
+        self._content += data
+
+    def flush(self) -> None:
+        if len(self._content) > self._written:
+            self._path.write_bytes(bytes(self._content))
+            self._written = len(self._content)
+
+    def close(self) -> None:
+        self.flush()
+
+
+record_writer.register_writer_factory("gs", types.SimpleNamespace(open=_ObjectFile))
 
 
 class TensorBoardWriter(metric_writers.MetricWriter):

@@ -89,9 +89,10 @@ def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float 
         while not ended.wait(renew_secs):
             beat += 1
             try:
-                path.write_text(_holder(beat))
-            except OSError as error:
-                logging.warning("%s cannot be renewed: %s", path, error)
+                with naming_faults(path):
+                    path.write_text(_holder(beat))
+            except StorageFault as fault:
+                logging.warning("%s", fault)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -100,5 +101,5 @@ def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float 
     finally:
         ended.set()
         thread.join(timeout=renew_secs)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(StorageFault), naming_faults(path):
             path.unlink(missing_ok=True)

@@ -1,6 +1,9 @@
 """Text files of a run's directory, on a disk or in a bucket: written whole, with faults that name the file."""
 
 import contextlib
+import functools
+import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from typing import Protocol
@@ -8,7 +11,13 @@ from typing import Protocol
 from clu import asynclib
 from etils import epath
 
-from mae_dist.errors import StorageFault
+from mae_dist.errors import ConfigError, StorageFault
+
+# Read by epath when it first opens anything: it would go to buckets through TensorFlow wherever that is installed.
+os.environ.setdefault("EPATH_USE_TF", "0")
+
+# Packages that reach buckets with exceptions of their own, not all of them an OSError.
+_CLIENTS = ("gcsfs", "google", "aiohttp")
 
 
 @contextlib.contextmanager
@@ -16,19 +25,58 @@ def naming_faults(path: epath.Path) -> Iterator[None]:
     """Turns a failure to read or write into a StorageFault that names the path."""
     try:
         yield
-    except (OSError, asynclib.AsyncError) as error:
+    except Exception as error:
         cause: BaseException = error
         while isinstance(cause, asynclib.AsyncError) and cause.__cause__ is not None:  # what happened in the thread
             cause = cause.__cause__
+        of_client = type(cause).__module__.partition(".")[0] in _CLIENTS
+        if not (isinstance(error, OSError | asynclib.AsyncError) or of_client):
+            raise
+        cure = (
+            "Free some space or make it writable, or choose another place"
+            if is_local(path)
+            else "See to the network, the credentials (gcloud auth application-default login) and their permissions"
+        )
         raise StorageFault(
-            f"cannot read or write {path}: {cause}. Free some space or make it writable, or choose another place; the "
-            "same command then continues from the last checkpoint, if it is a training."
+            f"cannot read or write {path}: {str(cause).rstrip('.')}. {cure}; the same command then continues from the "
+            "last checkpoint, if it is a training."
         ) from error
 
 
 def absolute(path: str) -> epath.Path:
-    """A path of the command line or a config, made absolute unless it is a bucket's."""
-    return epath.Path(path) if "://" in path else epath.Path(os.path.abspath(os.path.expanduser(path)))
+    """A path of the command line or a config, made absolute unless it is a bucket's, which must be within reach.
+
+    Raises:
+      ConfigError: nothing is installed that reads buckets.
+      StorageFault: there is no such bucket, or it may not be read.
+    """
+    if "://" not in path:
+        return epath.Path(os.path.abspath(os.path.expanduser(path)))
+    if path.startswith("gs://"):
+        _reach(path.removeprefix("gs://").partition("/")[0])
+    return epath.Path(path)
+
+
+@functools.cache
+def _reach(bucket: str) -> None:
+    """Asks once for a bucket: a name mistyped is else an empty directory, until the first checkpoint is written."""
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(f"gs://{bucket}: buckets need the extra `gcs`: pip install -e .[gcs]")
+    import fsspec.config
+
+    # gcsfs remembers listings for ever; tensorstore and other processes write to the same directories.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    # What fails is raised as well, and here told without a traceback.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    logging.getLogger("fsspec").setLevel(logging.WARNING)  # reports every file opened
+    with naming_faults(epath.Path(f"gs://{bucket}")):
+        try:
+            fsspec.filesystem("gcs", finalize_on_close=True).ls(bucket, max_results=1)  # the one that epath uses
+        except FileNotFoundError as error:
+            raise StorageFault(
+                f"gs://{bucket}: there is no such bucket; correct its name, or make it: "
+                f"gcloud storage buckets create gs://{bucket}"
+            ) from error
 
 
 def write_text_atomically(path: epath.Path, text: str) -> None:
