@@ -81,10 +81,15 @@ class Trial:
     def round(self, kind: str) -> None:
         """Starts both processes, lets them get on a while, and does what `kind` says."""
         expected = self.good[-1] if self.good else 0
+        metrics = self.workdir / "metrics.jsonl"
+        written = metrics.stat().st_mtime_ns if metrics.exists() else 0
         processes = start_processes(self.env, 2, *self.args)
         target = expected + self.draw.randint(1, STEPS_PER_ROUND)
         deadline = time.monotonic() + HANG_SECS
-        while last_step(self.workdir) < target and all(process.poll() is None for process in processes):
+        # What was recorded beyond the checkpoint is still there until the new processes begin.
+        while not (
+            metrics.exists() and metrics.stat().st_mtime_ns > written and last_step(self.workdir) >= target
+        ) and all(process.poll() is None for process in processes):
             if time.monotonic() > deadline:
                 self.fault("hangs", f"no progress to step {target}")
                 break
@@ -159,7 +164,7 @@ def main() -> int:
     for index, kind in enumerate(kinds):
         trial.round(kind)
         left = len(kinds) - index
-        if trial.count["damage"] < given.damages and trial.draw.random() < 2 * given.damages / left / 2:
+        if trial.count["damage"] < given.damages and trial.draw.random() < given.damages / left:
             trial.damage_newest()
     run_to_the_end(env, *trial.args)
     run_to_the_end(env, *(arg for arg in trial.args if "--workdir" not in arg), f"--workdir={base / 'undisturbed'}")
