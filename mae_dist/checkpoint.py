@@ -8,12 +8,10 @@ rm-quarantine W` looks after those of a workdir.
 import argparse
 import concurrent.futures
 import contextlib
-import datetime
 import json
 import math
 import sys
 import time
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,21 +60,25 @@ def _naming_damage(path: epath.Path) -> Iterator[None]:
 
 
 class _EveryMinutes:
-    """Saves when the last checkpoint, or without one this process's start, is long enough ago.
+    """Saves when this process's start, or what it saved since, is long enough ago, by a clock that cannot be set.
 
     All processes must decide alike although their clocks differ, so the first one decides for all; that costs a
     message, and is asked at log steps only.
     """
 
     def __init__(self, minutes: float, ask_every_steps: int):
-        self._ask_every_steps = ask_every_steps
-        self._policy = _policy.ContinuousCheckpointingPolicy(minimum_interval_secs=max(1, round(60 * minutes)))
-        self._start = types.SimpleNamespace(time=datetime.datetime.now(tz=datetime.UTC))
+        self._secs, self._ask_every_steps = 60 * minutes, ask_every_steps
+        self._latest: int | None = None
+        self._since = time.monotonic()
 
     def should_save(self, step: Any, previous_steps: Sequence[Any], *, context: Any) -> bool:
+        del context
         if step.step % self._ask_every_steps:
             return False
-        return self._policy.should_save(step, previous_steps or [self._start], context=context)
+        latest = previous_steps[-1].step if previous_steps else None
+        if latest != self._latest:
+            self._latest, self._since = latest, time.monotonic()
+        return bool(_from_first([int(time.monotonic() - self._since >= self._secs)])[0])
 
 
 class Checkpoints:

@@ -56,7 +56,8 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
                 return finish(job, workdir, start)
             _write_config(job, workdir)
             notices.check()
-            with _Run(job, workdir, recorder, state.params, watch, notices, start) as run:
+            run = _Run(job, workdir, recorder, state.params, watch, notices, start)
+            with run, watch.during("step"):
                 if unfinished is not None and not run.conclude_again(start, state, unfinished):
                     return run.preempted(start)
                 for step, batch in run.batches(start):
@@ -70,6 +71,8 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
                     if (ending and step < total_steps) or pending is not None:
                         return run.preempted(step)
                 if run.step < total_steps:  # told to end while it waited for a batch
+                    if run.step == 0:
+                        raise Preempted
                     run.save(checkpoints, run.step, state, None, last=True)
                     return run.preempted(run.step)
                 run.ended = "done"
@@ -201,7 +204,7 @@ class _Run:
 
     def update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update, dispatched; (new state, metrics on the device)."""
-        with self.watch.during("step" if self._compiled else "compile"):
+        with contextlib.nullcontext() if self._compiled else self.watch.during("compile"):
             out = self.job.train_step(state, batch)
         self._compiled = True
         self.step = self.watch.step = step
@@ -244,8 +247,7 @@ class _Run:
         self.skipped_runs.append(on_device["skipped_run"])
         if not config_lib.is_time(step, self.job.config.log_every_steps, self.job.schedule.total_steps):
             return
-        with self.watch.during("step"):
-            fetched, runs = jax.device_get((on_device, self.skipped_runs))
+        fetched, runs = jax.device_get((on_device, self.skipped_runs))
         self.ledger.note(step, self.watch.account())
         self.longest_skipped_run, self.skipped_runs = int(max(runs)), []
         values = {name: value.item() for name, value in fetched.items()}

@@ -1,5 +1,6 @@
 """Helpers of the tests that start whole runs: as a process, or inside this one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -133,3 +134,18 @@ def wait_for_step(processes: Sequence[subprocess.Popen[str]], workdir: Path, ste
             assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run does not advance"
         time.sleep(0.01)
+
+
+def wait_within_save(processes: Sequence[subprocess.Popen[str]], workdir: Path, num_bytes: int) -> bool:
+    """Returns as soon as a save under way has written so much; False if a process ended first."""
+    deadline = time.monotonic() + 60
+    while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        for partial in (workdir / "checkpoints").glob("*tmp*"):
+            written = 0
+            for directory, _, names in os.walk(partial):  # files are renamed and vanish meanwhile
+                for name in names:
+                    with contextlib.suppress(OSError):
+                        written += os.path.getsize(os.path.join(directory, name))
+            if written >= num_bytes:
+                return True
+    return False

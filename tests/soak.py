@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_dist.errors import EXIT_DONE, EXIT_PEER_LOST, EXIT_PREEMPTED
-from tests.runs import checkpoint_arrays, end_of, last_step, records, start_processes
+from tests.runs import checkpoint_arrays, end_of, last_step, records, start_processes, wait_within_save
 
 ARGS = (
     "--config=configs/smoke.py",
@@ -94,7 +94,10 @@ class Trial:
                 self.fault("hangs", f"no progress to step {target}")
                 break
             time.sleep(0.002)
-        time.sleep(self.draw.random() * 0.05)  # anywhere within an update, a save, an evaluation
+        if kind == "kill" and self.draw.random() < 0.5:  # of 0.5 MiB; in the middle of a save
+            wait_within_save(processes, self.workdir, self.draw.randrange(400_000))
+        else:
+            time.sleep(self.draw.random() * 0.05)  # anywhere within an update, a save, an evaluation
         victim = self.draw.choice(processes)
         number = signal.SIGTERM if kind == "preemption" else signal.SIGKILL
         with contextlib.suppress(ProcessLookupError):

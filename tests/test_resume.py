@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mae_dist.errors import EXIT_PREEMPTED
-from tests.runs import checkpoint_arrays, kill_at_step, last_step, records, run, start
+from tests.runs import checkpoint_arrays, kill_at_step, last_step, records, run, start, wait_for_step, wait_within_save
 
 ARGS = (
     "--config=configs/smoke.py",
@@ -54,6 +54,25 @@ def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path, num_worke
     assert code == 0, output
     assert "Continuing from step" in output
     assert [record["step"] for record in records(workdir)] == list(range(1, 61))
+    assert_same(workdir, uninterrupted)
+
+
+def test_killed_within_saves(uninterrupted, child_env, tmp_path):
+    """At random byte counts of two saves: what is there goes on, and nothing differs in the end."""
+    workdir = tmp_path / "run"
+    args = (*ARGS, "--config.checkpoint.every_steps=2", f"--workdir={workdir}")
+    seed = random.randrange(1 << 30)
+    print("seed", seed)  # shown if the test fails
+    draw = random.Random(seed)
+    for step in (draw.randint(6, 20), draw.randint(25, 45)):
+        process = start(child_env(), *args)
+        wait_for_step([process], workdir, step)
+        assert wait_within_save([process], workdir, draw.randrange(400_000))
+        process.kill()
+        process.communicate(timeout=20)
+    code, output = run(child_env(), *args)
+    assert code == 0, output
+    assert "Continuing from step" in output
     assert_same(workdir, uninterrupted)
 
 
