@@ -74,16 +74,15 @@ def main(argv: Sequence[str]) -> int:
             logging.warning("Preempted before there was anything to save; the same command begins or continues.")
             return errors.EXIT_PREEMPTED
         except Exception as error:
-            if _came_from_jax(error):  # a broken connection, perhaps; who broke it is the news
+            if _may_be_a_broken_connection(error):  # then who broke it is the news
                 watching.end_if_peers_are_gone()
             raise
 
 
-def _came_from_jax(error: BaseException | None) -> bool:
-    import jax
-
+def _may_be_a_broken_connection(error: BaseException | None) -> bool:
+    """Whether anything but the system and ourselves raised it: JAX has several types for a collective that failed."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if not isinstance(error, errors.UserError | OSError):
             return True
         error = error.__cause__ or error.__context__
     return False

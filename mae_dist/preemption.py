@@ -71,7 +71,8 @@ class Notices:
         # The handler in Python waits until a compilation or a collective returns; this byte does not.
         before_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         self._handler_in_c = _handler_in_c()
-        threads = [threading.Thread(target=self._listen, args=(read,), daemon=True)]
+        listener = threading.Thread(target=self._listen, args=(read,), daemon=True)
+        threads = [listener]
         if server:
             logging.info("Preemption notices: SIGTERM and %s", server)
             threads.append(threading.Thread(target=self._ask, args=(server,), daemon=True))
@@ -84,6 +85,7 @@ class Notices:
             signal.set_wakeup_fd(before_fd)
             signal.signal(signal.SIGTERM, before)
             write.close()
+            listener.join()
 
     def join(self, client: Any, index: int, count: int) -> None:
         """From here on with all processes of the run; `client` is JAX's of its coordination service."""
@@ -145,9 +147,10 @@ class Notices:
             print(f"preempted ({source}): saving after this update", file=sys.stderr, flush=True)
 
     def _listen(self, read: socket.socket) -> None:
-        while data := read.recv(64):
-            if signal.SIGTERM in data:
-                self._note("SIGTERM")
+        with read:
+            while data := read.recv(64):
+                if signal.SIGTERM in data:
+                    self._note("SIGTERM")
 
     def _ask(self, server: str) -> None:
         """Asks the metadata server every second; a notice is as a signal, which also interrupts."""

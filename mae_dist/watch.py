@@ -240,13 +240,14 @@ class Watch:
 
     def _on_abort(self, c_library: Any) -> None:
         """In whatever thread aborts. Only the end of another process gets its own code; anything else is a bug."""
-        if not self._peers:
-            message = self._never_came()
-        elif self._index and not _answers(self._address):
-            message = "lost process 0, which coordinates the others"
-        else:
+        message = self._never_came() if self.phase == "join" else ""
+        deadline = self._clock() + 2 * _SILENT_SECS  # a connection may break before the process is quite gone
+        while self._peers and not message and self._clock() < deadline:
             silent = self._silent(_SILENT_SECS)
+            if self._index and not _answers(self._address):
+                silent = "process 0, which coordinates the others"
             message = f"lost {silent}" if silent else ""
+            time.sleep(_PULSE_SECS / 4)
         if message:
             self._report(message)
             os._exit(EXIT_PEER_LOST)

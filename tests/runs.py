@@ -22,6 +22,13 @@ from mae_dist import job
 from mae_dist.data import local_rows, to_global
 
 ROOT = Path(__file__).resolve().parent.parent
+ONLY_UPDATES = (  # nothing is evaluated or drawn, which a run compiles for seconds
+    "--config.eval.every_epochs=0",
+    "--config.eval.every_steps=0",
+    "--config.eval.test_at_end=False",
+    "--config.pictures.every_epochs=0",
+    "--config.pictures.every_steps=0",
+)
 # Figures of time: the only ones that may differ between a run and its repetition.
 TIMING = ("images_per_sec", "step_secs", "data_wait", "eta_secs")
 

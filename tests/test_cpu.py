@@ -21,7 +21,7 @@ from mae_dist import cpu, flops, job, layers, main, tasks
 from mae_dist.data import local_rows, to_global
 from mae_dist.errors import ConfigError
 from tests import QUICK
-from tests.runs import losses, run, smoke_config
+from tests.runs import ONLY_UPDATES, losses, run, smoke_config
 
 
 @given(examples=st.integers(1, 2000), size=st.integers(1, 2**40))
@@ -249,7 +249,7 @@ def test_compiled_programs_are_kept(child_env, tmp_path):
     kept = tmp_path / ".compiled"
     found = []
     for name in ("first", "second"):
-        options = ("--config=configs/smoke.py", "--config.total_steps=2", f"--workdir={tmp_path / name}")
+        options = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.total_steps=2", f"--workdir={tmp_path / name}")
         code, output = run(env, *options)
         assert code == 0, output
         found.append({path.name for path in kept.glob("*-cache")})

@@ -15,7 +15,7 @@ from configs import default
 from mae_dist import checkpoint, integrity
 from mae_dist.errors import StorageFault
 from mae_dist.seals import Seals
-from tests.runs import records, run
+from tests.runs import ONLY_UPDATES, records, run
 from tests.test_checkpoint import build, new_state, open_checkpoints
 
 # After a read that failed, Orbax leaves coroutines that nobody awaits, and tensorstore complains at its own time.
@@ -237,7 +237,7 @@ def test_any_bit_changes_the_digest(shape, dtype, data):
 def test_command(saved, tmp_path_factory, child_env):
     """A user finds a flipped byte, the run goes on without that step, and the quarantine can be emptied."""
     workdir = tmp_path_factory.mktemp("command") / "run"
-    options = ("--config=configs/smoke.py", "--config.checkpoint.every_steps=2", f"--workdir={workdir}")
+    options = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.checkpoint.every_steps=2", f"--workdir={workdir}")
     code, output = run(child_env(), *options, "--config.total_steps=4")
     assert code == 0, output
     code, output = run(child_env(), "verify", str(workdir), module="checkpoint")

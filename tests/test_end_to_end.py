@@ -12,7 +12,7 @@ import time
 import cv2
 import pytest
 
-from tests.runs import ROOT, kill_at_step, last_step, records, run, start
+from tests.runs import ONLY_UPDATES, ROOT, kill_at_step, last_step, records, run, start
 
 SLOWER = ("--config.optim.base_lr=2e-3", "--config.log_every_steps=50")
 SHORT = ("--config.total_epochs=12", "--config.optim.warmup_epochs=1")
@@ -188,9 +188,8 @@ def test_failed_save_is_tried_again(child_env, tmp_path):
     workdir = tmp_path / "run"
     env = child_env()
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
-    args = ("--config.total_steps=20000", "--config.checkpoint.every_steps=20", "--config.eval.every_epochs=0")
-    args += ("--config.pictures.every_epochs=0", "--config.pictures.every_steps=0", "--config.eval.every_steps=0")
-    process = start(env, "--config=configs/smoke.py", *args, f"--workdir={workdir}", file_limit_kib=40)
+    args = ("--config.total_steps=20000", "--config.checkpoint.every_steps=20")
+    process = start(env, "--config=configs/smoke.py", *ONLY_UPDATES, *args, f"--workdir={workdir}", file_limit_kib=40)
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -241,10 +240,10 @@ def test_interrupt_from_the_keyboard_can_be_continued(child_env, tmp_path):
     workdir = tmp_path / "run"
     args = (
         "--config=configs/smoke.py",
+        *ONLY_UPDATES,
         "--config.total_steps=200",
         "--config.log_every_steps=1",
         "--config.checkpoint.every_steps=50",
-        "--config.eval.every_steps=100",
         f"--workdir={workdir}",
     )
     process = start(child_env(), *args)

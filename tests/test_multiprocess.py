@@ -33,9 +33,12 @@ def alone(child_env, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("mesh", [("--config.mesh.data=-1",), ("--config.mesh.data=1", "--config.mesh.tensor=2")])
-def test_two_processes_equal_one(alone, child_env, tmp_path, mesh):
-    """Metrics, evaluation and pictures as from one process; a tensor axis across processes shares every row."""
+def test_two_processes_equal_one(alone, child_env, tmp_path):
+    """Metrics, evaluation and pictures as from one process; a tensor axis across processes shares every row.
+
+    A data axis across processes: tests/test_preemption.py.
+    """
+    mesh = ("--config.mesh.data=1", "--config.mesh.tensor=2")
     together = tmp_path / "together"
     outputs = run_processes(child_env(), together, 2, *mesh)
     assert "smoke: step 20 of 20" in outputs[0]
@@ -46,17 +49,6 @@ def test_two_processes_equal_one(alone, child_env, tmp_path, mesh):
         assert a.keys() == b.keys()
         np.testing.assert_allclose([a[name] for name in b], [b[name] for name in b], rtol=1e-4, err_msg=str(a["step"]))
     assert (together / "pictures" / "step_00000020.png").stat().st_size > 10_000
-
-
-def test_one_process_continues_what_two_began(child_env, tmp_path):
-    """The checkpoint of two processes is one process's to restore."""
-    workdir = tmp_path / "run"
-    run_processes(child_env(), workdir, 2, "--config.total_steps=16")
-    assert (workdir / "checkpoints" / "16").is_dir()
-    code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
-    assert code == 0, output
-    assert "Continuing from step 16" in output
-    assert [record["step"] for record in records(workdir)] == list(range(1, 21))
 
 
 def test_incomplete_flags_are_refused(child_env, tmp_path):

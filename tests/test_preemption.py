@@ -16,7 +16,17 @@ import pytest
 
 from mae_dist.errors import EXIT_DONE, EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_STALLED, EXIT_STORAGE, ConfigError
 from mae_dist.preemption import Notices, Preempted
-from tests.runs import checkpoint_arrays, end_of, last_step, records, run, start, start_processes, wait_for_step
+from tests.runs import (
+    ONLY_UPDATES,
+    checkpoint_arrays,
+    end_of,
+    last_step,
+    records,
+    run,
+    start,
+    start_processes,
+    wait_for_step,
+)
 
 ARGS = (
     "--config=configs/smoke.py",
@@ -32,7 +42,7 @@ ARGS = (
     "--config.trace=True",
 )
 # Updates without end, for what is to be interrupted.
-LONG = (*ARGS, "--config.total_steps=100000", "--config.eval.every_epochs=0", "--config.eval.every_steps=0")
+LONG = (*ARGS, *ONLY_UPDATES, "--config.total_steps=100000")
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +74,12 @@ def test_another_topology_sees_the_same_examples_and_masks(uninterrupted, child_
     print("seed", seed)  # shown if the test fails
     draw = random.Random(seed)
     saved = 0
-    for count, lowest in ((1, 5), (2, 14), (4, 24)):
-        processes = start_processes(child_env(), count, *ARGS, f"--workdir={workdir}")
-        wait_for_step(processes, workdir, max(saved + 2, lowest))
-        draw.choice(processes).send_signal(signal.SIGTERM)
+    for count, lowest in ((1, 7), (2, 14), (4, 24)):
+        simulated = ("--simulate_preemption_at_step=7",)  # what a user tries; of the first start only
+        processes = start_processes(child_env(), count, *ARGS, *simulated, f"--workdir={workdir}")
+        if count > 1:
+            wait_for_step(processes, workdir, max(saved + 2, lowest))
+            draw.choice(processes).send_signal(signal.SIGTERM)
         ended = end_of(processes)
         assert [code for code, _ in ended] == [EXIT_PREEMPTED] * count, "\n".join(output for _, output in ended)
         steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
@@ -148,8 +160,7 @@ def test_stalled_data_ends_the_run(child_env, tmp_path):
     assert "in batches" in output, "no stacks"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
 def test_peer_lost(child_env, tmp_path, number, victim):
     """One of two is killed or stopped: the other ends in time, says who is gone and what was last known."""
     workdir = tmp_path / "run"
@@ -186,35 +197,41 @@ class Metadata(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
-)
-def test_told_by_the_metadata_server(child_env, tmp_path, name, value, monkeypatch):
-    """As by SIGTERM; the address is the one given."""
+@pytest.fixture
+def metadata(monkeypatch):
+    """The answers of a metadata server, to be changed, and its address."""
     monkeypatch.setattr(Metadata, "answers", dict(Metadata.answers))
-    workdir = tmp_path / "run"
     with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"127.0.0.1:{server.server_address[1]}"
-        process = start(child_env(), *LONG, f"--metadata_server={address}", f"--workdir={workdir}")
-        wait_for_step([process], workdir, 3)
-        Metadata.answers[name] = value
-        [(code, output)] = end_of([process], timeout=60)
+        yield Metadata.answers, f"127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+def test_told_by_the_metadata_server(child_env, tmp_path, metadata):
+    """As by SIGTERM; the address is the one given."""
+    answers, address = metadata
+    workdir = tmp_path / "run"
+    process = start(child_env(), *LONG, f"--metadata_server={address}", f"--workdir={workdir}")
+    wait_for_step([process], workdir, 3)
+    answers["preempted"] = "TRUE"
+    [(code, output)] = end_of([process], timeout=60)
     assert code == EXIT_PREEMPTED, output
     assert "preempted (the metadata server" in output
     assert (workdir / "checkpoints" / str(last_step(workdir))).is_dir()
 
 
-def test_simulated_and_continued(child_env, tmp_path):
-    """The flag a user tries it with: the same line ends, then goes on to the end."""
-    workdir = tmp_path / "run"
-    args = (*ARGS, "--simulate_preemption_at_step=7", f"--workdir={workdir}")
-    code, output = run(child_env(), *args)
-    assert code == EXIT_PREEMPTED, output
-    assert "Preempted: saved step 7;" in output
-    code, output = run(child_env(), *args)
-    assert code == EXIT_DONE, output
+def test_maintenance_that_ends_the_machine(metadata):
+    """It is a notice; one that moves the machine elsewhere is none."""
+    answers, address = metadata
+    notices = Notices()
+    with notices.handling(address):
+        answers["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
+        time.sleep(2.5)
+        assert not notices.poll()
+        answers["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+        with pytest.raises(Preempted), notices.interrupting():
+            time.sleep(30)
+        assert notices.poll()
 
 
 def test_second_run_in_a_workdir_is_refused(child_env, tmp_path):
