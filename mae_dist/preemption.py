@@ -157,7 +157,7 @@ class Notices:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine's own network
         while not self._closing.wait(_ASK_EVERY_SECS):
             preempted, event = self._metadata(opener, server, _SPOT), self._metadata(opener, server, _MAINTENANCE)
-            if preempted == "TRUE" or event.startswith("TERMINATE"):
+            if (preempted == "TRUE" or event.startswith("TERMINATE")) and not self._closing.is_set():
                 self._note(f"the metadata server: preempted={preempted}, maintenance-event={event}")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
