@@ -40,11 +40,10 @@ def assert_same(workdir, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path, num_workers):
+def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path):
     """Parameters, moments and every metric equal; no step twice, none missing; also with worker processes."""
     workdir = tmp_path / "run"
-    args = (*ARGS, f"--config.data.num_workers={num_workers}", f"--workdir={workdir}")
+    args = (*ARGS, "--config.data.num_workers=2", f"--workdir={workdir}")
     seed = random.randrange(1 << 30)
     print("seed", seed)  # shown if the test fails
     draw = random.Random(seed)
@@ -86,16 +85,15 @@ def test_killed_before_the_first_checkpoint_starts_again(uninterrupted, child_en
     assert_same(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize("moment", ["compiling", "training"])
-def test_preempted_alone(uninterrupted, child_env, tmp_path, moment):
-    """SIGTERM to a process without others, twice: what was computed is saved, its own exit code, and it goes on."""
+def test_preempted_before_the_first_update(uninterrupted, child_env, tmp_path):
+    """SIGTERM while it waits for data or compiles, twice: saved, or nothing was there yet; its own code; it goes on."""
     workdir = tmp_path / "run"
     args = (*ARGS, "--config.checkpoint.every_steps=0", f"--workdir={workdir}")
     process = start(child_env(), *args)
     deadline = time.monotonic() + 120
-    while not (workdir / "config.json").exists() or (moment == "training" and last_step(workdir) < 9):
+    while not (workdir / "config.json").exists():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run does not advance"
+        assert time.monotonic() < deadline, "the run does not begin"
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
@@ -103,7 +101,7 @@ def test_preempted_alone(uninterrupted, child_env, tmp_path, moment):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_PREEMPTED, output
     saved = last_step(workdir)
-    if saved or moment == "training":
+    if saved:
         assert f"Preempted: saved step {saved};" in output
         assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(saved)]
         assert (workdir / "seals" / f"{saved}.json").exists()
@@ -111,7 +109,7 @@ def test_preempted_alone(uninterrupted, child_env, tmp_path, moment):
         assert "Preempted before there was anything to save" in output
     code, output = run(child_env(), *args)
     assert code == 0, output
-    assert f"Continuing from step {saved} " in output or not saved
+    assert not saved or f"Continuing from step {saved} " in output
     assert_same(workdir, uninterrupted)
 
 
