@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from mae_dist.errors import StorageFault
-from mae_dist.storage import naming_faults, open_lines, read_text
+from mae_dist.storage import naming_faults, open_lines, read_text, write_text_atomically
 
 GOODPUT_FILE = "goodput.jsonl"
 _EVERY_SECS = 10.0
@@ -51,7 +51,7 @@ class Ledger:
                 whole = text[: text.rfind("\n") + 1]  # a line cut short by a kill would spoil the next
                 self._run = len(_runs(whole)) + 1
                 if whole != text:
-                    self._path.write_text(whole)
+                    write_text_atomically(self._path, whole)
                 self._lines = open_lines(self._path, whole)
 
     def note(self, step: int, secs: Mapping[str, float], end: str = "") -> None:

@@ -138,6 +138,7 @@ class _Run:
         start: int,
     ):
         self.job, self.workdir, self.recorder, self.watch, self.notices = job, workdir, recorder, watch, notices
+        self.meta = job.meta  # written anew at every call of it, and needed after every update
         self.step = watch.step = start
         self.ended = "by a fault"  # unless told otherwise
         began = time.time() - sum(watch.account().values())
@@ -215,7 +216,7 @@ class _Run:
         self, checkpoints: Checkpoints, step: int, state: TrainState, pending: dict[str, float] | None, last: bool
     ) -> None:
         """Saves if that is due; the `last` time whatever is due, and waits until it is on disk."""
-        meta = {**self.job.meta, "unfinished": pending}
+        meta = {**self.meta, "unfinished": pending}
         with self.watch.during("checkpoint"), jax.transfer_guard("allow"):  # an accelerator's state is copied
             (checkpoints.save_and_wait if last else checkpoints.save)(step, state, meta, self.evaluated)
 

@@ -81,7 +81,7 @@ class Watch:
         self._heard = clock()  # when the coordinator answered last
         self._closing = threading.Event()
         self._reporting = threading.Lock()
-        self._keep_alive: list[Any] = []
+        self._abort_handler: Any = None  # kept: C calls it
 
     def __enter__(self) -> "Watch":
         threading.Thread(target=self._guard, daemon=True).start()
@@ -137,9 +137,8 @@ class Watch:
     def expect_peers(self) -> None:
         """Before the processes join: JAX aborts a process whose coordinator is gone, which becomes an exit code."""
         c_library = ctypes.CDLL(None)
-        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._on_abort(c_library))
-        self._keep_alive.append(handler)
-        c_library.signal(int(signal.SIGABRT), handler)
+        self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._on_abort(c_library))
+        c_library.signal(int(signal.SIGABRT), self._abort_handler)
         faulthandler.enable()  # prints the stacks, then lets the handler that was there before have the signal
 
     def join(self, client: Any, address: str, index: int, count: int) -> None:

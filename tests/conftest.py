@@ -3,6 +3,7 @@
 import gc
 import mmap
 import os
+import random
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,6 +90,14 @@ def child_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[st
         return env
 
     return make
+
+
+@pytest.fixture
+def draw() -> random.Random:
+    """Random numbers, others in every session; their seed is shown if the test fails."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    return random.Random(seed)
 
 
 @pytest.fixture

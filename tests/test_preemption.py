@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import threading
 import time
@@ -67,12 +66,9 @@ def child_of(process):
     raise AssertionError("no worker process")
 
 
-def test_another_topology_sees_the_same_examples_and_masks(uninterrupted, child_env, tmp_path):
+def test_another_topology_sees_the_same_examples_and_masks(uninterrupted, child_env, tmp_path, draw):
     """1 -> 2 -> 4 -> 1 processes, each ended by a notice to any one of them: every trace and every loss as alone."""
     workdir = tmp_path / "run"
-    seed = random.randrange(1 << 30)
-    print("seed", seed)  # shown if the test fails
-    draw = random.Random(seed)
     saved = 0
     for count, lowest in ((1, 7), (2, 14), (4, 24)):
         simulated = ("--simulate_preemption_at_step=7",)  # what a user tries; of the first start only

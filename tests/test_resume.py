@@ -1,7 +1,6 @@
 """Killed runs continue as if nothing had happened: real processes, SIGKILL, real files."""
 
 import json
-import random
 import shutil
 import signal
 import time
@@ -40,13 +39,10 @@ def assert_same(workdir, other):
         np.testing.assert_array_equal(a, b)
 
 
-def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path):
+def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path, draw):
     """Parameters, moments and every metric equal; no step twice, none missing; also with worker processes."""
     workdir = tmp_path / "run"
     args = (*ARGS, "--config.data.num_workers=2", f"--workdir={workdir}")
-    seed = random.randrange(1 << 30)
-    print("seed", seed)  # shown if the test fails
-    draw = random.Random(seed)
     for step in (draw.randint(8, 25), draw.randint(30, 55)):
         kill_at_step(start(child_env(), *args), workdir, step)
     code, output = run(child_env(), *args)
@@ -56,13 +52,10 @@ def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path):
     assert_same(workdir, uninterrupted)
 
 
-def test_killed_within_saves(uninterrupted, child_env, tmp_path):
+def test_killed_within_saves(uninterrupted, child_env, tmp_path, draw):
     """At random byte counts of two saves: what is there goes on, and nothing differs in the end."""
     workdir = tmp_path / "run"
     args = (*ARGS, "--config.checkpoint.every_steps=2", f"--workdir={workdir}")
-    seed = random.randrange(1 << 30)
-    print("seed", seed)  # shown if the test fails
-    draw = random.Random(seed)
     for step in (draw.randint(6, 20), draw.randint(25, 45)):
         process = start(child_env(), *args)
         wait_for_step([process], workdir, step)
