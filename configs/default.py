@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.accum_steps = 1  # an update's batch is computed in this many pieces, one after another
     config.log_every_steps = 50  # metrics are fetched from the device and written this often
     config.trace = False  # record digests of each update's images and masks, to compare runs
+    config.profile_steps = ""  # "10:15": a profiler's trace of updates 10 to 15, in profile/; SIGUSR1: of the next five
     config.max_skipped_steps = 20  # stop ("diverged") after this many updates in a row with a non-finite gradient
 
     config.cpu = ConfigDict()  # only where there is no accelerator; 0: chosen for this machine, and kept with the run

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_dist import layers, patches, transforms
+from mae_dist import layers, patches, profiler, transforms
 from mae_dist.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -110,6 +110,7 @@ FREE = (
     "checkpoint",
     "deadlines",
     "trace",
+    "profile_steps",
 )
 
 
@@ -278,6 +279,10 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         yield f"checkpoint.keep_best={metric!r} needs evaluations: set data.val_split and eval.every_epochs"
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must be at least 0 and below 2**32 = {2**32}"
+    try:
+        profiler.parse_steps(config.profile_steps)
+    except ConfigError as error:
+        yield str(error)
     if not config.name:
         yield "name='' must not be empty: it names the run's directory"
     if config.task == "pretrain" and config.pretrain.norm_pix_loss:

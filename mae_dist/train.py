@@ -23,6 +23,7 @@ from mae_dist.goodput import Ledger
 from mae_dist.job import Data, Job
 from mae_dist.lock import sole_user
 from mae_dist.preemption import Notices, Preempted
+from mae_dist.profiler import Profiler
 from mae_dist.state import TrainState
 from mae_dist.storage import naming_faults, write_text_atomically
 from mae_dist.watch import Watch
@@ -57,7 +58,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
             _write_config(job, workdir)
             notices.check()
             run = _Run(job, workdir, recorder, state.params, watch, notices, start)
-            with run, watch.during("step"):
+            with run, run.profiler, watch.during("step"):
                 if unfinished is not None and not run.conclude_again(start, state, unfinished):
                     return run.preempted(start)
                 for step, batch in run.batches(start):
@@ -153,6 +154,7 @@ class _Run:
             flops_per_image=job.flops_per_image,
             peak_flops=peak and peak * job.mesh.size,
         )
+        self.profiler = Profiler(workdir / "profile" / f"process_{jax.process_index()}", job.config.profile_steps)
         self.evaluated: dict[str, float] = {}  # what was evaluated after the current update
         self.skipped_runs: list[jax.Array] = []  # of the updates since the last log step, still on the device
         self.longest_skipped_run = 0
@@ -187,6 +189,7 @@ class _Run:
             job.train_batches(self.data.train, start, rows) as self.host_batches,
         ):
             for step in range(start + 1, total + 1):
+                self.profiler.before(step)
                 began = time.monotonic()
                 try:
                     with self.watch.during("data"), self.notices.interrupting():
@@ -205,8 +208,13 @@ class _Run:
 
     def update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update, dispatched; (new state, metrics on the device)."""
-        with contextlib.nullcontext() if self._compiled else self.watch.during("compile"):
+        compiling = contextlib.nullcontext() if self._compiled else self.watch.during("compile")
+        with compiling, self.profiler.annotate(step):
             out = self.job.train_step(state, batch)
+        if self.profiler.ends_with(step):
+            jax.block_until_ready(out)
+            with self.throughput.pause():
+                self.profiler.stop()
         self._compiled = True
         self.step = self.watch.step = step
         self.notices.after_update(step)

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "integrity",
         "preemption",
         "watch",
+        "profiler",
     ),
     ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock"),
     ("tasks", "pictures", "checkpoint", "evaluate"),

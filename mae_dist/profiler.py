@@ -1,0 +1,103 @@
+"""A profiler's trace of some updates, asked for by config or by a signal, for XProf, TensorBoard or Perfetto."""
+
+import contextlib
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from mae_dist.errors import ConfigError
+
+_UPDATES_BY_SIGNAL = 5
+
+
+def parse_steps(steps: str) -> range:
+    """`10:15` -> the updates 10 to 15, both included; "" -> none."""
+    if not steps:
+        return range(0)
+    first, colon, last = steps.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ConfigError(f"profile_steps={steps!r} must be '' or first:last, the updates from 1, such as '10:15'")
+    return range(int(first), int(last) + 1)
+
+
+class Profiler:
+    """Traces updates of this process into directories `updates_<first>_<last>` of `directory`, a bucket's too.
+
+    While it is entered, SIGUSR1 asks for a trace of the next updates. A trace that cannot be made or written is a
+    warning: the run is worth more.
+
+    Args:
+      directory: where the traces of this process go.
+      steps: the updates to trace, see `parse_steps`.
+    """
+
+    def __init__(self, directory: epath.Path, steps: str):
+        self._directory = directory
+        self._planned = parse_steps(steps)
+        self._asked = False
+        self._tracing: range | None = None
+        self._local = ""  # the profiler writes to local files only
+        self._before: Any = None
+
+    def __enter__(self) -> "Profiler":
+        self._before = signal.signal(signal.SIGUSR1, self._ask)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        signal.signal(signal.SIGUSR1, self._before)
+        if self._tracing is not None:
+            self.stop()
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def before(self, step: int) -> None:
+        """Begins a trace that is to start with update `step`, before its batch is asked for."""
+        if self._tracing is None and (self._asked or step in self._planned):
+            last = step + _UPDATES_BY_SIGNAL - 1 if self._asked else self._planned[-1]
+            self._asked = False
+            self._local = tempfile.mkdtemp(prefix="mae_dist_profile_")
+            with self._warning("begun"):
+                jax.profiler.start_trace(self._local, create_perfetto_trace=True)
+                self._tracing = range(step, last + 1)
+
+    def annotate(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """Names an update in the trace."""
+        if self._tracing is None:
+            return contextlib.nullcontext()
+        return jax.profiler.StepTraceAnnotation("update", step_num=step)
+
+    def ends_with(self, step: int) -> bool:
+        """Whether `stop` is due after update `step`, when the device has finished it."""
+        return self._tracing is not None and step >= self._tracing[-1]
+
+    def stop(self) -> None:
+        """Writes the trace, which takes seconds."""
+        assert self._tracing is not None
+        target = self._directory / f"updates_{self._tracing[0]}_{self._tracing[-1]}"
+        self._tracing = None
+        with self._warning("written"), jax.transfer_guard("allow"):
+            jax.profiler.stop_trace()
+            for source in sorted(path for path in Path(self._local).rglob("*") if path.is_file()):
+                copy = target / source.relative_to(self._local).as_posix()
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(source.read_bytes())
+            logging.info("Profile of %s: tensorboard --logdir, or the .json.gz in ui.perfetto.dev", target)
+
+    @contextlib.contextmanager
+    def _warning(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of whatever kind: XLA's, a disk's, a bucket's
+            logging.warning("The profile could not be %s: %s", what, error)
+            shutil.rmtree(self._local, ignore_errors=True)
+        else:
+            if self._tracing is None:
+                shutil.rmtree(self._local, ignore_errors=True)
