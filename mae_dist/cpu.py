@@ -18,6 +18,7 @@ _FLAG = "xla_force_host_platform_device_count"
 _ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 _EXAMPLES_PER_DEVICE = 16  # fewer, and the exchange of gradients costs more than another device gains
 _CACHES = 5.0  # a piece's largest activations may fill the second-level cache so many times; measured best
+_TOKENS = 256  # of an update a piece has at least so many: else adding its gradients up costs more than the cache saves
 _UNKNOWN_CACHE = 2**20
 
 
@@ -85,13 +86,15 @@ def cache_bytes() -> int:
         return _UNKNOWN_CACHE
 
 
-def num_pieces(examples: int, bytes_per_example: int) -> int:
+def num_pieces(examples: int, bytes_per_example: int, summed_tokens: int = 0) -> int:
     """Into how many pieces a device computes its examples: a divisor of `examples`.
 
     Args:
       examples: of one device in one update or evaluation batch.
       bytes_per_example: largest activations that live at once, see `flops.activation_bytes`.
+      summed_tokens: of an example in the encoder, where the pieces' gradients are summed; 0 where there are none.
     """
     ideal = max(1.0, _CACHES * cache_bytes() / bytes_per_example)  # examples in a piece
-    sizes = [size for size in range(1, examples + 1) if examples % size == 0]
+    least = min(examples, math.ceil(_TOKENS / summed_tokens)) if summed_tokens else 1
+    sizes = [size for size in range(least, examples + 1) if examples % size == 0]
     return examples // min(sizes, key=lambda size: abs(math.log(size / ideal)))

@@ -179,7 +179,11 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     if not config.cpu.pieces:
         config = config.copy_and_resolve_references()
         images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
-        config.cpu.pieces = 1 if caches_features else steps.num_pieces(config, mesh, images, kept, decoder=pretrain)
+        config.cpu.pieces = (
+            1
+            if caches_features
+            else steps.num_pieces(config, mesh, images, kept, decoder=pretrain, update=config.task != "probe")
+        )
         config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
     eval_pieces = steps.num_pieces(config, mesh, eval_batch_size, decoder=pretrain)

@@ -113,7 +113,13 @@ def make_train_step(
 
 
 def num_pieces(
-    config: ConfigDict, mesh: Mesh, images: int, num_patches: int | None = None, *, decoder: bool = False
+    config: ConfigDict,
+    mesh: Mesh,
+    images: int,
+    num_patches: int | None = None,
+    *,
+    decoder: bool = False,
+    update: bool = False,
 ) -> int:
     """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
 
@@ -123,6 +129,7 @@ def num_pieces(
       images: of all devices together.
       num_patches: the encoder sees of an image; None for all.
       decoder: whether the decoder runs too.
+      update: whether gradients are computed.
     """
     if mesh.devices.flat[0].platform != "cpu" or not sharding.is_data_parallel(mesh):
         return 1
@@ -136,7 +143,7 @@ def num_pieces(
         flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
         for tokens, width, heads, ratio in sizes
     )
-    return cpu.num_pieces(images // mesh.size, largest)
+    return cpu.num_pieces(images // mesh.size, largest, seen + has_cls if update else 0)
 
 
 def make_eval_step(

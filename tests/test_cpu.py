@@ -32,6 +32,8 @@ def test_pieces_divide_and_shrink(examples, size):
     assert cpu.num_pieces(examples, 2 * size) >= pieces
     assert cpu.num_pieces(examples, 2**60) == examples
     assert cpu.num_pieces(examples, 1) == 1 or examples > cpu.cache_bytes()
+    assert cpu.num_pieces(examples, 2**60, summed_tokens=64) <= max(1, examples // 4)  # 256 tokens in a piece
+    assert cpu.num_pieces(examples, size, summed_tokens=10_000) == pieces
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_evaluation_in_pieces(monkeypatch):
     """Every example once, whatever the pieces: counts are exact, means to float tolerance."""
     results = []
     for pieces in (1, 4):
-        monkeypatch.setattr(cpu, "num_pieces", lambda examples, size, pieces=pieces: pieces)
+        monkeypatch.setattr(cpu, "num_pieces", lambda *args, pieces=pieces: pieces)
         config = smoke_config(task="finetune", data__num_examples=100)
         built = job.build(config, jax.devices()[:2], job.open_data(config))
         with jax.set_mesh(built.mesh):
