@@ -433,9 +433,7 @@ def test_labels_outside_the_classes_are_a_fault() -> None:
         ArrayDataset(columns | {"label": np.zeros(2, np.int32)}, num_classes=2)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"source": "torch"}, {"cache": "disk"}, {"image_size": (0, 8)}, {"max_bad_share": 1.0}, {"channels": 2}]
-)
+@pytest.mark.parametrize("changes", [{"image_size": (0, 8)}, {"max_bad_share": 1.0}, {"channels": 2}])
 def test_arguments_that_cannot_work_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=str(next(iter(changes))).split("_")[0]):
         _open(**changes)
