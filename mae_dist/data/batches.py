@@ -27,6 +27,7 @@ from mae_dist.data import draws
 from mae_dist.data.dataset import Dataset
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import CROP_UNIFORMS, Augment, RandomCrops, flip_images
+from mae_dist.watch import kill_workers
 
 _MAX_THREADS = 16
 _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
@@ -171,8 +172,7 @@ class Batches:
     def abandon(self) -> None:
         """Instead of `close` when the process is to end now: a worker that hangs is not waited for."""
         self._iterator = None
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        kill_workers()
 
     def __enter__(self) -> "Batches":
         return self
