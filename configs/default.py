@@ -98,6 +98,11 @@ def get_config() -> ConfigDict:
     config.data.test_split = "test"
     config.data.augment = "none"  # none | flip | crop_flip (random resized crop, bicubic, and flip)
     config.data.crop_scale = (0.2, 1.0)  # area of the random crop, as a share of the image
+    config.data.randaug_magnitude = 0.0  # RandAugment after crop and flip: mean strength, up to 10 (paper: 9); 0: none
+    config.data.randaug_std = 0.5  # of the strength, drawn for each operation
+    config.data.randaug_layers = 2  # operations drawn for an image, each applied half of the time
+    config.data.repeats = 1  # copies of each image in a batch, augmented differently; an epoch stays as many updates,
+    # so that all images are seen once in `repeats` epochs (repeated augmentation; DeiT: 3)
     config.data.mean = (0.0,)  # model input = (pixel / 255 - mean) / std; one value, or one per channel
     config.data.std = (1.0,)
     config.data.cache = "auto"  # auto | memory (decode once) | stream (decode when read)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_dist import layers, patches, profiler, transforms
+from mae_dist import augment, layers, patches, profiler, transforms
 from mae_dist.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -49,6 +49,8 @@ POSITIVE = (
     "classify.hidden_dim",
     "optim.base_lr",
     "optim.eps",
+    "data.randaug_layers",
+    "data.repeats",
     "data.num_examples",
     "data.num_classes",
     "pictures.num_images",
@@ -64,6 +66,8 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "optim.clip_norm",
     "optim.clip_value",
+    "data.randaug_magnitude",
+    "data.randaug_std",
     "data.num_workers",
     "eval.every_epochs",
     "eval.every_steps",
@@ -271,6 +275,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     low, high = config.data.crop_scale if len(config.data.crop_scale) == 2 else (0, 0)
     if not 0 < low <= high <= 1:
         yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"
+    yield from _augment_faults(config)
     metric = config.checkpoint.keep_best
     metrics = ("val_loss",) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
     if metric and metric not in metrics:
@@ -289,6 +294,27 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         values = math.prod(config.model.patch_size) * config.model.channels
         if values == 1:
             yield "pretrain.norm_pix_loss needs more than one value in a patch: model.patch_size is 1x1 of one channel"
+
+
+def _augment_faults(config: ConfigDict) -> Iterator[str]:
+    data, batch = config.data, config.global_batch_size
+    if data.randaug_magnitude > augment.MAX_MAGNITUDE:
+        yield f"data.randaug_magnitude={data.randaug_magnitude} must be at most {augment.MAX_MAGNITUDE:g}"
+    if data.randaug_magnitude and data.augment == "none":
+        yield (
+            f"data.randaug_magnitude={data.randaug_magnitude} and data.augment='none'; RandAugment follows 'flip' or "
+            "'crop_flip': choose one, or data.randaug_magnitude=0"
+        )
+    if data.randaug_magnitude and config.model.channels == 4:
+        yield (
+            f"data.randaug_magnitude={data.randaug_magnitude} and model.channels=4: RandAugment's colours have no "
+            "meaning with transparency; use 1 or 3 channels, or data.randaug_magnitude=0"
+        )
+    if data.repeats > 0 and batch > 0 and batch % data.repeats:
+        yield (
+            f"data.repeats={data.repeats} does not divide global_batch_size={batch}; nearest that does: "
+            f"{max(data.repeats, round(batch / data.repeats) * data.repeats)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

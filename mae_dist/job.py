@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import checkpoint, flops, patches, pretrained, sharding, state, steps, tasks
 from mae_dist import config as config_lib
-from mae_dist.data import Augment, Dataset, open_split, train_batches
+from mae_dist.data import Augment, Dataset, RandAugment, open_split, train_batches
 from mae_dist.errors import ConfigError
 from mae_dist.optim import make_optimizer
 from mae_dist.state import TrainState
@@ -82,9 +82,14 @@ class Job:
     def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
         """This process's rows of the batches of updates `start_step`, `start_step` + 1, …"""
         options = self.config.data
+        fill = tuple(min(255, max(0, round(255 * value))) for value in options.mean)  # as timm
         return train_batches(
             dataset,
             augment=Augment(options.augment, tuple(options.crop_scale)),
+            randaugment=RandAugment(options.randaug_layers, options.randaug_magnitude, options.randaug_std, fill)
+            if options.randaug_magnitude
+            else None,
+            repeats=options.repeats,
             seed=self.config.seed,
             global_batch_size=self.config.global_batch_size,
             start_step=start_step,
@@ -107,7 +112,8 @@ def open_data(config: ConfigDict) -> Data:
 def open_dataset(config: ConfigDict, split: str) -> Dataset:
     """Opens a split expression of the source that `config.data` names, for the images that `config.model` takes."""
     options = config.data.to_dict()
-    for name in ("train_split", "val_split", "test_split", "augment", "crop_scale", "mean", "std", "num_workers"):
+    pipeline = ("augment", "crop_scale", "randaug_layers", "randaug_magnitude", "randaug_std", "repeats", "num_workers")
+    for name in ("train_split", "val_split", "test_split", *pipeline, "mean", "std"):
         del options[name]  # of the pipeline and the model, not of the source
     return open_split(split, image_size=config.model.image_size, channels=config.model.channels, **options)
 

@@ -171,6 +171,16 @@ def test_choices(field):
         ({"data__crop_scale": (0.8, 0.2)}, "data.crop_scale=(0.8, 0.2) must be (low, high) with 0 < low <= high <= 1"),
         ({"data__crop_scale": (0.5,)}, "data.crop_scale=(0.5,) must be (low, high)"),
         (
+            {"data__randaug_magnitude": 10.5, "data__augment": "flip"},
+            "data.randaug_magnitude=10.5 must be at most 10",
+        ),
+        ({"data__randaug_magnitude": 9.0}, "data.randaug_magnitude=9.0 and data.augment='none'; RandAugment follows"),
+        (
+            {"data__randaug_magnitude": 9.0, "data__augment": "flip", "model__channels": 4},
+            "data.randaug_magnitude=9.0 and model.channels=4: RandAugment's colours",
+        ),
+        ({"data__repeats": 3}, "data.repeats=3 does not divide global_batch_size=256; nearest that does: 255"),
+        (
             {"checkpoint__keep_best": "val_los"},
             "checkpoint.keep_best='val_los' is not one of val_loss (or ''). Did you mean 'val_loss'?",
         ),
@@ -320,9 +330,10 @@ def test_differences_ignore_how_and_where_a_run_is_done():
     )
     assert config_lib.differences(old, free) == []
     assert len(config_lib.differences(old, free, ignore=())) == 9
-    changed = make(model__embed_dim=64, optim__base_lr=0.5, data__mean=(0.5,))
+    changed = make(model__embed_dim=64, optim__base_lr=0.5, data__mean=(0.5,), data__repeats=2)
     assert config_lib.differences(old, changed) == [
         "data.mean: [0.0] -> [0.5]",
+        "data.repeats: 1 -> 2",
         "model.embed_dim: 128 -> 64",
         "optim.base_lr: 0.001 -> 0.5",
     ]

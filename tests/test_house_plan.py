@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "optim",
         "sharding",
         "transforms",
+        "augment",
         "distributed",
         "flops",
         "storage",

@@ -20,7 +20,16 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.units import Size
 
-from mae_dist.data import ArrayDataset, Augment, Dataset, cifar, eval_batches, open_split, train_batches
+from mae_dist.data import (
+    ArrayDataset,
+    Augment,
+    Dataset,
+    RandAugment,
+    cifar,
+    eval_batches,
+    open_split,
+    train_batches,
+)
 from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import decode_image
@@ -165,6 +174,7 @@ def test_streamed_batches_do_not_depend_on_workers_or_hosts(varied: Path) -> Non
         with train_batches(
             dataset,
             augment=Augment("crop_flip"),
+            randaugment=RandAugment(2, 9.0, 0.5, (0,)),
             seed=1,
             global_batch_size=8,
             start_step=start,

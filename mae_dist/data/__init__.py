@@ -1,5 +1,6 @@
 """Sources of examples → grain dataset → host batch → global array."""
 
+from mae_dist.augment import RandAugment
 from mae_dist.data.batches import Batches, eval_batches, train_batches
 from mae_dist.data.dataset import ArrayDataset, Dataset
 from mae_dist.data.placement import local_rows, to_global
@@ -11,6 +12,7 @@ __all__ = [
     "Augment",
     "Batches",
     "Dataset",
+    "RandAugment",
     "eval_batches",
     "local_rows",
     "open_split",

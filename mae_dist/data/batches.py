@@ -1,8 +1,9 @@
 """Batches by step: the batch at step t is a pure function of (seed, t), whoever computes which rows of it.
 
 The examples form one endless stream: epoch after epoch, each in an order of its own, with no example dropped and no
-partial batch. Row r of step t is at g = t * global_batch_size + r of the stream, epoch g // N, position g % N. So there
-is no iterator state to save: the step is all of it.
+partial batch. Row r of step t is at g = t * U + r % U of the stream, epoch g // N, position g % N, where U is
+global_batch_size / repeats (Hoffer et al. 2019): each example stands `repeats` times in its batch, U rows apart, so
+that neighbours are different examples. So there is no iterator state to save: the step is all of it.
 
 Legend: B global batch, b rows of this process, N examples, H height, W width, C channels.
 """
@@ -21,10 +22,12 @@ import grain
 import numpy as np
 from absl import flags
 
+from mae_dist.augment import RandAugment
 from mae_dist.data import draws
 from mae_dist.data.dataset import Dataset
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import CROP_UNIFORMS, Augment, RandomCrops, flip_images
+from mae_dist.watch import kill_workers
 
 _MAX_THREADS = 16
 _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
@@ -41,12 +44,15 @@ class _TrainBatch:
 
     dataset: Dataset
     augment: Augment
+    randaugment: RandAugment | None
+    repeats: int
     seed: int
     global_batch_size: int
     rows: np.ndarray  # (b,)
 
     def __call__(self, step: int) -> HostBatch:
-        indices = stream_indices(self.seed, step, self.global_batch_size, self.rows, self.dataset.num_examples)
+        num_unique = self.global_batch_size // self.repeats
+        indices = stream_indices(self.seed, step, num_unique, self.rows % num_unique, self.dataset.num_examples)
         if self.augment.kind == "none":
             flip, crops = None, None
         else:
@@ -58,6 +64,9 @@ class _TrainBatch:
         batch = self._read(indices, crops if self.augment.kind == "crop_flip" else None)
         if flip is not None:
             flip_images(batch["image"], flip)
+        if self.randaugment is not None:
+            shape = (self.global_batch_size, self.randaugment.num_uniforms)
+            self.randaugment(batch["image"], draws.uniforms(draws.RANDAUGMENT, self.seed, step, shape)[self.rows])
         return batch
 
     def _read(self, indices: np.ndarray, crops: RandomCrops | None) -> HostBatch:
@@ -163,8 +172,7 @@ class Batches:
     def abandon(self) -> None:
         """Instead of `close` when the process is to end now: a worker that hangs is not waited for."""
         self._iterator = None
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        kill_workers()
 
     def __enter__(self) -> "Batches":
         return self
@@ -179,6 +187,8 @@ def train_batches(
     dataset: Dataset,
     *,
     augment: Augment,
+    randaugment: RandAugment | None = None,
+    repeats: int = 1,
     seed: int,
     global_batch_size: int,
     start_step: int,
@@ -191,6 +201,8 @@ def train_batches(
     Args:
       dataset: the examples.
       augment: what is done to images; "none" for a dataset without images.
+      randaugment: what is done to them after that, for images of 1 or 3 channels.
+      repeats: how often an example stands in its global batch, each time augmented otherwise; divides it.
       seed: decides order and augmentation.
       global_batch_size: rows of all processes together, B.
       start_step: first step, e.g. the one after a checkpoint.
@@ -210,7 +222,11 @@ def train_batches(
             f"start_step {start_step}, total_steps {total_steps}, num_workers {num_workers}, global_batch_size "
             f"{global_batch_size}: need 0 <= start_step <= total_steps, num_workers >= 0, global_batch_size >= 1"
         )
-    make_batch = _TrainBatch(dataset, augment, seed, global_batch_size, np.asarray(rows, np.int64))
+    if repeats < 1 or global_batch_size % repeats:
+        raise ConfigError(f"repeats {repeats} does not divide global_batch_size {global_batch_size}")
+    make_batch = _TrainBatch(
+        dataset, augment, randaugment, repeats, seed, global_batch_size, np.asarray(rows, np.int64)
+    )
     return _iterate(dataset, make_batch, start_step, total_steps, num_workers)
 
 
@@ -234,9 +250,9 @@ def eval_batches(dataset: Dataset, *, global_batch_size: int, rows: np.ndarray) 
     return _iterate(dataset, make_batch, 0, -(-dataset.num_examples // global_batch_size), num_workers=0)
 
 
-def stream_indices(seed: int, step: int, global_batch_size: int, rows: np.ndarray, num_examples: int) -> np.ndarray:
-    """The examples at `rows` of the training batch of `step`. # (b,) -> (b,) int64"""
-    epochs, positions = np.divmod(step * global_batch_size + rows, num_examples)
+def stream_indices(seed: int, step: int, num_unique: int, rows: np.ndarray, num_examples: int) -> np.ndarray:
+    """The examples at `rows` of the `num_unique` different ones that `step` takes. # (b,) -> (b,) int64"""
+    epochs, positions = np.divmod(step * num_unique + rows, num_examples)
     indices = np.empty(len(rows), np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
