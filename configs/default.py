@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     config.classify.label_smoothing = 0.0
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # adamw | sgd (momentum)
+    config.optim.name = "adamw"  # adamw | sgd (momentum) | lars (sgd with one trust ratio per array and block)
     config.optim.base_lr = 1e-3  # peak learning rate = base_lr * global_batch_size / 256
     config.optim.schedule = "cosine"  # cosine | constant, after the warm-up
     config.optim.final_lr = 0.0  # where the cosine ends
@@ -83,8 +83,10 @@ def get_config() -> ConfigDict:
     config.optim.b1 = 0.9
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8
-    config.optim.momentum = 0.9  # of sgd
+    config.optim.momentum = 0.9  # of sgd and lars
+    config.optim.trust_coefficient = 1e-3  # of lars
     config.optim.weight_decay = 0.05  # not on biases, norms and LayerScale
+    config.optim.layer_decay = 1.0  # finetune: the learning rate of each block is that of the next times this; 1: equal
     config.optim.clip_norm = 0.0  # > 0: scale the gradient down to this global norm
     config.optim.clip_value = 0.0  # > 0: clip every component of the gradient to +- this
 

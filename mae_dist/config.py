@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": layers.REMAT_POLICIES,
     "classify.head": ("linear", "mlp"),
     "classify.pool": ("gap", "cls"),
-    "optim.name": ("adamw", "sgd"),
+    "optim.name": ("adamw", "sgd", "lars"),
     "optim.schedule": ("cosine", "constant"),
     "data.source": ("tfds", "digits", "synthetic"),
     "data.augment": transforms.AUGMENT_KINDS,
@@ -49,6 +49,8 @@ POSITIVE = (
     "classify.hidden_dim",
     "optim.base_lr",
     "optim.eps",
+    "optim.trust_coefficient",
+    "optim.layer_decay",
     "data.num_examples",
     "data.num_classes",
     "pictures.num_images",
@@ -247,6 +249,12 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
             f"total_epochs={config.total_epochs}; lower it too: "
             f"the paper warms up for a twentieth, here {config.total_epochs / 20:g}"
+        )
+    decay = config.optim.layer_decay
+    if decay > 1 or (decay != 1 and config.task != "finetune"):
+        yield (
+            f"optim.layer_decay={decay} with task={config.task!r}: it must be at most 1, and 1 but for "
+            "task='finetune', where the layers far from a new head change least"
         )
     if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
