@@ -73,6 +73,11 @@ def get_config() -> ConfigDict:
     config.classify.pool = "gap"  # gap (mean over patches) | cls (class token)
     config.classify.norm_after_pool = False  # True: a new LayerNorm of what was pooled instead of the encoder's last
     config.classify.label_smoothing = 0.0
+    config.classify.mixup = 0.0  # finetune: alpha of mixup, each image with its neighbour in the batch; the paper: 0.8
+    config.classify.cutmix = 0.0  # finetune: alpha of cutmix; the paper: 1.0
+    config.classify.mix_prob = 1.0  # share of the images that are mixed, if any are
+    config.classify.mix_switch_prob = 0.5  # share of cutmix among them, where there are both
+    config.classify.erase_prob = 0.0  # finetune: share of the images with a random box of noise; the paper: 0.25
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # adamw | sgd (momentum) | lars (sgd with one trust ratio per array and block)

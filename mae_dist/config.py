@@ -61,6 +61,8 @@ NOT_NEGATIVE = (
     "cpu.devices",
     "cpu.pieces",
     "model.layer_scale_init",
+    "classify.mixup",
+    "classify.cutmix",
     "optim.final_lr",
     "optim.warmup_epochs",
     "optim.weight_decay",
@@ -88,6 +90,9 @@ SHARES = (
     "optim.momentum",
     "data.max_bad_share",
 )
+
+# Probabilities: in [0, 1] each.
+PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob")
 
 # What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
 # it computes.
@@ -183,6 +188,7 @@ def _faults(config: ConfigDict) -> Iterator[str]:
         (POSITIVE, lambda v: v > 0, "must be above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
         (SHARES, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+        (PROBABILITIES, lambda v: 0 <= v <= 1, "must be at least 0 and at most 1"),
     ):
         for field in fields:
             value = get(config, field)
@@ -250,6 +256,13 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
             f"total_epochs={config.total_epochs}; lower it too: "
             f"the paper warms up for a twentieth, here {config.total_epochs / 20:g}"
         )
+    if config.task != "finetune":
+        for name in ("mixup", "cutmix", "erase_prob"):
+            if config.classify[name]:
+                yield (
+                    f"classify.{name}={config.classify[name]} is for task='finetune' and task={config.task!r}; set it "
+                    "to 0: a head alone underfits, and a pretraining has no labels"
+                )
     decay = config.optim.layer_decay
     if decay > 1 or (decay != 1 and config.task != "finetune"):
         yield (

@@ -116,8 +116,13 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
     """Raises `ConfigError` for what cannot be split over the devices: the mesh itself, batches, heads."""
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
     split = (("mesh.data", shape["data"]), ("mesh.fsdp", shape["fsdp"]))
+    pieces = [("accum_steps", config.accum_steps)]
+    if config.cpu.pieces > 1:
+        pieces.append(("cpu.pieces", config.cpu.pieces))
+    if tasks.rows_together(config) > 1:
+        pieces.append(("pairs to mix", tasks.rows_together(config)))
     for field, factors in (
-        ("global_batch_size", (*split, ("accum_steps", config.accum_steps))),
+        ("global_batch_size", (*split, *pieces)),
         ("eval.batch_size", split),
     ):
         needed = math.prod(factor for _, factor in factors)
@@ -175,15 +180,19 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
     pretrain = config.task == "pretrain"
+    task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     caches_features = config.task == "probe" and config.data.augment == "none"  # nothing but the head runs then
     if not config.cpu.pieces:
         config = config.copy_and_resolve_references()
         images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
-        config.cpu.pieces = 1 if caches_features else steps.num_pieces(config, mesh, images, kept, decoder=pretrain)
+        config.cpu.pieces = (
+            1
+            if caches_features
+            else steps.num_pieces(config, mesh, images, kept, decoder=pretrain, rows_together=task.rows_together)
+        )
         config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
     eval_pieces = steps.num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
-    task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     abstract_params = jax.eval_shape(task.init_params, jax.random.key(0))
     trainable, _ = state.split_frozen(sharding.logical_axes(abstract_params), task.frozen)
     options = config.optim.to_dict()

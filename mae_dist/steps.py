@@ -19,11 +19,16 @@ from mae_dist.tasks import Batch, Task
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def _split_microbatches(batch: Any, accum_steps: int) -> Any:
-    """(B, ...) -> (A, B / A, ...), taking every A-th row so that each device splits its own rows and none move."""
+def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any:
+    """(B, ...) -> (A, B / A, ...), taking every A-th row so that each device splits its own rows and none move.
+
+    Of rows that must stay together (`Task.rows_together`) it takes every A-th group.
+    """
 
     def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0] // accum_steps, accum_steps, *x.shape[1:]), 1, 0)
+        rest = x.shape[1:]
+        groups = x.reshape(x.shape[0] // (accum_steps * rows_together), accum_steps, rows_together, *rest)
+        return jnp.moveaxis(groups, 1, 0).reshape(accum_steps, x.shape[0] // accum_steps, *rest)
 
     return jax.tree.map(split, batch)
 
@@ -73,7 +78,7 @@ def make_train_step(
         def add(total: Any, micro: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(trainable, frozen, *micro)), None
 
-        micros = _split_microbatches((batch, keys), accum_steps)
+        micros = _split_microbatches((batch, keys), accum_steps, task.rows_together)
         shapes = jax.eval_shape(grad_fn, trainable, frozen, *jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, micros)
@@ -113,7 +118,13 @@ def make_train_step(
 
 
 def num_pieces(
-    config: ConfigDict, mesh: Mesh, images: int, num_patches: int | None = None, *, decoder: bool = False
+    config: ConfigDict,
+    mesh: Mesh,
+    images: int,
+    num_patches: int | None = None,
+    *,
+    decoder: bool = False,
+    rows_together: int = 1,
 ) -> int:
     """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
 
@@ -123,6 +134,7 @@ def num_pieces(
       images: of all devices together.
       num_patches: the encoder sees of an image; None for all.
       decoder: whether the decoder runs too.
+      rows_together: see `tasks.Task`; a piece holds whole groups of them.
     """
     if mesh.devices.flat[0].platform != "cpu" or not sharding.is_data_parallel(mesh):
         return 1
@@ -136,7 +148,7 @@ def num_pieces(
         flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
         for tokens, width, heads, ratio in sizes
     )
-    return cpu.num_pieces(images // mesh.size, largest)
+    return cpu.num_pieces(images // mesh.size // rows_together, largest * rows_together)
 
 
 def make_eval_step(

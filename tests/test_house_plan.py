@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "patches",
         "layers",
         "losses",
+        "mixing",
         "optim",
         "sharding",
         "transforms",
