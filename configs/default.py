@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.total_steps = 0  # > 0: this many updates instead; the warm-up shrinks or grows in proportion
     config.global_batch_size = 256  # examples per update, over all devices and processes
     config.accum_steps = 1  # an update's batch is computed in this many pieces, one after another
+    config.ema_decay = 0.0  # > 0: a moving average of the parameters, which is evaluated and handed on in their place
     config.log_every_steps = 50  # metrics are fetched from the device and written this often
     config.trace = False  # record digests of each update's images and masks, to compare runs
     config.max_skipped_steps = 20  # stop ("diverged") after this many updates in a row with a non-finite gradient

@@ -82,6 +82,7 @@ NOT_NEGATIVE = (
 )
 # Shares: in [0, 1) each.
 SHARES = (
+    "ema_decay",
     "model.drop_path",
     "model.dropout",
     "classify.label_smoothing",

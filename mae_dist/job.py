@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
@@ -77,7 +78,9 @@ class Job:
         checkpoint.check_fits(source.config, self.config, groups)
         loaded = source.load({group: self.shardings.params[group] for group in groups})
         logging.info("%s from %s", " and ".join(groups), source.origin)
-        return new.replace(params={**new.params, **loaded})
+        # The averages start from the weights, in arrays of their own: an update overwrites both.
+        ema = new.ema and {**new.ema, **jax.tree.map(jnp.copy, {k: v for k, v in loaded.items() if k in new.ema})}
+        return new.replace(params={**new.params, **loaded}, ema=ema)
 
     def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
         """This process's rows of the batches of updates `start_step`, `start_step` + 1, …"""
@@ -204,8 +207,9 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         total_steps=schedule.total_steps,
         global_batch_size=config.global_batch_size,
     )
-    init = state.make_init(task.init_params, tx, task.frozen, config.seed)
-    abstract_state = state.abstract_state(abstract_params, tx, task.frozen)
+    has_ema = config.ema_decay > 0
+    init = state.make_init(task.init_params, tx, task.frozen, config.seed, has_ema)
+    abstract_state = state.abstract_state(abstract_params, tx, task.frozen, has_ema)
     shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
     train_step = steps.make_train_step(
         task,
@@ -216,6 +220,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
+        ema_decay=config.ema_decay,
     )
 
     def forward(fn: Any, per_example: bool, pieces: int = eval_pieces) -> Any:
