@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
     config.classify.hidden_dim = 128  # of the mlp head
     config.classify.pool = "gap"  # gap (mean over patches) | cls (class token)
     config.classify.norm_after_pool = False  # True: a new LayerNorm of what was pooled instead of the encoder's last
+    config.classify.batch_norm = False  # probe: a BatchNorm without scale and bias before the head, as in the paper's
     config.classify.label_smoothing = 0.0
     config.classify.mixup = 0.0  # finetune: alpha of mixup, each image with its neighbour in the batch; the paper: 0.8
     config.classify.cutmix = 0.0  # finetune: alpha of cutmix; the paper: 1.0

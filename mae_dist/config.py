@@ -257,6 +257,11 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
             f"total_epochs={config.total_epochs}; lower it too: "
             f"the paper warms up for a twentieth, here {config.total_epochs / 20:g}"
         )
+    if config.classify.batch_norm and config.task != "probe":
+        yield (
+            f"classify.batch_norm is for task='probe' and task={config.task!r}: its statistics are over the whole "
+            "batch, whose features only a frozen encoder computes ahead; set it to False"
+        )
     if config.task != "finetune":
         for name in ("mixup", "cutmix", "erase_prob"):
             if config.classify[name]:

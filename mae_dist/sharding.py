@@ -52,6 +52,7 @@ RULES: tuple[tuple[str, LogicalAxes], ...] = (
     (r"decoder/mask_token", (None, None, None)),
     (r"decoder/pred/kernel", ("embed", None)),
     (r"decoder/pred/bias", (None,)),
+    (r"batch_norm/(mean|var)", (None,)),
     (r"head/norm/(scale|bias)", (None,)),
     (r"head/hidden/kernel", ("embed", "mlp")),
     (r"head/hidden/bias", ("mlp",)),

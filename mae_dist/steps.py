@@ -33,6 +33,13 @@ def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any
     return jax.tree.map(split, batch)
 
 
+def _join_microbatches(x: jax.Array, rows_together: int) -> jax.Array:
+    """The inverse of `_split_microbatches` for one array: (A, B / A, ...) -> (B, ...)."""
+    count, rest = x.shape[0], x.shape[2:]
+    groups = x.reshape(count, -1, rows_together, *rest)
+    return jnp.moveaxis(groups, 0, 1).reshape(-1, *rest)
+
+
 def _is_integer(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.integer)
 
@@ -55,6 +62,26 @@ def _average(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
     done = step.astype(jnp.float32)
     rate = 1 - jnp.minimum(decay, (1 + done) / (10 + done))
     return jax.tree.map(lambda average, value: average + rate * (value - average), ema, new)
+
+
+def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Batch], Batch]:
+    """(params, batch) -> the batch with `features` of a frozen encoder in the place of images, computed in pieces."""
+
+    def compute(params: Any, images: Batch) -> jax.Array:
+        assert task.features is not None
+        split = _split_microbatches(images, pieces, task.rows_together)
+        return _join_microbatches(jax.lax.map(functools.partial(task.features, params), split), task.rows_together)
+
+    if sharding.is_data_parallel(mesh):
+        compute = sharding.on_each_device(compute, mesh, num_whole=1, combine=None)
+
+    def to_features(params: Any, batch: Batch) -> Batch:
+        if "features" in batch:  # computed once, before the run
+            return batch
+        rest = {name: value for name, value in batch.items() if name != "image"}
+        return {**rest, "features": compute(params, {"image": batch["image"]})}
+
+    return to_features
 
 
 def make_train_step(
@@ -98,18 +125,27 @@ def make_train_step(
     compute = accumulated if accum_steps > 1 else grad_fn
     if sharding.is_data_parallel(mesh):
         compute = sharding.on_each_device(compute, mesh, num_whole=2, combine=_combine)
+    if task.statistics is not None:
+        compute = grad_fn  # of features, all at once: over how many devices is the compiler's business
+    to_features = _make_to_features(task, mesh, accum_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.random.split(step_key, global_batch_size)
         keys = jax.lax.with_sharding_constraint(keys, sharding.batch_sharding(mesh))  # (B,)
         trainable, frozen = split_frozen(state.params, task.frozen)
+        if task.statistics is not None:
+            batch = to_features(state.params, batch)
         grads, metrics = compute(trainable, frozen, batch, keys)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
             updates, opt_state = tx.update(grads, state.opt_state, trainable)
             lr = lr_fn(state.step)
         trainable: Any = optax.apply_updates(trainable, updates)
         skipped_run, skipped_steps = nonfinite_counts(opt_state)
+        keep = functools.partial(jnp.where, skipped_run > 0)  # what there was, if this update is skipped
+        if task.statistics is not None:
+            new = task.statistics(state.params, batch)
+            frozen = {**frozen, **jax.tree.map(keep, {name: frozen[name] for name in new}, new)}
         metrics = {
             **metrics,
             "lr": jnp.asarray(lr, jnp.float32),
@@ -120,8 +156,7 @@ def make_train_step(
         }
         ema = state.ema
         if ema is not None:
-            averaged = _average(ema, trainable, state.step, ema_decay)
-            ema = jax.tree.map(functools.partial(jnp.where, skipped_run > 0), ema, averaged)
+            ema = jax.tree.map(keep, ema, _average(ema, trainable, state.step, ema_decay))
         return TrainState(step=state.step + 1, params={**trainable, **frozen}, opt_state=opt_state, ema=ema), metrics
 
     return jax.jit(

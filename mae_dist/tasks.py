@@ -36,6 +36,8 @@ class Task:
     features: (params, batch) -> pooled features (B, D) of the frozen encoder, where they can be cached.
     reconstruct: (params, batch) -> pictures, see `make_pictures`.
     rows_together: so many rows of a batch, one after another, are needed at once by `loss`.
+    statistics: (params, batch) -> new values of frozen groups. Where there is one, it and `loss` are given all of an
+      update's examples at once, on whatever devices, and as `features`.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Task:
     features: Callable[[Params, Batch], jax.Array] | None = None
     reconstruct: Callable[[Params, Batch], dict[str, jax.Array]] | None = None
     rows_together: int = 1
+    statistics: Callable[[Params, Batch], Params] | None = None
 
 
 @struct.dataclass
@@ -96,6 +99,7 @@ def make_model(config: ConfigDict, num_classes: int, constrain: Constrain, rngs:
         hidden_dim=options.hidden_dim,
         pool=options.pool,
         norm_after_pool=options.norm_after_pool,
+        batch_norm=options.batch_norm,
         constrain=constrain,
         rngs=rngs,
     )
@@ -197,10 +201,12 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
     def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
         return bind(params).features(scale_pixels(batch["image"], mean, std), keys)
 
-    def logits(params: Params, batch: Batch, keys: jax.Array | None) -> jax.Array:
-        if "features" in batch:
-            return bind(params).head(batch["features"])
-        return bind(params).head(features(params, batch, keys))
+    def logits(params: Params, batch: Batch, keys: jax.Array | None, whole_batch: bool = False) -> jax.Array:
+        pooled = batch["features"] if "features" in batch else features(params, batch, keys)
+        return bind(params).logits(pooled, whole_batch=whole_batch)
+
+    def statistics(params: Params, batch: Batch) -> Params:
+        return {"batch_norm": bind(params).batch_norm.updated(batch["features"])}
 
     mixes = rows_together(config) > 1
     augments = mixes or (not probe and options.erase_prob > 0)
@@ -232,7 +238,7 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
             out = bind(params)(images, keys)
         else:
             # A frozen encoder is also deterministic: no DropPath, no dropout.
-            out = logits(params, batch, None if probe else keys)
+            out = logits(params, batch, None if probe else keys, whole_batch=options.batch_norm)
         top1 = losses.top_k_correct(out, label, 1).astype(jnp.float32)
         return losses.cross_entropy(out, target, options.label_smoothing), {"top1": top1}
 
@@ -255,7 +261,8 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
         init_params=init,
         loss=loss,
         evaluate=evaluate,
-        frozen=("encoder",) if probe else (),
+        frozen=("encoder", "batch_norm") if probe else (),
         features=features if probe else None,
         rows_together=rows_together(config),
+        statistics=statistics if options.batch_norm else None,
     )
