@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_dist import job, losses, mixing
+from mae_dist import job, layers, losses, mixing, tasks
 from mae_dist.data import local_rows, to_global
 from mae_dist.errors import ConfigError
+from tests import QUICK
 from tests.runs import smoke_config
 
 SIZE = (12, 20)
@@ -152,3 +153,35 @@ def test_pairs_must_divide():
         ConfigError, match=r"global_batch_size=24 .* x pairs to mix = 8 x 1 x 1 x 2 = 16; nearest .* 3?2"
     ):
         job.check_mesh(smoke_config(task="finetune", classify__mixup=0.8, global_batch_size=24, mesh__data=8), 8)
+
+
+def test_scan_remat_and_dtype_change_nothing_but_digits():
+    """How a mixed batch is carried through the blocks; DropPath is drawn again in a second forward pass."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.integers(0, 256, (16, 8, 8, 3), np.uint8)),
+        "label": jnp.asarray(rng.integers(0, 10, 16, np.int32)),
+    }
+    options = {**MIXED, "model__depth": 2, "model__drop_path": 0.4, "model__image_size": (8, 8)}
+    # Random values also where training starts near zero, which would hide everything before the head.
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
+        tasks.abstract_params(smoke_config(**options), 10),
+    )
+    keys = jax.random.split(jax.random.key(1), 16)
+
+    def update(dtype: str, scan: bool, remat: str) -> tuple[float, np.ndarray]:
+        config = smoke_config(**options, model__dtype=dtype, model__scan=scan, model__remat=remat)
+        task = tasks.make_task(config, 10, layers.unconstrained)
+        grad_fn = jax.value_and_grad(lambda p: task.loss(p, batch, keys)[0].mean())
+        value, grads = jax.jit(grad_fn, compiler_options=QUICK)(params)
+        return float(value), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+
+    value, grads = update("float32", False, "none")
+    for scan, remat in ((True, "blocks"), (False, "dots")):
+        found, others = update("float32", scan, remat)
+        assert found == pytest.approx(value, rel=1e-5), (scan, remat)
+        np.testing.assert_allclose(others, grads, rtol=1e-3, atol=1e-5 * np.abs(grads).max(), err_msg=f"{scan} {remat}")
+    found, others = update("bfloat16", True, "dots")
+    assert found == pytest.approx(value, rel=2e-2)
+    assert others @ grads / np.linalg.norm(others) / np.linalg.norm(grads) > 0.99
