@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.total_steps = 0  # > 0: this many updates instead; the warm-up shrinks or grows in proportion
     config.global_batch_size = 256  # examples per update, over all devices and processes
     config.accum_steps = 1  # an update's batch is computed in this many pieces, one after another
+    config.ema_decay = 0.0  # > 0: a moving average of the parameters, which is evaluated and handed on in their place
     config.log_every_steps = 50  # metrics are fetched from the device and written this often
     config.trace = False  # record digests of each update's images and masks, to compare runs
     config.profile_steps = ""  # "10:15": a profiler's trace of updates 10 to 15, in profile/; SIGUSR1: of the next five
@@ -73,10 +74,16 @@ def get_config() -> ConfigDict:
     config.classify.hidden_dim = 128  # of the mlp head
     config.classify.pool = "gap"  # gap (mean over patches) | cls (class token)
     config.classify.norm_after_pool = False  # True: a new LayerNorm of what was pooled instead of the encoder's last
+    config.classify.batch_norm = False  # probe: a BatchNorm without scale and bias before the head, as in the paper's
     config.classify.label_smoothing = 0.0
+    config.classify.mixup = 0.0  # finetune: alpha of mixup, each image with its neighbour in the batch; the paper: 0.8
+    config.classify.cutmix = 0.0  # finetune: alpha of cutmix; the paper: 1.0
+    config.classify.mix_prob = 1.0  # share of the images that are mixed, if any are
+    config.classify.mix_switch_prob = 0.5  # share of cutmix among them, where there are both
+    config.classify.erase_prob = 0.0  # finetune: share of the images with a random box of noise; the paper: 0.25
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # adamw | sgd (momentum)
+    config.optim.name = "adamw"  # adamw | sgd (momentum) | lars (sgd with one trust ratio per array and block)
     config.optim.base_lr = 1e-3  # peak learning rate = base_lr * global_batch_size / 256
     config.optim.schedule = "cosine"  # cosine | constant, after the warm-up
     config.optim.final_lr = 0.0  # where the cosine ends
@@ -84,8 +91,10 @@ def get_config() -> ConfigDict:
     config.optim.b1 = 0.9
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8
-    config.optim.momentum = 0.9  # of sgd
+    config.optim.momentum = 0.9  # of sgd and lars
+    config.optim.trust_coefficient = 1e-3  # of lars
     config.optim.weight_decay = 0.05  # not on biases, norms and LayerScale
+    config.optim.layer_decay = 1.0  # finetune: the learning rate of each block is that of the next times this; 1: equal
     config.optim.clip_norm = 0.0  # > 0: scale the gradient down to this global norm
     config.optim.clip_value = 0.0  # > 0: clip every component of the gradient to +- this
 

@@ -203,8 +203,8 @@ class Checkpoints:
                 return
             self._manager.wait_until_finished()  # as Orbax does; then the one before can be sealed
             self._seal()
-            meta = {**meta, "digests": integrity.digests(state)}
-            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+            meta = {**meta, "digests": integrity.digests(state.to_dict())}
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state.to_dict()), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, metrics=best or None, force=True)
             self._unsealed, self._retry_at = step, None
 
@@ -304,9 +304,9 @@ class Checkpoints:
         for line in config_lib.differences(stored, config, ignore=()):
             logging.info("Continuing with a changed field: %s", line)
         with _telling_damage(path, sealed):
-            state = _restore(self._manager, step, abstract, shardings)
-        _check_values(meta.get("digests", {}), state)
-        return state, meta
+            stored = _restore(self._manager, step, abstract.to_dict(), shardings.to_dict())
+        _check_values(meta.get("digests", {}), stored)
+        return TrainState(**stored), meta
 
 
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
@@ -407,20 +407,37 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
         manager.close()
 
 
+def _stored_tree(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """The shapes of all that a checkpoint holds; nothing of it is read."""
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return handler.metadata(workdir / "checkpoints" / str(step) / "state").tree
+    finally:
+        handler.close()
+
+
 def param_shapes(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
     """(step, shapes of the parameters by group) of the newest checkpoint in `workdir`; nothing of them is read."""
     with _newest(workdir) as (_, step):
-        handler = ocp.PyTreeCheckpointHandler()
-        try:
-            return step, handler.metadata(workdir / "checkpoints" / str(step) / "state").tree["params"]
-        finally:
-            handler.close()
+        return step, _stored_tree(workdir, step)["params"]
 
 
 def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
+    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read.
+
+    Of a run with averages (`ema_decay`) these are read, where they exist: a frozen part has none.
+    """
     with _newest(workdir) as (manager, step):
-        state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
+        averaged = _stored_tree(workdir, step).get("ema", {})
+
+        def by_origin(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+            parts = {
+                "ema": {group: value for group, value in tree.items() if group in averaged},
+                "params": {group: value for group, value in tree.items() if group not in averaged},
+            }
+            return {name: part for name, part in parts.items() if part}
+
+        state = _restore(manager, step, by_origin(abstract), by_origin(shardings), partial=True)
         meta = _read_meta(manager, step)
         try:
             _check_values(meta.get("digests", {}), state)
@@ -429,7 +446,7 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
                 f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged: {damage}. Repeat the command that "
                 "trained it: it puts it in quarantine and continues from the one before"
             ) from damage
-        return step, state["params"]
+        return step, {**state.get("params", {}), **state.get("ema", {})}
 
 
 def save_params(workdir: epath.Path, config: ConfigDict, params: dict[str, Any], origin: str) -> None:

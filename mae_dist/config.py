@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": layers.REMAT_POLICIES,
     "classify.head": ("linear", "mlp"),
     "classify.pool": ("gap", "cls"),
-    "optim.name": ("adamw", "sgd"),
+    "optim.name": ("adamw", "sgd", "lars"),
     "optim.schedule": ("cosine", "constant"),
     "data.source": ("tfds", "digits", "synthetic"),
     "data.augment": transforms.AUGMENT_KINDS,
@@ -49,6 +49,8 @@ POSITIVE = (
     "classify.hidden_dim",
     "optim.base_lr",
     "optim.eps",
+    "optim.trust_coefficient",
+    "optim.layer_decay",
     "data.randaug_layers",
     "data.repeats",
     "data.num_examples",
@@ -61,6 +63,8 @@ NOT_NEGATIVE = (
     "cpu.devices",
     "cpu.pieces",
     "model.layer_scale_init",
+    "classify.mixup",
+    "classify.cutmix",
     "optim.final_lr",
     "optim.warmup_epochs",
     "optim.weight_decay",
@@ -82,6 +86,7 @@ NOT_NEGATIVE = (
 )
 # Shares: in [0, 1) each.
 SHARES = (
+    "ema_decay",
     "model.drop_path",
     "model.dropout",
     "classify.label_smoothing",
@@ -90,6 +95,9 @@ SHARES = (
     "optim.momentum",
     "data.max_bad_share",
 )
+
+# Probabilities: in [0, 1] each.
+PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob")
 
 # What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
 # it computes.
@@ -186,6 +194,7 @@ def _faults(config: ConfigDict) -> Iterator[str]:
         (POSITIVE, lambda v: v > 0, "must be above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
         (SHARES, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+        (PROBABILITIES, lambda v: 0 <= v <= 1, "must be at least 0 and at most 1"),
     ):
         for field in fields:
             value = get(config, field)
@@ -252,6 +261,24 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
             f"total_epochs={config.total_epochs}; lower it too: "
             f"the paper warms up for a twentieth, here {config.total_epochs / 20:g}"
+        )
+    if config.classify.batch_norm and config.task != "probe":
+        yield (
+            f"classify.batch_norm is for task='probe' and task={config.task!r}: its statistics are over the whole "
+            "batch, whose features only a frozen encoder computes ahead; set it to False"
+        )
+    if config.task != "finetune":
+        for name in ("mixup", "cutmix", "erase_prob"):
+            if config.classify[name]:
+                yield (
+                    f"classify.{name}={config.classify[name]} is for task='finetune' and task={config.task!r}; set it "
+                    "to 0: a head alone underfits, and a pretraining has no labels"
+                )
+    decay = config.optim.layer_decay
+    if decay > 1 or (decay != 1 and config.task != "finetune"):
+        yield (
+            f"optim.layer_decay={decay} with task={config.task!r}: it must be at most 1, and 1 but for "
+            "task='finetune', where the layers far from a new head change least"
         )
     if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"

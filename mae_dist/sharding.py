@@ -52,6 +52,7 @@ RULES: tuple[tuple[str, LogicalAxes], ...] = (
     (r"decoder/mask_token", (None, None, None)),
     (r"decoder/pred/kernel", ("embed", None)),
     (r"decoder/pred/bias", (None,)),
+    (r"batch_norm/(mean|var)", (None,)),
     (r"head/norm/(scale|bias)", (None,)),
     (r"head/hidden/kernel", ("embed", "mlp")),
     (r"head/hidden/bias", ("mlp",)),
@@ -265,6 +266,8 @@ def overview(mesh: Mesh, state: Any, shardings: Any) -> str:
         f"parameters: {total:,} in {len(rows)} arrays, {bytes_per_device(state.params, shardings.params):,} bytes per "
         f"device; optimizer state: {bytes_per_device(state.opt_state, shardings.opt_state):,} bytes per device",
     ]
+    if state.ema is not None:
+        lines.append(f"averages of the parameters: {bytes_per_device(state.ema, shardings.ema):,} bytes per device")
     for why, entries in whole.items():
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in entries)
         lines.append(f"whole on every device, {why}: {len(entries)} arrays, {size:,} bytes")

@@ -300,7 +300,7 @@ class _Run:
 
         with self._pause(state):
             batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size)
-            return evaluate.evaluate(job.eval_step, state.params, batches, prefix, dataset.class_names, after_batch)
+            return evaluate.evaluate(job.eval_step, state.averaged, batches, prefix, dataset.class_names, after_batch)
 
     @contextlib.contextmanager
     def _pause(self, state: TrainState) -> Iterator[None]:
@@ -321,7 +321,7 @@ class _Run:
         ):
             return
         with self._pause(state):
-            grid = draw_reconstructions(job, state.params, dataset, step, job.config.pictures.num_images)
+            grid = draw_reconstructions(job, state.averaged, dataset, step, job.config.pictures.num_images)
             if distributed.is_primary():
                 pictures.write_png(self.workdir / "pictures" / f"step_{step:08d}.png", grid)
             self.recorder.write_images(step, {"reconstruction": grid[None]})

@@ -156,6 +156,11 @@ def test_choices(field):
             {"task": "probe", "init_from": "runs/x", "classify__norm_after_pool": True},
             "classify.norm_after_pool is for task='finetune'",
         ),
+        ({"task": "finetune", "classify__batch_norm": True}, "classify.batch_norm is for task='probe'"),
+        ({"classify__cutmix": 1.0}, "classify.cutmix=1.0 is for task='finetune' and task='pretrain'"),
+        ({"optim__layer_decay": 0.75}, "optim.layer_decay=0.75 with task='pretrain': it must be at most 1"),
+        ({"task": "finetune", "optim__layer_decay": 1.5}, "optim.layer_decay=1.5 with task='finetune': it must be at"),
+        ({"task": "finetune", "classify__erase_prob": 1.5}, "classify.erase_prob=1.5 must be at least 0 and at most 1"),
         (
             {"task": "finetune", "classify__pool": "cls", "model__cls_token": "none"},
             "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'",

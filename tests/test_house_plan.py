@@ -16,8 +16,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "attention"),
     (
         "patches",
+        "heads",
         "layers",
         "losses",
+        "mixing",
         "optim",
         "sharding",
         "transforms",

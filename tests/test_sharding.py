@@ -180,7 +180,7 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
     del options["warmup_epochs"]
     trainable, _ = state.split_frozen(axes, task.frozen)
     tx, _ = optim.make_optimizer(trainable, **options, warmup_steps=1, total_steps=9, global_batch_size=8)
-    init = state.make_init(task.init_params, tx, task.frozen, 0)
+    init = state.make_init(task.init_params, tx, task.frozen, 0, has_ema=False)
     abstract = jax.eval_shape(init)
     return init, abstract, state.state_shardings(mesh, abstract, tx, task.frozen)
 

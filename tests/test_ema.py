@@ -1,0 +1,100 @@
+"""The moving average of the parameters: its formula, where it lies, who reads it."""
+
+import functools
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from configs import default
+from mae_dist import checkpoint, job, pretrained
+from mae_dist import config as config_lib
+from mae_dist.data import local_rows, to_global
+from tests.runs import smoke_config
+from tests.test_checkpoint import new_state, open_checkpoints, save
+
+
+@functools.cache
+def build(**overrides: Any) -> job.Job:
+    """A job on two devices that share the parameters."""
+    config = smoke_config(mesh__fsdp=2, model__depth=1, ema_decay=0.6, **overrides)
+    return job.build(config, jax.devices()[:2], job.open_data(config))
+
+
+def on_host(tree: Any) -> Any:
+    return jax.tree.map(np.array, tree)
+
+
+def test_average_of_parameters():
+    """The recurrence in float64, laid out as the parameters; an update that is skipped leaves it as it was."""
+    built = build()
+    rows = local_rows(built.batch_sharding, built.config.global_batch_size)
+    state = new_state(built)
+    for leaf, param in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
+        assert leaf.sharding == param.sharding
+        np.testing.assert_array_equal(leaf, param)
+    average = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
+    with jax.set_mesh(built.mesh), built.train_batches(built.data.train, 0, rows) as batches:
+        for step, host_batch in zip(range(8), batches, strict=False):
+            batch = to_global(host_batch, built.batch_sharding, built.config.global_batch_size, rows)
+            state, _ = built.train_step(state, batch)
+            decay = min(0.6, (1 + step) / (10 + step))  # (1 + 7) / (10 + 7) = 0.47
+            average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state.params)
+        jax.tree.map(lambda ours, a: np.testing.assert_allclose(ours, a, rtol=1e-5, atol=1e-6), state.ema, average)
+        before = on_host(state.ema)
+        broken = {**state.params, "decoder": jax.tree.map(lambda p: p * np.float32(np.nan), state.params["decoder"])}
+        state, metrics = built.train_step(state.replace(params=broken), batch)
+    assert int(metrics["skipped_run"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, on_host(state.ema), before)
+
+
+def test_limit_of_the_decay():
+    """Late in a run it is the configured one."""
+    from mae_dist.steps import _average
+
+    late = _average({"w": np.float32(1.0)}, {"w": np.float32(2.0)}, np.int32(1000), 0.6)["w"]
+    assert float(late) == pytest.approx(1.4)
+
+
+def test_what_is_handed_on(workdir):
+    """Readers of a checkpoint get the averages; of what is frozen there is none, and they get the parameters."""
+    built = build(task="probe", init_from="unused")
+    state = new_state(built)
+    other = jax.tree.map(lambda leaf: leaf + 1, state.ema)
+    state = state.replace(ema=other)
+    assert set(state.ema) == {"head"}
+    expected = on_host({**state.params, **other})
+    jax.tree.map(np.testing.assert_array_equal, on_host(state.averaged), expected)
+    (workdir / "checkpoints").mkdir(parents=True)
+    (workdir / "config.json").write_text(config_lib.to_json(built.config))
+    with open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, built, state, 3)
+        restored = checkpoints.restore(
+            built.abstract_state, built.shardings, built.config, built.fingerprint, default.get_config()
+        )
+    assert restored is not None
+    jax.tree.map(np.testing.assert_array_equal, on_host(restored[0]), on_host(state))
+    assert "ema.head.linear.bias" in json.loads((workdir / "checkpoints/3/meta/metadata").read_text())["digests"]
+    source = pretrained.open_pretrained(workdir, default.get_config())
+    jax.tree.map(np.testing.assert_array_equal, source.load_whole(), expected)
+    _, encoder = checkpoint.load_params(
+        workdir,
+        {"encoder": built.abstract_state.params["encoder"]},
+        {"encoder": built.shardings.params["encoder"]},
+    )
+    jax.tree.map(np.testing.assert_array_equal, on_host(encoder), {"encoder": expected["encoder"]})
+
+
+def test_starts_from_the_weights_it_is_given(workdir):
+    """Not from random ones; and in arrays of its own, for an update overwrites both."""
+    source = build()
+    checkpoint.save_params(workdir, source.config, new_state(source).params, "a test")
+    built = build(task="finetune", init_from=str(workdir), seed=5)
+    state = built.fresh_state(default.get_config())
+    jax.tree.map(np.testing.assert_array_equal, on_host(state.ema), on_host(state.params))
+    rows = local_rows(built.batch_sharding, built.config.global_batch_size)
+    with jax.set_mesh(built.mesh), built.train_batches(built.data.train, 0, rows) as batches:
+        batch = to_global(next(iter(batches)), built.batch_sharding, built.config.global_batch_size, rows)
+        assert int(built.train_step(state, batch)[0].step) == 1
