@@ -26,7 +26,7 @@ CROP_UNIFORMS = 2 * CROP_TRIES + 2  # per try an area and an aspect ratio, then 
 # their size where that is enough, and smoothed as fitted below. Smaller ones cost too little to be worth it.
 PHOTOGRAPH_FROM = 64
 # OpenCV's cubic kernel does not widen where an image shrinks, as Pillow's does, and would alias. Smoothed before by
-# five taps (outer, inner, middle, inner, outer), fitted to ImageNet's photographs, it is within half a grey level of it.
+# five taps (outer, inner, middle, inner, outer), fitted to photographs, it comes within half a grey level of it.
 _SHRINK = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5)
 _OUTER_TAP = (0.0, -0.019, -0.039, -0.046, -0.045, -0.035, 0.007)
 _INNER_TAP = (0.0, 0.092, 0.172, 0.228, 0.268, 0.3, 0.309)

@@ -248,18 +248,22 @@ def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_worke
     """Batches of the steps start .. stop - 1, made ahead of their use."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its flags, which nobody parses when we are used as a library
-    if num_workers:
-        num_threads = 0
-    elif dataset.in_memory:
-        num_threads = 1  # enough to overlap the step; several would share one interpreter lock
-    else:
-        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    num_threads = 0 if num_workers else num_readers(dataset, 0)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads) if num_threads else 0)
     batches = grain.MapDataset.range(start, stop).map(make_batch).to_iter_dataset(options)
     if num_workers:
         processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
         batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
     return Batches(batches, dataset, stop - start, copy=num_workers > 0)
+
+
+def num_readers(dataset: Dataset, num_workers: int) -> int:
+    """How many batches are made at once: by so many workers, or else by threads of this process."""
+    if num_workers:
+        return num_workers
+    if dataset.in_memory:
+        return 1  # enough to overlap the step; several would share one interpreter lock
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _start_worker(worker: int, num_workers: int) -> None:

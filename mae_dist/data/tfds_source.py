@@ -112,7 +112,7 @@ class TfdsDataset(Dataset):
             boxes = crops.take(good).boxes(sizes[good, 0], sizes[good, 1])
         else:
             zoom = self._zoom if evaluation else 1.0
-            boxes = [center_box(*map(int, size), self.image_size, zoom) for size in sizes[good]]
+            boxes = [center_box(int(height), int(width), self.image_size, zoom) for height, width in sizes[good]]
         # One image is decoded at a time, into its place: a worker holds its batches and no more.
         images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
         bad = sizes[:, 0] == 0
