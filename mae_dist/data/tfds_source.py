@@ -25,6 +25,7 @@ from mae_dist.transforms import (
 )
 
 _OPEN_THREADS = 16
+_READ_RECORDS = 32  # held at a time, as files: those of a whole batch are as large as the batch
 _EVALUATION_ZOOM = 256 / 224  # resize the short side to 256, crop 224: ImageNet's usual evaluation
 # Parts of the fingerprint: raise one when decoding changes what an example looks like.
 _DECODE_RULES = 1  # of small images, which have nothing to spare at the border either
@@ -98,6 +99,30 @@ class TfdsDataset(Dataset):
     def read(
         self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        indices = np.asarray(indices)
+        images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
+        labels = np.zeros(len(indices), np.int32)
+        bad = np.zeros(len(indices), bool)
+        zoom = self._zoom if evaluation else 1.0
+        for start in range(0, len(indices), _READ_RECORDS):
+            rows = np.arange(start, min(start + _READ_RECORDS, len(indices)))
+            files, labels[rows], sizes = self._read_files(indices[rows])
+            check_labels(labels[rows], self.num_classes, lambda row, at=start: self.record_name(int(indices[at + row])))
+            if crops is None:
+                boxes = np.array([center_box(h or 1, w or 1, self.image_size, zoom) for h, w in sizes.tolist()])
+            else:
+                boxes = crops.take(rows).boxes(*np.maximum(sizes, 1).T)
+            for row, data, box in zip(rows, files, boxes, strict=True):
+                try:
+                    if data is None:
+                        raise UndecodableImage("no image")
+                    decode_box(data, box, images[row])  # one at a time, into its place
+                except UndecodableImage:
+                    bad[row] = True
+        return {"image": images, "label": labels}, bad
+
+    def _read_files(self, indices: np.ndarray) -> tuple[list[bytes | None], np.ndarray, np.ndarray]:
+        """The images' files, None where there is none to decode, labels, and sizes (0 there). # (n,), (n,), (n, 2)"""
         files: list[bytes | None] = []
         labels = np.zeros(len(indices), np.int32)
         sizes = np.zeros((len(indices), 2), np.int64)
@@ -106,24 +131,7 @@ class TfdsDataset(Dataset):
             size = None if data is None else _size(data)
             files.append(data if size else None)
             sizes[row] = size or 0
-        check_labels(labels, self.num_classes, lambda row: self.record_name(int(indices[row])))
-        good = np.flatnonzero(sizes[:, 0])
-        if crops is not None and len(good):
-            boxes = crops.take(good).boxes(sizes[good, 0], sizes[good, 1])
-        else:
-            zoom = self._zoom if evaluation else 1.0
-            boxes = [center_box(int(height), int(width), self.image_size, zoom) for height, width in sizes[good]]
-        # One image is decoded at a time, into its place: a worker holds its batches and no more.
-        images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
-        bad = sizes[:, 0] == 0
-        for row, box in zip(good, boxes, strict=True):
-            data = files[row]
-            assert data is not None
-            try:
-                decode_box(data, box, images[row])
-            except UndecodableImage:
-                bad[row] = True
-        return {"image": images, "label": labels}, bad
+        return files, labels, sizes
 
     def _read_records(self, indices: np.ndarray) -> list[bytes | None]:
         """Record bytes, None where the file is damaged there (array_record keeps a hash of every chunk)."""
