@@ -1,6 +1,8 @@
 """The batch at step t is a pure function of (seed, t); evaluation counts every example once; sources and splits."""
 
 import pickle
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from mae_dist.data import (
     draws,
     eval_batches,
     local_rows,
+    num_readers,
     open_split,
     to_global,
     train_batches,
@@ -299,6 +302,34 @@ def test_too_many_unreadable_records_are_a_fault(max_bad_share: float, workers: 
         eval_batches(dataset, global_batch_size=20, rows=np.arange(20)) as batches,
     ):
         list(batches)
+
+
+class _Together(_SomeUnreadable):
+    """A dataset of which two batches have to be read at the same time."""
+
+    def __init__(self, inner: Dataset):
+        super().__init__(inner, [], 0.0)
+        self.barrier = threading.Barrier(2, timeout=20)
+
+    def read(
+        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        self.barrier.wait()
+        return super().read(indices, crops, evaluation)
+
+
+def test_evaluation_reads_several_batches_at_once() -> None:
+    if num_readers(_Together(_images(1)), 0) < 2:
+        pytest.skip("one core: one thread")
+    with eval_batches(_Together(_images(16)), global_batch_size=4, rows=np.arange(4)) as batches:
+        assert np.concatenate([batch["index"] for batch in batches]).tolist() == list(range(16))
+
+
+def test_batches_without_room_in_shared_memory_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=64 * 2**20)  # what Docker gives
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match=r"num_workers=2 need 12\d MiB .* batches of 15 MiB, and /dev/shm has 64 MiB"):
+        _train(_images(1, size=512), np.arange(20), batch=20, workers=2)
 
 
 def test_closed_batches_say_so() -> None:

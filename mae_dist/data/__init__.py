@@ -1,7 +1,7 @@
 """Sources of examples → grain dataset → host batch → global array."""
 
 from mae_dist.augment import RandAugment
-from mae_dist.data.batches import Batches, eval_batches, train_batches
+from mae_dist.data.batches import Batches, eval_batches, num_readers, train_batches
 from mae_dist.data.dataset import ArrayDataset, Dataset
 from mae_dist.data.placement import local_rows, to_global
 from mae_dist.data.sources import open_split
@@ -15,6 +15,7 @@ __all__ = [
     "RandAugment",
     "eval_batches",
     "local_rows",
+    "num_readers",
     "open_split",
     "to_global",
     "train_batches",

@@ -12,6 +12,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from mae_dist.watch import kill_workers
 _MAX_THREADS = 16
 _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
 _SHARE_OVER = 1000  # the share of unreadable records is taken over at least so many, so that one early one is not 3 %
+_WORKER_BUFFER = 2  # batches that a worker holds ready
+_SHARED_MEMORY = "/dev/shm"
 _BAD = "bad"  # column of dataset positions found unreadable; `Batches` takes it out
 _LOG = logging.getLogger(__name__)
 
@@ -264,18 +267,40 @@ def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_worke
     """Batches of the steps start .. stop - 1, made ahead of their use."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its flags, which nobody parses when we are used as a library
-    if num_workers:
-        num_threads = 0
-    elif dataset.in_memory:
-        num_threads = 1  # enough to overlap the step; several would share one interpreter lock
-    else:
-        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    num_threads = 0 if num_workers else num_readers(dataset, 0)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads) if num_threads else 0)
     batches = grain.MapDataset.range(start, stop).map(make_batch).to_iter_dataset(options)
     if num_workers:
-        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        _check_shared_memory(dataset, len(make_batch.rows), num_workers)
+        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_WORKER_BUFFER)
         batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
     return Batches(batches, dataset, stop - start, copy=num_workers > 0)
+
+
+def _check_shared_memory(dataset: Dataset, rows: int, num_workers: int) -> None:
+    """A worker that finds no room for its batch is killed by a bus error, which says nothing: found before."""
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:  # a system that has it elsewhere
+        return
+    columns, _ = dataset.read(np.zeros(1, np.int64))
+    batch = rows * sum(column.nbytes for column in columns.values())
+    needed = num_workers * (_WORKER_BUFFER + 2) * batch  # and one in the making, one being copied out
+    if needed > free:
+        raise ConfigError(
+            f"data.num_workers={num_workers} need {needed / 2**20:.0f} MiB of shared memory for their batches of "
+            f"{batch / 2**20:.0f} MiB, and {_SHARED_MEMORY} has {free / 2**20:.0f} MiB free; give it more "
+            f"(docker run --shm-size={-(-needed // 2**30)}g), or use fewer workers, or 0: threads of this process"
+        )
+
+
+def num_readers(dataset: Dataset, num_workers: int) -> int:
+    """How many batches are made at once: by so many workers, or else by threads of this process."""
+    if num_workers:
+        return num_workers
+    if dataset.in_memory:
+        return 1  # enough to overlap the step; several would share one interpreter lock
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _start_worker(worker: int, num_workers: int) -> None:
