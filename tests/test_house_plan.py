@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "weights",
         "cpu",
         "hugging_face",
+        "torch_input",
         "integrity",
         "preemption",
         "watch",
@@ -40,9 +41,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tasks", "pictures", "checkpoint", "evaluate"),
     ("steps", "pretrained"),
     ("job", "encoder"),
-    ("train",),
+    ("train", "input_speed"),
     ("main",),
-    ("reconstruct", "convert", "features", "export", "benchmark"),
+    ("reconstruct", "convert", "features", "export", "benchmark", "prepare"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
