@@ -68,9 +68,10 @@ def mix(
     Returns:
       The mixed images, and the share (B,) of each that is its own: for cutmix that of the pixels.
     """
+    _, height, width, _ = images.shape
     switch = switch_prob if mixup and cutmix else float(cutmix > 0)
     draw = functools.partial(
-        _own_weight, size=images.shape[1:3], mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch
+        _own_weight, size=(height, width), mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch
     )
     own = jax.vmap(draw)(keys)[..., None]  # (B, H, W, 1)
     return images * own + neighbour(images) * (1 - own), own.mean(axis=(1, 2, 3))

@@ -16,7 +16,7 @@ from clu import metrics as clu_metrics
 from flax import nnx, struct
 from ml_collections import ConfigDict
 
-from mae_dist import integrity, layers, losses, mixing, patches
+from mae_dist import integrity, losses, mixing, patches
 from mae_dist.layers import Constrain, unconstrained
 from mae_dist.models import Classifier, MaskedAutoencoder
 
@@ -212,18 +212,17 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
     augments = mixes or (not probe and options.erase_prob > 0)
 
     def augmented(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Scaled pixels (B, H, W, C), their soft labels (B, Y) or labels (B,), and the label (B,) of the larger part.
-
-        The keys' purposes are numbered beyond those of the encoder and a decoder.
-        """
+        """Scaled pixels (B, H, W, C), their labels (B,) or soft ones (B, Y), and the label (B,) of the larger part."""
         images, label = scale_pixels(batch["image"], mean, std), batch["label"]
+        # Purposes of the keys beyond those of the encoder and a decoder.
+        erase_keys, mix_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, (1 << 17) + i) for i in range(2))
         if options.erase_prob > 0:
-            images = mixing.erase(images, layers.fold_in(keys, 1 << 17), options.erase_prob)
+            images = mixing.erase(images, erase_keys, options.erase_prob)
         if not mixes:
             return images, label, label
         images, share = mixing.mix(
             images,
-            layers.fold_in(keys, (1 << 17) + 1),
+            mix_keys,
             mixup=options.mixup,
             cutmix=options.cutmix,
             prob=options.mix_prob,

@@ -31,11 +31,12 @@ PROBE: dict[str, Any] = {
 def test_batch_norm_is_that_of_pytorch():
     """Training on three batches, gradients included, then evaluation: unbiased variance in the running statistics."""
     rng = np.random.default_rng(0)
-    theirs, ours = torch.nn.BatchNorm1d(5, eps=1e-6, affine=False), heads.BatchNorm(5)
+    theirs: Any = torch.nn.BatchNorm1d(5, eps=1e-6, affine=False)
+    ours = heads.BatchNorm(5)
     for _ in range(3):
         x = (rng.normal(size=(6, 5)) * [1, 10, 0.1, 1, 1e-4] + [0, 5, 1, -3, 0]).astype(np.float32)
         weight = rng.normal(size=(6, 5)).astype(np.float32)
-        there = torch.tensor(x, requires_grad=True)
+        there: Any = torch.tensor(x, requires_grad=True)
         out = theirs(there)
         (out * torch.tensor(weight)).sum().backward()
         np.testing.assert_allclose(ours(jnp.asarray(x), whole_batch=True), out.detach().numpy(), rtol=1e-4, atol=1e-4)

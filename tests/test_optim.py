@@ -226,10 +226,10 @@ def lars_reference(params: Any, grads: list[Any], weight_decay: float) -> Any:
         return param
 
     def leaf(axes: Any, decayed: int, param: Any, *updates: Any) -> np.ndarray:
-        param, *updates = (np.asarray(x, np.float64) for x in (param, *updates))
+        param, *grads = (np.asarray(x, np.float64) for x in (param, *updates))
         if "layers" in axes:
-            return np.stack([steps(p, list(u), decayed) for p, *u in zip(param, *updates, strict=True)])
-        return steps(param, updates, decayed)
+            return np.stack([steps(p, g, decayed) for p, *g in zip(param, *grads, strict=True)])
+        return steps(param, grads, decayed)
 
     return jax.tree.map(leaf, AXES, DECAYED, params, *grads, is_leaf=lambda x: isinstance(x, tuple))
 
