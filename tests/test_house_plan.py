@@ -32,14 +32,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "preemption",
         "watch",
         "profiler",
+        "readout",
     ),
     ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock"),
     ("tasks", "pictures", "checkpoint", "evaluate"),
     ("steps", "pretrained"),
     ("job", "encoder"),
-    ("train",),
+    ("train", "extract"),
     ("main",),
-    ("reconstruct", "convert", "features", "export", "benchmark"),
+    ("reconstruct", "convert", "features", "export", "benchmark", "knn"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 

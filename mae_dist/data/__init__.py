@@ -1,7 +1,7 @@
 """Sources of examples → grain dataset → host batch → global array."""
 
 from mae_dist.data.batches import Batches, eval_batches, train_batches
-from mae_dist.data.dataset import ArrayDataset, Dataset
+from mae_dist.data.dataset import ArrayDataset, Dataset, FirstExamples
 from mae_dist.data.placement import local_rows, to_global
 from mae_dist.data.sources import open_split
 from mae_dist.transforms import Augment
@@ -11,6 +11,7 @@ __all__ = [
     "Augment",
     "Batches",
     "Dataset",
+    "FirstExamples",
     "eval_batches",
     "local_rows",
     "open_split",
