@@ -122,6 +122,7 @@ def _write_config(job: Job, workdir: epath.Path) -> None:
         path = workdir / "config.json"
         with naming_faults(path):
             workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / metrics.SUMMARY_FILE).unlink(missing_ok=True)  # of a run that was shorter
             write_text_atomically(path, config_lib.to_json(job.config) + "\n")
 
 

@@ -33,14 +33,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "watch",
         "profiler",
         "readout",
+        "workers",
     ),
     ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock"),
-    ("tasks", "pictures", "checkpoint", "evaluate"),
-    ("steps", "pretrained"),
+    ("tasks", "pictures", "checkpoint", "evaluate", "points", "results"),
+    ("steps", "pretrained", "sweep_table"),
     ("job", "encoder"),
     ("train", "extract"),
     ("main",),
-    ("reconstruct", "convert", "features", "export", "benchmark", "knn"),
+    ("reconstruct", "convert", "features", "export", "benchmark", "knn", "sweep"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 

@@ -1,6 +1,7 @@
 """Neighbours and ridge regression against scikit-learn's, in a run and as a command."""
 
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -40,10 +41,10 @@ def test_knn_is_scikit_learns(clouds, k, temperature):
     """Cosine similarity, exponential weights; also where exp(1 / T) would overflow."""
     (train, labels), (test, _) = clouds
 
-    def weights(distances):
+    def weights(distances: np.ndarray) -> Any:
         return np.exp((distances.min(axis=1, keepdims=True) - distances) / temperature)
 
-    theirs = KNeighborsClassifier(k, metric="cosine", weights=weights).fit(train.astype(np.float64), labels)
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=cast(Any, weights)).fit(train.astype(np.float64), labels)
     ours = readout.knn_predict(train, labels, test, num_classes=7, k=k, temperature=temperature)
     np.testing.assert_array_equal(ours, theirs.predict(test.astype(np.float64)))
 
