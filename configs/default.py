@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     config.classify = ConfigDict()  # for probe and finetune
     config.classify.head = "linear"  # linear | mlp (one hidden layer)
     config.classify.hidden_dim = 128  # of the mlp head
-    config.classify.pool = "gap"  # gap (mean over patches) | cls (class token)
+    config.classify.pool = "gap"  # gap (mean over patches) | cls (class token); of online too
     config.classify.norm_after_pool = False  # True: a new LayerNorm of what was pooled instead of the encoder's last
     config.classify.batch_norm = False  # probe: a BatchNorm without scale and bias before the head, as in the paper's
     config.classify.label_smoothing = 0.0
@@ -127,6 +127,14 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 0  # examples per evaluation batch; 0: global_batch_size
     config.eval.test_at_end = True  # also evaluate the test split after the last update
 
+    config.online = ConfigDict()  # of a pretraining: accuracy of the encoder so far, by its features of whole images
+    config.online.every_epochs = 10.0  # by neighbours and by ridge regression, and always at the end; 0: never
+    config.online.every_steps = 0  # > 0: this many updates instead
+    config.online.num_train = 10_000  # the first so many training examples are compared with
+    config.online.k = 20  # neighbours that vote (Wu et al. 2018) ...
+    config.online.temperature = 0.07  # ... with exp(cosine similarity / temperature) each
+    config.online.ridge = 1e-3  # penalty of the regression of one-hot labels, for each example's squared error
+
     config.pictures = ConfigDict()  # original, masked, reconstruction, reconstruction with visible patches
     config.pictures.every_epochs = 10.0  # and always at the end; 0: never
     config.pictures.every_steps = 0  # > 0: this many updates instead
@@ -137,7 +145,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_minutes = 10.0  # at the first log step this long after the last; 0: by steps only
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_every_steps = 0  # > 0: also keep the checkpoints at multiples of this for ever
-    config.checkpoint.keep_best = ""  # save every evaluated step, and keep the best by val_loss, val_top1 or val_top5
+    config.checkpoint.keep_best = ""  # save every evaluated step, keep the best by val_loss, val_top1, val_knn_top1, …
     config.checkpoint.retries = 3  # of a save that failed, after 1, 4 and 16 s; of several processes: by a restart
 
     config.deadlines = ConfigDict()  # seconds without progress after which a process ends ("stalled"); 0: never

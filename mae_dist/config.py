@@ -55,6 +55,10 @@ POSITIVE = (
     "data.repeats",
     "data.num_examples",
     "data.num_classes",
+    "online.num_train",
+    "online.k",
+    "online.temperature",
+    "online.ridge",
     "pictures.num_images",
     "checkpoint.keep_latest",
 )
@@ -76,6 +80,8 @@ NOT_NEGATIVE = (
     "eval.every_epochs",
     "eval.every_steps",
     "eval.batch_size",
+    "online.every_epochs",
+    "online.every_steps",
     "pictures.every_epochs",
     "pictures.every_steps",
     "checkpoint.every_steps",
@@ -98,6 +104,8 @@ SHARES = (
 
 # Probabilities: in [0, 1] each.
 PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob")
+# What a pretraining's features are worth, by `online`.
+ONLINE = ("val_knn_top1", "val_ridge_top1")
 
 # What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
 # it computes.
@@ -118,6 +126,7 @@ FREE = (
     "data.num_workers",
     "init_from",
     "eval",
+    "online",
     "pictures",
     "checkpoint",
     "deadlines",
@@ -284,7 +293,8 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
     if config.task == "probe" and not config.init_from:
         yield "task='probe' needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
-    if config.task != "pretrain" and config.classify.pool == "cls" and config.model.cls_token == "none":
+    pools = config.task != "pretrain" or config.online.every_epochs or config.online.every_steps
+    if pools and config.classify.pool == "cls" and config.model.cls_token == "none":
         yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
     if config.task == "probe" and config.classify.norm_after_pool:
         yield "classify.norm_after_pool is for task='finetune': a probe keeps the encoder as it is, with its own norm"
@@ -304,11 +314,12 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"
     yield from _augment_faults(config)
     metric = config.checkpoint.keep_best
-    metrics = ("val_loss",) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
+    metrics = ("val_loss", *ONLINE) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
     if metric and metric not in metrics:
         yield f"checkpoint.keep_best={metric!r} is not one of {', '.join(metrics)} (or '').{nearest(metric, metrics)}"
-    if metric and not (config.data.val_split and (config.eval.every_epochs or config.eval.every_steps)):
-        yield f"checkpoint.keep_best={metric!r} needs evaluations: set data.val_split and eval.every_epochs"
+    section = "online" if metric in ONLINE else "eval"
+    if metric and not (config.data.val_split and (config[section].every_epochs or config[section].every_steps)):
+        yield f"checkpoint.keep_best={metric!r} needs evaluations: set data.val_split and {section}.every_epochs"
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must be at least 0 and below 2**32 = {2**32}"
     try:
@@ -351,6 +362,7 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     eval_every_steps: float
+    online_every_steps: float
     pictures_every_steps: float
 
 
@@ -366,6 +378,7 @@ def schedule(config: ConfigDict, num_examples: int) -> Schedule:
         total_steps=total,
         warmup_steps=round(total * config.optim.warmup_epochs / config.total_epochs),
         eval_every_steps=every(config.eval),
+        online_every_steps=every(config.online) if config.task == "pretrain" else 0,
         pictures_every_steps=every(config.pictures),
     )
 

@@ -66,9 +66,17 @@ def _by_class(accuracies: np.ndarray, name: str, class_names: Sequence[str]) -> 
 
 
 def compute_features(
-    feature_step: Any, params: Any, dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int
+    feature_step: Any,
+    params: Any,
+    dataset: Dataset,
+    sharding: jax.sharding.Sharding,
+    global_batch_size: int,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
-    """Runs a frozen encoder over a split once: `features` float32 (N, D), `label` int32 (N,), whole on every host."""
+    """Runs a frozen encoder over a split once: `features` float32 (N, D), `label` int32 (N,), whole on every host.
+
+    `after_batch` is called after each batch; by raising it ends the pass.
+    """
     features, labels = [], []
     for batch in global_batches(dataset, sharding, global_batch_size):
         fetched = multihost_utils.process_allgather(
@@ -77,4 +85,5 @@ def compute_features(
         real = fetched["weight"] > 0
         features.append(fetched["features"][real].astype(np.float32))
         labels.append(fetched["label"][real])
+        after_batch()
     return {"features": np.concatenate(features), "label": np.concatenate(labels)}

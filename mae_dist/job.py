@@ -251,7 +251,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         shardings=shardings,
         train_step=train_step,
         eval_step=forward(task.evaluate, per_example=False, pieces=1 if caches_features else eval_pieces),
-        feature_step=forward(task.features, per_example=True),
+        feature_step=forward(task.features, per_example=True, pieces=steps.num_pieces(config, mesh, eval_batch_size)),
         reconstruct_step=forward(task.reconstruct, per_example=True, pieces=1),
         batch_sharding=sharding.batch_sharding(mesh),
         eval_batch_size=eval_batch_size,

@@ -33,7 +33,7 @@ class Task:
       them are summed, modulo their size, where others are averaged.
     evaluate: (params, batch) -> clu metrics, to be merged over batches.
     frozen: top-level parameter groups that are not trained.
-    features: (params, batch) -> pooled features (B, D) of the frozen encoder, where they can be cached.
+    features: (params, batch) -> pooled features (B, D) of whole images by the encoder, where it is asked for them.
     reconstruct: (params, batch) -> pictures, see `make_pictures`.
     rows_together: so many rows of a batch, one after another, are needed at once by `loss`.
     statistics: (params, batch) -> new values of frozen groups. Where there is one, it and `loss` are given all of an
@@ -152,10 +152,17 @@ def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
         values = losses.masked_pixel_loss(pred, target(true), mask)
         return {"loss": clu_metrics.Average.from_model_output(values, batch["weight"] > 0)}
 
+    def features(params: Params, batch: Batch) -> jax.Array:
+        model = bind(params)
+        x = patches.patchify(scale_pixels(batch["image"], mean, std), config.model.patch_size)
+        return model.encoder.pool(model.encoder(x, None, None), config.classify.pool)
+
     def reconstruct(params: Params, batch: Batch) -> dict[str, jax.Array]:
         return make_pictures(config, *forward(params, batch, fixed_keys(batch)))
 
-    return Task(name="pretrain", init_params=init, loss=loss, evaluate=evaluate, reconstruct=reconstruct)
+    return Task(
+        name="pretrain", init_params=init, loss=loss, evaluate=evaluate, features=features, reconstruct=reconstruct
+    )
 
 
 def _trace(images: jax.Array, ids_shuffle: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ ONLY_UPDATES = (  # nothing is evaluated or drawn, which a run compiles for seco
     "--config.eval.every_epochs=0",
     "--config.eval.every_steps=0",
     "--config.eval.test_at_end=False",
+    "--config.online.every_epochs=0",
     "--config.pictures.every_epochs=0",
     "--config.pictures.every_steps=0",
 )

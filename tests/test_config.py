@@ -187,9 +187,21 @@ def test_choices(field):
         ({"data__repeats": 3}, "data.repeats=3 does not divide global_batch_size=256; nearest that does: 255"),
         (
             {"checkpoint__keep_best": "val_los"},
-            "checkpoint.keep_best='val_los' is not one of val_loss (or ''). Did you mean 'val_loss'?",
+            "checkpoint.keep_best='val_los' is not one of val_loss, val_knn_top1, val_ridge_top1 (or ''). "
+            "Did you mean 'val_loss'?",
         ),
-        ({"checkpoint__keep_best": "val_top1"}, "checkpoint.keep_best='val_top1' is not one of val_loss (or '')."),
+        (
+            {"task": "finetune", "checkpoint__keep_best": "val_knn_top1"},
+            "checkpoint.keep_best='val_knn_top1' is not one of val_loss, val_top1, val_top5 (or '').",
+        ),
+        (
+            {"checkpoint__keep_best": "val_knn_top1", "online__every_epochs": 0.0},
+            "checkpoint.keep_best='val_knn_top1' needs evaluations: set data.val_split and online.every_epochs",
+        ),
+        (
+            {"classify__pool": "cls", "model__cls_token": "none"},
+            "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'",
+        ),
         (
             {"checkpoint__keep_best": "val_loss", "data__val_split": ""},
             "checkpoint.keep_best='val_loss' needs evaluations: set data.val_split",
@@ -220,6 +232,8 @@ def test_all_faults_are_listed_at_once():
         {"data__mean": (0.1, 0.2, 0.3), "data__std": (0.1,)},
         {"total_steps": 7},
         {"checkpoint__every_steps": 0},
+        {"checkpoint__keep_best": "val_ridge_top1", "eval__every_epochs": 0.0},
+        {"classify__pool": "cls", "model__cls_token": "none", "online__every_epochs": 0.0},
     ],
     ids=lambda value: " ".join(value),
 )

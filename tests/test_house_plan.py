@@ -36,14 +36,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "preemption",
         "watch",
         "profiler",
+        "readout",
     ),
-    ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock"),
-    ("tasks", "pictures", "checkpoint", "evaluate"),
-    ("steps", "pretrained"),
+    ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock", "workers"),
+    ("tasks", "pictures", "checkpoint", "evaluate", "points", "results"),
+    ("steps", "pretrained", "sweep_table"),
     ("job", "encoder"),
-    ("train", "input_speed"),
+    ("train", "input_speed", "extract"),
     ("main",),
-    ("reconstruct", "convert", "features", "export", "benchmark", "prepare"),
+    ("reconstruct", "convert", "features", "export", "benchmark", "prepare", "knn", "sweep"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 

@@ -2,7 +2,7 @@
 
 from mae_dist.augment import RandAugment
 from mae_dist.data.batches import Batches, eval_batches, num_readers, train_batches
-from mae_dist.data.dataset import ArrayDataset, Dataset
+from mae_dist.data.dataset import ArrayDataset, Dataset, FirstExamples
 from mae_dist.data.placement import local_rows, to_global
 from mae_dist.data.sources import open_split
 from mae_dist.transforms import Augment
@@ -12,6 +12,7 @@ __all__ = [
     "Augment",
     "Batches",
     "Dataset",
+    "FirstExamples",
     "RandAugment",
     "eval_batches",
     "local_rows",
