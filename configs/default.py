@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "tfds"  # tfds | digits (8x8, comes with scikit-learn) | synthetic (procedural shapes)
     config.data.name = "cifar10"  # TFDS data set; needs the features image and label
-    config.data.data_dir = ""  # where TFDS keeps data sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.data.data_dir = ""  # where TFDS keeps data sets, may be gs://…; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.data.train_split = "train[:80%]"
     config.data.val_split = "train[80%:]"
     config.data.test_split = "test"
@@ -115,7 +115,8 @@ def get_config() -> ConfigDict:
     config.data.mean = (0.0,)  # model input = (pixel / 255 - mean) / std; one value, or one per channel
     config.data.std = (1.0,)
     config.data.cache = "auto"  # auto | memory (decode once) | stream (decode when read)
-    config.data.cache_dir = ""  # where decoded images are kept; "": $XDG_CACHE_HOME or ~/.cache, mae_dist
+    config.data.cache_dir = ""  # where decoded images and copies are kept; "": $XDG_CACHE_HOME or ~/.cache, mae_dist
+    config.data.stage = False  # copy the record files to cache_dir first and read them there; from a bucket always
     config.data.num_workers = 0  # processes that prepare batches; 0: threads of this one
     config.data.max_bad_share = 0.0  # share of undecodable images that may be skipped
     config.data.num_examples = 10_000  # size of the synthetic training set

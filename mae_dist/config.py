@@ -123,6 +123,7 @@ FREE = (
     "data.data_dir",
     "data.cache",
     "data.cache_dir",
+    "data.stage",
     "data.num_workers",
     "init_from",
     "eval",

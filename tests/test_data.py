@@ -49,6 +49,7 @@ def _open(split: str = "train", **changes: object) -> Dataset:
         "data_dir": "",
         "cache": "auto",
         "cache_dir": "",
+        "stage": False,
         "max_bad_share": 0.0,
         "num_examples": 50,
         "num_classes": 10,

@@ -83,6 +83,7 @@ def _open(data_dir: Path, name: str, split: str) -> Any:
         data_dir=str(data_dir),
         cache="stream",
         cache_dir="",
+        stage=False,
         max_bad_share=0.0,
         num_examples=0,
         num_classes=0,

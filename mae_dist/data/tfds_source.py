@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_dist.data.dataset import Dataset, check_labels, digest
+from mae_dist.data.staging import Staging
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import (
     PHOTOGRAPH_FROM,
@@ -182,7 +183,15 @@ def _size(data: bytes) -> tuple[int, int] | None:
     return size
 
 
-def open_tfds(name: str, split: str, data_dir: str, *, image_size: tuple[int, int], channels: int) -> TfdsDataset:
+def open_tfds(
+    name: str,
+    split: str,
+    data_dir: str,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    staging: Staging | None = None,
+) -> TfdsDataset:
     """Opens a TFDS dataset whose features have an "image" and a "label", preparing it first if need be.
 
     Args:
@@ -191,11 +200,15 @@ def open_tfds(name: str, split: str, data_dir: str, *, image_size: tuple[int, in
       data_dir: TFDS data directory; "" is TFDS's default.
       image_size: (height, width) of the images given out.
       channels: 1 grey, 3 RGB, 4 RGBA.
+      staging: copies what the split needs first, and is then read instead of data_dir.
 
     Raises:
       ConfigError: no such dataset or split, or features that do not fit.
       DataFault: it is not prepared and cannot be, or its files are missing or damaged.
     """
+    if staging is not None:
+        staging.copy_info(name)
+        data_dir = str(staging.data_dir)
     builder = _open_builder(name, data_dir)
     native_size, class_names = _check_features(builder, channels)
     try:
@@ -207,6 +220,8 @@ def open_tfds(name: str, split: str, data_dir: str, *, image_size: tuple[int, in
         ) from error
     if not sum(i.take for i in instructions):
         raise ConfigError(f"split {split!r} of {name} selects no example; write a larger slice")
+    if staging is not None:
+        staging.copy_records([Path(i.filename) for i in instructions])
     _check_files(instructions)
     full_name = f"{builder.info.full_name}"
     identity = {
@@ -234,10 +249,6 @@ def _open_builder(name: str, data_dir: str) -> Any:
 
     from mae_dist.data import cifar
 
-    if "://" in data_dir:
-        raise ConfigError(
-            f"data_dir {data_dir!r}: array_record files cannot be read at random there; copy them to a disk"
-        )
     root = str(Path(data_dir).expanduser()) if data_dir else None
     try:
         builder = tfds.builder(name, data_dir=root, try_gcs=False)
