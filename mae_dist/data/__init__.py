@@ -2,6 +2,7 @@
 
 from mae_dist.data.batches import Batches, eval_batches, train_batches
 from mae_dist.data.dataset import ArrayDataset, Dataset
+from mae_dist.data.described import DescribedDataset, is_prepared
 from mae_dist.data.placement import local_rows, to_global
 from mae_dist.data.sources import open_split
 from mae_dist.transforms import Augment
@@ -11,7 +12,9 @@ __all__ = [
     "Augment",
     "Batches",
     "Dataset",
+    "DescribedDataset",
     "eval_batches",
+    "is_prepared",
     "local_rows",
     "open_split",
     "to_global",
