@@ -12,7 +12,13 @@ import jax.numpy as jnp
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(hd)) v, softmax in float32: q (B, N, H, hd), k and v (B, M, H, hd) -> (B, N, H, hd)."""
-    return IMPLEMENTATIONS[choose(jax.default_backend(), q.dtype, q.shape, k.shape)](q, k, v)
+    return IMPLEMENTATIONS[choose(_platform(), q.dtype, q.shape, k.shape)](q, k, v)
+
+
+def _platform() -> str:
+    """What it will run on: that of the mesh it is traced for, which need not be here; without one, what is here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def choose(platform: str, dtype: Any, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:

@@ -17,7 +17,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "What to plan for, as v5e:16x1
 _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "How many such slices.")
 _BATCH = flags.DEFINE_integer("global_batch_size", None, "The same as --config.global_batch_size.")
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.", allow_override=True)
-_FIT = flags.DEFINE_bool("fit", False, "Search what fits: batches and model.remat (always where the config does not).")
+_FIT = flags.DEFINE_bool("fit", None, "Search batches and model.remat that fit (default: where the config does not).")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Rank all meshes, and compile the best.")
 _COMPILE = flags.DEFINE_integer("compile", 3, "How many of --sweep's best meshes to compile.", lower_bound=0)
 
@@ -45,7 +45,7 @@ def plan(argv: Sequence[str]) -> int:
     else:
         report = planning.examine(config, place)
         print(text(report, place), flush=True)
-        if _FIT.value or not report["fits"]:
+        if _FIT.value or (_FIT.value is None and not report["fits"]):
             report["fit"] = list(planning.search_fit(config, place, report))
             print(fit_text(report["fit"]))
     if _JSON.value:

@@ -188,7 +188,9 @@ def search_fit(config: ConfigDict, place: topology.Topology, first: Report) -> I
             changed = config.copy_and_resolve_references()
             changed.global_batch_size, changed.model.remat = batch, remat
             try:
-                report = first if (remat, batch) == (first["remat"], config.global_batch_size) else examine(changed, place)
+                report = (
+                    first if (remat, batch) == (first["remat"], config.global_batch_size) else examine(changed, place)
+                )
             except errors.ConfigError:
                 break  # so small a batch does not divide over the mesh
             yield {name: report[name] for name in ("remat", "global_batch_size", "fits", "memory")}

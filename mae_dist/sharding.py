@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from clu import parameter_overview
 from jax.experimental import mesh_utils
@@ -83,19 +84,23 @@ def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
-    """A mesh over `devices` (real or abstract) with the axes data, fsdp and tensor.
+    """A mesh over `devices` (real or abstract) with the axes data, fsdp and tensor; `data` spans the TPU slices."""
+    return Mesh(mesh_devices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_devices(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """`devices` in their places (data, fsdp, tensor), neighbours of the mesh close to each other.
 
     Where TPU devices belong to several slices, `data` spans the slices and the other axes stay within one: the network
-    between slices is far slower than that within. (GPUs need nothing: their order alone keeps `data` outermost.)
+    between slices is far slower than that within. GPUs need nothing: their order alone keeps `data` outermost.
     """
     shape, slices = mesh_shape(sizes, len(devices)), num_slices(devices)
-    types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        split = devices[0].platform == "tpu"  # a mesh axis may lie along part of a side of the slice
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
     within = (_data_within_slice(shape, slices), *shape[1:])
     across = (slices, *(1 for _ in shape[1:]))
-    placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    return Mesh(placed, AXES, axis_types=types)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def num_slices(devices: Iterable[Any]) -> int:

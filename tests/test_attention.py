@@ -67,3 +67,21 @@ def test_choice(platform, dtype, length, head_dim, chosen):
     """A kernel is asked for only where its documented limits allow it."""
     shape = (8, length, 4, head_dim)
     assert choose(platform, dtype, shape, shape) == chosen
+
+
+def test_chosen_for_where_it_will_run(monkeypatch):
+    """A step compiled here for other hardware gets that hardware's attention."""
+    asked = []
+    monkeypatch.setattr("mae_dist.attention.choose", lambda platform, *_: asked.append(platform) or "products")
+    here = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    there = jax.sharding.AbstractMesh(
+        (1,),
+        ("x",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        abstract_device=jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"),
+    )
+    for mesh in (here.abstract_mesh, there):
+        with jax.sharding.use_abstract_mesh(mesh):
+            jax.eval_shape(attention, *draw())
+    jax.eval_shape(attention, *draw())
+    assert asked == ["cpu", "tpu", "cpu"]

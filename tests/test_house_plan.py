@@ -31,14 +31,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "integrity",
         "preemption",
         "watch",
+        "chips",
+        "hlo",
     ),
-    ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock"),
+    ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock", "roofline", "topology"),
     ("tasks", "pictures", "checkpoint", "evaluate"),
     ("steps", "pretrained"),
     ("job", "encoder"),
-    ("train",),
+    ("train", "planning"),
     ("main",),
-    ("reconstruct", "convert", "features", "export", "benchmark"),
+    ("reconstruct", "convert", "features", "export", "benchmark", "plan"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
