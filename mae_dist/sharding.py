@@ -99,27 +99,21 @@ def mesh_devices(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
         split = devices[0].platform == "tpu"  # a mesh axis may lie along part of a side of the slice
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
     within = (_data_within_slice(shape, slices), *shape[1:])
-    across = (slices, *(1 for _ in shape[1:]))
-    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def num_slices(devices: Iterable[Any]) -> int:
     """How many TPU slices the devices belong to; 1 for anything but TPUs."""
-    return max(1, len({device.slice_index for device in devices if _has_slice(device)}))
-
-
-def _has_slice(device: Any) -> bool:
-    return device.platform == "tpu" and getattr(device, "slice_index", None) is not None
+    return max(1, len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}))
 
 
 def _data_within_slice(shape: tuple[int, ...], slices: int) -> int:
     """The share of mesh axis `data` that lies in one slice."""
-    data, *others = shape
+    data, each = shape[0], math.prod(shape) // slices
     if data % slices:
         raise ConfigError(
-            f"mesh.data={data} is not a multiple of the {slices} slices, which it must span: mesh.fsdp and "
-            f"mesh.tensor multiply to {math.prod(others)} and there are {math.prod(shape) // slices} devices in a "
-            f"slice; make them multiply to a divisor of {math.prod(shape) // slices}"
+            f"mesh.data={data} is not a multiple of the {slices} slices, which it must span: mesh.fsdp x mesh.tensor "
+            f"is {math.prod(shape[1:])} and a slice has {each} devices; make it a divisor of {each}"
         )
     return data // slices
 

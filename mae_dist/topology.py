@@ -73,7 +73,8 @@ def describe(name: str, num_slices: int) -> Topology:
     known = ", ".join((*CHIPS, "cpu"))
     if not found or found[1] not in (*CHIPS, "cpu"):
         raise ConfigError(f"--topology={name}: write generation:shape, as v5e:4x4 or cpu:8; generations: {known}")
-    generation, shape = found[1], tuple(int(size) for size in found[2].split("x"))
+    generation = found[1]
+    shape: tuple[int, ...] = tuple(int(size) for size in found[2].split("x"))
     if num_slices < 1 or (generation == "cpu" and (num_slices > 1 or len(shape) > 1)):
         raise ConfigError(f"--topology={name} --num_slices={num_slices}: only TPUs have slices, from 1; a CPU is cpu:N")
     devices = _cpu_devices(shape[0]) if generation == "cpu" else _tpu_devices(name, generation, num_slices)

@@ -25,7 +25,9 @@ def exchanged(fn, x, **specs):
     """The exchanges of `fn` on eight devices, by kind."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     step = jax.jit(jax.shard_map(fn, mesh=mesh, check_vma=False, **specs), compiler_options=QUICK)
-    return hlo.Program(step.lower(x).compile().as_text(), 8).collectives()
+    text = step.lower(x).compile().as_text()
+    assert text is not None
+    return hlo.Program(text, 8).collectives()
 
 
 def test_collectives_of_a_real_program():
