@@ -4,6 +4,7 @@ The TPU's compiler comes with libtpu (extra `tpu`) and needs no TPU.
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -77,7 +78,7 @@ def describe(name: str, num_slices: int) -> Topology:
     shape: tuple[int, ...] = tuple(int(size) for size in found[2].split("x"))
     if num_slices < 1 or (generation == "cpu" and (num_slices > 1 or len(shape) > 1)):
         raise ConfigError(f"--topology={name} --num_slices={num_slices}: only TPUs have slices, from 1; a CPU is cpu:N")
-    devices = _cpu_devices(shape[0]) if generation == "cpu" else _tpu_devices(name, generation, num_slices)
+    devices = _cpu_devices(math.prod(shape)) if generation == "cpu" else _tpu_devices(name, generation, num_slices)
     return Topology(name, generation, shape, num_slices, tuple(devices))
 
 
