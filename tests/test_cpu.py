@@ -69,6 +69,17 @@ def test_not_on_accelerators_nor_against_the_user(machine, variable, value):
     assert os.environ[variable] == value
 
 
+@pytest.mark.parametrize(("chips", "devices"), [(("accel0",), 0), (("vfio",), 8)])
+def test_libtpu_is_no_tpu(machine, tmp_path, chips, devices):
+    """It also compiles for TPUs that are not here: only a chip counts."""
+    for name in chips:
+        (tmp_path / name).touch()
+    machine.delenv("JAX_PLATFORMS")
+    machine.setattr(cpu, "find_spec", lambda name: name if name == "libtpu" else None)
+    machine.setattr(cpu, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*", f"{tmp_path}/vfio/[0-9]*"))
+    assert cpu.split_cores(0, (256,)) == devices
+
+
 def test_a_run_keeps_its_choices(machine, tmp_path):
     """Results depend on them in the last bits; what the config says goes first, and fewer cores end it."""
     (tmp_path / "config.json").write_text(json.dumps({"cpu": {"devices": 2, "pieces": 4}}))
