@@ -10,8 +10,7 @@ import numpy as np
 from configs import default
 from mae_dist import checkpoint, job, pretrained
 from mae_dist import config as config_lib
-from mae_dist.data import local_rows, to_global
-from tests.runs import smoke_config
+from tests.runs import compile_quickly, first_batch, smoke_config
 from tests.test_checkpoint import new_state, open_checkpoints, save
 
 
@@ -29,24 +28,24 @@ def on_host(tree: Any) -> Any:
 def test_average_of_parameters():
     """The recurrence in float64, laid out as the parameters; an update that is skipped leaves it as it was."""
     built = build()
-    rows = local_rows(built.batch_sharding, built.config.global_batch_size)
-    state: Any = new_state(built)
+    batch = first_batch(built)
+    init, update = compile_quickly(built, batch)
+    state = init()
     for leaf, param in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
         assert leaf.sharding == param.sharding
         np.testing.assert_array_equal(leaf, param)
     average = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
     start = 8  # where the limit sets in: (1 + 11) / (10 + 11) = 0.57, (1 + 13) / (10 + 13) = 0.609
     state = state.replace(step=jax.device_put(np.int32(start), state.step.sharding))
-    with jax.set_mesh(built.mesh), built.train_batches(built.data.train, 0, rows) as batches:
-        for step, host_batch in zip(range(start, start + 8), batches, strict=False):
-            batch = to_global(host_batch, built.batch_sharding, built.config.global_batch_size, rows)
-            state, _ = built.train_step(state, batch)
+    with jax.set_mesh(built.mesh):
+        for step in range(start, start + 8):
+            state, _ = update(state, batch)
             decay = min(0.6, (1 + step) / (10 + step))
             average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state.params)
         jax.tree.map(lambda ours, a: np.testing.assert_allclose(ours, a, rtol=1e-5, atol=1e-6), state.ema, average)
         before = on_host(state.ema)
         broken = {**state.params, "decoder": jax.tree.map(lambda p: p * np.float32(np.nan), state.params["decoder"])}
-        state, metrics = built.train_step(state.replace(params=broken), batch)
+        state, metrics = update(state.replace(params=broken), batch)
     assert int(metrics["skipped_run"]) == 1
     jax.tree.map(np.testing.assert_array_equal, on_host(state.ema), before)
 
@@ -87,7 +86,6 @@ def test_starts_from_the_weights_it_is_given(workdir):
     built = build(task="finetune", init_from=str(workdir), seed=5)
     state = built.fresh_state(default.get_config())
     jax.tree.map(np.testing.assert_array_equal, on_host(state.ema), on_host(state.params))
-    rows = local_rows(built.batch_sharding, built.config.global_batch_size)
-    with jax.set_mesh(built.mesh), built.train_batches(built.data.train, 0, rows) as batches:
-        batch = to_global(next(iter(batches)), built.batch_sharding, built.config.global_batch_size, rows)
-        assert int(built.train_step(state, batch)[0].step) == 1
+    for average, param in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
+        shards = zip(average.addressable_shards, param.addressable_shards, strict=True)
+        assert all(a.data.unsafe_buffer_pointer() != p.data.unsafe_buffer_pointer() for a, p in shards)

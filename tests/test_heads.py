@@ -1,6 +1,5 @@
 """BatchNorm of the linear probe: PyTorch's numbers, over the whole batch of any number of devices and pieces."""
 
-import math
 from typing import Any
 
 import jax
@@ -9,8 +8,7 @@ import numpy as np
 import torch
 
 from mae_dist import heads, job
-from mae_dist.data import local_rows, to_global
-from tests.runs import smoke_config
+from tests.runs import compile_quickly, first_batch, smoke_config
 
 PROBE: dict[str, Any] = {
     "task": "probe",
@@ -50,31 +48,30 @@ def test_batch_norm_is_that_of_pytorch():
     np.testing.assert_allclose(ours(jnp.asarray(x), whole_batch=False), expected, rtol=1e-4, atol=1e-5)
 
 
-def trained(config: Any, num_devices: int) -> tuple[Any, list[Any], Any, Any]:
-    """(job, metrics of each update, final state, last batch)."""
-    built = job.build(config, jax.devices()[:num_devices], job.open_data(config))
-    rows = local_rows(built.batch_sharding, config.global_batch_size)
-    found = []
-    with jax.set_mesh(built.mesh), built.train_batches(built.data.train, 0, rows) as batches:
-        state = jax.jit(built.init, out_shardings=built.shardings)()
-        for host_batch in batches:
-            batch = to_global(host_batch, built.batch_sharding, config.global_batch_size, rows)
-            state, metrics = built.train_step(state, batch)
-            found.append(metrics)
-    return built, found, state, batch
-
-
 def test_statistics_are_of_the_whole_batch():
     """However it is computed; they are neither trained nor averaged over devices, and no optimizer knows of them."""
-    built, metrics, state, batch = trained(smoke_config(**PROBE, cpu__pieces=1), 1)
+
+    def trained(num_devices: int, **options: Any) -> tuple[Any, Any, Any, list[Any], Any]:
+        """(job, batch, compiled update, metrics of two updates, state after them)."""
+        built = job.build(smoke_config(**PROBE, **options), jax.devices()[:num_devices], data)
+        batch, metrics = first_batch(built), [{}, {}]
+        init, update = compile_quickly(built, batch)
+        with jax.set_mesh(built.mesh):
+            state = init()
+            for i in range(2):
+                state, metrics[i] = update(state, batch)
+        return built, batch, update, metrics, state
+
+    data = job.open_data(smoke_config(**PROBE))
+    built, batch, update, metrics, state = trained(1, cpu__pieces=1)
     assert set(state.ema) == {"head"}
     assert not [path for path, _ in jax.tree.leaves_with_path(state.opt_state) if "batch_norm" in str(path)]
     statistics = state.params["batch_norm"]
-    assert not np.allclose(statistics["mean"], 0, atol=1e-4)
-    for shape, accum_steps, pieces in (((4, 1, 1), 2, 4), ((2, 2, 1), 4, 1)):
-        axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), shape, strict=True))
-        config = smoke_config(**PROBE, **axes, accum_steps=accum_steps, cpu__pieces=pieces)
-        _, others, other, _ = trained(config, math.prod(shape))
+    for num_devices, options in (
+        (4, {"mesh__data": 4, "accum_steps": 2, "cpu__pieces": 4}),
+        (4, {"mesh__data": 2, "mesh__fsdp": 2, "accum_steps": 4, "cpu__pieces": 1}),
+    ):
+        *_, others, other = trained(num_devices, **options)
         for a, b in zip(metrics, others, strict=True):
             np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
             np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
@@ -87,7 +84,7 @@ def test_statistics_are_of_the_whole_batch():
         x, before = np.asarray(features, np.float64), jax.tree.map(np.array, statistics)
         cached = {"features": features, "label": batch["label"]}
         again = jax.tree.map(jnp.copy, state)
-        from_images, from_features = built.train_step(state, batch), built.train_step(again, cached)
+        from_images, from_features = update(state, batch), built.train_step(again, cached)
     for a, b in zip(jax.tree.leaves(from_images), jax.tree.leaves(from_features), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     after = from_images[0].params["batch_norm"]

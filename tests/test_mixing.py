@@ -1,6 +1,5 @@
 """Random erasing, mixup and cutmix: by their definitions, for every example by itself, and the same on any devices."""
 
-import math
 from typing import Any
 
 import jax
@@ -9,10 +8,9 @@ import numpy as np
 import pytest
 
 from mae_dist import job, layers, losses, mixing, tasks
-from mae_dist.data import local_rows, to_global
 from mae_dist.errors import ConfigError
 from tests import QUICK
-from tests.runs import smoke_config
+from tests.runs import compile_quickly, first_batch, smoke_config
 
 SIZE = (12, 20)
 MIXED: dict[str, Any] = {
@@ -116,35 +114,29 @@ def test_labels():
     np.testing.assert_allclose(losses.cross_entropy(logits, soft, 0.1), expected, rtol=1e-5)
 
 
-def first_batch(built, config):
-    rows = local_rows(built.batch_sharding, config.global_batch_size)
-    with built.train_batches(built.data.train, 0, rows) as batches:
-        return to_global(next(iter(batches)), built.batch_sharding, config.global_batch_size, rows)
-
-
 def test_same_pairs_on_any_devices_and_new_ones_every_update():
     """Whatever splits the batch leaves neighbours together and their draws as they are, one program for all updates."""
-    config = smoke_config(**MIXED, cpu__pieces=1)
-    built = job.build(config, jax.devices()[:1], job.open_data(config))
-    init = jax.jit(built.init, out_shardings=built.shardings)
-    batch = first_batch(built, config)
 
-    def loss_at(step: int, built: Any = built, init: Any = init, batch: Any = batch) -> tuple[float, float]:
+    def found(num_devices: int, **options: Any) -> list[tuple[float, float]]:
+        """(loss, norm of the gradient) of the first images and parameters at several steps."""
+        built = job.build(smoke_config(**MIXED, **options), jax.devices()[:num_devices], data)
+        batch, values = first_batch(built), []
+        init, update = compile_quickly(built, batch)
         with jax.set_mesh(built.mesh):
-            metrics = built.train_step(init().replace(step=jnp.int32(step)), batch)[1]
-        return float(metrics["loss"]), float(metrics["grad_norm"])
+            for step in (0, 1, 2, 1):
+                state = init()
+                state = state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
+                metrics = update(state, batch)[1]
+                values.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        return values
 
-    found = [loss_at(step) for step in (0, 1, 2)]
-    assert len({norm for _, norm in found}) == 3, "the same images and parameters, other draws"
-    assert loss_at(1) == found[1]
-    assert built.train_step._cache_size() == 1
-    for shape, accum_steps, pieces in (((4, 1, 1), 2, 4), ((2, 2, 2), 4, 1)):
-        axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), shape, strict=True))
-        config = smoke_config(**MIXED, **axes, accum_steps=accum_steps, cpu__pieces=pieces)
-        other = job.build(config, jax.devices()[: math.prod(shape)], built.data)
-        init = jax.jit(other.init, out_shardings=other.shardings)
-        for step in (0, 2):
-            np.testing.assert_allclose(loss_at(step, other, init, first_batch(other, config)), found[step], rtol=1e-5)
+    data = job.open_data(smoke_config(**MIXED))
+    one_device = found(1, cpu__pieces=1)
+    assert len(set(one_device)) == 3, "the same images and parameters, other draws"
+    assert one_device[1] == one_device[3]
+    np.testing.assert_allclose(found(4, mesh__data=4, accum_steps=2, cpu__pieces=4), one_device, rtol=1e-5)
+    split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    np.testing.assert_allclose(found(8, **split, accum_steps=4, cpu__pieces=1), one_device, rtol=1e-5)
 
 
 def test_pairs_must_divide():
@@ -178,10 +170,9 @@ def test_scan_remat_and_dtype_change_nothing_but_digits():
         return float(value), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
 
     value, grads = update("float32", False, "none")
-    for scan, remat in ((True, "blocks"), (False, "dots")):
-        found, others = update("float32", scan, remat)
-        assert found == pytest.approx(value, rel=1e-5), (scan, remat)
-        np.testing.assert_allclose(others, grads, rtol=1e-3, atol=1e-5 * np.abs(grads).max(), err_msg=f"{scan} {remat}")
+    found, others = update("float32", True, "blocks")
+    assert found == pytest.approx(value, rel=1e-5)
+    np.testing.assert_allclose(others, grads, rtol=1e-3, atol=1e-5 * np.abs(grads).max())
     found, others = update("bfloat16", True, "dots")
     assert found == pytest.approx(value, rel=2e-2)
     assert others @ grads / np.linalg.norm(others) / np.linalg.norm(grads) > 0.99
