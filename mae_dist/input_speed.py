@@ -54,8 +54,9 @@ class Pipeline:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._signal(signal.SIGCONT)
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended: told below
+            self._process.stdin.write(f"{count}\n")
+            self._process.stdin.flush()
         seconds = self._process.stdout.readline()
         self._signal(signal.SIGSTOP)
         if not seconds:
