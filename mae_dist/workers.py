@@ -31,26 +31,27 @@ def start(command: Sequence[str], log: Path, cores: Sequence[int]) -> subprocess
     It is in a session of its own, so that Ctrl-C reaches it only by way of its parent. On Linux it is killed when the
     parent dies; its data is safe then, as after any kill.
     """
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-    parent = os.getpid()
-
-    def prepare() -> None:  # in the child, before it becomes the command
-        if cores:
-            os.sched_setaffinity(0, cores)
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died before that
-                os._exit(1)
-
+    # Not by preexec_fn, which forks a process that may have threads: this module goes first, then becomes the command.
+    before = [sys.executable, "-m", "mae_dist.workers", str(os.getpid()), ",".join(map(str, cores))]
     with log.open("ab") as output:
         return subprocess.Popen(
-            command,
+            [*before, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=prepare,
         )
+
+
+def _become(parent: str, cores: str, *command: str) -> None:
+    """In the new process: limits it to `cores`, ties it to `parent` and runs `command` in its place."""
+    if cores:
+        os.sched_setaffinity(0, map(int, cores.split(",")))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(parent):  # it died before that
+            sys.exit(1)
+    os.execvp(command[0], command)
 
 
 def last_lines(log: Path, count: int) -> list[str]:
@@ -59,3 +60,7 @@ def last_lines(log: Path, count: int) -> list[str]:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
         text = file.read().decode("utf-8", "replace")
     return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
+
+
+if __name__ == "__main__":
+    _become(*sys.argv[1:])

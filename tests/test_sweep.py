@@ -15,14 +15,14 @@ from pathlib import Path
 import cv2
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from etils import epath
 from ml_collections import config_flags
 
 from configs import default, quickstart, recipes
 from mae_dist import config as config_lib
-from mae_dist import points, results, sweep, sweep_table, workers
+from mae_dist import main, points, results, sweep, sweep_table, workers
 from mae_dist.errors import (
-    EXIT_CONFIG,
     EXIT_DONE,
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
@@ -312,9 +312,26 @@ def test_what_follows_a_shorter_pretraining_is_not_taken(tmp_path):
         sweep.Runner([points.Point("p", {}, 0, stages, "")], [[]])
 
 
-def test_wrong_flags(child_env, tmp_path):
-    """The command line itself: one message, code 2, nothing written."""
-    args = ("--config=configs/smoke.py", "--over=model.mask_ratio=.5", f"--out={tmp_path / 'out'}")
-    code, output = run(child_env(), *args, "--then=prob", module="sweep")
-    assert (code, output.splitlines()[-1]) == (EXIT_CONFIG, "error: --then=prob is not one of probe, finetune, scratch")
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"then": ["prob"]}, "--then=prob is not one of probe, finetune, scratch"),
+        ({"then": ["probe"], "set": ["scratch.total_epochs=1"]}, "--set=scratch.total_epochs=1: write <recipe>."),
+        ({"over": ["model.mask_ratio=1.5"]}, "no point of the sweep can work"),
+        ({"jobs": 10_000}, "--jobs=10000: each needs a core"),
+        ({"table": True}, "is not the directory of a sweep"),
+        ({"out": "gs://bucket/sweep"}, "a sweep is kept on a disk"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
+def test_wrong_flags(tmp_path, monkeypatch, values, words):
+    """One message with the cure, and nothing written."""
+    argv = ["sweep", "--config=configs/smoke.py"]
+    monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
+    with flagsaver.flagsaver():
+        main.parse_flags(argv)
+        with flagsaver.flagsaver(**{"out": str(tmp_path / "out"), **values}), pytest.raises(ConfigError) as error:
+            sweep.sweep([])
+    assert words in str(error.value)
     assert list(tmp_path.iterdir()) == []
