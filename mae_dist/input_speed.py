@@ -162,16 +162,16 @@ def measure(config: ConfigDict, *, against_torch: bool, repeats: int, secs: floa
 def watch(config: ConfigDict, minutes: float) -> Iterator[Result]:
     """The pipeline alone, minute after minute: whether speed falls or memory grows."""
     with pipelines(config, against_torch=False) as (subject,):
-        count = max(1, round(60.0 / subject.run(2) * 2))
+        part_secs = min(60.0, 60 * minutes)
+        count = max(1, round(part_secs / 12 / subject.run(2) * 2))
         end = time.monotonic() + 60 * minutes
         while time.monotonic() < end:
-            began = time.monotonic()
-            seconds = subject.run(count)
-            yield {
-                "minutes": round((began + seconds - end) / 60 + minutes, 2),
-                "images_per_sec": count * config.global_batch_size / seconds,
-                **subject.memory_mib(),
-            }
+            images, seconds = 0, 0.0
+            while seconds < part_secs:
+                seconds += subject.run(count)
+                images += count * config.global_batch_size
+            past = minutes - (end - time.monotonic()) / 60
+            yield {"minutes": round(past, 2), "images_per_sec": images / seconds, **subject.memory_mib()}
 
 
 def serve(config: ConfigDict) -> None:

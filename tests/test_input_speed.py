@@ -70,6 +70,13 @@ def test_both_are_measured_by_turns_and_stopped_between(config: ConfigDict, monk
         input_speed.measure(config, against_torch=True, repeats=1, secs=0.05)
 
 
+def test_a_long_trial_tells_speed_and_memory_again_and_again(config: ConfigDict) -> None:
+    lines = list(input_speed.watch(config, minutes=0.01))
+    assert lines[-1]["minutes"] >= 0.01
+    assert min(line["images_per_sec"] for line in lines) > 0
+    assert min(line["total_mib"] for line in lines) > 10
+
+
 def test_a_pipeline_that_ends_is_told(config: ConfigDict) -> None:
     with input_speed.pipelines(config, against_torch=False) as (pipeline,):
         os.killpg(pipeline._process.pid, signal.SIGKILL)
