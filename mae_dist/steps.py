@@ -84,24 +84,8 @@ def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Bat
     return to_features
 
 
-def make_train_step(
-    task: Task,
-    tx: optax.GradientTransformation,
-    lr_fn: optax.Schedule,
-    *,
-    mesh: Mesh,
-    shardings: TrainState,
-    seed: int,
-    global_batch_size: int,
-    accum_steps: int,
-    ema_decay: float,
-) -> TrainStep:
-    """Compiles on first call: (state, batch) -> (state, metrics), the old state donated.
-
-    Every example has its own key, derived from (seed, step, row): masks and dropout do not depend on the number of
-    devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further means of the task,
-    lr, grad_norm (before clipping), param_norm, skipped_steps (in all) and skipped_run (in a row).
-    """
+def _make_gradient(task: Task, mesh: Mesh, accum_steps: int) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """(trainable, frozen, batch, keys (B,)) -> the gradient of the mean loss and the metrics, of all devices."""
 
     def loss_fn(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         loss, metrics = task.loss({**trainable, **frozen}, batch, keys)
@@ -122,11 +106,34 @@ def make_train_step(
         total, _ = jax.lax.scan(add, zeros, micros)
         return jax.tree.map(lambda x: x if _is_integer(x) else x / accum_steps, total)
 
+    if task.statistics is not None:
+        return grad_fn  # of features, all at once: over how many devices is the compiler's business
     compute = accumulated if accum_steps > 1 else grad_fn
     if sharding.is_data_parallel(mesh):
         compute = sharding.on_each_device(compute, mesh, num_whole=2, combine=_combine)
-    if task.statistics is not None:
-        compute = grad_fn  # of features, all at once: over how many devices is the compiler's business
+    return compute
+
+
+def make_train_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    lr_fn: optax.Schedule,
+    *,
+    mesh: Mesh,
+    shardings: TrainState,
+    seed: int,
+    global_batch_size: int,
+    accum_steps: int,
+    ema_decay: float,
+) -> TrainStep:
+    """Compiles on first call: (state, batch) -> (state, metrics), the old state donated.
+
+    Every example has its own key, derived from (seed, step, row): masks and dropout do not depend on the number of
+    devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further means of the task,
+    lr, grad_norm (before clipping), param_norm, skipped_steps (in all) and skipped_run (in a row).
+    """
+
+    gradient = _make_gradient(task, mesh, accum_steps)
     to_features = _make_to_features(task, mesh, accum_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -136,7 +143,7 @@ def make_train_step(
         trainable, frozen = split_frozen(state.params, task.frozen)
         if task.statistics is not None:
             batch = to_features(state.params, batch)
-        grads, metrics = compute(trainable, frozen, batch, keys)
+        grads, metrics = gradient(trainable, frozen, batch, keys)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
             updates, opt_state = tx.update(grads, state.opt_state, trainable)
             lr = lr_fn(state.step)

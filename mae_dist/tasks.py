@@ -199,28 +199,18 @@ def make_pictures(config: ConfigDict, pred: jax.Array, true: jax.Array, mask: ja
     }
 
 
-def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
-    mean, std, options = config.data.mean, config.data.std, config.classify
-    probe = config.task == "probe"
+def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None:
+    """What fine-tuning does to a batch on the device: erasing, then mixing; None for nothing.
 
-    init, bind = functional(functools.partial(make_model, config, num_classes, constrain))
+    (batch, keys (B,)) -> scaled pixels (B, H, W, C), their labels (B,) or soft ones (B, Y), and the label (B,) of the
+    larger part.
+    """
+    options, mixes = config.classify, rows_together(config) > 1
+    if config.task != "finetune" or not (mixes or options.erase_prob > 0):
+        return None
 
-    def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
-        return bind(params).features(scale_pixels(batch["image"], mean, std), keys)
-
-    def logits(params: Params, batch: Batch, keys: jax.Array | None, whole_batch: bool = False) -> jax.Array:
-        pooled = batch["features"] if "features" in batch else features(params, batch, keys)
-        return bind(params).logits(pooled, whole_batch=whole_batch)
-
-    def statistics(params: Params, batch: Batch) -> Params:
-        return {"batch_norm": bind(params).batch_norm.updated(batch["features"])}
-
-    mixes = rows_together(config) > 1
-    augments = mixes or (not probe and options.erase_prob > 0)
-
-    def augmented(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Scaled pixels (B, H, W, C), their labels (B,) or soft ones (B, Y), and the label (B,) of the larger part."""
-        images, label = scale_pixels(batch["image"], mean, std), batch["label"]
+    def augment(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        images, label = scale_pixels(batch["image"], config.data.mean, config.data.std), batch["label"]
         # Purposes of the keys beyond those of the encoder and a decoder.
         erase_keys, mix_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, (1 << 17) + i) for i in range(2))
         if options.erase_prob > 0:
@@ -237,10 +227,31 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
         )
         return images, *mixing.mix_labels(label, share, num_classes)
 
+    return augment
+
+
+def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
+    mean, std, options = config.data.mean, config.data.std, config.classify
+    probe = config.task == "probe"
+
+    init, bind = functional(functools.partial(make_model, config, num_classes, constrain))
+
+    def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
+        return bind(params).features(scale_pixels(batch["image"], mean, std), keys)
+
+    def logits(params: Params, batch: Batch, keys: jax.Array | None, whole_batch: bool = False) -> jax.Array:
+        pooled = batch["features"] if "features" in batch else features(params, batch, keys)
+        return bind(params).logits(pooled, whole_batch=whole_batch)
+
+    def statistics(params: Params, batch: Batch) -> Params:
+        return {"batch_norm": bind(params).batch_norm.updated(batch["features"])}
+
+    augment = _make_augment(config, num_classes)
+
     def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         target = label = batch["label"]
-        if augments:
-            images, target, label = augmented(batch, keys)
+        if augment is not None:
+            images, target, label = augment(batch, keys)
             out = bind(params)(images, keys)
         else:
             # A frozen encoder is also deterministic: no DropPath, no dropout.
