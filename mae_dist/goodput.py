@@ -108,6 +108,14 @@ def summarize(workdir: epath.Path) -> dict[str, Any]:
     }
 
 
+def span(workdir: epath.Path) -> tuple[float, float] | None:
+    """When the run began and when it was last known to work, seconds since 1970; None without a ledger."""
+    path = workdir / GOODPUT_FILE
+    with naming_faults(path):
+        runs = _runs(read_text(path))
+    return (runs[0]["began"], runs[-1]["time"]) if runs else None
+
+
 def _runs(text: str) -> list[dict[str, Any]]:
     """The last line of each start, in order."""
     last: dict[int, dict[str, Any]] = {}

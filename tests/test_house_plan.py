@@ -33,13 +33,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "watch",
         "profiler",
     ),
-    ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock"),
-    ("tasks", "pictures", "checkpoint", "evaluate"),
-    ("steps", "pretrained"),
-    ("job", "encoder"),
-    ("train",),
-    ("main",),
-    ("reconstruct", "convert", "features", "export", "benchmark"),
+    ("config", "models", "state", "data", "metrics", "layouts", "seals", "goodput", "lock", "report_plot"),
+    ("tasks", "pictures", "checkpoint", "evaluate", "report_page"),
+    ("steps", "pretrained", "report_runs"),
+    ("job", "encoder", "report_groups"),
+    ("train", "report_figures", "report_model", "report_tables"),
+    ("main", "report_pictures"),
+    ("reconstruct", "convert", "features", "export", "benchmark", "report"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
