@@ -119,7 +119,7 @@ class _Page:
     def _curves(self, task: str, groups: Sequence[Group]) -> list[tuple[str, str, Html]]:
         others = [name for name in scalar_names(run for one in groups for run in one.runs) if name not in _CURVES]
         wanted: dict[str, tuple[str, dict[str, Any]]] = _CURVES | {
-            name: (report_tables.title_of(name), {"percent": report_tables.is_share(name)})
+            name: (report_tables.long_title_of(name), {"percent": report_tables.is_share(name)})
             for name in others
             if name.startswith("val_")
         }
@@ -144,7 +144,7 @@ class _Page:
         return [
             self.figure(plot)
             for name in accuracies
-            for plot in report_figures.against_masking(groups, name, report_tables.title_of(name))
+            for plot in report_figures.against_masking(groups, name, report_tables.long_title_of(name))
         ]
 
     def of_pictures(self) -> list[tuple[str, str, Html]]:

@@ -110,7 +110,7 @@ def curve(
             told.append(f"{one.label} ends at {mean:.4g}{'' if std is None else f' ± {std:.2g}'}")
     task = groups[0].task
     legend = tuple({one.label: styles[one.label] for one, _ in having}.values())
-    return Plot(f"{task}_{metric}", f"{title} ({task})", f"{title}: {'; '.join(told)}", draw, legend=legend)
+    return Plot(f"{task}_{metric}", title, task, f"{title}: {'; '.join(told)}", draw, legend=legend)
 
 
 def _running_mean(x: np.ndarray, y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +152,7 @@ def time_bars(runs: Sequence[Run]) -> Plot | None:
         f"{run.label}: " + ", ".join(f"{label} {duration(secs)}" for label, _, secs in time_parts(run) if secs > 0)
         for run in runs
     )
-    return Plot("time", "Where the time went", told, draw, height=0.8 + 0.48 * len(runs), legend=legend)
+    return Plot("time", "Shares of each run's time", "", told, draw, height=0.75 + 0.45 * len(runs), legend=legend)
 
 
 def against_masking(groups: Sequence[Group], metric: str, title: str) -> list[Plot]:
@@ -180,8 +180,8 @@ def against_masking(groups: Sequence[Group], metric: str, title: str) -> list[Pl
     for what, series, ticks in (("ratio", by_ratio, None), ("strategy", by_strategy, strategies)):
         if any(len(values) > 1 for values in series.values()):
             task = groups[0].task
-            head = f"{title} against the masking {what} ({task})"
-            plots.append(_error_bars(f"{task}_{metric}_against_{what}", head, told, series, f"masking {what}", ticks))
+            name = f"{task}_{metric}_against_{what}"
+            plots.append(_error_bars(name, title, task, told, series, f"masking {what}", ticks))
     return plots
 
 
@@ -193,6 +193,7 @@ def _told(values: Sequence[float]) -> str:
 def _error_bars(
     name: str,
     title: str,
+    task: str,
     told: str,
     series: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
     label: str,
@@ -231,4 +232,4 @@ def _error_bars(
         if len(series) > 1:
             axes.legend(loc="best")
 
-    return Plot(name, title, f"{title}: {told}", draw)
+    return Plot(name, f"{title} against the {label}", task, f"{title} against the {label}: {told}", draw)

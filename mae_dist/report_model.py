@@ -137,6 +137,7 @@ def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(points (n, 2), labels (n,)): t-SNE on at most 50 principal components, of at most 2,000 images, seeded."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(len(seen.labels))[:_NUM_EMBEDDED])
@@ -144,5 +145,6 @@ def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     components = min(50, *features.shape)
     reduced = PCA(components, random_state=seed).fit_transform(features)
     perplexity = min(30.0, (len(reduced) - 1) / 3)
-    points = TSNE(2, perplexity=perplexity, init="pca" if components > 1 else "random", random_state=seed)
-    return points.fit_transform(reduced), seen.labels[chosen]
+    tsne = TSNE(2, perplexity=perplexity, init="pca" if components > 1 else "random", random_state=seed)
+    with threadpool_limits(1, "openmp"):  # its threads meet a thousand times, and spin wherever others work as well
+        return tsne.fit_transform(reduced), seen.labels[chosen]

@@ -56,6 +56,7 @@ figure { margin: 0; min-width: 0; }
 figcaption { font-size: .95rem; font-weight: 600; margin-bottom: .3rem; }
 figcaption small { display: block; font-weight: 400; font-size: .86rem; }
 svg.plot { display: block; width: 100%; height: auto; color: var(--ink); overflow: visible; }
+svg.white { background: #fff; color: #1b1f24; border-radius: .25rem; }
 svg.plot text { font-family: inherit !important; }
 figure img { display: block; width: 100%; height: auto; border-radius: .25rem; background: #fff; }
 .plots.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 32rem), 1fr)); }
@@ -67,7 +68,8 @@ details { margin: .75rem 0; }
 summary { cursor: pointer; font-weight: 600; }
 footer { margin: 3rem 0 2rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 @media (max-width: 40rem) { body { font-size: 15px; } th, td { padding-right: .65rem; }
-  th[scope=row] { max-width: 9.5rem; min-width: 7.5rem; white-space: normal; overflow-wrap: anywhere; } .plots { gap: 1.25rem; } h2 { margin-top: 2.25rem; } }
+  th[scope=row] { max-width: 9.5rem; min-width: 7.5rem; white-space: normal; overflow-wrap: anywhere; }
+  .plots { gap: 1.25rem; } h2 { margin-top: 2.25rem; } }
 @page { size: A4; margin: 14mm 13mm; }
 @media print {
   body { font-size: 9.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -156,7 +158,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Row], *, note: str =
 
 def figure(plot: Plot, note: str = "") -> Html:
     """A drawn figure with its title; what it shows is its accessible name."""
-    svg = to_svg(plot).replace("<svg", f'<svg class="plot" role="img" aria-label="{html.escape(plot.alt)}"', 1)
+    kind = "plot white" if plot.on_white else "plot"
+    svg = to_svg(plot).replace("<svg", f'<svg class="{kind}" role="img" aria-label="{html.escape(plot.alt)}"', 1)
     return tag("figure", tag("figcaption", plot.title, tag("small", note) if note else None), Html(svg))
 
 

@@ -83,9 +83,10 @@ def predictions(seen: Seen, name: str) -> Plot:
     return Plot(
         f"predictions_{name}",
         "The first images and their predictions",
+        name,
         f"{right} of the first {len(found)} images are predicted right",
         draw,
-        height=0.3 + 1.08 * rows,
+        height=0.2 + 0.95 * rows,
     )
 
 
@@ -123,9 +124,10 @@ def confusion(seen: Seen, name: str) -> Plot:
     return Plot(
         f"confusion_{name}",
         "Confusion matrix, % of each true class",
+        name,
         f"Accuracy {100 * np.trace(counts) / max(1, counts.sum()):.2f} %. Most often confused: {told or 'none'}",
         draw,
-        height=4.6,
+        height=4.1,
     )
 
 
@@ -172,7 +174,7 @@ def per_class(groups: Sequence[Group], styles: Mapping[str, Line]) -> Plot | Non
     worst = min(first, key=lambda label: first[label])
     told = f"{title}. Of {next(iter(found))} the least accurate is {worst} with {first[worst]:.1f} %"
     legend = tuple((label, styles[label][1], "-") for label in found)
-    return Plot("per_class", title, told, draw, height=0.9 + 0.23 * len(classes), legend=legend)
+    return Plot("per_class", title, "", told, draw, height=0.9 + 0.23 * len(classes), legend=legend)
 
 
 def embedding(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str], name: str) -> Plot:
@@ -184,7 +186,12 @@ def embedding(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        options: dict[str, Any] = {"s": 7, "alpha": 0.85, "linewidths": 0, "rasterized": True}
+        options: dict[str, Any] = {
+            "s": min(24, max(7, 10_000 / len(points))),
+            "alpha": 0.85,
+            "linewidths": 0,
+            "rasterized": True,
+        }
         if many:
             axes.scatter(*points.T, c=labels, cmap="viridis", **options)
             return
@@ -201,7 +208,9 @@ def embedding(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
     return Plot(
         f"embedding_{name}",
         "Features in a plane (t-SNE)",
+        name,
         f"t-SNE of the features of {len(points):,} images, {colours}",
         draw,
-        height=4.6 if many else 4.7 + 0.19 * math.ceil(len(class_names) / 4),
+        on_white=True,
+        height=4.0 if many else 4.0 + 0.19 * math.ceil(len(class_names) / 4),
     )

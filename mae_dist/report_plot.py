@@ -22,7 +22,7 @@ from mae_dist.storage import naming_faults, write_bytes_atomically
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = "osD^vP*X"
-_WIDTH = 4.9  # inches: a phone's width at the size of its text
+_WIDTH = 4.2  # inches: a phone's width at the size of its text
 _INK = "#020301"  # of all text and axes while drawing; replaced by the page's own
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -55,16 +55,19 @@ Line = tuple[str, str, Any]  # label, colour, dashes: an entry of a legend
 class Plot:
     """A figure that is not drawn yet.
 
-    name: of its files. title: above it. alt: what it shows, for those who do not see it.
-    draw: into a matplotlib Figure. height: in inches. legend: what a file needs and a page has beside its figures.
+    name: of its files. title: above it. of: the task or run it is about, which in a page the heading says.
+    alt: what it shows, for those who do not see it. draw: into a matplotlib Figure. height: in inches.
+    legend: what a file needs and a page has beside its figures. on_white: its colours need a light ground.
     """
 
     name: str
     title: str
+    of: str
     alt: str
     draw: Callable[[Figure], None]
-    height: float = 2.9
+    height: float = 2.6
     legend: tuple[Line, ...] = ()
+    on_white: bool = False
 
 
 def shorten(text: str, length: int) -> str:
@@ -109,7 +112,7 @@ def write_files(plot: Plot, directory: epath.Path) -> None:
     """`<name>.png` and `<name>.svg` with title and legend, for papers and slides."""
     with _style(plot, "#222222"):
         figure = _drawn(plot)
-        figure.suptitle(plot.title, fontsize=11)
+        figure.suptitle(f"{plot.title} ({plot.of})" if plot.of else plot.title, fontsize=10.5)
         if len(plot.legend) > 1:
             handles = [
                 Line2D([], [], color=color, linestyle=dashes, label=shorten(label, 40))
@@ -117,12 +120,13 @@ def write_files(plot: Plot, directory: epath.Path) -> None:
             ]
             columns = 1 if max(len(label) for label, *_ in plot.legend) > 22 else 2
             rows = -(-len(handles) // columns)
-            figure.set_figheight(plot.height + 0.35 + 0.2 * rows)
+            figure.set_figheight(plot.height + 0.3 + 0.2 * rows)
             figure.legend(handles=handles, loc="outside lower center", ncols=columns)
         for kind in ("png", "svg"):
             data = io.BytesIO()
             metadata = {"Date": None} if kind == "svg" else None  # the same runs make the same files
             figure.savefig(data, format=kind, facecolor="white", metadata=metadata, dpi=200)
+            figure.set_layout_engine("none")  # found already
             path = directory / f"{plot.name}.{kind}"
             with naming_faults(path):
                 directory.mkdir(parents=True, exist_ok=True)

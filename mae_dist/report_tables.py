@@ -13,13 +13,6 @@ from mae_dist.report_runs import Run, checkpoints
 
 Value = Callable[[Run], float | None]
 Column = tuple[str, Value, Callable[[float, float | None], str]]  # head, value of a run, (mean, std) as text
-_NAMES = {
-    "top1": "train top-1",
-    "val_loss": "val loss",
-    "test_loss": "test loss",
-    "val_top1": "val top-1",
-    "test_top1": "test top-1",
-}
 # What is written as a share of 1 and read in percent.
 _IS_SHARE = ("top1", "top5", "acc", "accuracy")
 _NONE = "–"
@@ -32,7 +25,13 @@ def is_share(metric: str) -> bool:
 def title_of(metric: str) -> str:
     """val_knn_top1 -> val kNN top-1."""
     words = metric.replace("top1", "top-1").replace("top5", "top-5").replace("knn", "kNN").replace("_", " ")
-    return _NAMES.get(metric, words)
+    return "train " + words if metric in ("loss", "top1") else words
+
+
+def long_title_of(metric: str) -> str:
+    """val_knn_top1 -> Validation kNN top-1."""
+    words = title_of(metric).replace("val ", "validation ", 1)
+    return words[0].upper() + words[1:]
 
 
 def percent(mean: float, std: float | None = None) -> str:
@@ -42,7 +41,7 @@ def percent(mean: float, std: float | None = None) -> str:
 def number(mean: float, std: float | None = None) -> str:
     """Four digits, or with a deviation as many as its first two reach; thousands kept apart."""
     if not std:
-        return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.4g}"
+        return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.4g}" if mean == round(mean) else f"{mean:#.4g}"
     decimals = max(0, 1 - math.floor(math.log10(std)))
     return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}"
 
@@ -51,8 +50,8 @@ def _secs(mean: float, std: float | None = None) -> str:
     return duration(mean) if std is None else f"{duration(mean)} ± {duration(std)}"
 
 
-def _metric(name: str, head: str = "") -> Column:
-    return head or title_of(name), lambda run: run.last(name), percent if is_share(name) else number
+def _metric(name: str) -> Column:
+    return title_of(name), lambda run: run.last(name), percent if is_share(name) else number
 
 
 def results(groups: Sequence[Group]) -> list[Html]:
@@ -66,7 +65,7 @@ def results(groups: Sequence[Group]) -> list[Html]:
     for task in dict.fromkeys(one.task for one in groups):
         some = [one for one in groups if one.task == task]
         others = [name for name in scalar_names(run for one in some for run in one.runs) if name not in known]
-        columns = [_metric("loss", "train loss"), *(_metric(name) for name in known[1:]), *map(_metric, others)]
+        columns = [_metric(name) for name in (*known, *others)]
         tables.append(_grouped(f"Results: {task}", note, some, ["seed", "step"], _place, columns))
     return tables
 
@@ -142,9 +141,10 @@ def sentence(run: Run) -> str:
     if not run.records:
         return f"{run.config.task}, nothing recorded yet"
     shown = ("test_top1", "val_top1", "test_loss", "val_loss", "loss")
-    values = [f"{title_of(name) if name != 'loss' else 'train loss'} {(percent if is_share(name) else number)(value)}"
+    values = [f"{title_of(name)} {(percent if is_share(name) else number)(value)}"
               for name in shown if (value := run.last(name)) is not None][:3]  # fmt: skip
     secs = f" in {duration(3600 * run.hours)} of work" if run.hours else ""
+    values = [value.replace("top-", "top\N{NON-BREAKING HYPHEN}") for value in values]
     return f"{run.config.task}, {state}: step {run.step:,}{total}{secs}; {', '.join(values)}"
 
 
@@ -158,7 +158,9 @@ def environments(runs: Sequence[Run]) -> Content:
     items: list[Content] = []
     for text, labels in found.items():
         values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in json.loads(text).items())
-        items.append(tag("li", tag("strong", "all" if len(labels) == len(runs) else ", ".join(labels)), f": {values}"))
+        ended = len(labels) + len(missing) == len(runs)
+        which = ("all that have ended" if missing else "all") if ended and len(labels) > 1 else ", ".join(labels)
+        items.append(tag("li", tag("strong", which), f": {values}"))
     if missing:
         items.append(tag("li", f"{', '.join(missing)}: written when a run has ended"))
     return [tag("h3", "Environment"), tag("ul", items, class_="plain soft")]
