@@ -220,7 +220,9 @@ def _error_bars(
                 label=key,
             )
             for place, (_, found) in zip(x, values, strict=True):
-                axes.plot([place] * len(found), [100 * value for value in found], ".", color=color, alpha=0.4)
+                axes.plot(
+                    [place] * len(found), [100 * value for value in found], ".", color=color, markersize=7, alpha=0.5
+                )
         axes.set(xlabel=label, ylabel="%")
         axes.margins(x=0.08, y=0.12)
         if ticks:

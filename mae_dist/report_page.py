@@ -4,6 +4,7 @@ Nothing in it is loaded from anywhere, and its content security policy says so t
 """
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 from mae_dist.report_plot import Line, Plot, to_svg
@@ -68,7 +69,7 @@ details { margin: .75rem 0; }
 summary { cursor: pointer; font-weight: 600; }
 footer { margin: 3rem 0 2rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 @media (max-width: 40rem) { body { font-size: 15px; } th, td { padding-right: .65rem; }
-  th[scope=row] { max-width: 9.5rem; min-width: 7.5rem; white-space: normal; overflow-wrap: anywhere; }
+  th[scope=row] { max-width: 9.5rem; min-width: 7.5rem; white-space: normal; overflow-wrap: break-word; }
   .plots { gap: 1.25rem; } h2 { margin-top: 2.25rem; } }
 @page { size: A4; margin: 14mm 13mm; }
 @media print {
@@ -76,14 +77,15 @@ footer { margin: 3rem 0 2rem; padding-top: .9rem; border-top: 1px solid var(--li
   main, header { max-width: none; padding: 0; }
   nav { display: none; }
   h2 { margin-top: 1.6rem; }
-  h2, h3, caption, ul.legend { break-after: avoid; }
+  h2, h3, caption, ul.legend, section > p.soft { break-after: avoid; }
   figure, tr, .warn { break-inside: avoid; }
   thead { display: table-header-group; }
   .scroll { overflow: visible; }
   table { font-size: 7.2pt; max-width: 100%; }
   caption { font-size: 9pt; }
   th, td { padding-right: .45rem; white-space: normal; overflow-wrap: anywhere; }
-  th[scope=row], td.wrap { min-width: 0; position: static; }
+  td.wrap { min-width: 0; }
+  th[scope=row] { min-width: 0; max-width: 5.5cm; position: static; overflow-wrap: break-word; }
   thead th { font-size: 7pt; overflow-wrap: normal; }
   .plots { grid-template-columns: 1fr 1fr; gap: 1rem 1.4rem; }
   .plots.wide { grid-template-columns: 1fr 1fr; }
@@ -133,8 +135,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Row], *, note: str =
     """
 
     def cell(number: int, content: Content) -> Html:
-        if number == 0:
-            return tag("th", content, scope="row")
+        if number == 0:  # names may break where their parts do
+            return tag("th", Html(re.sub(r"([._/])(?=\w)", r"\1<wbr>", render(content))), scope="row")
         return tag("td", content, class_="left wrap") if number in left else tag("td", content)
 
     header = [

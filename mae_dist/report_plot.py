@@ -112,7 +112,7 @@ def write_files(plot: Plot, directory: epath.Path) -> None:
     """`<name>.png` and `<name>.svg` with title and legend, for papers and slides."""
     with _style(plot, "#222222"):
         figure = _drawn(plot)
-        figure.suptitle(f"{plot.title} ({plot.of})" if plot.of else plot.title, fontsize=10.5)
+        figure.suptitle(f"{plot.title}\n{shorten(plot.of, 44)}".strip(), fontsize=10)
         if len(plot.legend) > 1:
             handles = [
                 Line2D([], [], color=color, linestyle=dashes, label=shorten(label, 40))
