@@ -32,4 +32,5 @@ def get_config() -> ConfigDict:
     config.optim.warmup_epochs = 200.0
     config.data.mean = (0.5,)
     config.data.std = (0.5,)
+    config.online.every_epochs = 50.0
     return config

@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     config.total_steps = 0  # > 0: this many updates instead; the warm-up shrinks or grows in proportion
     config.global_batch_size = 256  # examples per update, over all devices and processes
     config.accum_steps = 1  # an update's batch is computed in this many pieces, one after another
+    config.ema_decay = 0.0  # > 0: a moving average of the parameters, which is evaluated and handed on in their place
     config.log_every_steps = 50  # metrics are fetched from the device and written this often
     config.trace = False  # record digests of each update's images and masks, to compare runs
     config.profile_steps = ""  # "10:15": a profiler's trace of updates 10 to 15, in profile/; SIGUSR1: of the next five
@@ -71,12 +72,18 @@ def get_config() -> ConfigDict:
     config.classify = ConfigDict()  # for probe and finetune
     config.classify.head = "linear"  # linear | mlp (one hidden layer)
     config.classify.hidden_dim = 128  # of the mlp head
-    config.classify.pool = "gap"  # gap (mean over patches) | cls (class token)
+    config.classify.pool = "gap"  # gap (mean over patches) | cls (class token); of online too
     config.classify.norm_after_pool = False  # True: a new LayerNorm of what was pooled instead of the encoder's last
+    config.classify.batch_norm = False  # probe: a BatchNorm without scale and bias before the head, as in the paper's
     config.classify.label_smoothing = 0.0
+    config.classify.mixup = 0.0  # finetune: alpha of mixup, each image with its neighbour in the batch; the paper: 0.8
+    config.classify.cutmix = 0.0  # finetune: alpha of cutmix; the paper: 1.0
+    config.classify.mix_prob = 1.0  # share of the images that are mixed, if any are
+    config.classify.mix_switch_prob = 0.5  # share of cutmix among them, where there are both
+    config.classify.erase_prob = 0.0  # finetune: share of the images with a random box of noise; the paper: 0.25
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # adamw | sgd (momentum)
+    config.optim.name = "adamw"  # adamw | sgd (momentum) | lars (sgd with one trust ratio per array and block)
     config.optim.base_lr = 1e-3  # peak learning rate = base_lr * global_batch_size / 256
     config.optim.schedule = "cosine"  # cosine | constant, after the warm-up
     config.optim.final_lr = 0.0  # where the cosine ends
@@ -84,24 +91,32 @@ def get_config() -> ConfigDict:
     config.optim.b1 = 0.9
     config.optim.b2 = 0.95
     config.optim.eps = 1e-8
-    config.optim.momentum = 0.9  # of sgd
+    config.optim.momentum = 0.9  # of sgd and lars
+    config.optim.trust_coefficient = 1e-3  # of lars
     config.optim.weight_decay = 0.05  # not on biases, norms and LayerScale
+    config.optim.layer_decay = 1.0  # finetune: the learning rate of each block is that of the next times this; 1: equal
     config.optim.clip_norm = 0.0  # > 0: scale the gradient down to this global norm
     config.optim.clip_value = 0.0  # > 0: clip every component of the gradient to +- this
 
     config.data = ConfigDict()
     config.data.source = "tfds"  # tfds | digits (8x8, comes with scikit-learn) | synthetic (procedural shapes)
     config.data.name = "cifar10"  # TFDS data set; needs the features image and label
-    config.data.data_dir = ""  # where TFDS keeps data sets; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.data.data_dir = ""  # where TFDS keeps data sets, may be gs://…; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.data.train_split = "train[:80%]"
     config.data.val_split = "train[80%:]"
     config.data.test_split = "test"
     config.data.augment = "none"  # none | flip | crop_flip (random resized crop, bicubic, and flip)
     config.data.crop_scale = (0.2, 1.0)  # area of the random crop, as a share of the image
+    config.data.randaug_magnitude = 0.0  # RandAugment after crop and flip: mean strength, up to 10 (paper: 9); 0: none
+    config.data.randaug_std = 0.5  # of the strength, drawn for each operation
+    config.data.randaug_layers = 2  # operations drawn for an image, each applied half of the time
+    config.data.repeats = 1  # copies of each image in a batch, augmented differently; an epoch stays as many updates,
+    # so that all images are seen once in `repeats` epochs (repeated augmentation; DeiT: 3)
     config.data.mean = (0.0,)  # model input = (pixel / 255 - mean) / std; one value, or one per channel
     config.data.std = (1.0,)
     config.data.cache = "auto"  # auto | memory (decode once) | stream (decode when read)
-    config.data.cache_dir = ""  # where decoded images are kept; "": $XDG_CACHE_HOME or ~/.cache, mae_dist
+    config.data.cache_dir = ""  # where decoded images and copies are kept; "": $XDG_CACHE_HOME or ~/.cache, mae_dist
+    config.data.stage = False  # copy the record files to cache_dir first and read them there; from a bucket always
     config.data.num_workers = 0  # processes that prepare batches; 0: threads of this one
     config.data.max_bad_share = 0.0  # share of undecodable images that may be skipped
     config.data.num_examples = 10_000  # size of the synthetic training set
@@ -113,6 +128,14 @@ def get_config() -> ConfigDict:
     config.eval.batch_size = 0  # examples per evaluation batch; 0: global_batch_size
     config.eval.test_at_end = True  # also evaluate the test split after the last update
 
+    config.online = ConfigDict()  # of a pretraining: accuracy of the encoder so far, by its features of whole images
+    config.online.every_epochs = 10.0  # by neighbours and by ridge regression, and always at the end; 0: never
+    config.online.every_steps = 0  # > 0: this many updates instead
+    config.online.num_train = 10_000  # the first so many training examples are compared with
+    config.online.k = 20  # neighbours that vote (Wu et al. 2018) ...
+    config.online.temperature = 0.07  # ... with exp(cosine similarity / temperature) each
+    config.online.ridge = 1e-3  # penalty of the regression of one-hot labels, for each example's squared error
+
     config.pictures = ConfigDict()  # original, masked, reconstruction, reconstruction with visible patches
     config.pictures.every_epochs = 10.0  # and always at the end; 0: never
     config.pictures.every_steps = 0  # > 0: this many updates instead
@@ -123,7 +146,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_minutes = 10.0  # at the first log step this long after the last; 0: by steps only
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_every_steps = 0  # > 0: also keep the checkpoints at multiples of this for ever
-    config.checkpoint.keep_best = ""  # save every evaluated step, and keep the best by val_loss, val_top1 or val_top5
+    config.checkpoint.keep_best = ""  # save every evaluated step, keep the best by val_loss, val_top1, val_knn_top1, …
     config.checkpoint.retries = 3  # of a save that failed, after 1, 4 and 16 s; of several processes: by a restart
 
     config.deadlines = ConfigDict()  # seconds without progress after which a process ends ("stalled"); 0: never

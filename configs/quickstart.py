@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.data.mean = (0.3,)  # of the digits' pixels; the loss is then in units of their variance
     config.data.std = (0.375,)
     config.eval.every_epochs = 10.0
+    config.online.every_epochs = 20.0
     config.pictures.every_epochs = 40.0
     config.checkpoint.every_steps = 200
     return config

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.data.name = "shapes"
     config.data.num_examples = 512
     config.eval.every_steps = 10
+    config.online.every_epochs = 0.0  # compiles another function for a second
     config.pictures.every_steps = 20
     config.checkpoint.every_steps = 5
     return config

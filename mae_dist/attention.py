@@ -11,18 +11,32 @@ import jax.numpy as jnp
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(hd)) v, softmax in float32: q (B, N, H, hd), k and v (B, M, H, hd) -> (B, N, H, hd)."""
-    return IMPLEMENTATIONS[choose(jax.default_backend(), q.dtype, q.shape, k.shape)](q, k, v)
+    """softmax(q k^T / sqrt(hd)) v, softmax in float32: q (B, N, H, hd), k and v (B, M, H, hd) -> (B, N, H, hd).
 
-
-def choose(platform: str, dtype: Any, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:
-    """The name of the implementation: cuDNN's fused kernel where its documented limits allow it, else two products.
-
-    On a CPU nothing tried was faster than the two products (`BUILD.md`); a TPU's compiler fuses the softmax into them.
+    What computes it goes by the platform that a program is lowered for, whatever this process runs on: cuDNN's fused
+    kernel on an NVIDIA GPU where it can, else two products. On a CPU nothing tried was faster (`BUILD.md`). For a TPU
+    it is left to XLA, whose compiler fuses the softmax into the products: compared with a kernel written by hand it
+    was not, nor was cuDNN's measured, for want of a TPU and a GPU.
     """
+    if not (fits_fused_kernel(q.dtype, q.shape, k.shape) and has_fused_kernel()):
+        return _products(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cuda=IMPLEMENTATIONS["cudnn"], default=_products)
+
+
+def fits_fused_kernel(dtype: Any, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
+    """Whether the limits that JAX sets to cuDNN's kernel allow it, for a gradient too: even lengths are one."""
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     head_dim, even = q_shape[-1], q_shape[1] % 2 == k_shape[1] % 2 == 0
-    return "cudnn" if platform == "gpu" and half and even and head_dim <= 128 and head_dim % 8 == 0 else "products"
+    return half and even and head_dim <= 128 and head_dim % 8 == 0
+
+
+@functools.cache
+def has_fused_kernel() -> bool:
+    """Whether this process has a GPU that runs it (Ampere or newer): JAX asks the library even while it traces."""
+    try:
+        return all(float(device.compute_capability) >= 8 for device in jax.local_devices(backend="cuda"))
+    except RuntimeError:  # no such backend
+        return False
 
 
 def _products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -1,5 +1,8 @@
 """Measures a config here: `python -m mae_dist.benchmark --config F [--against hf] [--what features] [--scaling]`.
 
+`--what input` measures the training input alone, by turns with a DataLoader of PyTorch if `--against torch`, or once a
+minute for `--minutes`.
+
 Repeats of several updates with the real data pipeline; medians, and the spread as (largest - smallest) / median.
 `--against hf` takes turns with Hugging Face's ViTMAE of the same shape in PyTorch, eager and compiled, on as many
 threads (extra `parity`). `--scaling` measures one change after another, each in a process of its own.
@@ -20,16 +23,21 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cpu, encoder, errors, flops, hugging_face, job, main, patches, steps
+from mae_dist import cpu, encoder, errors, flops, hugging_face, input_speed, job, main, patches, steps
 from mae_dist.data import local_rows, to_global
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
-_AGAINST = flags.DEFINE_enum("against", None, ["hf"], "Take turns with another implementation.")
+_AGAINST = flags.DEFINE_enum("against", None, ["hf", "torch"], "Take turns with another: torch for --what input.")
 _WHAT = flags.DEFINE_enum(
-    "what", "train", ["train", "features"], "Updates, or features of whole images.", allow_override=True
+    "what",
+    "train",
+    ["train", "features", "input"],
+    "Updates, features of whole images, or the training input alone.",
+    allow_override=True,
 )
 _SCALING = flags.DEFINE_bool("scaling", False, "A table over batch sizes, image sizes, model sizes and CPU devices.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "How often each is measured.", lower_bound=1)
+_MINUTES = flags.DEFINE_float("minutes", 0.0, "With --what input: a line each minute, for so long.", lower_bound=0.0)
 _SECS = flags.DEFINE_float("secs", 3.0, "About how long a repeat takes.", lower_bound=0.01)
 
 Result = dict[str, Any]
@@ -41,18 +49,45 @@ def benchmark(argv: Sequence[str]) -> int:
     config = main.needed_config()
     if _SCALING.value:
         return _scaling(config)
+    _check_flags()
+    if _WHAT.value == "input":
+        return _input(config)
     main.use_cores(config, "")
     ours = _Ours(config, _WHAT.value)
     others = {}
     if _AGAINST.value:
         others = {name: _Theirs(config, _WHAT.value, name == "compiled") for name in ("eager", "compiled")}
-    result = _measure(ours, others)
+    _show(_measure(ours, others))
+    return errors.EXIT_DONE
+
+
+def _check_flags() -> None:
+    is_input = _WHAT.value == "input"
+    if _AGAINST.value and is_input != (_AGAINST.value == "torch"):
+        raise errors.ConfigError(
+            f"--against {_AGAINST.value} does not do --what {_WHAT.value}: torch is for input, hf for all else"
+        )
+    if _MINUTES.value and not is_input:
+        raise errors.ConfigError(f"--minutes is for --what input, not {_WHAT.value}")
+
+
+def _show(result: Result) -> None:
     if _JSON.value:
-        print(json.dumps(result))
-    else:
-        width = max(map(len, result))
-        for name, value in result.items():
-            print(f"{name:{width}}  {value:.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
+        print(json.dumps(result), flush=True)
+        return
+    width = max(map(len, result))
+    for name, value in result.items():
+        print(f"{name:{width}}  {value:.4g}" if isinstance(value, float) else f"{name:{width}}  {value}", flush=True)
+
+
+def _input(config: ConfigDict) -> int:
+    """Measures the training input without a model."""
+    if _MINUTES.value:
+        for line in input_speed.watch(config, _MINUTES.value):
+            print(json.dumps(line), flush=True)
+        return errors.EXIT_DONE
+    against_torch = _AGAINST.value == "torch"
+    _show(input_speed.measure(config, against_torch=against_torch, repeats=_REPEATS.value, secs=_SECS.value))
     return errors.EXIT_DONE
 
 

@@ -44,7 +44,7 @@ class _Damaged(Exception):
 
 
 @contextlib.contextmanager
-def _naming_damage(path: epath.Path) -> Iterator[None]:
+def _naming_damage(path: epath.Path, workdir: epath.Path) -> Iterator[None]:
     """As `naming_faults`, and for what Orbax and tensorstore raise when files are short, missing or not writable."""
     try:
         with naming_faults(path):
@@ -54,7 +54,7 @@ def _naming_damage(path: epath.Path) -> Iterator[None]:
     except _UNREADABLE as error:
         raise StorageFault(
             f"checkpoint {path} cannot be written or read: {error}\nIf the disk is full, free some space; if it is "
-            f"damaged (python -m mae_dist.checkpoint verify {path.parent.parent}), the training command puts it in "
+            f"damaged (python -m mae_dist.checkpoint verify {workdir}), the training command puts it in "
             "quarantine and continues from the one before."
         ) from error
 
@@ -117,7 +117,7 @@ class Checkpoints:
                 _policy.BestN(get_metric_fn=metric, reverse=lowest, n=1, keep_checkpoints_without_metrics=False),
             )
         self.directory = workdir / "checkpoints"
-        with _naming_damage(self.directory):
+        with _naming_damage(self.directory, self.directory.parent):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -144,7 +144,7 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            with _naming_damage(self.directory):
+            with _naming_damage(self.directory, self.directory.parent):
                 self._manager.close()
                 self._seal(wait=True)
         except StorageFault as fault:
@@ -195,7 +195,7 @@ class Checkpoints:
         self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float], force: bool = False
     ) -> None:
         best = {name: value for name, value in metrics.items() if name == self._keep_best and math.isfinite(value)}
-        with _naming_damage(self.directory):
+        with _naming_damage(self.directory, self.directory.parent):
             self._manager.check_for_errors()
             self._seal()
             again = self._retry_at is not None and time.monotonic() >= self._retry_at
@@ -203,8 +203,8 @@ class Checkpoints:
                 return
             self._manager.wait_until_finished()  # as Orbax does; then the one before can be sealed
             self._seal()
-            meta = {**meta, "digests": integrity.digests(state)}
-            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+            meta = {**meta, "digests": integrity.digests(state.to_dict())}
+            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state.to_dict()), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, metrics=best or None, force=True)
             self._unsealed, self._retry_at = step, None
 
@@ -227,7 +227,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
-        with _naming_damage(self.directory):
+        with _naming_damage(self.directory, self.directory.parent):
             self._manager.wait_until_finished()
             self._seal(wait=True)
 
@@ -304,9 +304,9 @@ class Checkpoints:
         for line in config_lib.differences(stored, config, ignore=()):
             logging.info("Continuing with a changed field: %s", line)
         with _telling_damage(path, sealed):
-            state = _restore(self._manager, step, abstract, shardings)
-        _check_values(meta.get("digests", {}), state)
-        return state, meta
+            stored = _restore(self._manager, step, abstract.to_dict(), shardings.to_dict())
+        _check_values(meta.get("digests", {}), stored)
+        return TrainState(**stored), meta
 
 
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
@@ -337,7 +337,7 @@ def _telling_damage(path: epath.Path, sealed: bool) -> Iterator[None]:
     except Exception as error:
         # Of an operating system's errors most are not the checkpoint's fault: permissions, a disk that is away.
         if sealed or (isinstance(error, OSError) and not isinstance(error, _UNREADABLE)):
-            with _naming_damage(path):
+            with _naming_damage(path, path.parent.parent):
                 raise
         raise _Damaged(f"it cannot be read: {_first_line(error)}") from error
 
@@ -376,7 +376,7 @@ def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
         raise StorageFault(
             f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from"
         )
-    with _naming_damage(path):
+    with _naming_damage(path, workdir):
         return config_lib.from_json(path.read_text(), default)
 
 
@@ -386,7 +386,7 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     directory = workdir / "checkpoints"
     if not directory.exists():
         raise StorageFault(f"{directory} does not exist; train that run first, or correct init_from or --workdir")
-    with _naming_damage(directory):
+    with _naming_damage(directory, workdir):
         manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False))
     try:
         damaged = False
@@ -396,7 +396,7 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
                 damaged = True
                 logging.error("DAMAGED CHECKPOINT: %s (%s); reading the one before", directory / str(step), damage[0])
                 continue
-            with _naming_damage(directory / str(step)):
+            with _naming_damage(directory / str(step), workdir):
                 yield manager, step
             return
         good = "good " if damaged else ""
@@ -407,20 +407,37 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
         manager.close()
 
 
+def _stored_tree(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """The shapes of all that a checkpoint holds; nothing of it is read."""
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return handler.metadata(workdir / "checkpoints" / str(step) / "state").tree
+    finally:
+        handler.close()
+
+
 def param_shapes(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
     """(step, shapes of the parameters by group) of the newest checkpoint in `workdir`; nothing of them is read."""
     with _newest(workdir) as (_, step):
-        handler = ocp.PyTreeCheckpointHandler()
-        try:
-            return step, handler.metadata(workdir / "checkpoints" / str(step) / "state").tree["params"]
-        finally:
-            handler.close()
+        return step, _stored_tree(workdir, step)["params"]
 
 
 def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read."""
+    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read.
+
+    Of a run with averages (`ema_decay`) these are read, where they exist: a frozen part has none.
+    """
     with _newest(workdir) as (manager, step):
-        state = _restore(manager, step, {"params": abstract}, {"params": shardings}, partial=True)
+        averaged = _stored_tree(workdir, step).get("ema", {})
+
+        def by_origin(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+            parts = {
+                "ema": {group: value for group, value in tree.items() if group in averaged},
+                "params": {group: value for group, value in tree.items() if group not in averaged},
+            }
+            return {name: part for name, part in parts.items() if part}
+
+        state = _restore(manager, step, by_origin(abstract), by_origin(shardings), partial=True)
         meta = _read_meta(manager, step)
         try:
             _check_values(meta.get("digests", {}), state)
@@ -429,13 +446,13 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
                 f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged: {damage}. Repeat the command that "
                 "trained it: it puts it in quarantine and continues from the one before"
             ) from damage
-        return step, state["params"]
+        return step, {**state.get("params", {}), **state.get("ema", {})}
 
 
 def save_params(workdir: epath.Path, config: ConfigDict, params: dict[str, Any], origin: str) -> None:
     """Writes trained parameters as a workdir of their own, at step 0 and without the state of an optimizer."""
     directory = workdir / "checkpoints"
-    with _naming_damage(directory), ocp.CheckpointManager(directory) as manager:
+    with _naming_damage(directory, workdir), ocp.CheckpointManager(directory) as manager:
         meta = {"config": config_lib.to_json(config), WEIGHTS_ONLY: origin}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}), meta=ocp.args.JsonSave(meta))
         manager.save(0, args=args)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_dist import layers, patches, profiler, transforms
+from mae_dist import augment, layers, patches, profiler, transforms
 from mae_dist.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": layers.REMAT_POLICIES,
     "classify.head": ("linear", "mlp"),
     "classify.pool": ("gap", "cls"),
-    "optim.name": ("adamw", "sgd"),
+    "optim.name": ("adamw", "sgd", "lars"),
     "optim.schedule": ("cosine", "constant"),
     "data.source": ("tfds", "digits", "synthetic"),
     "data.augment": transforms.AUGMENT_KINDS,
@@ -49,8 +49,16 @@ POSITIVE = (
     "classify.hidden_dim",
     "optim.base_lr",
     "optim.eps",
+    "optim.trust_coefficient",
+    "optim.layer_decay",
+    "data.randaug_layers",
+    "data.repeats",
     "data.num_examples",
     "data.num_classes",
+    "online.num_train",
+    "online.k",
+    "online.temperature",
+    "online.ridge",
     "pictures.num_images",
     "checkpoint.keep_latest",
 )
@@ -59,15 +67,21 @@ NOT_NEGATIVE = (
     "cpu.devices",
     "cpu.pieces",
     "model.layer_scale_init",
+    "classify.mixup",
+    "classify.cutmix",
     "optim.final_lr",
     "optim.warmup_epochs",
     "optim.weight_decay",
     "optim.clip_norm",
     "optim.clip_value",
+    "data.randaug_magnitude",
+    "data.randaug_std",
     "data.num_workers",
     "eval.every_epochs",
     "eval.every_steps",
     "eval.batch_size",
+    "online.every_epochs",
+    "online.every_steps",
     "pictures.every_epochs",
     "pictures.every_steps",
     "checkpoint.every_steps",
@@ -78,6 +92,7 @@ NOT_NEGATIVE = (
 )
 # Shares: in [0, 1) each.
 SHARES = (
+    "ema_decay",
     "model.drop_path",
     "model.dropout",
     "classify.label_smoothing",
@@ -86,6 +101,11 @@ SHARES = (
     "optim.momentum",
     "data.max_bad_share",
 )
+
+# Probabilities: in [0, 1] each.
+PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob")
+# What a pretraining's features are worth, by `online`.
+ONLINE = ("val_knn_top1", "val_ridge_top1")
 
 # What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
 # it computes.
@@ -103,9 +123,11 @@ FREE = (
     "data.data_dir",
     "data.cache",
     "data.cache_dir",
+    "data.stage",
     "data.num_workers",
     "init_from",
     "eval",
+    "online",
     "pictures",
     "checkpoint",
     "deadlines",
@@ -182,6 +204,7 @@ def _faults(config: ConfigDict) -> Iterator[str]:
         (POSITIVE, lambda v: v > 0, "must be above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
         (SHARES, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+        (PROBABILITIES, lambda v: 0 <= v <= 1, "must be at least 0 and at most 1"),
     ):
         for field in fields:
             value = get(config, field)
@@ -249,11 +272,30 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
             f"total_epochs={config.total_epochs}; lower it too: "
             f"the paper warms up for a twentieth, here {config.total_epochs / 20:g}"
         )
+    if config.classify.batch_norm and config.task != "probe":
+        yield (
+            f"classify.batch_norm is for task='probe' and task={config.task!r}: its statistics are over the whole "
+            "batch, whose features only a frozen encoder computes ahead; set it to False"
+        )
+    if config.task != "finetune":
+        for name in ("mixup", "cutmix", "erase_prob"):
+            if config.classify[name]:
+                yield (
+                    f"classify.{name}={config.classify[name]} is for task='finetune' and task={config.task!r}; set it "
+                    "to 0: a head alone underfits, and a pretraining has no labels"
+                )
+    decay = config.optim.layer_decay
+    if decay > 1 or (decay != 1 and config.task != "finetune"):
+        yield (
+            f"optim.layer_decay={decay} with task={config.task!r}: it must be at most 1, and 1 but for "
+            "task='finetune', where the layers far from a new head change least"
+        )
     if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
     if config.task == "probe" and not config.init_from:
         yield "task='probe' needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
-    if config.task != "pretrain" and config.classify.pool == "cls" and config.model.cls_token == "none":
+    pools = config.task != "pretrain" or config.online.every_epochs or config.online.every_steps
+    if pools and config.classify.pool == "cls" and config.model.cls_token == "none":
         yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
     if config.task == "probe" and config.classify.norm_after_pool:
         yield "classify.norm_after_pool is for task='finetune': a probe keeps the encoder as it is, with its own norm"
@@ -271,12 +313,14 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     low, high = config.data.crop_scale if len(config.data.crop_scale) == 2 else (0, 0)
     if not 0 < low <= high <= 1:
         yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"
+    yield from _augment_faults(config)
     metric = config.checkpoint.keep_best
-    metrics = ("val_loss",) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
+    metrics = ("val_loss", *ONLINE) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
     if metric and metric not in metrics:
         yield f"checkpoint.keep_best={metric!r} is not one of {', '.join(metrics)} (or '').{nearest(metric, metrics)}"
-    if metric and not (config.data.val_split and (config.eval.every_epochs or config.eval.every_steps)):
-        yield f"checkpoint.keep_best={metric!r} needs evaluations: set data.val_split and eval.every_epochs"
+    section = "online" if metric in ONLINE else "eval"
+    if metric and not (config.data.val_split and (config[section].every_epochs or config[section].every_steps)):
+        yield f"checkpoint.keep_best={metric!r} needs evaluations: set data.val_split and {section}.every_epochs"
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must be at least 0 and below 2**32 = {2**32}"
     try:
@@ -291,6 +335,27 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
             yield "pretrain.norm_pix_loss needs more than one value in a patch: model.patch_size is 1x1 of one channel"
 
 
+def _augment_faults(config: ConfigDict) -> Iterator[str]:
+    data, batch = config.data, config.global_batch_size
+    if data.randaug_magnitude > augment.MAX_MAGNITUDE:
+        yield f"data.randaug_magnitude={data.randaug_magnitude} must be at most {augment.MAX_MAGNITUDE:g}"
+    if data.randaug_magnitude and data.augment == "none":
+        yield (
+            f"data.randaug_magnitude={data.randaug_magnitude} and data.augment='none'; RandAugment follows 'flip' or "
+            "'crop_flip': choose one, or data.randaug_magnitude=0"
+        )
+    if data.randaug_magnitude and config.model.channels == 4:
+        yield (
+            f"data.randaug_magnitude={data.randaug_magnitude} and model.channels=4: RandAugment's colours have no "
+            "meaning with transparency; use 1 or 3 channels, or data.randaug_magnitude=0"
+        )
+    if data.repeats > 0 and batch > 0 and batch % data.repeats:
+        yield (
+            f"data.repeats={data.repeats} does not divide global_batch_size={batch}; nearest that does: "
+            f"{max(data.repeats, round(batch / data.repeats) * data.repeats)}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Epochs of a config as numbers of updates; an interval may be fractional, 0 is never."""
@@ -298,6 +363,7 @@ class Schedule:
     total_steps: int
     warmup_steps: int
     eval_every_steps: float
+    online_every_steps: float
     pictures_every_steps: float
 
 
@@ -313,6 +379,7 @@ def schedule(config: ConfigDict, num_examples: int) -> Schedule:
         total_steps=total,
         warmup_steps=round(total * config.optim.warmup_epochs / config.total_epochs),
         eval_every_steps=every(config.eval),
+        online_every_steps=every(config.online) if config.task == "pretrain" else 0,
         pictures_every_steps=every(config.pictures),
     )
 

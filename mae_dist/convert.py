@@ -18,6 +18,7 @@ from mae_dist import (
     checkpoint,
     distributed,
     errors,
+    heads,
     hugging_face,
     layouts,
     main,
@@ -96,6 +97,8 @@ def convert_weights(
             params = adapt_channels(params, config, channels)
         if to == "hf":
             params = fold_layer_scale(params, config)
+        if to != "mae_dist":
+            params = fold_batch_norm(params, config)
         config.name = out.stem
     config_lib.validate(config)
     _check_finite(params, source.origin)
@@ -162,6 +165,20 @@ def fold_layer_scale(params: Params, config: ConfigDict) -> Params:
             result[group] = {**params[group], "stack": {"blocks": blocks}}
     logging.info("LayerScale is multiplied into the products before it: this layout has none")
     return result
+
+
+def fold_batch_norm(params: Params, config: ConfigDict) -> Params:
+    """Multiplies a probe's BatchNorm into the product after it, for layouts without: the same function of features."""
+    if "batch_norm" not in params:
+        return params
+    config.classify.batch_norm = False
+    first = "hidden" if "hidden" in params["head"] else "linear"
+    product, statistics = params["head"][first], params["batch_norm"]
+    kernel = product["kernel"] / np.sqrt(statistics["var"] + heads.EPS)[:, None]
+    bias = product["bias"] - statistics["mean"] @ kernel
+    logging.info("BatchNorm is multiplied into the product after it: this layout has none")
+    rest = {group: tree for group, tree in params.items() if group != "batch_norm"}
+    return {**rest, "head": {**params["head"], first: {"kernel": kernel, "bias": bias}}}
 
 
 def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

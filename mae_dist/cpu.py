@@ -5,6 +5,7 @@ twice as fast as one device and the whole batch; memory in huge pages spares mat
 touches a TPU or GPU. Nothing imports JAX: the number of devices counts only before JAX makes its CPU client.
 """
 
+import glob
 import math
 import os
 import platform
@@ -15,9 +16,11 @@ from pathlib import Path
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc 2.35 asks the kernel for them then, where the kernel lets it
 _GIVEN = "MAE_DIST_GLIBC_TUNABLES"  # what GLIBC_TUNABLES was before
 _FLAG = "xla_force_host_platform_device_count"
-_ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+_TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # libtpu alone is no TPU: it also compiles for absent ones
 _EXAMPLES_PER_DEVICE = 16  # fewer, and the exchange of gradients costs more than another device gains
 _CACHES = 5.0  # a piece's largest activations may fill the second-level cache so many times; measured best
+_TOKENS = 256  # of an update a piece has at least so many: else adding its gradients up costs more than the cache saves
 _UNKNOWN_CACHE = 2**20
 
 
@@ -29,9 +32,16 @@ def num_cores() -> int:
 def _runs_on_cores() -> bool:
     """Whether JAX will compute on the CPU and nobody said how."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    if (platforms and platforms != "cpu") or (not platforms and any(find_spec(name) for name in _ACCELERATORS)):
+    if platforms not in ("", "cpu") or (not platforms and _has_accelerator()):
         return False
     return _FLAG not in os.environ.get("XLA_FLAGS", "")  # whoever set it knows better
+
+
+def _has_accelerator() -> bool:
+    """Whether JAX will find one, as far as can be told without it."""
+    if any(find_spec(name) for name in _PLUGINS):
+        return True
+    return find_spec("libtpu") is not None and any(glob.glob(pattern) for pattern in _TPU_CHIPS)
 
 
 def use_huge_pages() -> None:
@@ -85,13 +95,15 @@ def cache_bytes() -> int:
         return _UNKNOWN_CACHE
 
 
-def num_pieces(examples: int, bytes_per_example: int) -> int:
+def num_pieces(examples: int, bytes_per_example: int, summed_tokens: int = 0) -> int:
     """Into how many pieces a device computes its examples: a divisor of `examples`.
 
     Args:
       examples: of one device in one update or evaluation batch.
       bytes_per_example: largest activations that live at once, see `flops.activation_bytes`.
+      summed_tokens: of an example in the encoder, where the pieces' gradients are summed; 0 where there are none.
     """
     ideal = max(1.0, _CACHES * cache_bytes() / bytes_per_example)  # examples in a piece
-    sizes = [size for size in range(1, examples + 1) if examples % size == 0]
+    least = min(examples, math.ceil(_TOKENS / summed_tokens)) if summed_tokens else 1
+    sizes = [size for size in range(least, examples + 1) if examples % size == 0]
     return examples // min(sizes, key=lambda size: abs(math.log(size / ideal)))

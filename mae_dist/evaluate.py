@@ -9,6 +9,9 @@ from jax.experimental import multihost_utils
 
 from mae_dist.data import Dataset, eval_batches, local_rows, to_global
 
+MOST_CLASSES = 20  # whose accuracies are recorded one by one
+NUM_LOWEST = 5  # recorded of more
+
 
 def global_batches(
     dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int
@@ -30,8 +33,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over all examples of `batches`, each metric's name behind `prefix` (`val_`, `test_`).
 
-    Totals and counts are merged on the device and fetched once. Accuracies per class become `<prefix>top1/<class>`,
-    NaN for a class without examples. `after_batch` is called after each batch; by raising it ends the pass.
+    Totals and counts are merged on the device and fetched once. Accuracies per class become what `_by_class` says.
+    `after_batch` is called after each batch; by raising it ends the pass.
     """
     merged = None
     for batch in batches:
@@ -43,17 +46,37 @@ def evaluate(
     result = {}
     for name, metric in jax.device_get(merged).items():
         if name == "per_class":
-            values = np.asarray(metric.compute())
-            result.update({f"{prefix}top1/{label}": float(v) for label, v in zip(class_names, values, strict=True)})
+            result |= _by_class(np.asarray(metric.compute()), f"{prefix}top1", class_names)
         else:
             result[f"{prefix}{name}"] = float(metric.compute())
     return result
 
 
+def _by_class(accuracies: np.ndarray, name: str, class_names: Sequence[str]) -> dict[str, float]:
+    """`<name>/<class>` of each class, NaN without examples; of many only the lowest, with `<name>_min` and `_median`.
+
+    Every record would else have a thousand numbers.
+    """
+    named = [(f"{name}/{label}", float(value)) for label, value in zip(class_names, accuracies, strict=True)]
+    if len(named) <= MOST_CLASSES:
+        return dict(named)
+    lowest = sorted((pair for pair in named if not np.isnan(pair[1])), key=lambda pair: pair[1])
+    summary = {f"{name}_min": lowest[0][1], f"{name}_median": float(np.nanmedian(accuracies))}
+    return summary | dict(lowest[:NUM_LOWEST])
+
+
 def compute_features(
-    feature_step: Any, params: Any, dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int
+    feature_step: Any,
+    params: Any,
+    dataset: Dataset,
+    sharding: jax.sharding.Sharding,
+    global_batch_size: int,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, np.ndarray]:
-    """Runs a frozen encoder over a split once: `features` float32 (N, D), `label` int32 (N,), whole on every host."""
+    """Runs a frozen encoder over a split once: `features` float32 (N, D), `label` int32 (N,), whole on every host.
+
+    `after_batch` is called after each batch; by raising it ends the pass.
+    """
     features, labels = [], []
     for batch in global_batches(dataset, sharding, global_batch_size):
         fetched = multihost_utils.process_allgather(
@@ -62,4 +85,5 @@ def compute_features(
         real = fetched["weight"] > 0
         features.append(fetched["features"][real].astype(np.float32))
         labels.append(fetched["label"][real])
+        after_batch()
     return {"features": np.concatenate(features), "label": np.concatenate(labels)}

@@ -7,20 +7,18 @@ in them; it appears when all of it is written. Every readable image is in it onc
 
 import contextlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags, logging
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mae_dist import distributed, encoder, errors, evaluate, job, main, patches, pretrained, sharding
+from mae_dist import distributed, encoder, errors, extract, job, main, patches, pretrained
 from mae_dist.data import Dataset
+from mae_dist.extract import Columns
 from mae_dist.storage import absolute, appearing, naming_faults
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
@@ -36,8 +34,6 @@ _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where TFDS keeps data sets, if not where the config says.", allow_override=True
 )
 
-Columns = dict[str, np.ndarray]
-
 
 def features(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
@@ -48,14 +44,10 @@ def features(argv: Sequence[str]) -> int:
     main.join_processes()
     out = main.new_local_path(out_value)
     source = pretrained.open_pretrained(absolute(workdir), main.default_config(), main.given_config())
-    if not source.names_data:
-        raise errors.ConfigError(f"{source.origin} does not say which images to take; give --config with their data")
-    config = _with_data(source.config, main.given_config())
-    compute = _prepare(source, config)  # refuses what the model has not, before data are opened
-    if split in ("train", "val", "test"):
-        split = config.data[f"{split}_split"]
-    if not split:
-        raise errors.ConfigError(f"--split={_SPLIT.value}: data.{_SPLIT.value}_split is ''; name a split expression")
+    config = extract.with_data(source, main.given_config(), _DATA_DIR.value)
+    # Refuses what the model has not, before data are opened.
+    compute = extract.prepare(source, config, _KINDS.value, _BLOCK.value)
+    split = extract.split_expression(config, "split", split)
     dataset = job.open_dataset(config, split)
     logging.info("%s; %d images of %s", source.origin, dataset.num_examples, split)
     # Only the first process writes: on another machine, a process may have the same number.
@@ -68,54 +60,6 @@ def features(argv: Sequence[str]) -> int:
     if distributed.is_primary():
         print(f"{source.origin}: features of {sum(file['count'] for file in files)} images of {split} in {out}")
     return errors.EXIT_DONE
-
-
-def _with_data(config: ConfigDict, given: ConfigDict | None) -> ConfigDict:
-    """The model's config with data, mesh and batch size of the one that was given; scaling stays the model's."""
-    with config.unlocked():
-        if given is None:
-            config.mesh.update(data=-1, fsdp=1, tensor=1)
-        else:
-            scaling = {name: config.data[name] for name in ("mean", "std")}
-            config.update(data={**given.data.to_dict(), **scaling}, mesh=given.mesh, eval=given.eval)
-            config.global_batch_size = given.global_batch_size
-        config.data.data_dir = _DATA_DIR.value or config.data.data_dir
-        config.eval.batch_size = config.eval.batch_size or config.global_batch_size
-    if config.eval.batch_size < 1:
-        raise errors.ConfigError(f"a batch of {config.eval.batch_size} images; raise eval.batch_size to at least 1")
-    return config
-
-
-def _prepare(source: pretrained.Pretrained, config: ConfigDict) -> Callable[[Dataset], Iterator[Columns]]:
-    """A function of a dataset to the columns of batch after batch, whole on every process.
-
-    Padding and unreadable images are left out.
-    """
-    mesh = sharding.make_mesh(config.mesh.to_dict(), jax.devices())
-    shardings = sharding.param_shardings(mesh, encoder.needed_shapes(source))
-    batch_sharding = sharding.batch_sharding(mesh)
-    shards = sharding.num_batch_shards(mesh)
-    batch_size = math.ceil(config.eval.batch_size / shards) * shards
-    step = encoder.make_feature_step(config, mesh, shardings, batch_size, _KINDS.value, _BLOCK.value)
-
-    def fetch(part: Any) -> Columns:
-        columns = multihost_utils.process_allgather(part, tiled=True)
-        real = columns.pop("weight") > 0
-        return {name: column[real] for name, column in columns.items()}
-
-    def compute(dataset: Dataset) -> Iterator[Columns]:
-        with jax.set_mesh(mesh):
-            params = source.load(shardings)
-            waiting = None  # one behind: the device computes the next while this one is fetched and written
-            for batch in evaluate.global_batches(dataset, batch_sharding, batch_size):
-                part = {**step(params, batch), **{name: batch[name] for name in ("label", "index", "weight")}}
-                if waiting is not None:
-                    yield fetch(waiting)
-                waiting = part
-            if waiting is not None:
-                yield fetch(waiting)
-
-    return compute
 
 
 def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Dataset) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from mae_dist.errors import StorageFault
-from mae_dist.storage import naming_faults, open_lines, read_text, write_text_atomically
+from mae_dist.storage import naming_faults, open_lines, parse_lines, read_text, write_text_atomically
 
 GOODPUT_FILE = "goodput.jsonl"
 _EVERY_SECS = 10.0
@@ -48,8 +47,9 @@ class Ledger:
             with naming_faults(self._path):
                 workdir.mkdir(parents=True, exist_ok=True)
                 text = read_text(self._path)
-                whole = text[: text.rfind("\n") + 1]  # a line cut short by a kill would spoil the next
-                self._run = len(_runs(whole)) + 1
+                parsed = _parse(text, self._path)
+                whole = "".join(line + "\n" for line, _ in parsed)  # one cut short by a kill would spoil the next
+                self._run = len(_runs(parsed)) + 1
                 if whole != text:
                     write_text_atomically(self._path, whole)
                 self._lines = open_lines(self._path, whole)
@@ -83,7 +83,7 @@ def summarize(workdir: epath.Path) -> dict[str, Any]:
     """
     path = workdir / GOODPUT_FILE
     with naming_faults(path):
-        runs = _runs(read_text(path))
+        runs = _runs(_parse(read_text(path), path))
     if not runs:
         return {}
     secs: dict[str, float] = {}
@@ -112,28 +112,24 @@ def span(workdir: epath.Path) -> tuple[float, float] | None:
     """When the run began and when it was last known to work, seconds since 1970; None without a ledger."""
     path = workdir / GOODPUT_FILE
     with naming_faults(path):
-        runs = _runs(read_text(path))
+        runs = _runs(_parse(read_text(path), path))
     return (runs[0]["began"], runs[-1]["time"]) if runs else None
 
 
-def _runs(text: str) -> list[dict[str, Any]]:
-    """The last line of each start, in order."""
-    last: dict[int, dict[str, Any]] = {}
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-            last[int(record["run"])] = {
-                **{name: float(record[name]) for name in ("began", "time")},
-                **{name: int(record[name]) for name in ("from_step", "step")},
-                "secs": {str(name): float(value) for name, value in record["secs"].items()},
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number < len(lines):
-                raise StorageFault(
-                    f"{GOODPUT_FILE}, line {number} is no entry of the ledger: {line[:80]!r}. Something else wrote to "
-                    "it, or the disk damaged it: delete that line and start again."
-                ) from error
+def _parse(text: str, path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of goodput.jsonl with the entry in each."""
+    return parse_lines(text, path, _entry, "entry of the ledger")
+
+
+def _entry(value: Any) -> dict[str, Any]:
+    return {
+        **{name: float(value[name]) for name in ("began", "time")},
+        **{name: int(value[name]) for name in ("run", "from_step", "step")},
+        "secs": {str(name): float(secs) for name, secs in value["secs"].items()},
+    }
+
+
+def _runs(parsed: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The last entry of each start, in order."""
+    last = {entry["run"]: entry for _, entry in parsed}
     return [last[run] for run in sorted(last)]

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import checkpoint, flops, patches, pretrained, sharding, state, steps, tasks
 from mae_dist import config as config_lib
-from mae_dist.data import Augment, Dataset, open_split, train_batches
+from mae_dist.data import Augment, Dataset, RandAugment, open_split, train_batches
 from mae_dist.errors import ConfigError
 from mae_dist.optim import make_optimizer
 from mae_dist.state import TrainState
@@ -77,14 +78,21 @@ class Job:
         checkpoint.check_fits(source.config, self.config, groups)
         loaded = source.load({group: self.shardings.params[group] for group in groups})
         logging.info("%s from %s", " and ".join(groups), source.origin)
-        return new.replace(params={**new.params, **loaded})
+        # The averages start from the weights, in arrays of their own: an update overwrites both.
+        ema = new.ema and {**new.ema, **jax.tree.map(jnp.copy, {k: v for k, v in loaded.items() if k in new.ema})}
+        return new.replace(params={**new.params, **loaded}, ema=ema)
 
     def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
         """This process's rows of the batches of updates `start_step`, `start_step` + 1, …"""
         options = self.config.data
+        fill = tuple(min(255, max(0, round(255 * value))) for value in options.mean)  # as timm
         return train_batches(
             dataset,
             augment=Augment(options.augment, tuple(options.crop_scale)),
+            randaugment=RandAugment(options.randaug_layers, options.randaug_magnitude, options.randaug_std, fill)
+            if options.randaug_magnitude
+            else None,
+            repeats=options.repeats,
             seed=self.config.seed,
             global_batch_size=self.config.global_batch_size,
             start_step=start_step,
@@ -107,7 +115,8 @@ def open_data(config: ConfigDict) -> Data:
 def open_dataset(config: ConfigDict, split: str) -> Dataset:
     """Opens a split expression of the source that `config.data` names, for the images that `config.model` takes."""
     options = config.data.to_dict()
-    for name in ("train_split", "val_split", "test_split", "augment", "crop_scale", "mean", "std", "num_workers"):
+    pipeline = ("augment", "crop_scale", "randaug_layers", "randaug_magnitude", "randaug_std", "repeats", "num_workers")
+    for name in ("train_split", "val_split", "test_split", *pipeline, "mean", "std"):
         del options[name]  # of the pipeline and the model, not of the source
     return open_split(split, image_size=config.model.image_size, channels=config.model.channels, **options)
 
@@ -116,8 +125,13 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
     """Raises `ConfigError` for what cannot be split over the devices: the mesh itself, batches, heads."""
     shape = dict(zip(sharding.AXES, sharding.mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
     split = (("mesh.data", shape["data"]), ("mesh.fsdp", shape["fsdp"]))
+    pieces = [("accum_steps", config.accum_steps)]
+    if config.cpu.pieces > 1:
+        pieces.append(("cpu.pieces", config.cpu.pieces))
+    if tasks.rows_together(config) > 1:
+        pieces.append(("pairs to mix", tasks.rows_together(config)))
     for field, factors in (
-        ("global_batch_size", (*split, ("accum_steps", config.accum_steps))),
+        ("global_batch_size", (*split, *pieces)),
         ("eval.batch_size", split),
     ):
         needed = math.prod(factor for _, factor in factors)
@@ -175,15 +189,25 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
     pretrain = config.task == "pretrain"
+    task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     caches_features = config.task == "probe" and config.data.augment == "none"  # nothing but the head runs then
     if not config.cpu.pieces:
         config = config.copy_and_resolve_references()
         images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
-        config.cpu.pieces = 1 if caches_features else steps.num_pieces(config, mesh, images, kept, decoder=pretrain)
+        config.cpu.pieces = 1
+        if not caches_features:
+            config.cpu.pieces = steps.num_pieces(
+                config,
+                mesh,
+                images,
+                kept,
+                decoder=pretrain,
+                update=config.task != "probe",
+                rows_together=task.rows_together,
+            )
         config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
     eval_pieces = steps.num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
-    task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     abstract_params = jax.eval_shape(task.init_params, jax.random.key(0))
     trainable, _ = state.split_frozen(sharding.logical_axes(abstract_params), task.frozen)
     options = config.optim.to_dict()
@@ -195,8 +219,9 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         total_steps=schedule.total_steps,
         global_batch_size=config.global_batch_size,
     )
-    init = state.make_init(task.init_params, tx, task.frozen, config.seed)
-    abstract_state = state.abstract_state(abstract_params, tx, task.frozen)
+    has_ema = config.ema_decay > 0
+    init = state.make_init(task.init_params, tx, task.frozen, config.seed, has_ema)
+    abstract_state = state.abstract_state(abstract_params, tx, task.frozen, has_ema)
     shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
     train_step = steps.make_train_step(
         task,
@@ -207,6 +232,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
+        ema_decay=config.ema_decay,
     )
 
     def forward(fn: Any, per_example: bool, pieces: int = eval_pieces) -> Any:
@@ -225,7 +251,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         shardings=shardings,
         train_step=train_step,
         eval_step=forward(task.evaluate, per_example=False, pieces=1 if caches_features else eval_pieces),
-        feature_step=forward(task.features, per_example=True),
+        feature_step=forward(task.features, per_example=True, pieces=steps.num_pieces(config, mesh, eval_batch_size)),
         reconstruct_step=forward(task.reconstruct, per_example=True, pieces=1),
         batch_sharding=sharding.batch_sharding(mesh),
         eval_batch_size=eval_batch_size,

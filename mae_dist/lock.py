@@ -47,7 +47,7 @@ def _holder(beat: int = 0) -> str:
 def _refuse(path: epath.Path, holder: str) -> StorageFault:
     return StorageFault(
         f"{path.parent} is in use by another run: {holder.strip() or 'unknown'}. End that one first, or choose another "
-        "--workdir"
+        "directory"
     )
 
 

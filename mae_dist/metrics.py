@@ -21,7 +21,7 @@ from etils import epath
 
 from mae_dist.clu_without_tf import TensorBoardWriter, metric_writers
 from mae_dist.errors import StorageFault
-from mae_dist.storage import naming_faults, open_lines, read_text, write_text_atomically
+from mae_dist.storage import naming_faults, open_lines, parse_lines, read_text, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -238,22 +238,14 @@ def environment() -> dict[str, str | int]:
 
 
 def _parse(text: str, path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl with the record in each; a last one that is no record was cut short, and left out."""
-    lines = text.removesuffix("\n").split("\n") if text else []
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            parsed.append((line, record))
-        elif number < len(lines):
-            raise StorageFault(
-                f"{path}, line {number} is no record of a step: {line[:80]!r}. "
-                "Something else wrote to this file, or the disk damaged it: delete that line and start again."
-            )
-    return parsed
+    """The lines of metrics.jsonl with the record in each."""
+    return parse_lines(text, path, _record, "record of a step")
+
+
+def _record(value: Any) -> dict[str, Any]:
+    if not isinstance(value["step"], int):
+        raise TypeError
+    return value
 
 
 def _number(name: str, value: Any) -> float:

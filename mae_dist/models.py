@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mae_dist import patches
+from mae_dist.heads import BatchNorm, Head
 from mae_dist.layers import Constrain, Stack, dropout, fold_in, layer_norm, linear, normal02, unconstrained, xavier
 
 
@@ -275,32 +276,11 @@ class MaskedAutoencoder(nnx.Module):
         return pred, patches.take_patches(x, ids_shuffle[:, kept:])
 
 
-class Head(nnx.Module):
-    """Pooled features (B, D) to logits (B, Y): linear, or one hidden layer with GELU; a LayerNorm first if asked."""
-
-    def __init__(self, dim: int, num_classes: int, *, kind: str, hidden_dim: int, norm_eps: float, rngs: nnx.Rngs):
-        self.has_norm = norm_eps > 0
-        if self.has_norm:
-            self.norm = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
-        if kind == "mlp":
-            self.hidden = nnx.Linear(dim, hidden_dim, kernel_init=xavier, rngs=rngs)
-            dim = hidden_dim
-        self.has_hidden = kind == "mlp"
-        # As in the paper's code: near zero, so that the first steps do not disturb the encoder.
-        self.linear = nnx.Linear(dim, num_classes, kernel_init=nnx.initializers.truncated_normal(2e-5), rngs=rngs)
-
-    def __call__(self, features: jax.Array) -> jax.Array:
-        x = features.astype(jnp.float32)
-        if self.has_norm:
-            x = self.norm(x)
-        return self.linear(jax.nn.gelu(self.hidden(x)) if self.has_hidden else x)
-
-
 class Classifier(nnx.Module):
     """The encoder of a masked autoencoder on all patches, a pooling and a head.
 
     The last LayerNorm is the encoder's and acts on tokens, or, with `norm_after_pool`, the head's and acts on what was
-    pooled, as in the paper's fine-tuning.
+    pooled, as in the paper's fine-tuning. With `batch_norm` features are normalised by a BatchNorm before the head.
     """
 
     def __init__(
@@ -312,6 +292,7 @@ class Classifier(nnx.Module):
         hidden_dim: int,
         pool: str,
         norm_after_pool: bool,
+        batch_norm: bool,
         constrain: Constrain = unconstrained,
         rngs: nnx.Rngs,
     ):
@@ -319,8 +300,17 @@ class Classifier(nnx.Module):
         self.encoder, self.patch_size = autoencoder.encoder, autoencoder.patch_size
         norm_eps = model["norm_eps"] if norm_after_pool else 0.0
         self.head = Head(
-            model["embed_dim"], num_classes, kind=kind, hidden_dim=hidden_dim, norm_eps=norm_eps, rngs=rngs
+            model["embed_dim"],
+            num_classes,
+            kind=kind,
+            hidden_dim=hidden_dim,
+            norm_eps=norm_eps,
+            # As in the paper's code: near zero, so that the first steps do not disturb the encoder. Of normalised
+            # features none is disturbed, and LARS would grow a tiny matrix by tiny steps.
+            init_std=0.01 if batch_norm else 2e-5,
+            rngs=rngs,
         )
+        self.batch_norm = BatchNorm(model["embed_dim"]) if batch_norm else None
         self.pool = pool
 
     def features(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
@@ -328,9 +318,15 @@ class Classifier(nnx.Module):
         tokens = self.encoder(patches.patchify(images, self.patch_size), None, keys)
         return self.encoder.pool(tokens, self.pool)
 
+    def logits(self, features: jax.Array, *, whole_batch: bool = False) -> jax.Array:
+        """Pooled features (B, D) -> logits (B, Y); BatchNorm by the features' own statistics if they are all there."""
+        if self.batch_norm is not None:
+            features = self.batch_norm(features, whole_batch=whole_batch)
+        return self.head(features)
+
     def __call__(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Scaled pixels (B, H, W, C) -> logits (B, Y)."""
-        return self.head(self.features(images, keys))
+        return self.logits(self.features(images, keys))
 
 
 def param_count(params: Any) -> int:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 # Large enough never to be reached: optax would then apply the bad update; we stop the run instead (see train.py).
@@ -40,6 +41,59 @@ def decay_mask(logical_axes: Any) -> Any:
     )
 
 
+def _scale_by_trust_ratio(logical_axes: Any, trust_coefficient: float) -> optax.GradientTransformation:
+    """LARS's factor trust_coefficient * |parameter| / |update| (You et al. 2017), for what weight decay touches.
+
+    A stack of blocks has one factor per block: its leading axis is mapped over. Under jit the norms of sharded arrays
+    are those of the whole arrays.
+    """
+    trust = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
+
+    def scale_one(update: jax.Array, param: jax.Array) -> Any:
+        return trust.update(update, optax.EmptyState(), param)[0]
+
+    def scale(axes: tuple[str | None, ...], decayed: bool, update: jax.Array, param: jax.Array) -> Any:
+        if not decayed:
+            return update
+        return (jax.vmap(scale_one) if "layers" in axes else scale_one)(update, param)
+
+    def scale_all(updates: Any, params: Any) -> Any:
+        return jax.tree.map(
+            scale, logical_axes, decay_mask(logical_axes), updates, params, is_leaf=lambda x: isinstance(x, tuple)
+        )
+
+    return optax.stateless(scale_all)
+
+
+# What stands before the encoder's first block.
+_EMBEDDINGS = ("patch_embed", "cls_token", "positions")
+
+
+def layer_scales(params: Any, layer_decay: float) -> Any:
+    """Factors of the learning rate that shrink with the distance to the head (Clark et al. 2020; BEiT, MAE).
+
+    layer_decay ** (depth + 1 - id) with id 0 for the encoder's embeddings, i + 1 for its block i and depth + 1 for the
+    rest: a tree like `params` (arrays or shapes) of float32 arrays that broadcast against them.
+    """
+    depth = jax.tree.leaves(params["encoder"]["stack"]["blocks"])[0].shape[0]
+
+    def scale(path: Any, leaf: Any) -> np.ndarray:
+        group, part = (key.key for key in path[:2])
+        if group == "encoder" and part == "stack":
+            ids = np.arange(1, depth + 1).reshape(depth, *[1] * (len(leaf.shape) - 1))
+        else:
+            ids = np.asarray(0 if group == "encoder" and part in _EMBEDDINGS else depth + 1)
+        return np.asarray(layer_decay ** (depth + 1 - ids), np.float32)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def _scale_by_layer(layer_decay: float) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, layer_scales(updates, layer_decay))
+    )
+
+
 def make_optimizer(
     logical_axes: Any,
     *,
@@ -51,14 +105,16 @@ def make_optimizer(
     b2: float,
     eps: float,
     momentum: float,
+    trust_coefficient: float,
     weight_decay: float,
+    layer_decay: float,
     clip_norm: float,
     clip_value: float,
     warmup_steps: int,
     total_steps: int,
     global_batch_size: int,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns (tx, lr_fn): clipping, AdamW or SGD with momentum, decay, and the schedule.
+    """Returns (tx, lr_fn): clipping, AdamW, LARS or SGD with momentum, decay, and the schedule.
 
     A step whose gradient is not finite changes neither parameters nor moments; `tx` counts such steps. The schedule
     stands outside that guard and so follows the step number, skipped or not.
@@ -76,12 +132,15 @@ def make_optimizer(
         parts.append(optax.clip(clip_value))
     if clip_norm > 0:
         parts.append(optax.clip_by_global_norm(clip_norm))
-    if name == "sgd":
-        parts.append(optax.trace(momentum))
+    decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask(logical_axes))] if weight_decay > 0 else []
+    if name == "lars":  # decay is part of the gradient whose norm counts, and momentum comes last
+        parts += [*decay, _scale_by_trust_ratio(logical_axes, trust_coefficient), optax.trace(momentum)]
+    elif name == "sgd":
+        parts += [optax.trace(momentum), *decay]
     else:
-        parts.append(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
-    if weight_decay > 0:
-        parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask(logical_axes)))
+        parts += [optax.scale_by_adam(b1=b1, b2=b2, eps=eps), *decay]
+    if layer_decay < 1:
+        parts.append(_scale_by_layer(layer_decay))
     guarded = optax.apply_if_finite(optax.chain(*parts), max_consecutive_errors=_NEVER)
     return optax.chain(guarded, optax.scale_by_learning_rate(lr_fn)), lr_fn
 

@@ -128,7 +128,7 @@ def _make_forward(config: ConfigDict, num_classes: int) -> Any:
     def forward(params: Any, batch: Any) -> jax.Array:
         model = bind(params)
         features = model.features(tasks.scale_pixels(batch["image"], config.data.mean, config.data.std), None)
-        return jnp.concatenate([features.astype(jnp.float32), model.head(features)], axis=1)
+        return jnp.concatenate([features.astype(jnp.float32), model.logits(features)], axis=1)
 
     return forward
 

@@ -7,12 +7,14 @@ axes at most. Optimizer state follows its parameter.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from clu import parameter_overview
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mae_dist.errors import ConfigError
@@ -52,6 +54,7 @@ RULES: tuple[tuple[str, LogicalAxes], ...] = (
     (r"decoder/mask_token", (None, None, None)),
     (r"decoder/pred/kernel", ("embed", None)),
     (r"decoder/pred/bias", (None,)),
+    (r"batch_norm/(mean|var)", (None,)),
     (r"head/norm/(scale|bias)", (None,)),
     (r"head/hidden/kernel", ("embed", "mlp")),
     (r"head/hidden/bias", ("mlp",)),
@@ -82,9 +85,38 @@ def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
-    """A mesh over `devices` (real or abstract) with the axes data, fsdp and tensor."""
-    shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    """A mesh over `devices` (real or abstract) with the axes data, fsdp and tensor; `data` spans the TPU slices."""
+    return Mesh(mesh_devices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_devices(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """`devices` in their places (data, fsdp, tensor), neighbours of the mesh close to each other.
+
+    Where TPU devices belong to several slices, `data` spans the slices and the other axes stay within one: the network
+    between slices is far slower than that within. GPUs need nothing: their order alone keeps `data` outermost.
+    """
+    shape, slices = mesh_shape(sizes, len(devices)), num_slices(devices)
+    if slices == 1:
+        split = devices[0].platform == "tpu"  # a mesh axis may lie along part of a side of the slice
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
+    within = (_data_within_slice(shape, slices), *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+
+
+def num_slices(devices: Iterable[Any]) -> int:
+    """How many TPU slices the devices belong to; 1 for anything but TPUs."""
+    return max(1, len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}))
+
+
+def _data_within_slice(shape: tuple[int, ...], slices: int) -> int:
+    """The share of mesh axis `data` that lies in one slice."""
+    data, each = shape[0], math.prod(shape) // slices
+    if data % slices:
+        raise ConfigError(
+            f"mesh.data={data} is not a multiple of the {slices} slices, which it must span: mesh.fsdp x mesh.tensor "
+            f"is {math.prod(shape[1:])} and a slice has {each} devices; make it a divisor of {each}"
+        )
+    return data // slices
 
 
 def to_spec(axes: LogicalAxes, what: str) -> PartitionSpec:
@@ -259,12 +291,17 @@ def overview(mesh: Mesh, state: Any, shardings: Any) -> str:
             why = f"mesh axis {' and '.join(mapped)} has size 1" if mapped else "small: its rule leaves it whole"
             whole.setdefault(why, []).append((path_name(path), leaf))
     total = sum(math.prod(leaf.shape) for _, leaf in leaves)
+    slices = num_slices(mesh.devices.flat)
     lines = [
-        "mesh: " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()) + f" ({mesh.size} devices)",
+        "mesh: "
+        + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        + f" ({mesh.size} devices{f'; {slices} slices, data across them' if slices > 1 else ''})",
         parameter_overview.make_table(rows),
         f"parameters: {total:,} in {len(rows)} arrays, {bytes_per_device(state.params, shardings.params):,} bytes per "
         f"device; optimizer state: {bytes_per_device(state.opt_state, shardings.opt_state):,} bytes per device",
     ]
+    if state.ema is not None:
+        lines.append(f"averages of the parameters: {bytes_per_device(state.ema, shardings.ema):,} bytes per device")
     for why, entries in whole.items():
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in entries)
         lines.append(f"whole on every device, {why}: {len(entries)} arrays, {size:,} bytes")

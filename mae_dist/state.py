@@ -17,11 +17,22 @@ class TrainState:
     """All that a checkpoint holds of the optimisation: arrays, or their shapes, or their shardings.
 
     step: int32 scalar, updates done. params: nested dict of float32 arrays. opt_state: of the trainable parameters.
+    ema: their exponential moving average, a tree like them; None without one.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    ema: Any = None
+
+    @property
+    def averaged(self) -> Any:
+        """The parameters that are evaluated and handed on: the averages where there are any."""
+        return {**self.params, **(self.ema or {})}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores, by name; without an average no trace of one."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -30,25 +41,31 @@ def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[
 
 
 def make_init(
-    init_params: Callable[[jax.Array], Any], tx: optax.GradientTransformation, frozen: tuple[str, ...], seed: int
+    init_params: Callable[[jax.Array], Any],
+    tx: optax.GradientTransformation,
+    frozen: tuple[str, ...],
+    seed: int,
+    has_ema: bool,
 ) -> Callable[[], TrainState]:
     """The pure function that creates the state; not yet run."""
 
     def init() -> TrainState:
         params = init_params(jax.random.key(seed))
         trainable, _ = split_frozen(params, frozen)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(trainable))
+        ema = trainable if has_ema else None
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(trainable), ema=ema)
 
     return init
 
 
 def abstract_state(
-    abstract_params: dict[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...]
+    abstract_params: dict[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...], has_ema: bool
 ) -> TrainState:
     """The shapes of what `make_init` creates, from those of the parameters."""
     trainable, _ = split_frozen(abstract_params, frozen)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    return TrainState(step=step, params=abstract_params, opt_state=jax.eval_shape(tx.init, trainable))
+    ema = trainable if has_ema else None
+    return TrainState(step=step, params=abstract_params, opt_state=jax.eval_shape(tx.init, trainable), ema=ema)
 
 
 def state_shardings(
@@ -58,4 +75,5 @@ def state_shardings(
     params = sharding.param_shardings(mesh, abstract.params)
     trainable, _ = split_frozen(params, frozen)
     opt_state = sharding.opt_state_shardings(mesh, tx, abstract.opt_state, trainable)
-    return TrainState(step=sharding.replicated(mesh), params=params, opt_state=opt_state)
+    ema = trainable if abstract.ema is not None else None
+    return TrainState(step=sharding.replicated(mesh), params=params, opt_state=opt_state, ema=ema)

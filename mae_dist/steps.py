@@ -19,13 +19,25 @@ from mae_dist.tasks import Batch, Task
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def _split_microbatches(batch: Any, accum_steps: int) -> Any:
-    """(B, ...) -> (A, B / A, ...), taking every A-th row so that each device splits its own rows and none move."""
+def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any:
+    """(B, ...) -> (A, B / A, ...), taking every A-th row so that each device splits its own rows and none move.
+
+    Of rows that must stay together (`Task.rows_together`) it takes every A-th group.
+    """
 
     def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0] // accum_steps, accum_steps, *x.shape[1:]), 1, 0)
+        rest = x.shape[1:]
+        groups = x.reshape(x.shape[0] // (accum_steps * rows_together), accum_steps, rows_together, *rest)
+        return jnp.moveaxis(groups, 1, 0).reshape(accum_steps, x.shape[0] // accum_steps, *rest)
 
     return jax.tree.map(split, batch)
+
+
+def _join_microbatches(x: jax.Array, rows_together: int) -> jax.Array:
+    """The inverse of `_split_microbatches` for one array: (A, B / A, ...) -> (B, ...)."""
+    count, rest = x.shape[0], x.shape[2:]
+    groups = x.reshape(count, -1, rows_together, *rest)
+    return jnp.moveaxis(groups, 0, 1).reshape(-1, *rest)
 
 
 def _is_integer(x: jax.Array) -> bool:
@@ -42,6 +54,36 @@ def _combine(tree: Any, axes: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.psum(x, axes) if _is_integer(x) else jax.lax.pmean(x, axes), tree)
 
 
+def _average(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
+    """The exponential moving average after update `step` (from 0), of parameters that became `new`.
+
+    Early on it reaches over about a tenth of the updates done: over 1 / (1 - decay) it would be the initial weights.
+    """
+    done = step.astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + done) / (10 + done))
+    return jax.tree.map(lambda average, value: average + rate * (value - average), ema, new)
+
+
+def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Batch], Batch]:
+    """(params, batch) -> the batch with `features` of a frozen encoder in the place of images, computed in pieces."""
+
+    def compute(params: Any, images: Batch) -> jax.Array:
+        assert task.features is not None
+        split = _split_microbatches(images, pieces, task.rows_together)
+        return _join_microbatches(jax.lax.map(functools.partial(task.features, params), split), task.rows_together)
+
+    if sharding.is_data_parallel(mesh):
+        compute = sharding.on_each_device(compute, mesh, num_whole=1, combine=None)
+
+    def to_features(params: Any, batch: Batch) -> Batch:
+        if "features" in batch:  # computed once, before the run
+            return batch
+        rest = {name: value for name, value in batch.items() if name != "image"}
+        return {**rest, "features": compute(params, {"image": batch["image"]})}
+
+    return to_features
+
+
 def make_train_step(
     task: Task,
     tx: optax.GradientTransformation,
@@ -52,6 +94,7 @@ def make_train_step(
     seed: int,
     global_batch_size: int,
     accum_steps: int,
+    ema_decay: float,
 ) -> TrainStep:
     """Compiles on first call: (state, batch) -> (state, metrics), the old state donated.
 
@@ -73,7 +116,7 @@ def make_train_step(
         def add(total: Any, micro: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(trainable, frozen, *micro)), None
 
-        micros = _split_microbatches((batch, keys), accum_steps)
+        micros = _split_microbatches((batch, keys), accum_steps, task.rows_together)
         shapes = jax.eval_shape(grad_fn, trainable, frozen, *jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, micros)
@@ -82,18 +125,27 @@ def make_train_step(
     compute = accumulated if accum_steps > 1 else grad_fn
     if sharding.is_data_parallel(mesh):
         compute = sharding.on_each_device(compute, mesh, num_whole=2, combine=_combine)
+    if task.statistics is not None:
+        compute = grad_fn  # of features, all at once: over how many devices is the compiler's business
+    to_features = _make_to_features(task, mesh, accum_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.random.split(step_key, global_batch_size)
         keys = jax.lax.with_sharding_constraint(keys, sharding.batch_sharding(mesh))  # (B,)
         trainable, frozen = split_frozen(state.params, task.frozen)
+        if task.statistics is not None:
+            batch = to_features(state.params, batch)
         grads, metrics = compute(trainable, frozen, batch, keys)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
             updates, opt_state = tx.update(grads, state.opt_state, trainable)
             lr = lr_fn(state.step)
         trainable: Any = optax.apply_updates(trainable, updates)
         skipped_run, skipped_steps = nonfinite_counts(opt_state)
+        keep = functools.partial(jnp.where, skipped_run > 0)  # what there was, if this update is skipped
+        if task.statistics is not None:
+            new = task.statistics(state.params, batch)
+            frozen = {**frozen, **jax.tree.map(keep, {name: frozen[name] for name in new}, new)}
         metrics = {
             **metrics,
             "lr": jnp.asarray(lr, jnp.float32),
@@ -102,7 +154,10 @@ def make_train_step(
             "skipped_steps": skipped_steps,
             "skipped_run": skipped_run,
         }
-        return TrainState(step=state.step + 1, params={**trainable, **frozen}, opt_state=opt_state), metrics
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(keep, ema, _average(ema, trainable, state.step, ema_decay))
+        return TrainState(step=state.step + 1, params={**trainable, **frozen}, opt_state=opt_state, ema=ema), metrics
 
     return jax.jit(
         train_step,
@@ -113,7 +168,14 @@ def make_train_step(
 
 
 def num_pieces(
-    config: ConfigDict, mesh: Mesh, images: int, num_patches: int | None = None, *, decoder: bool = False
+    config: ConfigDict,
+    mesh: Mesh,
+    images: int,
+    num_patches: int | None = None,
+    *,
+    decoder: bool = False,
+    update: bool = False,
+    rows_together: int = 1,
 ) -> int:
     """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
 
@@ -123,6 +185,8 @@ def num_pieces(
       images: of all devices together.
       num_patches: the encoder sees of an image; None for all.
       decoder: whether the decoder runs too.
+      update: whether gradients are computed.
+      rows_together: see `tasks.Task`; a piece holds whole groups of them.
     """
     if mesh.devices.flat[0].platform != "cpu" or not sharding.is_data_parallel(mesh):
         return 1
@@ -136,7 +200,11 @@ def num_pieces(
         flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
         for tokens, width, heads, ratio in sizes
     )
-    return cpu.num_pieces(images // mesh.size, largest)
+    return cpu.num_pieces(
+        images // mesh.size // rows_together,
+        largest * rows_together,
+        (seen + has_cls) * rows_together if update else 0,
+    )
 
 
 def make_eval_step(

@@ -3,10 +3,11 @@
 import contextlib
 import functools
 import importlib.util
+import json
 import logging
 import os
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
 from clu import asynclib
 from etils import epath
@@ -18,6 +19,7 @@ os.environ.setdefault("EPATH_USE_TF", "0")
 
 # Packages that reach buckets with exceptions of their own, not all of them an OSError.
 _CLIENTS = ("gcsfs", "google", "aiohttp")
+_Record = TypeVar("_Record")
 
 
 @contextlib.contextmanager
@@ -165,3 +167,29 @@ def is_local(path: epath.Path) -> bool:
 
 def read_text(path: epath.Path) -> str:
     return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+
+
+def parse_lines(text: str, path: epath.Path, parse: Callable[[Any], _Record], what: str) -> list[tuple[str, _Record]]:
+    """The lines of a JSON Lines file, each with its record; a last one that is none was cut short, and is left out.
+
+    Args:
+      text: of the file.
+      path: its name.
+      parse: JSON value -> record; raises ValueError, KeyError, TypeError or AttributeError where it is none.
+      what: a record is called.
+
+    Raises:
+      StorageFault: a line before the last is no record.
+    """
+    lines = text.removesuffix("\n").split("\n") if text else []
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed.append((line, parse(json.loads(line))))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number < len(lines):
+                raise StorageFault(
+                    f"{path}, line {number} is no {what}: {line[:80]!r}. Something else wrote to this file, or the "
+                    "disk damaged it: delete that line and start again."
+                ) from error
+    return parsed

@@ -16,7 +16,7 @@ from clu import metrics as clu_metrics
 from flax import nnx, struct
 from ml_collections import ConfigDict
 
-from mae_dist import integrity, losses, patches
+from mae_dist import integrity, losses, mixing, patches
 from mae_dist.layers import Constrain, unconstrained
 from mae_dist.models import Classifier, MaskedAutoencoder
 
@@ -33,8 +33,11 @@ class Task:
       them are summed, modulo their size, where others are averaged.
     evaluate: (params, batch) -> clu metrics, to be merged over batches.
     frozen: top-level parameter groups that are not trained.
-    features: (params, batch) -> pooled features (B, D) of the frozen encoder, where they can be cached.
+    features: (params, batch) -> pooled features (B, D) of whole images by the encoder, where it is asked for them.
     reconstruct: (params, batch) -> pictures, see `make_pictures`.
+    rows_together: so many rows of a batch, one after another, are needed at once by `loss`.
+    statistics: (params, batch) -> new values of frozen groups. Where there is one, it and `loss` are given all of an
+      update's examples at once, on whatever devices, and as `features`.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Task:
     frozen: tuple[str, ...] = ()
     features: Callable[[Params, Batch], jax.Array] | None = None
     reconstruct: Callable[[Params, Batch], dict[str, jax.Array]] | None = None
+    rows_together: int = 1
+    statistics: Callable[[Params, Batch], Params] | None = None
 
 
 @struct.dataclass
@@ -94,6 +99,7 @@ def make_model(config: ConfigDict, num_classes: int, constrain: Constrain, rngs:
         hidden_dim=options.hidden_dim,
         pool=options.pool,
         norm_after_pool=options.norm_after_pool,
+        batch_norm=options.batch_norm,
         constrain=constrain,
         rngs=rngs,
     )
@@ -103,6 +109,11 @@ def abstract_params(config: ConfigDict, num_classes: int) -> Params:
     """The shapes of the parameters of `config`'s model, by group."""
     module = nnx.eval_shape(lambda: make_model(config, num_classes, unconstrained, nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def rows_together(config: ConfigDict) -> int:
+    """`Task.rows_together`: mixup and cutmix need pairs."""
+    return 2 if config.task == "finetune" and (config.classify.mixup or config.classify.cutmix) else 1
 
 
 def make_task(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
@@ -141,10 +152,17 @@ def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
         values = losses.masked_pixel_loss(pred, target(true), mask)
         return {"loss": clu_metrics.Average.from_model_output(values, batch["weight"] > 0)}
 
+    def features(params: Params, batch: Batch) -> jax.Array:
+        model = bind(params)
+        x = patches.patchify(scale_pixels(batch["image"], mean, std), config.model.patch_size)
+        return model.encoder.pool(model.encoder(x, None, None), config.classify.pool)
+
     def reconstruct(params: Params, batch: Batch) -> dict[str, jax.Array]:
         return make_pictures(config, *forward(params, batch, fixed_keys(batch)))
 
-    return Task(name="pretrain", init_params=init, loss=loss, evaluate=evaluate, reconstruct=reconstruct)
+    return Task(
+        name="pretrain", init_params=init, loss=loss, evaluate=evaluate, features=features, reconstruct=reconstruct
+    )
 
 
 def _trace(images: jax.Array, ids_shuffle: jax.Array) -> jax.Array:
@@ -190,16 +208,45 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
     def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
         return bind(params).features(scale_pixels(batch["image"], mean, std), keys)
 
-    def logits(params: Params, batch: Batch, keys: jax.Array | None) -> jax.Array:
-        if "features" in batch:
-            return bind(params).head(batch["features"])
-        return bind(params).head(features(params, batch, keys))
+    def logits(params: Params, batch: Batch, keys: jax.Array | None, whole_batch: bool = False) -> jax.Array:
+        pooled = batch["features"] if "features" in batch else features(params, batch, keys)
+        return bind(params).logits(pooled, whole_batch=whole_batch)
+
+    def statistics(params: Params, batch: Batch) -> Params:
+        return {"batch_norm": bind(params).batch_norm.updated(batch["features"])}
+
+    mixes = rows_together(config) > 1
+    augments = mixes or (not probe and options.erase_prob > 0)
+
+    def augmented(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scaled pixels (B, H, W, C), their labels (B,) or soft ones (B, Y), and the label (B,) of the larger part."""
+        images, label = scale_pixels(batch["image"], mean, std), batch["label"]
+        # Purposes of the keys beyond those of the encoder and a decoder.
+        erase_keys, mix_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, (1 << 17) + i) for i in range(2))
+        if options.erase_prob > 0:
+            images = mixing.erase(images, erase_keys, options.erase_prob)
+        if not mixes:
+            return images, label, label
+        images, share = mixing.mix(
+            images,
+            mix_keys,
+            mixup=options.mixup,
+            cutmix=options.cutmix,
+            prob=options.mix_prob,
+            switch_prob=options.mix_switch_prob,
+        )
+        return images, *mixing.mix_labels(label, share, num_classes)
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        # A frozen encoder is also deterministic: no DropPath, no dropout.
-        out = logits(params, batch, None if probe else keys)
-        top1 = losses.top_k_correct(out, batch["label"], 1).astype(jnp.float32)
-        return losses.cross_entropy(out, batch["label"], options.label_smoothing), {"top1": top1}
+        target = label = batch["label"]
+        if augments:
+            images, target, label = augmented(batch, keys)
+            out = bind(params)(images, keys)
+        else:
+            # A frozen encoder is also deterministic: no DropPath, no dropout.
+            out = logits(params, batch, None if probe else keys, whole_batch=options.batch_norm)
+        top1 = losses.top_k_correct(out, label, 1).astype(jnp.float32)
+        return losses.cross_entropy(out, target, options.label_smoothing), {"top1": top1}
 
     def evaluate(params: Params, batch: Batch) -> dict[str, clu_metrics.Metric]:
         out, label, real = logits(params, batch, None), batch["label"], batch["weight"] > 0
@@ -220,6 +267,8 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
         init_params=init,
         loss=loss,
         evaluate=evaluate,
-        frozen=("encoder",) if probe else (),
+        frozen=("encoder", "batch_norm") if probe else (),
         features=features if probe else None,
+        rows_together=rows_together(config),
+        statistics=statistics if options.batch_norm else None,
     )

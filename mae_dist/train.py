@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, evaluate, flops, goodput, metrics, pictures
+from mae_dist import distributed, errors, evaluate, flops, goodput, metrics, pictures, readout
 from mae_dist.checkpoint import Checkpoints
 from mae_dist.clu_without_tf import periodic_actions
-from mae_dist.data import ArrayDataset, Dataset, local_rows, to_global
+from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
 from mae_dist.goodput import Ledger
 from mae_dist.job import Data, Job
 from mae_dist.lock import sole_user
@@ -122,6 +122,7 @@ def _write_config(job: Job, workdir: epath.Path) -> None:
         path = workdir / "config.json"
         with naming_faults(path):
             workdir.mkdir(parents=True, exist_ok=True)
+            (workdir / metrics.SUMMARY_FILE).unlink(missing_ok=True)  # of a run that was shorter
             write_text_atomically(path, config_lib.to_json(job.config) + "\n")
 
 
@@ -278,29 +279,57 @@ class _Run:
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """The validation split when it is due, the test split after the last update; a notice ends it: `Preempted`."""
-        total = self.job.schedule.total_steps
-        due = config_lib.is_time(step, self.job.schedule.eval_every_steps, total)
-        splits = {"val_": self.data.val if due else None}
-        splits["test_"] = self.data.test if self.job.config.eval.test_at_end and step == total else None
-        for prefix, dataset in splits.items():
-            if dataset is not None:
-                self.evaluated |= self._evaluate_split(state, prefix, dataset)
+        schedule = self.job.schedule
+        test = self.data.test if self.job.config.eval.test_at_end and step == schedule.total_steps else None
+        if config_lib.is_time(step, schedule.eval_every_steps, schedule.total_steps):
+            self._evaluate_split(state, "val_", self.data.val)
+        self._evaluate_split(state, "test_", test)
+        if config_lib.is_time(step, schedule.online_every_steps, schedule.total_steps):
+            self._read_out(state, {"val_": self.data.val, "test_": test})
         if self.evaluated:
             self.recorder.write_scalars(step, self.evaluated)
 
-    def _evaluate_split(self, state: TrainState, prefix: str, dataset: Dataset) -> dict[str, float]:
+    def _evaluate_split(self, state: TrainState, prefix: str, dataset: Dataset | None) -> None:
+        if dataset is None:
+            return
         job = self.job
-        # The best checkpoint is found by the metrics it is saved with: such an evaluation is finished.
-        stoppable = not job.config.checkpoint.keep_best
-
-        def after_batch() -> None:
-            self.watch.progress()
-            if stoppable and self.notices.poll():
-                raise Preempted
-
         with self._pause(state):
             batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size)
-            return evaluate.evaluate(job.eval_step, state.params, batches, prefix, dataset.class_names, after_batch)
+            self.evaluated |= evaluate.evaluate(
+                job.eval_step, state.averaged, batches, prefix, dataset.class_names, self._after_batch
+            )
+
+    def _read_out(self, state: TrainState, splits: dict[str, Dataset | None]) -> None:
+        """Accuracy on these splits by the features of the encoder as it is now."""
+        job, options = self.job, self.job.config.online
+
+        def features(dataset: Dataset) -> dict[str, Any]:
+            return evaluate.compute_features(
+                job.feature_step, state.averaged, dataset, job.batch_sharding, job.eval_batch_size, self._after_batch
+            )
+
+        present = {prefix: dataset for prefix, dataset in splits.items() if dataset is not None}
+        if not present:
+            return
+        with self._pause(state):
+            train = features(FirstExamples(job.data.train, options.num_train))
+            for prefix, dataset in present.items():
+                found = readout.top1(
+                    train,
+                    features(dataset),
+                    num_classes=job.data.train.num_classes,
+                    k=options.k,
+                    temperature=options.temperature,
+                    ridge=options.ridge,
+                )
+                self.evaluated |= {f"{prefix}{name}": value for name, value in found.items()}
+
+    def _after_batch(self) -> None:
+        """After each batch of an evaluation, on all processes."""
+        self.watch.progress()
+        # The best checkpoint is found by the metrics it is saved with: such an evaluation is finished.
+        if not self.job.config.checkpoint.keep_best and self.notices.poll():
+            raise Preempted
 
     @contextlib.contextmanager
     def _pause(self, state: TrainState) -> Iterator[None]:
@@ -321,7 +350,7 @@ class _Run:
         ):
             return
         with self._pause(state):
-            grid = draw_reconstructions(job, state.params, dataset, step, job.config.pictures.num_images)
+            grid = draw_reconstructions(job, state.averaged, dataset, step, job.config.pictures.num_images)
             if distributed.is_primary():
                 pictures.write_png(self.workdir / "pictures" / f"step_{step:08d}.png", grid)
             self.recorder.write_images(step, {"reconstruction": grid[None]})
@@ -379,7 +408,8 @@ def finish(job: Job, workdir: epath.Path, step: int) -> int:
         "environment": metrics.environment(),
     }
     metrics.write_summary(workdir, summary)
-    shown = ("loss", "val_loss", "test_loss", "val_top1", "test_top1", "images_per_sec")
+    accuracies = ("val_top1", "test_top1", *config_lib.ONLINE, "test_knn_top1", "test_ridge_top1")
+    shown = ("loss", "val_loss", "test_loss", *accuracies, "images_per_sec")
     values = ", ".join(f"{name} {summary[name]:.4g}" for name in shown if summary.get(name) is not None)
     print(f"{job.config.name}: step {step} of {job.schedule.total_steps}, {values} ({workdir})", flush=True)
     return errors.EXIT_DONE

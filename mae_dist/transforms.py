@@ -7,6 +7,7 @@ Legend: N rows, H height, W width, C channels (1 grey, 3 RGB, 4 RGBA); a box is 
 """
 
 import math
+import struct
 from dataclasses import dataclass
 
 import cv2
@@ -20,6 +21,22 @@ cv2.setNumThreads(0)
 AUGMENT_KINDS = ("none", "flip", "crop_flip")
 CROP_TRIES = 10  # as torchvision.transforms.RandomResizedCrop
 CROP_UNIFORMS = 2 * CROP_TRIES + 2  # per try an area and an aspect ratio, then one position (top, left)
+
+# Images that shrink to at least this many pixels a side do so by the rules for photographs: decoded at a fraction of
+# their size where that is enough, and smoothed as fitted below. Smaller ones cost too little to be worth it.
+PHOTOGRAPH_FROM = 64
+# OpenCV's cubic kernel does not widen where an image shrinks, as Pillow's does, and would alias. Smoothed before by
+# five taps (outer, inner, middle, inner, outer), fitted to photographs, it comes within half a grey level of it.
+_SHRINK = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5)
+_OUTER_TAP = (0.0, -0.019, -0.039, -0.046, -0.045, -0.035, 0.007)
+_INNER_TAP = (0.0, 0.092, 0.172, 0.228, 0.268, 0.3, 0.309)
+
+# Added to the flag of the colours, which replaces the "GRAYSCALE" of their names.
+_REDUCTIONS = {
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
 
 Box = tuple[int, int, int, int]
 
@@ -75,15 +92,44 @@ class RandomCrops:
         return random_crop_boxes(self.uniforms, heights, widths, self.scale, self.ratio)
 
 
-def decode_image(data: bytes, channels: int) -> np.ndarray:
-    """JPEG, PNG or whatever else OpenCV reads, to uint8 in RGB order. # -> (H, W, C)
+def header_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) that the header of a JPEG or PNG tells; None for any other file, or a header that does not."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR" and len(data) >= 24:
+        width, height = struct.unpack_from(">II", data, 16)
+        return (height, width) if height and width else None
+    position = 2 if data.startswith(b"\xff\xd8") else len(data)
+    while position + 9 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # padding
+            position += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame, whatever its coding
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            return (height, width) if height and width else None
+        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    return None
+
+
+def is_jpeg(data: bytes) -> bool:
+    return data.startswith(b"\xff\xd8\xff")
+
+
+def decode_image(data: bytes, channels: int, reduction: int = 1) -> np.ndarray:
+    """JPEG, PNG or whatever else OpenCV reads, to uint8 in RGB order. # -> (H, W, C), or rounded up (H / reduction, …)
 
     EXIF orientation is ignored, as TensorFlow and therefore published results do.
+
+    Args:
+      data: the file.
+      channels: 1 grey, 3 RGB, 4 RGBA.
+      reduction: 1, 2, 4 or 8; a JPEG is then decoded at that fraction of its size, which is faster.
 
     Raises:
       UndecodableImage: the bytes are not a whole image, or have no alpha channel where channels == 4.
     """
     flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB, 4: cv2.IMREAD_UNCHANGED}[channels]
+    if reduction > 1:
+        flags |= _REDUCTIONS[reduction]
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
@@ -97,6 +143,28 @@ def decode_image(data: bytes, channels: int) -> np.ndarray:
             )
         image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA)
     return image.reshape(*image.shape[:2], channels)
+
+
+def decode_box(data: bytes, box: Box | np.ndarray, out: np.ndarray) -> None:
+    """Decodes a file and resizes `box` of it into `out`. # -> out (H', W', C) uint8, C-contiguous
+
+    A JPEG of whose box no more than every second, fourth or eighth pixel is needed is decoded at that fraction of its
+    size, and the box's edges are rounded to whole pixels of that.
+
+    Raises:
+      UndecodableImage: as `decode_image`.
+    """
+    top, left, height, width = (int(edge) for edge in box)
+    reduction = 1
+    if min(out.shape[:2]) >= PHOTOGRAPH_FROM and out.shape[2] != 4 and is_jpeg(data):
+        shrink = min(height / out.shape[0], width / out.shape[1])
+        reduction = next((known for known in (8, 4, 2) if shrink >= known), 1)
+    image = decode_image(data, out.shape[2], reduction)
+    bottom, right = (top + height) // reduction, (left + width) // reduction
+    top, left = top // reduction, left // reduction
+    if bottom > image.shape[0] or right > image.shape[1]:
+        raise UndecodableImage(f"an image of {image.shape[0]} x {image.shape[1]} pixels, where its header says more")
+    crop_resize(image, (top, left, bottom - top, right - left), out)
 
 
 def center_box(height: int, width: int, size: tuple[int, int], zoom: float = 1.0) -> Box:
@@ -158,18 +226,30 @@ def _fallback_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
 def crop_resize(image: np.ndarray, box: Box | np.ndarray, out: np.ndarray) -> None:
     """Cuts `box` from `image` and resizes it into `out`. # (H, W, C) uint8 -> out (H', W', C) uint8, C-contiguous
 
-    Bicubic where the image grows. Where it shrinks, area averaging: OpenCV's cubic kernel does not widen with the
-    scale, as Pillow's does, and would alias.
+    Bicubic, antialiased where the image shrinks: to `PHOTOGRAPH_FROM` pixels or more by smoothing it first (the box
+    alone, without what surrounds it), to fewer, or by more than 2.5, by area averaging instead.
     """
     top, left, height, width = (int(edge) for edge in box)
     crop = image[top : top + height, left : left + width]
     if crop.shape == out.shape:
         out[...] = crop
         return
-    shrinks = out.shape[0] <= height and out.shape[1] <= width
+    shrink_y, shrink_x = height / out.shape[0], width / out.shape[1]
+    interpolation = cv2.INTER_CUBIC
+    if min(out.shape[:2]) < PHOTOGRAPH_FROM or max(shrink_y, shrink_x) > _SHRINK[-1]:
+        if min(shrink_y, shrink_x) >= 1:
+            interpolation = cv2.INTER_AREA
+    elif max(shrink_y, shrink_x) > 1:
+        crop = cv2.sepFilter2D(crop, -1, _taps(shrink_x), _taps(shrink_y))
     # OpenCV drops a single channel's axis, so it is given views without one.
     target = out[:, :, 0] if out.shape[2] == 1 else out
-    cv2.resize(crop, out.shape[1::-1], dst=target, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    cv2.resize(crop, out.shape[1::-1], dst=target, interpolation=interpolation)
+
+
+def _taps(shrink: float) -> np.ndarray:
+    """The smoothing along one axis; where it grows, none. # -> (5,)"""
+    outer, inner = np.interp(shrink, _SHRINK, _OUTER_TAP), np.interp(shrink, _SHRINK, _INNER_TAP)
+    return np.array([outer, inner, 1 - 2 * (outer + inner), inner, outer])
 
 
 def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

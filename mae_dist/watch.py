@@ -37,6 +37,12 @@ _DEADLINES = {
 }
 
 
+def kill_workers() -> None:
+    """Kills the processes that this one started to read data: one that hangs would outlive it."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 class Watch:
     """Phases of this process, their deadlines, and the pulse of all. Deadlines of 0 do not exist.
 
@@ -222,8 +228,7 @@ class Watch:
             time.sleep(60)  # another thread is ending the process
         self._report(message)
         faulthandler.dump_traceback(all_threads=True)
-        for worker in multiprocessing.active_children():  # one that hangs would outlive this process
-            worker.kill()
+        kill_workers()
         sys.stderr.flush()
         os._exit(code)
 

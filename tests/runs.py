@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from configs import smoke
 from mae_dist import config as config_lib
 from mae_dist import job
 from mae_dist.data import local_rows, to_global
+from tests import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLY_UPDATES = (  # nothing is evaluated or drawn, which a run compiles for seconds
     "--config.eval.every_epochs=0",
     "--config.eval.every_steps=0",
     "--config.eval.test_at_end=False",
+    "--config.online.every_epochs=0",
     "--config.pictures.every_epochs=0",
     "--config.pictures.every_steps=0",
 )
@@ -92,6 +94,20 @@ def losses(config: ConfigDict, num_devices: int) -> tuple[np.ndarray, Any]:
             )
             values.append(float(metrics["loss"]))
     return np.array(values), state
+
+
+def compile_quickly(built: job.Job, batch: dict[str, jax.Array]) -> tuple[Callable[[], Any], Any]:
+    """(function to a new state, compiled update) of a job, for a few updates of batches like this one."""
+    init = jax.jit(built.init, out_shardings=built.shardings, compiler_options=QUICK)
+    with jax.set_mesh(built.mesh):
+        return init, built.train_step.lower(built.abstract_state, batch).compile(compiler_options=QUICK)
+
+
+def first_batch(built: job.Job) -> dict[str, jax.Array]:
+    """The first global batch of a job."""
+    rows = local_rows(built.batch_sharding, built.config.global_batch_size)
+    with built.train_batches(built.data.train, 0, rows) as batches:
+        return to_global(next(iter(batches)), built.batch_sharding, built.config.global_batch_size, rows)
 
 
 def checkpoint_arrays(workdir: Path) -> Sequence[np.ndarray]:

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from mae_dist.attention import IMPLEMENTATIONS, attention, choose
+from mae_dist import attention as attention_lib
+from mae_dist.attention import IMPLEMENTATIONS, attention
 from tests import QUICK
 
 HERE = ("products", "library")  # cuDNN's needs a GPU
@@ -52,18 +54,39 @@ def test_large_scores_stay_finite():
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "length", "head_dim", "chosen"),
+    ("dtype", "length", "head_dim", "fits"),
     [
-        ("gpu", jnp.bfloat16, 196, 64, "cudnn"),
-        ("gpu", jnp.bfloat16, 197, 64, "products"),  # cuDNN trains on even lengths only
-        ("gpu", jnp.bfloat16, 196, 160, "products"),
-        ("gpu", jnp.bfloat16, 196, 20, "products"),
-        ("gpu", jnp.float32, 196, 64, "products"),
-        ("tpu", jnp.bfloat16, 196, 64, "products"),
-        ("cpu", jnp.float32, 65, 16, "products"),
+        (jnp.bfloat16, 196, 64, True),
+        (jnp.float16, 50, 80, True),
+        (jnp.bfloat16, 197, 64, False),
+        (jnp.bfloat16, 196, 160, False),
+        (jnp.bfloat16, 196, 20, False),
+        (jnp.float32, 196, 64, False),
     ],
 )
-def test_choice(platform, dtype, length, head_dim, chosen):
-    """A kernel is asked for only where its documented limits allow it."""
+def test_limits_of_the_fused_kernel(dtype, length, head_dim, fits):
+    """A kernel is asked for only where JAX lets it."""
     shape = (8, length, 4, head_dim)
-    assert choose(platform, dtype, shape, shape) == chosen
+    assert attention_lib.fits_fused_kernel(dtype, shape, shape) == fits
+
+
+def test_no_fused_kernel_without_a_gpu():
+    """Where JAX has no CUDA, nothing asks for cuDNN, which could not even be traced."""
+    assert attention_lib.has_fused_kernel() == (jax.default_backend() == "gpu")
+
+
+@pytest.mark.parametrize(("platform", "fused"), [("cuda", True), ("cpu", False), ("tpu", False)])
+def test_chosen_by_the_platform_lowered_for(monkeypatch, platform, fused):
+    """Not by the one this process runs on; forward and backward.
+
+    What needs a GPU is only to ask which version of cuDNN there is.
+    """
+    monkeypatch.setattr(attention_lib, "has_fused_kernel", lambda: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    shape = jax.ShapeDtypeStruct((8, 196, 4, 80), jnp.bfloat16)
+    grad = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    with jax.numpy_dtype_promotion("standard"):  # within JAX's own attention
+        text = jax.jit(grad).trace(shape, shape, shape).lower(lowering_platforms=(platform,)).as_text()
+    for name in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
+        assert (name in text) == fused
+    assert ("stablehlo.exponential" in text) != fused

@@ -223,6 +223,17 @@ def test_encoder_that_does_not_fit_is_refused(workdir):
         built.fresh_state(default.get_config())
 
 
+def test_faults_advise_to_verify_the_workdir(workdir):
+    """Whatever is unreadable or cannot be written: a file, or the directory of the checkpoints."""
+    built = build()
+    unfit = {"encoder": {"kernel": object()}}
+    with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/checkpoints cannot(.|\n)*verify {workdir}\)"):
+        checkpoint.save_params(workdir, built.config, unfit, "a test")
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/config.json cannot(.|\n)*verify {workdir}\)"):
+        checkpoint.read_config(workdir, default.get_config())
+
+
 def test_missing_workdir_and_missing_checkpoint_are_named(workdir):
     """What init_from or --workdir should have been."""
     with pytest.raises(StorageFault, match=r"no config\.json"):

@@ -156,6 +156,11 @@ def test_choices(field):
             {"task": "probe", "init_from": "runs/x", "classify__norm_after_pool": True},
             "classify.norm_after_pool is for task='finetune'",
         ),
+        ({"task": "finetune", "classify__batch_norm": True}, "classify.batch_norm is for task='probe'"),
+        ({"classify__cutmix": 1.0}, "classify.cutmix=1.0 is for task='finetune' and task='pretrain'"),
+        ({"optim__layer_decay": 0.75}, "optim.layer_decay=0.75 with task='pretrain': it must be at most 1"),
+        ({"task": "finetune", "optim__layer_decay": 1.5}, "optim.layer_decay=1.5 with task='finetune': it must be at"),
+        ({"task": "finetune", "classify__erase_prob": 1.5}, "classify.erase_prob=1.5 must be at least 0 and at most 1"),
         (
             {"task": "finetune", "classify__pool": "cls", "model__cls_token": "none"},
             "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'",
@@ -171,10 +176,32 @@ def test_choices(field):
         ({"data__crop_scale": (0.8, 0.2)}, "data.crop_scale=(0.8, 0.2) must be (low, high) with 0 < low <= high <= 1"),
         ({"data__crop_scale": (0.5,)}, "data.crop_scale=(0.5,) must be (low, high)"),
         (
-            {"checkpoint__keep_best": "val_los"},
-            "checkpoint.keep_best='val_los' is not one of val_loss (or ''). Did you mean 'val_loss'?",
+            {"data__randaug_magnitude": 10.5, "data__augment": "flip"},
+            "data.randaug_magnitude=10.5 must be at most 10",
         ),
-        ({"checkpoint__keep_best": "val_top1"}, "checkpoint.keep_best='val_top1' is not one of val_loss (or '')."),
+        ({"data__randaug_magnitude": 9.0}, "data.randaug_magnitude=9.0 and data.augment='none'; RandAugment follows"),
+        (
+            {"data__randaug_magnitude": 9.0, "data__augment": "flip", "model__channels": 4},
+            "data.randaug_magnitude=9.0 and model.channels=4: RandAugment's colours",
+        ),
+        ({"data__repeats": 3}, "data.repeats=3 does not divide global_batch_size=256; nearest that does: 255"),
+        (
+            {"checkpoint__keep_best": "val_los"},
+            "checkpoint.keep_best='val_los' is not one of val_loss, val_knn_top1, val_ridge_top1 (or ''). "
+            "Did you mean 'val_loss'?",
+        ),
+        (
+            {"task": "finetune", "checkpoint__keep_best": "val_knn_top1"},
+            "checkpoint.keep_best='val_knn_top1' is not one of val_loss, val_top1, val_top5 (or '').",
+        ),
+        (
+            {"checkpoint__keep_best": "val_knn_top1", "online__every_epochs": 0.0},
+            "checkpoint.keep_best='val_knn_top1' needs evaluations: set data.val_split and online.every_epochs",
+        ),
+        (
+            {"classify__pool": "cls", "model__cls_token": "none"},
+            "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'",
+        ),
         (
             {"checkpoint__keep_best": "val_loss", "data__val_split": ""},
             "checkpoint.keep_best='val_loss' needs evaluations: set data.val_split",
@@ -205,6 +232,8 @@ def test_all_faults_are_listed_at_once():
         {"data__mean": (0.1, 0.2, 0.3), "data__std": (0.1,)},
         {"total_steps": 7},
         {"checkpoint__every_steps": 0},
+        {"checkpoint__keep_best": "val_ridge_top1", "eval__every_epochs": 0.0},
+        {"classify__pool": "cls", "model__cls_token": "none", "online__every_epochs": 0.0},
     ],
     ids=lambda value: " ".join(value),
 )
@@ -320,9 +349,10 @@ def test_differences_ignore_how_and_where_a_run_is_done():
     )
     assert config_lib.differences(old, free) == []
     assert len(config_lib.differences(old, free, ignore=())) == 9
-    changed = make(model__embed_dim=64, optim__base_lr=0.5, data__mean=(0.5,))
+    changed = make(model__embed_dim=64, optim__base_lr=0.5, data__mean=(0.5,), data__repeats=2)
     assert config_lib.differences(old, changed) == [
         "data.mean: [0.0] -> [0.5]",
+        "data.repeats: 1 -> 2",
         "model.embed_dim: 128 -> 64",
         "optim.base_lr: 0.001 -> 0.5",
     ]

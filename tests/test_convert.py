@@ -255,17 +255,23 @@ def our_logits(config: ConfigDict, params: Any, images: np.ndarray) -> np.ndarra
     [
         {"classify__pool": "gap", "classify__norm_after_pool": True},
         {"classify__pool": "cls", "model__layer_scale_init": 0.2},
+        {"classify__pool": "cls", "classify__batch_norm": True, "task": "probe", "init_from": "a run"},
     ],
 )
 def test_classifier_of_timm(tmp_path, overrides):
-    """The paper's fine-tuning: a mean over patches, then a LayerNorm; or the class token after the last norm."""
-    config = config_of(task="finetune", **overrides)
+    """The paper's fine-tuning: a mean over patches, then a LayerNorm; or the class token after the last norm.
+
+    A probe's BatchNorm becomes part of the product after it.
+    """
+    config = config_of(**{"task": "finetune", **overrides})
     params = random_params(config)
+    if "batch_norm" in params:
+        params["batch_norm"]["var"] = np.square(params["batch_norm"]["var"])
     images = np.random.default_rng(2).random((3, 16, 16, 3), np.float32)
+    ours = our_logits(config, jax.tree.map(jax.numpy.asarray, params), images)
     out = epath.Path(tmp_path / "a.safetensors")
     convert.convert_weights(in_memory(config, params), out, "timm")
     theirs = timm_classifier(load_file(out), torch.from_numpy(images).permute(0, 3, 1, 2), config.model.num_heads)
-    ours = our_logits(config, jax.tree.map(jax.numpy.asarray, params), images)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
 
 

@@ -32,6 +32,8 @@ def test_pieces_divide_and_shrink(examples, size):
     assert cpu.num_pieces(examples, 2 * size) >= pieces
     assert cpu.num_pieces(examples, 2**60) == examples
     assert cpu.num_pieces(examples, 1) == 1 or examples > cpu.cache_bytes()
+    assert cpu.num_pieces(examples, 2**60, summed_tokens=64) <= max(1, examples // 4)  # 256 tokens in a piece
+    assert cpu.num_pieces(examples, size, summed_tokens=10_000) == pieces
 
 
 @pytest.fixture
@@ -65,6 +67,17 @@ def test_not_on_accelerators_nor_against_the_user(machine, variable, value):
     machine.setenv(variable, value)
     assert cpu.split_cores(0, (256,)) == 0
     assert os.environ[variable] == value
+
+
+@pytest.mark.parametrize(("chips", "devices"), [(("accel0",), 0), (("vfio",), 8)])
+def test_libtpu_is_no_tpu(machine, tmp_path, chips, devices):
+    """It also compiles for TPUs that are not here: only a chip counts."""
+    for name in chips:
+        (tmp_path / name).touch()
+    machine.delenv("JAX_PLATFORMS")
+    machine.setattr(cpu, "find_spec", lambda name: name if name == "libtpu" else None)
+    machine.setattr(cpu, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*", f"{tmp_path}/vfio/[0-9]*"))
+    assert cpu.split_cores(0, (256,)) == devices
 
 
 def test_a_run_keeps_its_choices(machine, tmp_path):
@@ -110,7 +123,7 @@ def test_evaluation_in_pieces(monkeypatch):
     """Every example once, whatever the pieces: counts are exact, means to float tolerance."""
     results = []
     for pieces in (1, 4):
-        monkeypatch.setattr(cpu, "num_pieces", lambda examples, size, pieces=pieces: pieces)
+        monkeypatch.setattr(cpu, "num_pieces", lambda *args, pieces=pieces: pieces)
         config = smoke_config(task="finetune", data__num_examples=100)
         built = job.build(config, jax.devices()[:2], job.open_data(config))
         with jax.set_mesh(built.mesh):

@@ -74,6 +74,25 @@ def test_per_class_accuracies_have_the_mean_of_top1():
     assert np.nansum(per_class * counts) / 102 == pytest.approx(result["test_top1"], abs=1e-6)
 
 
+@pytest.mark.parametrize("count", [20, 21])
+def test_of_many_classes_the_lowest_are_named(count):
+    """Up to twenty all; of more the five lowest among those with examples, the least and the median."""
+    accuracies = np.random.default_rng(count).permutation(count) / count
+    accuracies[3] = np.nan
+    names = [f"class {number}" for number in range(count)]
+    result = evaluate._by_class(accuracies, "val_top1", names)
+    assert all(isinstance(value, float) for value in result.values())
+    if count == 20:
+        assert list(result) == [f"val_top1/{name}" for name in names]
+        np.testing.assert_array_equal(list(result.values()), accuracies)
+        return
+    known = np.sort(np.delete(accuracies, 3))
+    assert result.pop("val_top1_min") == known[0]
+    assert result.pop("val_top1_median") == (known[9] + known[10]) / 2
+    lowest = [number for number in np.argsort(accuracies) if number != 3][:5]
+    assert result == {f"val_top1/class {number}": accuracies[number] for number in lowest}
+
+
 def test_cached_features_give_the_result_of_images():
     """A probe on features is the probe on images, in the order of the split."""
     built, state = build(task="probe", init_from="unused", classify__head="mlp")

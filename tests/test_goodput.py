@@ -66,6 +66,10 @@ def test_a_line_cut_short_is_dropped(workdir):
     assert summarize(workdir)["runs"] == 1
     start(workdir, 3, 6.0, [9.0]).note(4, {"step": 1.0}, "done")
     assert summarize(workdir)["runs"] == 2
+    path.write_text(path.read_text() + "nonsense\n")
+    assert summarize(workdir)["runs"] == 2
+    start(workdir, 4, 9.0, [10.0]).note(5, {"step": 1.0}, "done")
+    assert summarize(workdir)["runs"] == 3
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(StorageFault, match="line 1 is no entry"):
         summarize(workdir)

@@ -308,6 +308,7 @@ def make_classifier(**options: Any) -> models.Classifier:
         "hidden_dim": 5,
         "pool": "gap",
         "norm_after_pool": False,
+        "batch_norm": False,
         **options,
     }
     return models.Classifier(BASE, **settings, constrain=layers.unconstrained, rngs=nnx.Rngs(0))
@@ -338,11 +339,13 @@ def test_classifier_pools_all_patches():
         ({"kind": "linear"}, 16 * 7 + 7),
         ({"kind": "mlp"}, 16 * 5 + 5 + 5 * 7 + 7),
         ({"kind": "linear", "norm_after_pool": True}, 16 * 7 + 7 + 2 * 16),
+        ({"kind": "linear", "batch_norm": True}, 16 * 7 + 7),
     ],
 )
 def test_heads(options, count):
     """A classifier has no decoder, and one last norm: the encoder's or the head's."""
     _, params = abstract_params(lambda: make_classifier(**options))
     assert ("norm" in params["encoder"]) != options.get("norm_after_pool", False)
-    assert set(params) == {"encoder", "head"}
+    assert set(params) - {"batch_norm"} == {"encoder", "head"}
+    assert ("batch_norm" in params) == options.get("batch_norm", False)
     assert models.param_count(params["head"]) == count

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from mae_dist import optim
+from mae_dist import optim, sharding, tasks
 from tests import QUICK
+from tests.runs import smoke_config
 
 # A matrix, a stack of matrices, a stack of biases, a norm: what decays is the first two.
 AXES: dict[str, Any] = {
@@ -37,6 +38,8 @@ OPTIONS: dict[str, Any] = {
     "b2": 0.95,
     "eps": 1e-8,
     "momentum": 0.9,
+    "trust_coefficient": 0.001,
+    "layer_decay": 1.0,
     "weight_decay": 0.05,
     "clip_norm": 0.0,
     "clip_value": 0.0,
@@ -207,3 +210,91 @@ def test_schedule_follows_the_step_number_over_skipped_steps():
         updates, state = update(grads, state, good)
         lr = 0.0 if grads is broken else expected_lr(step, 3, 10)
         np.testing.assert_allclose(updates["kernel"], -lr * good["kernel"], rtol=1e-5)
+
+
+def lars_reference(params: Any, grads: list[Any], weight_decay: float) -> Any:
+    """LARS as the linear probe of the paper's code describes it, array by array and block by block, in float64."""
+
+    def steps(param: np.ndarray, updates: list[np.ndarray], decayed: int) -> np.ndarray:
+        velocity = np.zeros_like(param)
+        for grad in updates:
+            if decayed:
+                grad = grad + weight_decay * param
+                grad = grad * 0.001 * np.linalg.norm(param) / np.linalg.norm(grad)
+            velocity = 0.9 * velocity + grad
+            param = param - 0.05 * velocity
+        return param
+
+    def leaf(axes: Any, decayed: int, param: Any, *updates: Any) -> np.ndarray:
+        param, *grads = (np.asarray(x, np.float64) for x in (param, *updates))
+        if "layers" in axes:
+            return np.stack([steps(p, g, decayed) for p, *g in zip(param, *grads, strict=True)])
+        return steps(param, grads, decayed)
+
+    return jax.tree.map(leaf, AXES, DECAYED, params, *grads, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars(weight_decay):
+    """A trust ratio for each matrix and each block's matrix, none for vectors; momentum after it."""
+    options: dict[str, Any] = {"name": "lars", "schedule": "constant", "warmup_steps": 0, "weight_decay": weight_decay}
+    init, update, _ = make(**options)
+    params, grads = random_tree(0), [random_tree(seed) for seed in (1, 2, 3)]
+    params["blocks"]["kernel"] *= jnp.array([1.0, 30.0])[:, None, None]  # one ratio for both would be far off
+    expected = lars_reference(params, grads, weight_decay)
+    state = init(params)
+    for grad in grads:
+        updates, state = update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda p, e: np.testing.assert_allclose(p, e, rtol=1e-5, atol=1e-6), params, expected)
+
+
+def test_lars_of_zero_parameters_moves_them():
+    """A new linear layer may start at zero; a ratio of zero would keep it there for ever."""
+    init, update, _ = make(name="lars", schedule="constant", warmup_steps=0, weight_decay=0.0)
+    zero, grads = jax.tree.map(jnp.zeros_like, random_tree(0)), random_tree(1)
+    updates, _ = update(grads, init(zero), zero)
+    jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.05 * g, rtol=1e-6), updates, grads)
+
+
+def test_lars_of_sharded_parameters():
+    """The norm is that of the whole matrix, not of the part that a device holds."""
+    options: dict[str, Any] = {"name": "lars", "schedule": "constant", "warmup_steps": 0}
+    init, update, _ = make(**options)
+    params, grads = random_tree(0), random_tree(1)
+    whole, _ = update(grads, init(params), params)
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "x"))
+    for tree in (params, grads):
+        tree["blocks"]["kernel"] = jax.device_put(tree["blocks"]["kernel"], split)  # (2, 3, 4) -> (2, 3, 2) each
+    state = init(params)
+    assert state[0].inner_state[-1].trace["blocks"]["kernel"].sharding == split
+    parts, _ = update(grads, state, params)
+    np.testing.assert_allclose(parts["blocks"]["kernel"], whole["blocks"]["kernel"], rtol=1e-6)
+
+
+def test_layer_decay():
+    """Each parameter's step against the same optimiser without it, block by block from the formula."""
+    params = tasks.abstract_params(smoke_config(task="finetune", model__depth=3, model__pos_embed="learned"), 5)
+    axes = sharding.logical_axes(params)
+    rng = np.random.default_rng(0)
+    params, grads = (
+        jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params) for _ in range(2)
+    )
+
+    def step(layer_decay: float) -> Any:
+        tx, _ = optim.make_optimizer(axes, **{**OPTIONS, "warmup_steps": 0, "layer_decay": layer_decay})
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0], compiler_options=QUICK)()
+
+    plain, scaled = step(1.0), step(0.5)
+    found = jax.tree.map(lambda s, p: np.asarray(s, np.float64) / np.asarray(p, np.float64), scaled, plain)
+    encoder = found["encoder"]
+    for name, expected in (("patch_embed", 0.5**4), ("cls_token", 0.5**4), ("positions", 0.5**4), ("norm", 1.0)):
+        for ratio in jax.tree.leaves(encoder[name]):
+            np.testing.assert_allclose(ratio, expected, rtol=1e-5, err_msg=name)
+    for block, expected in enumerate((0.5**3, 0.5**2, 0.5)):
+        for ratio in jax.tree.leaves(encoder["stack"]):
+            np.testing.assert_allclose(ratio[block], expected, rtol=1e-5)
+    for ratio in jax.tree.leaves(found["head"]):
+        np.testing.assert_allclose(ratio, 1.0)

@@ -21,6 +21,7 @@ ARGS = (
     "--config.pictures.every_steps=0",
     "--config.data.augment=crop_flip",
     "--config.model.drop_path=0.1",
+    "--config.ema_decay=0.9",
 )
 
 

@@ -1,5 +1,6 @@
 """The rules table, the mesh, and where the bytes of a state really lie."""
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -159,6 +160,49 @@ def test_mesh_shape_uses_every_device_or_fails(sizes, devices):
     assert all(asked in (-1, got) for asked, got in zip(sizes, shape, strict=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU of a slice as placing it needs."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips_of(slices: int, side: int, **other: Any) -> list[Chip]:
+    each = [(i, j, 0) for j in range(side) for i in range(side)]
+    return [Chip(s * 1000 + i, s, at, **other) for s in range(slices) for i, at in enumerate(each)]
+
+
+@given(slices=st.integers(1, 4), fsdp=st.sampled_from([1, 2, 4, 8]), tensor=st.sampled_from([1, 2, 4]))
+def test_data_spans_slices(slices, fsdp, tensor):
+    """Every group along fsdp and tensor lies in one slice; where it cannot, the error names the cure."""
+    devices = chips_of(slices, 4)
+    sizes = {"data": -1, "fsdp": fsdp, "tensor": tensor}
+    if fsdp * tensor > 16:
+        if slices * 16 % (fsdp * tensor) == 0:
+            with pytest.raises(ConfigError, match=rf"not a multiple of the {slices} slices.*a divisor of 16"):
+                sharding.mesh_devices(sizes, devices)
+        return
+    placed = sharding.mesh_devices(sizes, devices)
+    assert placed.shape == (slices * 16 // (fsdp * tensor), fsdp, tensor)
+    assert sorted(device.id for device in placed.flat) == sorted(device.id for device in devices)
+    of_row = [{device.slice_index for device in row.flat} for row in placed]
+    assert all(len(indices) == 1 for indices in of_row)
+    assert [indices.pop() for indices in of_row] == [i for i in range(slices) for _ in range(len(placed) // slices)]
+
+
+def test_only_tpus_have_slices():
+    """JAX numbers the hosts of GPUs as slices, and parameters may be split over those."""
+    assert sharding.num_slices(chips_of(2, 2)) == 2
+    assert sharding.num_slices(chips_of(2, 2, platform="gpu")) == 1
+    assert sharding.num_slices(jax.devices()) == 1
+
+
 def test_dimension_that_does_not_divide():
     """jit would fail later, with the name of no field."""
     config = smoke.get_config()
@@ -180,7 +224,7 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
     del options["warmup_epochs"]
     trainable, _ = state.split_frozen(axes, task.frozen)
     tx, _ = optim.make_optimizer(trainable, **options, warmup_steps=1, total_steps=9, global_batch_size=8)
-    init = state.make_init(task.init_params, tx, task.frozen, 0)
+    init = state.make_init(task.init_params, tx, task.frozen, 0, has_ema=False)
     abstract = jax.eval_shape(init)
     return init, abstract, state.state_shardings(mesh, abstract, tx, task.frozen)
 

@@ -20,7 +20,16 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.units import Size
 
-from mae_dist.data import ArrayDataset, Augment, Dataset, cifar, eval_batches, open_split, train_batches
+from mae_dist.data import (
+    ArrayDataset,
+    Augment,
+    Dataset,
+    RandAugment,
+    cifar,
+    eval_batches,
+    open_split,
+    train_batches,
+)
 from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import decode_image
@@ -34,7 +43,7 @@ def _jpeg(size: tuple[int, int], seed: int) -> bytes:
     return cv2.imencode(".jpg", cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC))[1].tobytes()
 
 
-def _prepare(
+def prepare_shapes(
     data_dir: Path,
     *,
     sizes: list[tuple[int, int]],
@@ -75,6 +84,7 @@ ARGUMENTS: dict[str, Any] = {
     "name": "shapes",
     "cache": "auto",
     "cache_dir": "",
+    "stage": False,
     "max_bad_share": 0.0,
     "num_examples": 0,
     "num_classes": 0,
@@ -103,13 +113,13 @@ def _open(where: Path, split: str = "train", **changes: Any) -> Dataset:
 
 @pytest.fixture
 def fixed(tmp_path: Path) -> Path:
-    _prepare(tmp_path, sizes=[(16, 16)] * 12, fixed=True)
+    prepare_shapes(tmp_path, sizes=[(16, 16)] * 12, fixed=True)
     return tmp_path
 
 
 @pytest.fixture
 def varied(tmp_path: Path) -> Path:
-    _prepare(tmp_path, sizes=[(40 + 7 * i, 90 - 5 * i) for i in range(12)], fixed=False)
+    prepare_shapes(tmp_path, sizes=[(40 + 7 * i, 90 - 5 * i) for i in range(12)], fixed=False)
     return tmp_path
 
 
@@ -155,6 +165,8 @@ def test_evaluation_crops_larger_images(varied: Path) -> None:
     evaluation, training = dataset.examples(rows), dataset.examples(rows, evaluation=False)
     assert (evaluation["image"] != training["image"]).any()
     small = _open(varied)
+    assert isinstance(small, TfdsDataset)
+    assert small.identity["decode_rules"] == 1  # fixed: runs on small images go on under newer versions
     np.testing.assert_array_equal(small.examples(rows)["image"], small.examples(rows, evaluation=False)["image"])
 
 
@@ -165,6 +177,7 @@ def test_streamed_batches_do_not_depend_on_workers_or_hosts(varied: Path) -> Non
         with train_batches(
             dataset,
             augment=Augment("crop_flip"),
+            randaugment=RandAugment(2, 9.0, 0.5, (0,)),
             seed=1,
             global_batch_size=8,
             start_step=start,
@@ -220,7 +233,7 @@ def test_processes_may_fill_the_cache_together(fixed: Path) -> None:
 
 
 def test_undecodable_records_are_left_out_at_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _prepare(tmp_path, sizes=[(16, 16)] * 12, fixed=True, broken=(2,))
+    prepare_shapes(tmp_path, sizes=[(16, 16)] * 12, fixed=True, broken=(2,))
     with pytest.raises(
         DataFault, match=r"1 of 12 .*shapes/1.0.0 split 'train' example \d+ \(record \d+ of .*array_record"
     ):
@@ -237,7 +250,7 @@ def test_undecodable_records_are_left_out_at_load(tmp_path: Path, caplog: pytest
 
 
 def test_undecodable_records_are_passed_over_in_a_stream(tmp_path: Path) -> None:
-    _prepare(tmp_path, sizes=[(30, 20)] * 12, fixed=False, broken=(2,))
+    prepare_shapes(tmp_path, sizes=[(30, 20)] * 12, fixed=False, broken=(2,))
     dataset = _open(tmp_path, max_bad_share=0.1)
     with eval_batches(dataset, global_batch_size=4, rows=np.arange(4)) as batches:
         assert sum(batch["weight"].sum() for batch in batches) == 11
@@ -252,7 +265,7 @@ def _record_file(directory: Path, split: str = "train") -> Path:
 
 
 def test_a_missing_or_cut_file_is_named_at_start(tmp_path: Path) -> None:
-    file = _record_file(_prepare(tmp_path, sizes=[(16, 16)] * 12, fixed=True))
+    file = _record_file(prepare_shapes(tmp_path, sizes=[(16, 16)] * 12, fixed=True))
     content = file.read_bytes()
     for damaged in (content[: len(content) // 2], content[:-1000], b""):
         file.write_bytes(damaged)
@@ -264,7 +277,7 @@ def test_a_missing_or_cut_file_is_named_at_start(tmp_path: Path) -> None:
 
 
 def test_a_damaged_record_counts_as_undecodable(tmp_path: Path) -> None:
-    file = _record_file(_prepare(tmp_path, sizes=[(16, 16)] * 12, fixed=True))
+    file = _record_file(prepare_shapes(tmp_path, sizes=[(16, 16)] * 12, fixed=True))
     content = bytearray(file.read_bytes())
     content[300] ^= 255  # in the first chunk of records; array_record keeps a hash of each
     file.write_bytes(content)
@@ -273,7 +286,7 @@ def test_a_damaged_record_counts_as_undecodable(tmp_path: Path) -> None:
 
 
 def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
-    _prepare(tmp_path, sizes=[(16, 16)] * 4, fixed=True, labels=[0, 1, -1, 2])  # -1 is TFDS's "unknown"
+    prepare_shapes(tmp_path, sizes=[(16, 16)] * 4, fixed=True, labels=[0, 1, -1, 2])  # -1 is TFDS's "unknown"
     with pytest.raises(DataFault, match=r"split 'train' example \d \(record .* has label -1.*0 \.\. 2"):
         _open(tmp_path)
 
@@ -283,8 +296,8 @@ def test_what_cannot_be_opened_is_said(fixed: Path) -> None:
         _open(fixed, name="cifra10")
     with pytest.raises(ConfigError, match="channels is 4"):
         _open(fixed, channels=4)
-    with pytest.raises(ConfigError, match="gs://"):
-        _open(fixed, data_dir="gs://bucket/data")
+    with pytest.raises(ConfigError, match="stage copies data_dir, which is empty"):
+        _open(fixed, data_dir="", stage=True)
 
 
 def _cifar_archive(path: Path) -> tuple[dict[str, np.ndarray], UrlInfo]:

@@ -1,10 +1,14 @@
 """Decoding, crop boxes that stay inside their images, and flips."""
 
+import io
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from mae_dist.errors import ConfigError
 from mae_dist.transforms import (
@@ -15,8 +19,10 @@ from mae_dist.transforms import (
     center_box,
     crop_images,
     crop_resize,
+    decode_box,
     decode_image,
     flip_images,
+    header_size,
     random_crop_boxes,
     resize_images,
 )
@@ -45,6 +51,117 @@ def test_cut_files_do_not_decode(extension: str, kept: float) -> None:
     data = cv2.imencode(extension, _gradient(64, 64))[1].tobytes()
     with pytest.raises(UndecodableImage):
         decode_image(data[: int(kept * len(data))], 3)
+
+
+def _photograph(height: int, width: int) -> Image.Image:
+    """Noise whose spectrum falls with the frequency, mostly grey, and an edge: like a photograph, to a resampler."""
+    rng = np.random.default_rng(0)
+    y, x = np.fft.fftfreq(height)[:, None, None], np.fft.fftfreq(width)[None, :, None]
+    white = rng.standard_normal((height, width, 1)) + 0.2 * rng.standard_normal((height, width, 3))
+    spectrum = np.fft.fft2(white, axes=(0, 1)) / (np.hypot(x, y) + 1e-3) ** 1.4
+    image = np.fft.ifft2(spectrum, axes=(0, 1)).real
+    image = 128 + 45 * image / image.std()
+    image[height // 3 : height // 2, width // 4 : width // 2] += 60
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def _file(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _cmyk(image: Image.Image) -> Image.Image:
+    """The image in the colours of print, with some black."""
+    planes = np.array(image.convert("CMYK"))
+    planes[..., 3] = planes[..., :3].min(axis=-1) // 2
+    planes[..., :3] -= planes[..., 3:]
+    return Image.fromarray(planes, mode="CMYK")
+
+
+def _with_exif(data: bytes, content: bytes) -> bytes:
+    """A JPEG file with one more segment before all others."""
+    content = b"Exif\0\0" + content
+    return data[:2] + b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content + data[2:]
+
+
+_PHOTOGRAPH = _photograph(90, 120)
+_LYING = Image.Exif()
+_LYING[0x112] = 6  # orientation: turned by a quarter
+_ODD = {
+    "grey": _file(_PHOTOGRAPH.convert("L")),
+    "progressive": _file(_PHOTOGRAPH, progressive=True),
+    "CMYK": _file(_cmyk(_PHOTOGRAPH)),
+    "PNG": _file(_PHOTOGRAPH, "PNG"),
+    "PNG with a palette": _file(_PHOTOGRAPH.convert("P"), "PNG", transparency=3),
+    "PNG, grey with alpha": _file(_PHOTOGRAPH.convert("LA"), "PNG"),
+    "BMP": _file(_PHOTOGRAPH, "BMP"),
+    "WebP": _file(_PHOTOGRAPH, "WEBP", lossless=True),
+    "EXIF garbage": _with_exif(_file(_PHOTOGRAPH), bytes(range(256))),
+    "EXIF thumbnail": _with_exif(_file(_PHOTOGRAPH), _file(_PHOTOGRAPH.resize((16, 12)))),
+    "EXIF orientation": _file(_PHOTOGRAPH, exif=_LYING),
+    "more behind it": _file(_PHOTOGRAPH) + bytes(range(256)),
+}
+
+
+@pytest.mark.parametrize("name", _ODD)
+def test_odd_files_have_pillows_colours(name: str) -> None:
+    data = _ODD[name]
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert header_size(data) in (expected.shape[:2], *([None] if name in ("BMP", "WebP") else []))
+    # Both round the conversion from CMYK, and differently.
+    assert np.abs(decode_image(data, 3) - expected).max() <= (2 if name == "CMYK" else 0)
+    half = expected.reshape(45, 2, 60, 2, 3).mean(axis=(1, 3))
+    if data.startswith(b"\xff\xd8"):
+        assert np.abs(decode_image(data, 3, reduction=2) - half).mean() < 3
+
+
+@given(st.sampled_from(sorted(_ODD)), st.integers(0, 400), st.binary(max_size=4))
+def test_a_damaged_header_tells_a_size_or_none(name: str, position: int, damage: bytes) -> None:
+    data = _ODD[name][:position]
+    for content in (data, data + damage, data + damage + _ODD[name][position + len(damage) :]):
+        size = header_size(content)
+        assert size is None or min(size) > 0
+
+
+# On ImageNet's photographs .74, .49 and .56 where a crop grows, shrinks to two thirds and to half; 1.4 below.
+@pytest.mark.parametrize(
+    ("box", "bound"),
+    [
+        ((10, 20, 180, 150), 0.7),  # grows
+        ((10, 20, 250, 190), 0.7),  # grows in width, shrinks in height
+        ((10, 20, 250, 300), 0.5),
+        ((31, 47, 400, 390), 0.5),
+        ((0, 0, 480, 444), 0.9),
+        ((4, 6, 590, 700), 1.5),  # decoded at half its size
+        ((0, 0, 600, 450), 1.5),  # and this one resized by area
+    ],
+)
+def test_a_crop_of_a_photograph_is_what_pillow_makes_of_it(box: tuple[int, int, int, int], bound: float) -> None:
+    data = _file(_photograph(600, 720), quality=92)
+    top, left, height, width = box
+    crop = Image.open(io.BytesIO(data)).crop((left, top, left + width, top + height))
+    out = np.zeros((224, 224, 3), np.uint8)
+    decode_box(data, box, out)
+    expected = np.asarray(crop.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(out - expected).mean() < bound
+    grey = np.zeros((224, 224, 1), np.uint8)
+    decode_box(data, box, grey)
+    expected = np.asarray(crop.convert("L").resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(grey[..., 0] - expected).mean() < bound
+
+
+@pytest.mark.parametrize("side", [32, 20, 16])
+def test_small_images_are_resized_as_ever(side: int) -> None:
+    """To the last bit: runs on CIFAR go on under a newer version of this package."""
+    image = np.asarray(_PHOTOGRAPH)[:48, :48]
+    out = np.zeros((side, side, 3), np.uint8)
+    for height, width in ((48, 48), (48, 17), (20, 40), (12, 13)):
+        crop_resize(image, (3, 5, height - 3, width - 5), out)
+        shrinks = side <= height - 3 and side <= width - 5
+        kernel = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        expected = cv2.resize(image[3:height, 5:width], (side, side), interpolation=kernel)
+        np.testing.assert_array_equal(out, expected)
 
 
 def test_an_rgb_image_has_no_alpha_channel() -> None:

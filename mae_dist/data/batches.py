@@ -1,8 +1,9 @@
 """Batches by step: the batch at step t is a pure function of (seed, t), whoever computes which rows of it.
 
 The examples form one endless stream: epoch after epoch, each in an order of its own, with no example dropped and no
-partial batch. Row r of step t is at g = t * global_batch_size + r of the stream, epoch g // N, position g % N. So there
-is no iterator state to save: the step is all of it.
+partial batch. Row r of step t is at g = t * U + r % U of the stream, epoch g // N, position g % N, where U is
+global_batch_size / repeats (Hoffer et al. 2019): each example stands `repeats` times in its batch, U rows apart, so
+that neighbours are different examples. So there is no iterator state to save: the step is all of it.
 
 Legend: B global batch, b rows of this process, N examples, H height, W width, C channels.
 """
@@ -11,6 +12,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,14 +23,18 @@ import grain
 import numpy as np
 from absl import flags
 
+from mae_dist.augment import RandAugment
 from mae_dist.data import draws
 from mae_dist.data.dataset import Dataset
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import CROP_UNIFORMS, Augment, RandomCrops, flip_images
+from mae_dist.watch import kill_workers
 
 _MAX_THREADS = 16
 _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
 _SHARE_OVER = 1000  # the share of unreadable records is taken over at least so many, so that one early one is not 3 %
+_WORKER_BUFFER = 2  # batches that a worker holds ready
+_SHARED_MEMORY = "/dev/shm"
 _BAD = "bad"  # column of dataset positions found unreadable; `Batches` takes it out
 _LOG = logging.getLogger(__name__)
 
@@ -41,12 +47,15 @@ class _TrainBatch:
 
     dataset: Dataset
     augment: Augment
+    randaugment: RandAugment | None
+    repeats: int
     seed: int
     global_batch_size: int
     rows: np.ndarray  # (b,)
 
     def __call__(self, step: int) -> HostBatch:
-        indices = stream_indices(self.seed, step, self.global_batch_size, self.rows, self.dataset.num_examples)
+        num_unique = self.global_batch_size // self.repeats
+        indices = stream_indices(self.seed, step, num_unique, self.rows % num_unique, self.dataset.num_examples)
         if self.augment.kind == "none":
             flip, crops = None, None
         else:
@@ -58,6 +67,9 @@ class _TrainBatch:
         batch = self._read(indices, crops if self.augment.kind == "crop_flip" else None)
         if flip is not None:
             flip_images(batch["image"], flip)
+        if self.randaugment is not None:
+            shape = (self.global_batch_size, self.randaugment.num_uniforms)
+            self.randaugment(batch["image"], draws.uniforms(draws.RANDAUGMENT, self.seed, step, shape)[self.rows])
         return batch
 
     def _read(self, indices: np.ndarray, crops: RandomCrops | None) -> HostBatch:
@@ -163,8 +175,7 @@ class Batches:
     def abandon(self) -> None:
         """Instead of `close` when the process is to end now: a worker that hangs is not waited for."""
         self._iterator = None
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        kill_workers()
 
     def __enter__(self) -> "Batches":
         return self
@@ -179,6 +190,8 @@ def train_batches(
     dataset: Dataset,
     *,
     augment: Augment,
+    randaugment: RandAugment | None = None,
+    repeats: int = 1,
     seed: int,
     global_batch_size: int,
     start_step: int,
@@ -191,6 +204,8 @@ def train_batches(
     Args:
       dataset: the examples.
       augment: what is done to images; "none" for a dataset without images.
+      randaugment: what is done to them after that, for images of 1 or 3 channels.
+      repeats: how often an example stands in its global batch, each time augmented otherwise; divides it.
       seed: decides order and augmentation.
       global_batch_size: rows of all processes together, B.
       start_step: first step, e.g. the one after a checkpoint.
@@ -210,7 +225,11 @@ def train_batches(
             f"start_step {start_step}, total_steps {total_steps}, num_workers {num_workers}, global_batch_size "
             f"{global_batch_size}: need 0 <= start_step <= total_steps, num_workers >= 0, global_batch_size >= 1"
         )
-    make_batch = _TrainBatch(dataset, augment, seed, global_batch_size, np.asarray(rows, np.int64))
+    if repeats < 1 or global_batch_size % repeats:
+        raise ConfigError(f"repeats {repeats} does not divide global_batch_size {global_batch_size}")
+    make_batch = _TrainBatch(
+        dataset, augment, randaugment, repeats, seed, global_batch_size, np.asarray(rows, np.int64)
+    )
     return _iterate(dataset, make_batch, start_step, total_steps, num_workers)
 
 
@@ -234,9 +253,9 @@ def eval_batches(dataset: Dataset, *, global_batch_size: int, rows: np.ndarray) 
     return _iterate(dataset, make_batch, 0, -(-dataset.num_examples // global_batch_size), num_workers=0)
 
 
-def stream_indices(seed: int, step: int, global_batch_size: int, rows: np.ndarray, num_examples: int) -> np.ndarray:
-    """The examples at `rows` of the training batch of `step`. # (b,) -> (b,) int64"""
-    epochs, positions = np.divmod(step * global_batch_size + rows, num_examples)
+def stream_indices(seed: int, step: int, num_unique: int, rows: np.ndarray, num_examples: int) -> np.ndarray:
+    """The examples at `rows` of the `num_unique` different ones that `step` takes. # (b,) -> (b,) int64"""
+    epochs, positions = np.divmod(step * num_unique + rows, num_examples)
     indices = np.empty(len(rows), np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
@@ -248,18 +267,40 @@ def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_worke
     """Batches of the steps start .. stop - 1, made ahead of their use."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its flags, which nobody parses when we are used as a library
-    if num_workers:
-        num_threads = 0
-    elif dataset.in_memory:
-        num_threads = 1  # enough to overlap the step; several would share one interpreter lock
-    else:
-        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    num_threads = 0 if num_workers else num_readers(dataset, 0)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads) if num_threads else 0)
     batches = grain.MapDataset.range(start, stop).map(make_batch).to_iter_dataset(options)
     if num_workers:
-        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        _check_shared_memory(dataset, len(make_batch.rows), num_workers)
+        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_WORKER_BUFFER)
         batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
     return Batches(batches, dataset, stop - start, copy=num_workers > 0)
+
+
+def _check_shared_memory(dataset: Dataset, rows: int, num_workers: int) -> None:
+    """A worker that finds no room for its batch is killed by a bus error, which says nothing: found before."""
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:  # a system that has it elsewhere
+        return
+    columns, _ = dataset.read(np.zeros(1, np.int64))
+    batch = rows * sum(column.nbytes for column in columns.values())
+    needed = num_workers * (_WORKER_BUFFER + 2) * batch  # and one in the making, one being copied out
+    if needed > free:
+        raise ConfigError(
+            f"data.num_workers={num_workers} need {needed / 2**20:.0f} MiB of shared memory for their batches of "
+            f"{batch / 2**20:.0f} MiB, and {_SHARED_MEMORY} has {free / 2**20:.0f} MiB free; give it more "
+            f"(docker run --shm-size={-(-needed // 2**30)}g), or use fewer workers, or 0: threads of this process"
+        )
+
+
+def num_readers(dataset: Dataset, num_workers: int) -> int:
+    """How many batches are made at once: by so many workers, or else by threads of this process."""
+    if num_workers:
+        return num_workers
+    if dataset.in_memory:
+        return 1  # enough to overlap the step; several would share one interpreter lock
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _start_worker(worker: int, num_workers: int) -> None:

@@ -69,12 +69,16 @@ def decode_once(dataset: TfdsDataset, *, cache_dir: str, max_bad_share: float) -
 
 
 def _entry_path(dataset: TfdsDataset, identity: dict[str, Any], cache_dir: str) -> Path:
-    root = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mae_dist"
     files = sorted({shard.filename for shard in dataset.shards})
     stats = [(Path(name).name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
     key = digest(identity | {"files": stats, "entry_version": 1})
     title = re.sub(r"[^\w.-]+", "_", dataset.title.replace(" split ", "-")).strip("_")
-    return root.expanduser() / f"{title}-{key[:16]}"
+    return cache_root(cache_dir) / f"{title}-{key[:16]}"
+
+
+def cache_root(cache_dir: str) -> Path:
+    root = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mae_dist"
+    return root.expanduser()
 
 
 def _open_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Path]] | None:

@@ -4,8 +4,6 @@ TFDS's own builder reads the archive with tf.io.gfile and encodes PNGs with Tens
 bytes instead, under the same name and version, so what they write is what TFDS itself would read.
 """
 
-import contextlib
-import fcntl
 import logging
 import tarfile
 import threading
@@ -18,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 
+from mae_dist.data.records import locked
 from mae_dist.errors import DataFault
 
 _CONNECT_SECS = 5.0
@@ -97,7 +96,7 @@ def prepare(builder: Any) -> None:
       DataFault: no connection, a wrong archive, an unwritable data_dir, or a builder that needs TensorFlow.
     """
     try:
-        with _lock(Path(builder.data_dir_root) / f".{builder.name}.prepare.lock"):
+        with locked(Path(builder.data_dir_root) / f".{builder.name}.prepare.lock"):
             if builder.is_prepared():
                 return
             _check_archive_or_connection(builder)
@@ -157,14 +156,3 @@ def _connection_problem(url: str) -> str | None:
     thread.start()
     thread.join(2 * _CONNECT_SECS)
     return result[0] or None
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock among the processes of one host (and of others, where the file system can)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        # Some network file systems have no locks; TFDS's rename is still atomic there.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -151,6 +151,26 @@ class ArrayDataset(Dataset):
         self.columns = self.columns | {name: map_array(path) for name, path in self.paths.items()}
 
 
+class FirstExamples(Dataset):
+    """The first examples of another dataset, in its order."""
+
+    def __init__(self, dataset: Dataset, num_examples: int):
+        """All of `dataset`, if it has no more than `num_examples`."""
+        self._dataset = dataset
+        self.num_examples = min(num_examples, dataset.num_examples)
+        self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
+        self.fingerprint = digest({"source": "first", "of": dataset.fingerprint, "count": self.num_examples})
+        self.in_memory, self.max_bad_share = dataset.in_memory, dataset.max_bad_share
+
+    def record_name(self, index: int) -> str:
+        return self._dataset.record_name(index)
+
+    def read(
+        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        return self._dataset.read(indices, crops, evaluation)
+
+
 def map_array(path: Path) -> np.ndarray:
     """Maps a .npy file read-only. A plain view, because indexing `np.memmap` itself is slower."""
     return np.load(path, mmap_mode="r").view(np.ndarray)

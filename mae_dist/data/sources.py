@@ -1,14 +1,12 @@
 """One door to every source of examples."""
 
-from mae_dist.data.cache import decode_once, fits_in_memory
+from mae_dist.data.cache import cache_root, decode_once, fits_in_memory
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.digits import open_digits
+from mae_dist.data.staging import Staging
 from mae_dist.data.synthetic import open_synthetic
 from mae_dist.data.tfds_source import open_tfds
 from mae_dist.errors import ConfigError
-
-SOURCES = ("tfds", "digits", "synthetic")
-CACHES = ("auto", "memory", "stream")
 
 
 def open_split(
@@ -21,6 +19,7 @@ def open_split(
     data_dir: str,
     cache: str,
     cache_dir: str,
+    stage: bool,
     max_bad_share: float,
     num_examples: int,
     num_classes: int,
@@ -34,12 +33,13 @@ def open_split(
       channels: 1 grey, 3 RGB (4 where TFDS images have an alpha channel).
       source: "tfds", "digits" or "synthetic".
       name: the dataset's name, for "tfds".
-      data_dir: TFDS data directory, for "tfds"; "" is TFDS's default.
+      data_dir: TFDS data directory, for "tfds", may be gs://…; "" is TFDS's default.
       cache: "memory" decodes once and keeps uint8 images, for images of varying size the short side resized and the
         centre cropped, so that random crops see no more than that; "stream" decodes on every read; "auto" is "memory"
         for images of one size and up to 2 GiB decoded, else "stream". Synthetic images are drawn on every read unless
         "memory"; digits are always in memory.
-      cache_dir: where decoded images are kept for the next start; "" is ~/.cache/mae_dist.
+      cache_dir: where decoded images and copied record files are kept for the next start; "" is ~/.cache/mae_dist.
+      stage: whether the record files that the split needs are copied there and read there; in a bucket they always are.
       max_bad_share: largest share of records that may be left out because they do not decode.
       num_examples: size of the base split "train", for "synthetic"; "test" has a fifth.
       num_classes: for "synthetic".
@@ -52,11 +52,6 @@ def open_split(
       ConfigError: an argument that cannot work.
       DataFault: files that are missing, damaged or cannot be downloaded.
     """
-    if source not in SOURCES or cache not in CACHES:
-        raise ConfigError(
-            f"data source {source!r} with cache {cache!r}: the source must be one of {', '.join(map(repr, SOURCES))} "
-            f"and the cache one of {', '.join(map(repr, CACHES))}"
-        )
     image_size = (int(image_size[0]), int(image_size[1]))
     if min(image_size) < 1 or not 0 <= max_bad_share < 1:
         raise ConfigError(
@@ -75,7 +70,11 @@ def open_split(
             seed=seed,
             in_memory=cache == "memory",
         )
-    dataset = open_tfds(name, split, data_dir, image_size=image_size, channels=channels)
+    assert source == "tfds", f"config.CHOICES has {source!r}, which is not opened here"
+    if stage and not data_dir:
+        raise ConfigError("stage copies data_dir, which is empty; name the directory or bucket that is to be copied")
+    staging = Staging(data_dir, cache_root(cache_dir)) if stage or "://" in data_dir else None
+    dataset = open_tfds(name, split, data_dir, image_size=image_size, channels=channels, staging=staging)
     if cache == "memory" or (cache == "auto" and fits_in_memory(dataset)):
         return decode_once(dataset, cache_dir=cache_dir, max_bad_share=max_bad_share)
     dataset.max_bad_share = max_bad_share

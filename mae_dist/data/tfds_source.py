@@ -3,6 +3,7 @@
 Legend: N examples asked for, H height, W width, C channels.
 """
 
+import contextlib
 import json
 import resource
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_dist.data.dataset import Dataset, check_labels, digest
+from mae_dist.data.staging import Staging
 from mae_dist.errors import ConfigError, DataFault
-from mae_dist.transforms import RandomCrops, UndecodableImage, center_box, crop_resize, decode_image
+from mae_dist.transforms import (
+    PHOTOGRAPH_FROM,
+    RandomCrops,
+    UndecodableImage,
+    center_box,
+    decode_box,
+    decode_image,
+    header_size,
+)
 
 _OPEN_THREADS = 16
+_READ_RECORDS = 32  # held at a time, as files: those of a whole batch are as large as the batch
 _EVALUATION_ZOOM = 256 / 224  # resize the short side to 256, crop 224: ImageNet's usual evaluation
-_ZOOM_FROM = 64  # smaller images have nothing to spare at the border
-_DECODE_RULES = 1  # part of the fingerprint: raise it when decoding changes what an example looks like
+# Parts of the fingerprint: raise one when decoding changes what an example looks like.
+_DECODE_RULES = 1  # of small images, which have nothing to spare at the border either
+_DECODE_RULES_PHOTOGRAPHS = 2  # of those that are resized to PHOTOGRAPH_FROM pixels or more
 
 
 class Shard(NamedTuple):
@@ -60,7 +72,7 @@ class TfdsDataset(Dataset):
         self.num_classes = len(class_names)
         self.num_examples = sum(shard.take for shard in shards)
         self.fingerprint = digest(identity)
-        self._zoom = _EVALUATION_ZOOM if min(image_size) >= _ZOOM_FROM and native_size != image_size else 1.0
+        self._zoom = _EVALUATION_ZOOM if _are_photographs(image_size, native_size) else 1.0
         self._open_records()
 
     def _open_records(self) -> None:
@@ -88,49 +100,39 @@ class TfdsDataset(Dataset):
     def read(
         self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        decoded: list[np.ndarray | None] = []
-        labels = np.zeros(len(indices), np.int32)
-        for row, record in enumerate(self._read_records(indices)):
-            image, labels[row] = self._parse(record)
-            decoded.append(image)
-        check_labels(labels, self.num_classes, lambda row: self.record_name(int(indices[row])))
+        indices = np.asarray(indices)
         images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
-        good = np.array([row for row, image in enumerate(decoded) if image is not None], np.int64)
-        if crops is not None and len(good):
-            sizes = np.array([image.shape[:2] for image in decoded if image is not None])
-            boxes = crops.take(good).boxes(sizes[:, 0], sizes[:, 1])
-        else:
-            zoom = self._zoom if evaluation else 1.0
-            boxes = [
-                center_box(image.shape[0], image.shape[1], self.image_size, zoom)
-                for image in decoded
-                if image is not None
-            ]
-        for row, box in zip(good, boxes, strict=True):
-            image = decoded[row]
-            assert image is not None
-            crop_resize(image, box, images[row])
-        return {"image": images, "label": labels}, np.array([image is None for image in decoded], bool)
+        labels = np.zeros(len(indices), np.int32)
+        bad = np.zeros(len(indices), bool)
+        zoom = self._zoom if evaluation else 1.0
+        for start in range(0, len(indices), _READ_RECORDS):
+            rows = np.arange(start, min(start + _READ_RECORDS, len(indices)))
+            files, labels[rows], sizes = self._read_files(indices[rows])
+            check_labels(labels[rows], self.num_classes, lambda row, at=start: self.record_name(int(indices[at + row])))
+            if crops is None:
+                boxes = np.array([center_box(h or 1, w or 1, self.image_size, zoom) for h, w in sizes.tolist()])
+            else:
+                boxes = crops.take(rows).boxes(*np.maximum(sizes, 1).T)
+            for row, data, box in zip(rows, files, boxes, strict=True):
+                try:
+                    if data is None:
+                        raise UndecodableImage("no image")
+                    decode_box(data, box, images[row])  # one at a time, into its place
+                except UndecodableImage:
+                    bad[row] = True
+        return {"image": images, "label": labels}, bad
 
-    def _parse(self, record: bytes | None) -> tuple[np.ndarray | None, int]:
-        """The decoded image, or None if it cannot be, and the label."""
-        from google.protobuf.message import DecodeError
-        from tensorflow_datasets.proto import tf_example_pb2  # bytes to fields; no TensorFlow in it
-
-        if record is None:
-            return None, 0
-        # Parsed here because TFDS's general deserializer, for features of any kind, takes five times as long.
-        try:
-            example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
-            features = example.features.feature
-            label = features["label"].int64_list.value[0]
-            data = features["image"].bytes_list.value[0]
-        except (DecodeError, IndexError):  # no Example, or one without image and label
-            return None, 0
-        try:
-            return decode_image(data, self.channels), label
-        except UndecodableImage:
-            return None, label
+    def _read_files(self, indices: np.ndarray) -> tuple[list[bytes | None], np.ndarray, np.ndarray]:
+        """The images' files, None where there is none to decode, labels, and sizes (0 there). # (n,), (n,), (n, 2)"""
+        files: list[bytes | None] = []
+        labels = np.zeros(len(indices), np.int32)
+        sizes = np.zeros((len(indices), 2), np.int64)
+        for row, record in enumerate(self._read_records(indices)):
+            data, labels[row] = _parse(record)
+            size = None if data is None else _size(data)
+            files.append(data if size else None)
+            sizes[row] = size or 0
+        return files, labels, sizes
 
     def _read_records(self, indices: np.ndarray) -> list[bytes | None]:
         """Record bytes, None where the file is damaged there (array_record keeps a hash of every chunk)."""
@@ -152,7 +154,44 @@ class TfdsDataset(Dataset):
             ) from error
 
 
-def open_tfds(name: str, split: str, data_dir: str, *, image_size: tuple[int, int], channels: int) -> TfdsDataset:
+def _are_photographs(image_size: tuple[int, int], native_size: tuple[int, int] | None) -> bool:
+    return min(image_size) >= PHOTOGRAPH_FROM and native_size != image_size
+
+
+def _parse(record: bytes | None) -> tuple[bytes | None, int]:
+    """The image's file, or None if the record has none, and the label."""
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2  # bytes to fields; no TensorFlow in it
+
+    if record is None:
+        return None, 0
+    # Parsed here because TFDS's general deserializer, for features of any kind, takes five times as long.
+    try:
+        example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+        features = example.features.feature
+        return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
+    except (DecodeError, IndexError):  # no Example, or one without image and label
+        return None, 0
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an image, by decoding it if the header does not tell; None if it cannot be decoded."""
+    size = header_size(data)
+    if size is None:
+        with contextlib.suppress(UndecodableImage):
+            size = decode_image(data, 1).shape[:2]
+    return size
+
+
+def open_tfds(
+    name: str,
+    split: str,
+    data_dir: str,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    staging: Staging | None = None,
+) -> TfdsDataset:
     """Opens a TFDS dataset whose features have an "image" and a "label", preparing it first if need be.
 
     Args:
@@ -161,11 +200,15 @@ def open_tfds(name: str, split: str, data_dir: str, *, image_size: tuple[int, in
       data_dir: TFDS data directory; "" is TFDS's default.
       image_size: (height, width) of the images given out.
       channels: 1 grey, 3 RGB, 4 RGBA.
+      staging: copies what the split needs first, and is then read instead of data_dir.
 
     Raises:
       ConfigError: no such dataset or split, or features that do not fit.
       DataFault: it is not prepared and cannot be, or its files are missing or damaged.
     """
+    if staging is not None:
+        staging.copy_info(name)
+        data_dir = str(staging.data_dir)
     builder = _open_builder(name, data_dir)
     native_size, class_names = _check_features(builder, channels)
     try:
@@ -177,6 +220,8 @@ def open_tfds(name: str, split: str, data_dir: str, *, image_size: tuple[int, in
         ) from error
     if not sum(i.take for i in instructions):
         raise ConfigError(f"split {split!r} of {name} selects no example; write a larger slice")
+    if staging is not None:
+        staging.copy_records([Path(i.filename) for i in instructions])
     _check_files(instructions)
     full_name = f"{builder.info.full_name}"
     identity = {
@@ -186,7 +231,7 @@ def open_tfds(name: str, split: str, data_dir: str, *, image_size: tuple[int, in
         "count": sum(i.take for i in instructions),
         "image_size": image_size,
         "channels": channels,
-        "decode_rules": _DECODE_RULES,
+        "decode_rules": _DECODE_RULES_PHOTOGRAPHS if _are_photographs(image_size, native_size) else _DECODE_RULES,
     }
     return TfdsDataset(
         title=f"{full_name} split {split!r}",
@@ -204,10 +249,6 @@ def _open_builder(name: str, data_dir: str) -> Any:
 
     from mae_dist.data import cifar
 
-    if "://" in data_dir:
-        raise ConfigError(
-            f"data_dir {data_dir!r}: array_record files cannot be read at random there; copy them to a disk"
-        )
     root = str(Path(data_dir).expanduser()) if data_dir else None
     try:
         builder = tfds.builder(name, data_dir=root, try_gcs=False)

@@ -1,0 +1,55 @@
+"""What one chip is said to do: memory, and how fast bytes move within it, to its neighbours and to other slices.
+
+Published figures, each with its source; matrix products are in `flops.peak_flops`. None: not published.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation. A JAX device is one chip.
+
+    hbm_bytes, hbm_bytes_per_sec: memory and its speed. link_bytes_per_sec: of one link to a neighbour, one way.
+    wraps: a side of the slice whose length is a multiple of this is closed to a ring. dcn_bytes_per_sec: a chip's share
+    of its host's network card, one way.
+    """
+
+    hbm_bytes: int
+    hbm_bytes_per_sec: float
+    link_bytes_per_sec: float
+    wraps: int
+    dcn_bytes_per_sec: float | None
+    source: str
+
+
+_DOCS = "cloud.google.com/tpu/docs/"
+# The documents give the links of a chip together and both ways: 400 GB/s are 4 links of 50 GB/s each way.
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(32 * _GIB, 1.2e12, 50e9, 4, None, f"{_DOCS}v4; links: Jouppi et al. 2023, TPU v4 (6 of 50 GB/s)"),
+    "v5e": Chip(16 * _GIB, 8.19e11, 50e9, 16, 25e9 / 8, f"{_DOCS}v5e (network: 6.4 Tb/s for 256 chips)"),
+    "v5p": Chip(95 * _GIB, 2.765e12, 100e9, 4, 50e9 / 8, f"{_DOCS}v5p"),
+    "v6e": Chip(32 * _GIB, 1.638e12, 100e9, 16, 100e9 / 8, f"{_DOCS}v6e (network: 25.6 Tb/s for 256 chips)"),
+}
+
+
+def ici_bytes_per_sec(chip: Chip, group: Iterable[Sequence[int]], slice_shape: Sequence[int]) -> float:
+    """Bytes per second that can leave a chip within its slice when a group of chips exchanges.
+
+    Two links along every side that the group extends along; one where that side is no ring, for the chip at its end has
+    no more.
+
+    Args:
+      chip: its generation.
+      group: coordinates of the chips that exchange.
+      slice_shape: of the slice, in chips.
+    """
+    columns = list(zip(*group, strict=True))
+    links = 0
+    for values, size in zip(columns, slice_shape, strict=False):
+        if len(set(values)) > 1:
+            links += 2 if size % chip.wraps == 0 and len(set(values)) == size else 1
+    return max(1, links) * chip.link_bytes_per_sec

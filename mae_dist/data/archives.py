@@ -1,0 +1,235 @@
+"""Where images lie that are not a TFDS data set yet: ImageNet's official archives, and directories of image files."""
+
+import contextlib
+import io
+import logging
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mae_dist.data.records import Images
+from mae_dist.errors import ConfigError, DataFault
+from mae_dist.transforms import UndecodableImage, decode_image
+
+IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
+_IMAGENET_CLASS_COUNTS = {"train": (732, 1300), "validation": (50, 50)}  # fewest and most images of a class
+_TRAIN_TAR, _VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+_SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_THREADS = os.cpu_count() or 1
+_LOG = logging.getLogger(__name__)
+
+
+class _Part(io.RawIOBase):
+    """A span of an open file, as a file: an archive within an archive."""
+
+    def __init__(self, file: Any, start: int, size: int):
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._at))
+        data = os.pread(self._file.fileno(), wanted, self._start + self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _members(tar: tarfile.TarFile, archive: str) -> Iterator[tarfile.TarInfo]:
+    """The files of an archive; a `DataFault` where it ends too early."""
+    try:
+        for member in tar:
+            if member.isfile():
+                yield member
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataFault(f"{archive} is damaged ({error}); download it again") from error
+
+
+def imagenet_images(manual_dir: Path, allow_incomplete: bool) -> dict[str, Images]:
+    """The labelled images of ILSVRC 2012, where they lie in its two archives.
+
+    Args:
+      manual_dir: holds ILSVRC2012_img_train.tar, an archive of an archive per class, and ILSVRC2012_img_val.tar.
+      allow_incomplete: whether there may be fewer images than there are of ImageNet.
+
+    Raises:
+      DataFault: an archive is missing or damaged, or holds other images than ImageNet has.
+    """
+    import tensorflow_datasets as tfds
+
+    paths = {"train": manual_dir / _TRAIN_TAR, "validation": manual_dir / _VALIDATION_TAR}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise DataFault(
+            f"missing: {', '.join(missing)}; ImageNet's archives come from https://image-net.org/download-images after "
+            "registration: put both into --manual_dir"
+        )
+    shipped = Path(tfds.core.tfds_path("datasets/imagenet2012"))  # TFDS has the names of classes and the true labels
+    numbers = {name: number for number, name in enumerate((shipped / "labels.txt").read_text().split())}
+    labels = (shipped / "validation_labels.txt").read_text().split()
+    splits = {
+        "train": _train_images(paths["train"], numbers),
+        "validation": _validation_images(paths["validation"], [numbers[name] for name in labels]),
+    }
+    for split, images in splits.items():
+        _check_counts(split, images, paths[split], allow_incomplete)
+    return splits
+
+
+def _train_images(path: Path, numbers: dict[str, int]) -> Images:
+    _LOG.info("looking through %s", path)
+    found: list[tuple[str, int, int, int]] = []  # name, label, offset, size
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
+        for member in _members(outer, str(path)):
+            synset = Path(member.name).stem
+            if synset not in numbers:
+                raise DataFault(f"{path} holds {member.name}, which is no class of ILSVRC 2012; it is another archive")
+            part = io.BufferedReader(_Part(file, member.offset_data, member.size))
+            try:
+                with tarfile.open(fileobj=part, mode="r:") as inner:
+                    for image in _members(inner, f"{path}, {member.name}"):
+                        start = member.offset_data + image.offset_data
+                        found.append((os.path.basename(image.name), numbers[synset], start, image.size))
+            except tarfile.TarError as error:
+                raise DataFault(f"{path}, {member.name} is damaged ({error}); download it again") from error
+    return _in_archive(path, found)
+
+
+def _validation_images(path: Path, labels: list[int]) -> Images:
+    """Labels are those of the images in the order of their names, whose numbers tell them."""
+    _LOG.info("looking through %s", path)
+    found = []
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in _members(tar, str(path)):
+            name = os.path.basename(member.name)
+            number = Path(name).stem.removeprefix("ILSVRC2012_val_")
+            if not (number.isdecimal() and 1 <= int(number) <= len(labels)):
+                raise DataFault(f"{path} holds {name} where ILSVRC2012_val_00000001.JPEG … were expected")
+            found.append((name, labels[int(number) - 1], member.offset_data, member.size))
+    return _in_archive(path, found)
+
+
+def _in_archive(path: Path, found: list[tuple[str, int, int, int]]) -> Images:
+    found.sort()
+    names, labels, offsets, sizes = zip(*found, strict=True) if found else ((), (), (), ())
+    end = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
+    if len(set(names)) != len(names) or end > path.stat().st_size:
+        raise DataFault(f"{path} is damaged: it ends within an image, or names one twice; download it again")
+    return Images(
+        files=(str(path),),
+        file=np.zeros(len(names), np.int32),
+        offset=np.array(offsets, np.int64),
+        size=np.array(sizes, np.int64),
+        names=names,
+        labels=np.array(labels, np.int32),
+        mended=_mended,
+    )
+
+
+def _check_counts(split: str, images: Images, path: Path, allow_incomplete: bool) -> None:
+    total, (fewest, most) = IMAGENET_COUNTS[split], _IMAGENET_CLASS_COUNTS[split]
+    counts = np.bincount(images.labels, minlength=1000)
+    whole = len(images.names) == total and counts.min() >= fewest and counts.max() <= most
+    if not images.names or not (whole or allow_incomplete):
+        raise DataFault(
+            f"{path} holds {len(images.names)} images of {np.count_nonzero(counts)} classes with {counts.min()} to "
+            f"{counts.max()} each, where ImageNet has {total} of 1000 with {fewest} to {most} each; download it again, "
+            "or give --allow_incomplete if that is meant"
+        )
+
+
+def _mended(name: str, data: bytes) -> bytes:
+    """TFDS stores RGB JPEGs only, so that any reader has the right colours of the 22 in CMYK and the one PNG."""
+    from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
+
+    if name not in (*tfds_imagenet.CMYK_IMAGES, *tfds_imagenet.PNG_IMAGES):
+        return data
+    try:
+        image = decode_image(data, 3)
+    except UndecodableImage as error:
+        raise DataFault(f"{name} does not decode: {error}; download the archive again") from error
+    return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
+
+
+def folder_images(root: Path, skip_undecodable: bool) -> tuple[dict[str, Images], list[str]]:
+    """Images of a tree train/<class>/*, and if there are validation/ (or val/) and test/ likewise; class names.
+
+    Every file is decoded once, so that what is prepared can be trained on.
+
+    Args:
+      root: the tree's.
+      skip_undecodable: leave out files that are no image, instead of refusing them.
+
+    Raises:
+      ConfigError: no such tree.
+      DataFault: files that do not decode, or classes that training does not have.
+    """
+    folders = {
+        split: next((root / name for name in names if (root / name).is_dir()), None)
+        for split, names in _SPLIT_FOLDERS.items()
+    }
+    train = folders["train"]
+    classes = sorted(path.name for path in train.iterdir() if path.is_dir()) if train else []
+    if not classes:
+        raise ConfigError(f"--from_folder={root} needs train/<class>/<images>, and validation/ and test/ if there are")
+    splits = {}
+    for split, folder in folders.items():
+        if folder is None:
+            continue
+        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if set(found) - set(classes):
+            raise DataFault(f"{folder} has the classes {sorted(set(found) - set(classes))[:10]}, which {train} has not")
+        splits[split] = _folder_split(folder, {name: classes.index(name) for name in found}, skip_undecodable)
+    return splits, classes
+
+
+def _folder_split(folder: Path, labels: dict[str, int], skip_undecodable: bool) -> Images:
+    paths = [path for name in labels for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    paths = [path for path in paths if not path.name.startswith(".")]
+    _LOG.info("decoding the %d files of %s", len(paths), folder)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        good = list(pool.map(_decodes, paths))
+    bad = [str(path) for path, decodes in zip(paths, good, strict=True) if not decodes]
+    if bad and not skip_undecodable:
+        raise DataFault(
+            f"{len(bad)} of {len(paths)} files in {folder} are no images, or damaged: {', '.join(bad[:10])}; remove or "
+            "restore them, or give --skip_undecodable to leave them out"
+        )
+    if bad:
+        _LOG.warning("left out %d files that do not decode: %s", len(bad), ", ".join(bad[:10]))
+    paths = [path for path, decodes in zip(paths, good, strict=True) if decodes]
+    if not paths:
+        raise DataFault(f"{folder} holds no image in its folders")
+    names = [path.relative_to(folder) for path in paths]
+    return Images(
+        files=tuple(map(str, paths)),
+        file=np.arange(len(paths), dtype=np.int32),
+        offset=np.zeros(len(paths), np.int64),
+        size=np.array([path.stat().st_size for path in paths], np.int64),
+        names=tuple(map(str, names)),
+        labels=np.array([labels[name.parts[0]] for name in names], np.int32),
+    )
+
+
+def _decodes(path: Path) -> bool:
+    with contextlib.suppress(UndecodableImage, OSError):
+        decode_image(path.read_bytes(), 3)
+        return True
+    return False

@@ -1,0 +1,66 @@
+"""What stands on pooled features: a head, and for the paper's linear probe a normalisation by batch statistics.
+
+Shapes: B examples, D features, Y classes. All arithmetic in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Of BatchNorm, as PyTorch's default and the paper's probe: the share of a new batch in the running statistics.
+_MOMENTUM, EPS = 0.1, 1e-6
+
+
+class Head(nnx.Module):
+    """Pooled features (B, D) to logits (B, Y): linear, or one hidden layer with GELU; a LayerNorm first if asked."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        kind: str,
+        hidden_dim: int,
+        norm_eps: float,
+        init_std: float,
+        rngs: nnx.Rngs,
+    ):
+        self.has_norm = norm_eps > 0
+        if self.has_norm:
+            self.norm = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
+        if kind == "mlp":
+            self.hidden = nnx.Linear(dim, hidden_dim, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
+            dim = hidden_dim
+        self.has_hidden = kind == "mlp"
+        self.linear = nnx.Linear(dim, num_classes, kernel_init=nnx.initializers.truncated_normal(init_std), rngs=rngs)
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        x = features.astype(jnp.float32)
+        if self.has_norm:
+            x = self.norm(x)
+        return self.linear(jax.nn.gelu(self.hidden(x)) if self.has_hidden else x)
+
+
+class BatchNorm(nnx.Module):
+    """Normalises features (B, D) without scale or bias.
+
+    Not `nnx.BatchNorm`, which keeps the biased variance where PyTorch keeps the unbiased one, and changes itself. The
+    running statistics are a group of the parameters that nothing trains.
+    """
+
+    def __init__(self, dim: int):
+        self.mean = nnx.Param(jnp.zeros((dim,), jnp.float32))
+        self.var = nnx.Param(jnp.ones((dim,), jnp.float32))
+
+    def __call__(self, features: jax.Array, *, whole_batch: bool) -> jax.Array:
+        """By the statistics of the features themselves, which must be a whole batch, or by the running ones."""
+        x = features.astype(jnp.float32)
+        mean, var = (x.mean(axis=0), x.var(axis=0)) if whole_batch else (self.mean[...], self.var[...])
+        return (x - mean) * jax.lax.rsqrt(var + EPS)
+
+    def updated(self, features: jax.Array) -> dict[str, jax.Array]:
+        """The running statistics after a whole batch."""
+        x = features.astype(jnp.float32)
+        new = {"mean": x.mean(axis=0), "var": x.var(axis=0, ddof=1)}
+        old = {"mean": self.mean[...], "var": self.var[...]}
+        return {name: (1 - _MOMENTUM) * old[name] + _MOMENTUM * new[name] for name in new}

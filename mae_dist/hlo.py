@@ -1,0 +1,253 @@
+"""Collectives of a compiled program, read from its text (`jax.stages.Compiled.as_text()`).
+
+The text is a list of computations; an instruction may call others: a loop its body, a fusion its parts. A collective
+within a loop counts as often as the loop turns. Asynchronous ones are written as several instructions (start, update,
+done) or, on a TPU, as pieces of one chain spread over fusions, and count once.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Between slices the TPU's runtime carries data that the program hands it; its names for what it does with them.
+_TRANSFERS = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter"}
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^  (ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(([^)]*)\)(.*)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange among chips, of which a step makes `count`.
+
+    payload: bytes of the whole array: what an all-gather yields, what a reduction or an all-to-all is given, what a
+      permutation sends; of one exchange.
+    group: the places in the mesh of one set of chips that exchange; the other sets are like it.
+    across_slices: carried by the network between slices.
+    """
+
+    kind: str
+    payload: int
+    group: tuple[int, ...]
+    count: int
+    across_slices: bool = False
+
+    @property
+    def ring_bytes(self) -> float:
+        """Bytes that leave a chip in one exchange, if the chips stand in a ring: the least there can be."""
+        n = len(self.group)
+        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
+        return self.payload * share
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """`name = shape opcode(inputs), attributes`; of a constant, `inputs` is its value."""
+
+    name: str
+    shape: str
+    opcode: str
+    inputs: str
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.inputs)
+
+    def attribute(self, name: str) -> str:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        assert found is not None, (name, self)
+        return found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Computation:
+    instructions: dict[str, _Instruction]  # by name
+    root: str
+
+    def number(self, name: str) -> int | None:
+        """The value of an integer constant, also of a copy of one."""
+        found = self.instructions.get(name)
+        while found is not None and found.opcode in ("copy", "bitcast") and found.operands:
+            found = self.instructions.get(found.operands[0])
+        is_constant = found is not None and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.inputs)
+        return int(found.inputs) if found is not None and is_constant else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    collective: Collective
+    chain: str  # pieces of the same chain are one collective; "" stands alone
+
+
+class Program:
+    """A compiled program's computations and what they exchange."""
+
+    def __init__(self, text: str, num_devices: int, num_slices: int = 1):
+        """Reads `text`; `num_devices` are those that one program's replica groups number: on TPU slices, of one."""
+        self.num_devices, self.num_slices = num_devices, num_slices
+        self.uncounted_loops: list[str] = []  # with exchanges, and nothing says how often they turn
+        self._computations: dict[str, _Computation] = {}
+        self._entry, instructions, name = "", {}, ""
+        for line in text.splitlines():
+            if head := _HEAD.match(line):
+                name, instructions = head[2], {}
+                self._computations[name] = _Computation(instructions, "")
+                self._entry = name if head[1] else self._entry
+            elif found := _INSTRUCTION.match(line):
+                instructions[found[2]] = _Instruction(*found.groups()[1:])
+                if found[1]:
+                    self._computations[name] = _Computation(instructions, found[2])
+        assert self._entry, "no ENTRY computation in the program's text"
+
+    def collectives(self) -> list[Collective]:
+        """Every exchange of one run of the program, loops counted."""
+        return [found.collective for found in self._within(self._entry)]
+
+    def _within(self, name: str) -> list[_Found]:
+        """What a computation and those it calls exchange, each chain once."""
+        inside = self._computations[name]
+        found = [item for instruction in inside.instructions.values() for item in self._of(instruction, inside)]
+        chains = {item.chain: item for item in found if item.chain}
+        return [item for item in found if not item.chain or chains[item.chain] is item]
+
+    def _of(self, op: _Instruction, inside: _Computation) -> Iterator[_Found]:
+        """What one instruction exchanges, itself or by what it calls."""
+        if op.opcode.endswith(("-done", "-update")):
+            return
+        kind = op.opcode.removesuffix("-start")
+        if kind in KINDS:
+            yield self._exchange(kind, op)
+        elif op.opcode == "send" and "_xla_megascale_transfer_type" in op.attributes:
+            yield self._transfer(op)
+        elif op.opcode == "while":
+            body = op.attribute("body")
+            found = self._within(body)
+            turns = self._turns(op, inside) if found else 0
+            if turns is None:
+                self.uncounted_loops.append(body)
+                turns = 1
+            for item in found:
+                counted = dataclasses.replace(item.collective, count=item.collective.count * turns)
+                yield _Found(counted, "")
+        else:
+            names = _CALLED.findall(op.attributes)
+            if branches := _BRANCHES.search(op.attributes):
+                names += [name.strip().lstrip("%") for name in branches[1].split(",")]
+            for name in names:
+                # The TPU's way to write a reduce-scatter: an all-reduce of which each chip keeps a part, fused.
+                scatter = op.opcode == "fusion" and name.startswith("all-reduce-scatter")
+                for item in self._within(name):
+                    yield _as_scatter(item) if scatter else item
+
+    def _exchange(self, kind: str, op: _Instruction) -> _Found:
+        arrays = [_num_bytes(*array) for array in _ARRAY.findall(op.shape)]
+        if op.opcode == "all-gather-start":  # (what went in, what comes out)
+            arrays = arrays[len(arrays) // 2 :]
+        elif op.opcode == "collective-permute-start":  # (what went in, what comes out, and on a TPU more)
+            arrays = arrays[:1]
+        group = self._group(op.attributes)
+        payload = sum(arrays) * (len(group) if kind == "reduce-scatter" else 1)
+        chain = re.search(r'chain_id="(\d+)"', op.attributes)
+        channel = re.search(r"channel_id=(\d+)", op.attributes)
+        key = f"{kind} {chain[1]} {channel[1] if channel else ''}" if chain else ""
+        return _Found(Collective(kind, payload, group, 1), key)
+
+    def _transfer(self, op: _Instruction) -> _Found:
+        """A chip's part of an exchange between slices; the first array is what it hands over."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
+        first = _ARRAY.search(op.shape)
+        assert kind is not None, op
+        assert first is not None, op
+        group = tuple(range(0, self.num_devices * self.num_slices, self.num_devices))
+        name = _TRANSFERS.get(kind[1], "all-to-all")
+        return _Found(Collective(name, _num_bytes(first[1], first[2]), group, 1, across_slices=True), "")
+
+    def _group(self, attributes: str) -> tuple[int, ...]:
+        """The first set of chips that exchange; of a permutation, its first path."""
+        if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
+            return _first_path(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
+        found = re.search(r"replica_groups=(\{\{[\d,]+\}|\[\S+|mesh\[.*?\] \{.*?\})", attributes)
+        text = found[1] if found else ""
+        if text.startswith("{"):
+            return tuple(int(i) for i in text.strip("{}").split(","))
+        if text.startswith("["):
+            return _from_iota(text)
+        if text.startswith("mesh"):
+            return _from_mesh(text)
+        return tuple(range(self.num_devices))
+
+    def _turns(self, loop: _Instruction, inside: _Computation) -> int | None:
+        """How often a loop turns; None where neither the compiler nor the loop itself says.
+
+        It says so where a place of its tuple begins at a constant, grows by a constant and is compared with one.
+        """
+        if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
+            return int(known[1])
+        condition, body = (self._computations[loop.attribute(name)] for name in ("condition", "body"))
+        compare = condition.instructions[condition.root]
+        if compare.opcode != "compare" or compare.attribute("direction") not in ("LT", "LE"):
+            return None
+        counter = condition.instructions[compare.operands[0]]
+        limit = condition.number(compare.operands[1])
+        begin, after = inside.instructions[loop.operands[0]], body.instructions[body.root]
+        if counter.opcode != "get-tuple-element" or begin.opcode != "tuple" or after.opcode != "tuple":
+            return None
+        place = int(counter.attribute("index"))
+        start, next_value = inside.number(begin.operands[place]), body.instructions[after.operands[place]]
+        steps = [body.number(name) for name in next_value.operands] if next_value.opcode == "add" else []
+        step = next((value for value in steps if value is not None), None)
+        if limit is None or start is None or not step:
+            return None
+        return max(0, math.ceil((limit + (compare.attribute("direction") == "LE") - start) / step))
+
+
+def _as_scatter(item: _Found) -> _Found:
+    """An all-reduce whose chips keep a part each, fused: the TPU's way to write a reduce-scatter."""
+    if item.collective.kind != "all-reduce":
+        return item
+    return dataclasses.replace(item, collective=dataclasses.replace(item.collective, kind="reduce-scatter"))
+
+
+def _num_bytes(dtype: str, shape: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d*).*$", r"\1", dtype) or 0)  # tokens have none
+    return math.prod(int(size) for size in shape.split(",") if size) * bits // 8
+
+
+def _first_path(pairs: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+    targets = {int(source): int(target) for source, target in pairs}
+    path = [min(targets, default=0)]
+    while targets.get(path[-1], path[0]) not in path:
+        path.append(targets[path[-1]])
+    return tuple(path)
+
+
+def _from_iota(text: str) -> tuple[int, ...]:
+    """`[groups,size]<=[shape]T(permutation)`: device numbers in a shape, its axes permuted, cut into groups."""
+    found = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert found is not None, text
+    groups, shape = ([int(i) for i in part.split(",")] for part in (found[1], found[2]))
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    if found[3]:
+        numbers = numbers.transpose([int(i) for i in found[3].split(",")])
+    return tuple(int(i) for i in numbers.reshape(groups)[0])
+
+
+def _from_mesh(text: str) -> tuple[int, ...]:
+    """`mesh['a'=4,'b'=2] {'b'}`: a mesh of device numbers, its groups lie along the axes named."""
+    assert "device_ids" not in text, text
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text)}
+    along = re.findall(r"'([^']+)'", text[text.rindex("{") :])
+    assert "(" not in text[text.rindex("{") :], text
+    names = list(axes)
+    numbers = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
+    order = [names.index(name) for name in (*[n for n in names if n not in along], *along)]
+    size = math.prod(axes[name] for name in along)
+    return tuple(int(i) for i in numbers.transpose(order).reshape(-1, size)[0])

@@ -1,0 +1,165 @@
+"""Would it fit, and how fast could it be, on hardware that is not here?
+
+`python -m mae_dist.plan --config F --topology v5e:16x16 [--num_slices 2] [--global_batch_size B] [--fit] [--sweep]
+[--json out.json] [--config.a.b=value …]` compiles the real update for a TPU slice (extra `tpu`, but no TPU) or for the
+CPU (`cpu:8`) and says what the compiler made of it. Exit code 0 if it fits, 1 if it does not.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from mae_dist import chips, errors, main, planning, topology
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "What to plan for, as v5e:16x16, v4:4x4x4, v5p:2x2x2 or cpu:8.")
+_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "How many such slices.")
+_BATCH = flags.DEFINE_integer("global_batch_size", None, "The same as --config.global_batch_size.")
+_JSON = flags.DEFINE_string("json", None, "Also write everything to this file.", allow_override=True)
+_FIT = flags.DEFINE_bool("fit", None, "Search batches and model.remat that fit (default: where the config does not).")
+_SWEEP = flags.DEFINE_bool("sweep", False, "Rank all meshes, and compile the best.")
+_COMPILE = flags.DEFINE_integer("compile", 3, "How many of --sweep's best meshes to compile.", lower_bound=0)
+
+_NOT_FITTING = 1
+_ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
+  compute: analytic FLOPs of matrix products, with remat=blocks a third more; peaks: flops.py
+  hbm: state and temporaries read and written once
+  ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring
+  dcn: a chip's bytes to other slices over its share of the host's network card
+  bytes: payload is the whole array exchanged (of permutations what one chip sends), ring what leaves one chip"""
+
+
+def plan(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    del argv
+    topology.use_no_accelerator()
+    config = main.given_config()
+    if config is not None and _BATCH.value is not None:
+        config.global_batch_size = _BATCH.value
+    config = main.needed_config()
+    place = topology.describe(main.required(_TOPOLOGY), _NUM_SLICES.value)
+    if _SWEEP.value:
+        report = planning.sweep(config, place, _COMPILE.value)
+        print(sweep_text(report))
+    else:
+        report = planning.examine(config, place)
+        print(text(report, place), flush=True)
+        if _FIT.value or (_FIT.value is None and not report["fits"]):
+            report["fit"] = list(planning.search_fit(config, place, report))
+            print(fit_text(report["fit"]))
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return errors.EXIT_DONE if report["fits"] else _NOT_FITTING
+
+
+def gib(size: float | None) -> str:
+    """Bytes for people; MiB where it would be none."""
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def _secs(value: float | None) -> str:
+    return "unknown" if value is None else f"{value * 1e3:.1f} ms"
+
+
+def _mesh(report: planning.Report) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+
+
+def text(report: planning.Report, place: topology.Topology) -> str:
+    """The tables of one plan."""
+    slices = f"{report['num_slices']} slices of " if report["num_slices"] > 1 else ""
+    across = ", data across slices" if slices else ""
+    lines = [
+        f"{report['config']} on {slices}{report['topology']}: {report['chips']} x {report['device_kind']}, "
+        f"mesh {_mesh(report)}{across}",
+        f"{report['parameters']:,} parameters, global batch {report['global_batch_size']}, accum_steps "
+        f"{report['accum_steps']}, {report['dtype']}, remat {report['remat']}; compiled in "
+        f"{report['compile_secs']:.0f} s",
+        "",
+        "memory of one chip",
+    ]
+    memory = report["memory"]
+    lines += [f"  {name.replace('_', ' '):<18}{gib(size):>12}" for name, size in memory.items()]
+    lines += ["", *_exchange_lines(report), *_time_lines(report)]
+    chip = chips.CHIPS.get(place.generation)
+    lines += ["", _ASSUMPTIONS, f"  source: {chip.source}" if chip else "  no published figures for this device", ""]
+    if report["fits"]:
+        known = "it fits" if memory["chip"] else "the memory of this device is not known: whether it fits is not said"
+        lines.append(known)
+    else:
+        lines += ["it does not fit", *(f"  {why}" for why in report["reasons"])]
+        lines += [f"  the compiler: {report['refusal']}"] if report["refusal"] else []
+    return "\n".join(lines)
+
+
+def _exchange_lines(report: planning.Report) -> list[str]:
+    """The table of collectives, and theory beside it."""
+    if report["collectives"] is None:
+        return ["exchanges: not known, there is no program"]
+    lines = [f"{'exchanges of a step':<22}{'network':>8}{'chips':>7}{'count':>8}{'payload':>15}{'ring':>15}  bytes"]
+    for row in report["collectives"]:
+        lines.append(
+            f"  {row['kind']:<20}{row['network']:>8}{row['chips']:>7}{row['count']:>8}{row['payload_bytes']:>15,}"
+            f"{row['ring_bytes']:>15,.0f}"
+        )
+    for network in ("ICI", "DCN"):
+        found = sum(row["ring_bytes"] for row in report["collectives"] if row["network"] == network)
+        theory = report["expected"][network]
+        if found or theory:
+            ratio = f", {found / theory:.3f} of it" if theory else ""
+            lines.append(f"  ring bytes over {network}: theory {theory:,.0f}, found {found:,.0f}{ratio}")
+    lines.append(f"  theory: {report['expected']['why']}")
+    if report["uncounted_loops"]:
+        lines.append(f"  {report['uncounted_loops']} loops of unknown length counted as one turn")
+    return lines
+
+
+def _time_lines(report: planning.Report) -> list[str]:
+    if "step_secs" not in report:
+        return []
+    lines = ["", "a step at best"]
+    lines += [f"  {part:<18}{_secs(value):>12}" for part, value in report["secs"].items()]
+    lines.append(f"  {'step':<18}{_secs(report['step_secs']):>12}  bound by {report['bound_by'] or 'unknown'}")
+    if report["step_secs"] is not None:
+        lines += [
+            f"  {'images/s':<18}{report['images_per_sec']:>12,.0f}",
+            f"  {'MFU ceiling':<18}{report['mfu_ceiling']:>12.2f}",
+            f"  {'epochs a day':<18}{report['epochs_per_day']:>12.1f}",
+            f"  {'days':<18}{report['days']:>12.2f}  for {report['total_epochs']:g} epochs",
+        ]
+    return lines
+
+
+def fit_text(found: list[planning.Report]) -> str:
+    """What was compiled to find a batch that fits."""
+    lines = [f"{'remat':<8}{'global batch':>13}{'temporaries':>14}{'total':>12}{'chip':>12}"]
+    for row in found:
+        memory = row["memory"]
+        lines.append(
+            f"{row['remat']:<8}{row['global_batch_size']:>13}{gib(memory['temporaries']):>14}"
+            f"{gib(memory['total']):>12}{gib(memory['chip']):>12}  {'fits' if row['fits'] else 'does not fit'}"
+        )
+    return "\n".join(lines)
+
+
+def sweep_text(report: planning.Report) -> str:
+    """The ranking of meshes."""
+    lines = [f"{'mesh':<34}{'state':>11}{'total':>11}{'step':>11}{'bound by':>10}{'images/s':>10}{'MFU':>6}"]
+    for row in report["sweep"]:
+        rate, ceiling = row.get("images_per_sec"), row.get("mfu_ceiling")
+        total = gib(row["memory"]["total"]) if row["compiled"] else "?"
+        fits = "" if row["fits"] else "  does not fit"
+        lines.append(
+            f"{_mesh(row):<34}{gib(row['state_bytes']):>11}{total:>11}{_secs(row.get('step_secs')):>11}"
+            f"{row.get('bound_by') or '?':>10}{f'{rate:,.0f}' if rate else '?':>10}"
+            f"{f'{ceiling:.2f}' if ceiling else '?':>6}{fits}{'' if row['compiled'] else '  (theory)'}"
+        )
+    lines.append("theory: not compiled; fits if its state does, exchanges over all links")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main.run(plan)

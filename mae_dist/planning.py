@@ -1,0 +1,259 @@
+"""Plans of a run for hardware that is not here: what an update needs there, and how fast it could be at best.
+
+A plan is plain values under names, ready for JSON. Sizes are bytes on one chip, times are seconds of one update.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mae_dist import chips, errors, flops, hlo, job, models, roofline, sharding, topology
+from mae_dist.data import DescribedDataset, is_prepared
+
+Report = dict[str, Any]
+_FIT_COMPILATIONS = 3  # at most, for each value of model.remat
+
+
+def described_data(config: ConfigDict) -> job.Data:
+    """The splits of a config, as descriptions where they are not here: nothing is downloaded."""
+    data = config.data
+    if data.source != "tfds" or is_prepared(data.name, data.data_dir):
+        return job.open_data(config)
+    splits = [data[f"{name}_split"] for name in ("train", "val", "test")]
+    if not splits[0]:
+        raise errors.ConfigError("data.train_split is empty; name a split, as 'train' or 'train[:80%]'")
+    train, val, test = (DescribedDataset(data.name, split) if split else None for split in splits)
+    assert train is not None
+    return job.Data(train, val, test)
+
+
+def abstract_batch(built: job.Job) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of one global batch of `built`'s updates."""
+    config = built.config
+    size, model = config.global_batch_size, config.model
+    batch = {"label": jax.ShapeDtypeStruct((size,), jnp.int32)}
+    if built.caches_features:
+        return {**batch, "features": jax.ShapeDtypeStruct((size, model.embed_dim), jnp.float32)}
+    return {**batch, "image": jax.ShapeDtypeStruct((size, *model.image_size, model.channels), jnp.uint8)}
+
+
+def examine(config: ConfigDict, place: topology.Topology) -> Report:
+    """Compiles the update of `config` for the devices of `place`: everything the tables say, as plain values."""
+    built = job.build(config, place.devices, described_data(config))
+    batch, started = abstract_batch(built), time.monotonic()
+    compiled = topology.compile_step(built.train_step, built.mesh, built.abstract_state, batch)
+    report = _outline(built, place)
+    report["compile_secs"] = time.monotonic() - started
+    report["memory"] = _memory(built, batch, compiled, place)
+    report["fits"] = not compiled.refusal and report["memory"]["total"] <= (report["memory"]["chip"] or math.inf)
+    report["refusal"] = compiled.refusal
+    report["reasons"] = [] if report["fits"] else _reasons(built, report["memory"])
+    report["expected"] = _expected(built, place)
+    report["collectives"] = None
+    if not compiled.refusal:
+        program = hlo.Program(compiled.text, place.chips_per_slice, place.num_slices)
+        found = program.collectives()
+        report["collectives"] = roofline.sum_by_kind(found)
+        in_loops = any(item.kind == "collective-permute" and item.count > 1 for item in found)
+        report["expected"] = _expected(built, place, in_loops)
+        report["uncounted_loops"] = len(program.uncounted_loops)
+        memory = report["memory"]
+        moved = 2 * (memory["parameters"] + memory["optimizer_state"] + memory["temporaries"])
+        coords = {i: tuple(getattr(d, "coords", ())) for i, d in enumerate(_in_one_slice(built, place))}
+        secs = {
+            "compute": report["secs"].pop("compute"),
+            "hbm": roofline.hbm_secs(moved, place.generation),
+            **roofline.link_secs(found, place.generation, place.shape, coords),
+        }
+        _time(report, secs)
+    return report
+
+
+def _expected(built: job.Job, place: topology.Topology, in_loops: bool = False) -> dict[str, Any]:
+    """Bytes that leave a chip in a step by theory, within and across slices."""
+    expected = roofline.expected_exchange(
+        built.abstract_state.params,
+        built.shardings.params,
+        built.mesh,
+        built.config,
+        place.num_slices,
+        frozen=built.task.frozen,
+        in_loops=in_loops,
+    )
+    return {"ICI": expected.within, "DCN": expected.across, "why": expected.why}
+
+
+def _in_one_slice(built: job.Job, place: topology.Topology) -> list[Any]:
+    """The devices that a program's replica groups number: of slice 0, in the mesh's order."""
+    devices = list(built.mesh.devices.flat)
+    if place.num_slices == 1:
+        return devices
+    first = min(device.slice_index for device in devices)
+    return [device for device in devices if device.slice_index == first]
+
+
+def _outline(built: job.Job, place: topology.Topology) -> Report:
+    """What is known before anything is compiled."""
+    config, device = built.config, place.devices[0]
+    flops_per_step = built.flops_per_image * config.global_batch_size
+    compute = roofline.compute_secs(flops_per_step, len(place.devices), device.device_kind, config)
+    return {
+        "config": config.name,
+        "topology": place.name,
+        "num_slices": place.num_slices,
+        "chips": len(place.devices),
+        "device_kind": device.device_kind,
+        "mesh": dict(built.mesh.shape),
+        "global_batch_size": config.global_batch_size,
+        "accum_steps": config.accum_steps,
+        "remat": config.model.remat,
+        "dtype": config.model.dtype,
+        "parameters": models.param_count(built.abstract_state.params),
+        "flops_per_image": built.flops_per_image,
+        "peak_flops": flops.peak_flops(device.device_kind, config.model.dtype),
+        "num_examples": built.data.train.num_examples,
+        "total_epochs": built.schedule.total_steps * config.global_batch_size / built.data.train.num_examples,
+        "secs": {"compute": compute},
+    }
+
+
+def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topology.Topology) -> dict[str, Any]:
+    """Bytes on one chip, by what they are for."""
+    state, shardings = built.abstract_state, built.shardings
+    params = sharding.bytes_per_device(state.params, shardings.params)
+    optimizer = sharding.bytes_per_device(state.opt_state, shardings.opt_state)
+    images = sharding.bytes_per_device(batch, jax.tree.map(lambda _: built.batch_sharding, batch))
+    chip = chips.CHIPS.get(place.generation)
+    return {
+        "parameters": params,
+        "optimizer_state": optimizer,
+        "batch": images,
+        "padding": max(0, compiled.arguments - params - optimizer - images),
+        "temporaries": compiled.temporaries + compiled.outputs,
+        "program": compiled.program,
+        "total": max(compiled.arguments, params + optimizer + images) + compiled.total - compiled.arguments,
+        "chip": (compiled.limit or chip.hbm_bytes) if chip else None,
+    }
+
+
+def _reasons(built: job.Job, memory: dict[str, Any]) -> list[str]:
+    """Why it does not fit, the largest consumer first, each with its cure."""
+    config, shape = built.config, built.mesh.shape
+    state = memory["parameters"] + memory["optimizer_state"]
+    whole = shape["fsdp"] * shape["tensor"] == 1
+    images = config.global_batch_size // (shape["data"] * shape["fsdp"] * config.accum_steps)
+    cure = "raise mesh.fsdp" if whole else f"raise mesh.fsdp={shape['fsdp']} further"
+    policy = {"none": "model.remat=dots or blocks", "dots": "model.remat=blocks"}.get(config.model.remat, "")
+    cures = ", ".join(part for part in ("lower global_batch_size", "raise accum_steps", policy) if part)
+    parts = [
+        (
+            state,
+            f"parameters + optimizer state {_gib(state)} are {'whole on every chip' if whole else 'split'}: {cure}",
+        ),
+        (
+            memory["temporaries"],
+            f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}: {cures}",
+        ),
+    ]
+    return [why for _, why in sorted(parts, reverse=True)]
+
+
+def _time(report: Report, secs: dict[str, float | None]) -> None:
+    """Adds the step's time at best and what follows from it; an unknown part leaves it unknown."""
+    report["secs"] = secs
+    known = [value for value in secs.values() if value is not None]
+    report["step_secs"] = step = max(known) if len(known) == len(secs) else None
+    report["bound_by"] = None if step is None else max(secs, key=lambda part: secs[part] or 0.0)
+    batch, peak = report["global_batch_size"], report["peak_flops"]
+    rate = batch / step if step else None
+    report["images_per_sec"] = rate
+    report["mfu_ceiling"] = rate * report["flops_per_image"] / (peak * report["chips"]) if rate and peak else None
+    report["epochs_per_day"] = rate * 86_400 / report["num_examples"] if rate else None
+    report["days"] = report["total_epochs"] / report["epochs_per_day"] if rate else None
+
+
+def search_fit(config: ConfigDict, place: topology.Topology, first: Report) -> Iterator[Report]:
+    """For each value of model.remat, batches down to the first that fits: what each was compiled to need.
+
+    What does not fit tells bytes per image, and so which half, quarter, … of its batch to compile next.
+    """
+    for remat in ("none", "dots", "blocks"):
+        batch = config.global_batch_size
+        for _ in range(_FIT_COMPILATIONS):
+            changed = config.copy_and_resolve_references()
+            changed.global_batch_size, changed.model.remat = batch, remat
+            try:
+                report = (
+                    first if (remat, batch) == (first["remat"], config.global_batch_size) else examine(changed, place)
+                )
+            except errors.ConfigError:
+                break  # so small a batch does not divide over the mesh
+            yield {name: report[name] for name in ("remat", "global_batch_size", "fits", "memory")}
+            batch = 0 if report["fits"] else _smaller_batch(report)
+            if not batch:
+                break
+
+
+def _smaller_batch(report: Report) -> int:
+    """The largest half, quarter, … of a batch that should fit if what it needs grows with it; 0: not even one image."""
+    memory, batch = report["memory"], report["global_batch_size"]
+    growing = memory["temporaries"] + memory["batch"]
+    room = (memory["chip"] or math.inf) - (memory["total"] - growing)
+    smaller = batch // 2
+    while smaller and growing * smaller / batch > room:
+        smaller //= 2
+    return smaller
+
+
+def valid_meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict]:
+    """`config` on every mesh data x fsdp x tensor that its batch, heads and widths divide over."""
+    count = len(place.devices)
+    for tensor in (n for n in range(1, count + 1) if count % n == 0):
+        for fsdp in (n for n in range(1, count // tensor + 1) if count // tensor % n == 0):
+            changed = config.copy_and_resolve_references()
+            changed.mesh.update(data=count // tensor // fsdp, fsdp=fsdp, tensor=tensor)
+            if changed.mesh.data % place.num_slices == 0:
+                yield changed
+
+
+def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Report:
+    """Ranks the valid meshes: what fits first, then by the time of a step at best. The first are compiled.
+
+    The others go by theory: of memory only their state is known, exchanges are taken to use all links.
+    """
+    rows, chip, data = [], chips.CHIPS.get(place.generation), described_data(config)
+    for changed in valid_meshes(config, place):
+        try:
+            built = job.build(changed, place.devices, data)
+        except errors.ConfigError:
+            continue  # batch, heads or a width do not divide
+        row, expected = _outline(built, place), _expected(built, place)
+        row["state_bytes"] = sharding.bytes_per_device(built.abstract_state, built.shardings)
+        row |= {"fits": chip is None or row["state_bytes"] < chip.hbm_bytes, "compiled": False, "expected": expected}
+        secs = roofline.theory_secs(expected["ICI"], expected["DCN"], place.generation, place.shape)
+        _time(row, {**row["secs"], **secs})
+        rows.append((row, changed))
+    if not rows:
+        raise errors.ConfigError(
+            f"no mesh of {len(place.devices)} devices divides global_batch_size={config.global_batch_size}, heads and "
+            "widths; choose another batch"
+        )
+
+    def rank(entry: tuple[Report, Any]) -> tuple[bool, float, float]:
+        row = entry[0]
+        return not row["fits"], row["step_secs"] or 0.0, row["expected"]["ICI"] + row["expected"]["DCN"]
+
+    rows.sort(key=rank)
+    for i, (row, changed) in enumerate(rows[:num_compiled]):
+        rows[i] = (examine(changed, place) | {"state_bytes": row["state_bytes"], "compiled": True}, changed)
+    rows.sort(key=rank)
+    return {"sweep": [row for row, _ in rows], "fits": any(row["fits"] for row, _ in rows)}
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,179 @@
+"""The points of a sweep: every combination of the values of some fields, under several seeds, and what runs at each."""
+
+import ast
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist.errors import ConfigError
+
+Over = dict[str, list[Any]]  # field -> the values it takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training: `python -m mae_dist.main <arguments>`."""
+
+    name: str  # the task, or the recipe that made it
+    workdir: Path
+    config: ConfigDict
+    arguments: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One combination under one seed: its trainings, one after another."""
+
+    name: str
+    fields: dict[str, Any]
+    seed: int
+    stages: tuple[Stage, ...]
+    fault: str  # why it cannot work, if it cannot
+
+
+def parse_over(texts: Sequence[str], base: ConfigDict) -> Over:
+    """`config.model.mask_ratio=.5,.75` -> {"model.mask_ratio": [0.5, 0.75]}, in the types of `base`.
+
+    Raises:
+      ConfigError: no such field, a value that is not of its type, or one twice.
+    """
+    over: Over = {}
+    for text in texts:
+        field, sign, values = text.partition("=")
+        field = field.strip().removeprefix("config.")
+        if not sign:
+            raise ConfigError(f"--over={text}: write --over config.section.field=value,value,…")
+        if field in over or field == "seed":
+            raise ConfigError(f"--over={text}: {'--seeds sets the seeds' if field == 'seed' else 'named twice'}")
+        # At commas outside brackets: (2, 2),(4, 4) are two values.
+        over[field] = [parse_value(base, field, value) for value in re.split(r",(?![^()]*\))", values)]
+        if len({repr(value) for value in over[field]}) < len(over[field]):
+            raise ConfigError(f"--over={text}: a value is named twice")
+    return over
+
+
+def parse_value(base: ConfigDict, field: str, text: str) -> Any:
+    """`text` as a value of a field, of the type that it has in `base`."""
+    known = dict(config_lib.flatten(base))
+    if field not in known:
+        raise ConfigError(f"the config has no field {field!r}.{config_lib.nearest(field, list(known))}")
+    try:
+        value = text if isinstance(known[field], str) else ast.literal_eval(text.strip())
+        return config_lib.get(_changed(base, {field: value}), field)
+    except (ValueError, SyntaxError, TypeError) as error:
+        kind = type(config_lib.get(base, field)).__name__
+        raise ConfigError(f"{field}={text} is no {kind}, as {known[field]!r} is") from error
+
+
+def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(dict(fields))
+    return config
+
+
+def make_points(
+    over: Over,
+    seeds: Sequence[int],
+    out: Path,
+    make_first: Callable[[dict[str, Any], Path], Stage],
+    make_next: Sequence[Callable[[Stage], Stage]],
+) -> list[Point]:
+    """The product of all values and seeds.
+
+    Args:
+      over: of `parse_over`.
+      seeds: the values of config.seed.
+      out: the directory of their workdirs.
+      make_first: (fields to change, workdir) -> the first training.
+      make_next: (first training) -> each that follows it.
+    """
+    names = _short_names(list(over))
+    points = []
+    for *values, seed in itertools.product(*over.values(), seeds):
+        fields = dict(zip(over, values, strict=True))
+        name = ",".join([*(f"{names[field]}={_readable(value)}" for field, value in fields.items()), f"seed={seed}"])
+        first = make_first({**fields, "seed": seed}, out / name)
+        stages = (first, *(make(first) for make in make_next))
+        points.append(Point(name, fields, seed, stages, _fault(stages)))
+    if len({point.name for point in points}) < len(points):
+        raise ConfigError("two points have the same name; sweep over values that differ in more than punctuation")
+    return points
+
+
+def first_stage(base: ConfigDict, file: str, overrides: Mapping[str, Any]) -> Callable[[dict[str, Any], Path], Stage]:
+    """A function that makes the training of `base` with changed fields, as a command on its config file.
+
+    Args:
+      base: what `file` gives with `overrides`.
+      file: the value of --config.
+      overrides: field -> value, from the command line.
+    """
+
+    def make(fields: dict[str, Any], workdir: Path) -> Stage:
+        given = {**overrides, **fields}
+        arguments = (f"--config={file}", *(_argument(name, value) for name, value in given.items()))
+        return Stage(base.task, workdir, _changed(base, fields), arguments)
+
+    return make
+
+
+def next_stage(
+    name: str,
+    recipe: Callable[[ConfigDict], ConfigDict],
+    changes: Mapping[str, str],
+    default: ConfigDict,
+    default_file: str,
+) -> Callable[[Stage], Stage]:
+    """A function that makes the training by a recipe of configs/recipes.py from another one.
+
+    Args:
+      name: of the recipe.
+      recipe: config of a pretraining -> its config, which starts from the pretrained weights or from none.
+      changes: field -> value as text, made after the recipe.
+      default: what `default_file` gives; the command names every field that differs from it.
+      default_file: configs/default.py.
+    """
+
+    def make(first: Stage) -> Stage:
+        config = recipe(first.config.copy_and_resolve_references())
+        if config.init_from:
+            config.init_from = str(first.workdir)
+        config = _changed(config, {field: parse_value(config, field, text) for field, text in changes.items()})
+        known = dict(config_lib.flatten(default))
+        fields = [field for field, value in config_lib.flatten(config) if value != known[field]]
+        arguments = (_argument(field, config_lib.get(config, field)) for field in fields)
+        workdir = first.workdir.with_name(f"{first.workdir.name},{name}")
+        return Stage(name, workdir, config, (f"--config={default_file}", *arguments))
+
+    return make
+
+
+def _argument(field: str, value: Any) -> str:
+    return f"--config.{field}={value}"
+
+
+def _fault(stages: Sequence[Stage]) -> str:
+    for stage in stages:
+        try:
+            config_lib.validate(stage.config)
+        except ConfigError as error:
+            return str(error).partition("\n  - ")[2]
+    return ""
+
+
+def _short_names(fields: Sequence[str]) -> dict[str, str]:
+    """model.mask_ratio -> mask_ratio, where no other field ends so."""
+    last = [field.rpartition(".")[2] for field in fields]
+    return {field: name if last.count(name) == 1 else field for field, name in zip(fields, last, strict=True)}
+
+
+def _readable(value: Any) -> str:
+    """A value as part of a file's name."""
+    text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return re.sub(r"[^\w.+-]", "_", text)

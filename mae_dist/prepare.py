@@ -1,0 +1,118 @@
+"""Prepares a data set once: `python -m mae_dist.prepare imagenet2012 --manual_dir D`, `… cifar10`, or
+`python -m mae_dist.prepare --from_folder DIR --name my_set`.
+
+It becomes array_record files in --data_dir as TFDS has them, without TensorFlow, for `--config.data.name` and
+`--config.data.data_dir`. Killed, the same line goes on where it stopped.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+
+from mae_dist import errors, main
+from mae_dist.data import archives, cifar
+from mae_dist.data.records import write_dataset
+
+_MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Where the archives of ImageNet are.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps data sets (default $TFDS_DATA_DIR or its own).")
+_FROM_FOLDER = flags.DEFINE_string("from_folder", None, "A tree train/<class>/<images>; also validation/, val/, test/.")
+_NAME = flags.DEFINE_string("name", None, "With --from_folder: the data set's name.")
+_LIMIT = flags.DEFINE_integer("limit", 0, "Only so many images of each split.", lower_bound=0)
+_ALLOW_INCOMPLETE = flags.DEFINE_bool("allow_incomplete", False, "Accept archives that hold not all of ImageNet.")
+_SKIP_UNDECODABLE = flags.DEFINE_bool("skip_undecodable", False, "With --from_folder: leave out what does not decode.")
+
+
+def prepare(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    names = argv[1:]
+    if (len(names) == 1) == bool(_FROM_FOLDER.value) or len(names) > 1:
+        raise errors.ConfigError(
+            f"got {names}; name one data set (imagenet2012, cifar10, cifar100), or give --from_folder and --name"
+        )
+    root = os.path.abspath(os.path.expanduser(_DATA_DIR.value)) if _DATA_DIR.value else None
+    if root and "://" in _DATA_DIR.value:
+        raise errors.ConfigError(f"--data_dir={_DATA_DIR.value}: prepare on a disk, then copy the directory there")
+    if _FROM_FOLDER.value:
+        builder = _prepare_folder(Path(_FROM_FOLDER.value).expanduser(), main.required(_NAME), root)
+    elif names[0] == "imagenet2012":
+        builder = _prepare_imagenet(root)
+    elif names[0] in cifar.BUILDERS:
+        builder = cifar.BUILDERS[names[0]](data_dir=root)
+        cifar.prepare(builder)
+        builder = cifar.BUILDERS[names[0]](data_dir=root)
+    else:
+        raise errors.ConfigError(
+            f"{names[0]!r} is not one of imagenet2012, {', '.join(cifar.BUILDERS)}; other sets: tfds build {names[0]} "
+            "--file_format=array_record (needs the extra `tensorflow`)"
+        )
+    counts = ", ".join(f"{name} {split.num_examples}" for name, split in builder.info.splits.items())
+    print(f"{builder.data_path}: {counts}")
+    print(f"use it with --config.data.name={builder.name} --config.data.data_dir={builder.data_dir_root}")
+    return errors.EXIT_DONE
+
+
+def _prepare_imagenet(root: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
+    if builder.is_prepared():
+        logging.info("%s is prepared already", builder.data_path)
+        return builder
+    # A limit is as explicit as that.
+    splits = archives.imagenet_images(
+        Path(main.required(_MANUAL_DIR)).expanduser(), _ALLOW_INCOMPLETE.value or _LIMIT.value > 0
+    )
+    write_dataset(builder.info, Path(builder.data_path), _limited(splits))
+    return tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
+
+
+def _prepare_folder(folder: Path, name: str, root: str | None) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import constants, dataset_info
+
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or _is_known(name):
+        raise errors.ConfigError(
+            f"--name={name!r} must be lower case letters, digits and _, and no name that TFDS has already"
+        )
+    data_dir = Path(root or constants.DATA_DIR)
+    directory = data_dir / name / "1.0.0"
+    if directory.exists():
+        logging.info("%s is prepared already; delete it to prepare it again", directory)
+        return tfds.builder_from_directory(str(directory))
+    splits, classes = archives.folder_images(folder, _SKIP_UNDECODABLE.value)
+    identity = dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""
+    )
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=classes),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description=f"Images of {folder}.")
+    write_dataset(info, directory, _limited(splits))
+    return tfds.builder_from_directory(str(directory))
+
+
+def _is_known(name: str) -> bool:
+    """Whether TFDS has a data set of this name, and would open that one instead."""
+    import tensorflow_datasets as tfds
+
+    try:
+        tfds.builder_cls(name)
+    except tfds.core.DatasetNotFoundError:
+        return False
+    return True
+
+
+def _limited(splits: dict[str, Any]) -> dict[str, Any]:
+    return {name: images.limited(_LIMIT.value) if _LIMIT.value else images for name, images in splits.items()}
+
+
+if __name__ == "__main__":
+    main.run(prepare)

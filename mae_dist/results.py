@@ -1,0 +1,69 @@
+"""What finished runs came to, and their mean and deviation over seeds."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist.metrics import SUMMARY_FILE
+from mae_dist.storage import naming_faults, read_text
+
+# Of a summary, in the order of tables. An accuracy is a share, 0 to 1.
+METRICS = (
+    "val_loss",
+    "test_loss",
+    "val_knn_top1",
+    "test_knn_top1",
+    "val_ridge_top1",
+    "test_ridge_top1",
+    "top1",
+    "val_top1",
+    "test_top1",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run: its config and its last figures, those of `METRICS` that it has."""
+
+    config: ConfigDict
+    metrics: dict[str, float]
+
+
+def read_result(workdir: epath.Path, default: ConfigDict) -> Result | None:
+    """The result in a workdir; None if its run is not there or not finished.
+
+    Raises:
+      StorageFault: the workdir cannot be read.
+    """
+    with naming_faults(workdir):
+        texts = [read_text(workdir / name) for name in ("config.json", SUMMARY_FILE)]
+    if not all(texts):
+        return None
+    summary = json.loads(texts[1])
+    if summary["step"] != summary["total_steps"]:
+        return None
+    found = {name: summary[name] for name in METRICS if summary.get(name) is not None}
+    return Result(config_lib.from_json(texts[0], default), found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """One figure of several seeds: mean and sample standard deviation (of n - 1; NaN of one seed)."""
+
+    mean: float
+    std: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + (f" ± {self.std:.4f}" if self.count > 1 else "")
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and sample standard deviation of at least one value."""
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))

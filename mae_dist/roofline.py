@@ -1,0 +1,169 @@
+"""How fast a step could be at best, and what it must exchange: arithmetic on shapes and published figures.
+
+Every part of the chip is taken to work at its peak and all at the same time, so that the slowest one decides. Legend: P
+parameters, n chips that share, payload and ring bytes as in `hlo.Collective`.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_dist import chips, flops, hlo, patches
+from mae_dist.sharding import path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """Bytes that leave a chip in a step by theory, within its slice and across slices."""
+
+    within: float
+    across: float
+    why: str
+
+
+def expected_exchange(
+    params: Any,
+    shardings: Any,
+    mesh: Mesh,
+    config: ConfigDict,
+    num_slices: int,
+    *,
+    frozen: tuple[str, ...] = (),
+    in_loops: bool = False,
+) -> Expected:
+    """What a step must exchange, derived from how its parameters lie.
+
+    - Whole on every chip (data parallelism): the float32 gradients are summed over all n chips once a step, which in a
+      ring costs 2 (n - 1) / n of their bytes.
+    - Split over fsdp: the weights are gathered for the forward and for the backward pass and their gradients summed and
+      scattered, each (n - 1) / n of their bytes in the type of the products, in each of the accumulation's pieces; and
+      over data the part that a chip then has is summed. The TPU's compiler exchanges larger weights in the loops of
+      their products, where n + 1 messages of 1/n go round: (n + 1) / n.
+    - Over tensor: sums of activations, two a block in either direction.
+
+    Args:
+      params: shapes of the parameters.
+      shardings: where they lie, the same tree.
+      mesh: of the job.
+      config: validated.
+      num_slices: that the data axis spans.
+      frozen: parameter groups without gradients.
+      in_loops: whether the program exchanges weights in the loops of their products.
+    """
+    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    data_within, width = data // num_slices, 2 if config.model.dtype == "bfloat16" else 4
+    within = across = 0.0
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        trained = path_name(path).split("/")[0] not in frozen
+        held = math.prod(sharding.shard_shape(leaf.shape))
+        over_fsdp = any(entry == "fsdp" for entry in sharding.spec) and fsdp > 1
+        if over_fsdp:
+            passes = (3 if trained else 1) * config.accum_steps
+            within += passes * (fsdp + 1 if in_loops else fsdp - 1) * held * width
+        if not trained:
+            continue
+        grad = held * (4 if fsdp == tensor == 1 else width)
+        group = data_within if over_fsdp else data_within * fsdp
+        within += 2 * (group - 1) / group * grad
+        across += 2 * (num_slices - 1) / num_slices * grad / group
+    within += _tensor_bytes(config, tensor, config.global_batch_size // (data * fsdp), width)
+    parts = [
+        "float32 gradients summed once" if fsdp == tensor == 1 else "gradients summed in the products' type",
+        f"weights gathered over {fsdp} twice and their gradients scattered{' in loops' if in_loops else ''}"
+        if fsdp > 1
+        else "",
+        f"activations of every block summed over {tensor} four times" if tensor > 1 else "",
+    ]
+    return Expected(within, across, "; ".join(part for part in parts if part))
+
+
+def _tensor_bytes(config: ConfigDict, tensor: int, images: int, width: int) -> float:
+    model = config.model
+    patches_in = math.prod(patches.grid_size(model.image_size, model.patch_size))
+    cls = int(model.cls_token != "none")
+    pretrain = config.task == "pretrain"
+    kept = patches.num_keep(patches_in, model.mask_ratio) if pretrain else patches_in
+    tokens = model.depth * (kept + cls) * model.embed_dim
+    tokens += model.decoder_depth * (patches_in + cls) * model.decoder_embed_dim if pretrain else 0
+    return 4 * 2 * (tensor - 1) / tensor * images * tokens * width
+
+
+def sum_by_kind(found: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
+    """One row for each kind, network and size of group: how many, and bytes."""
+    rows: dict[tuple[str, bool, int], list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
+    for item in found:
+        row = rows[item.kind, item.across_slices, len(item.group)]
+        row[0] += item.count
+        row[1] += item.count * item.payload
+        row[2] += item.count * item.ring_bytes
+    return [
+        {
+            "kind": kind,
+            "network": "DCN" if across else "ICI",
+            "chips": size,
+            "count": int(count),
+            "payload_bytes": int(payload),
+            "ring_bytes": ring,
+        }
+        for (kind, across, size), (count, payload, ring) in sorted(rows.items())
+        if size > 1
+    ]
+
+
+def link_secs(
+    found: Iterable[hlo.Collective], generation: str, shape: tuple[int, ...], coords: Mapping[int, tuple[int, ...]]
+) -> dict[str, float | None]:
+    """Seconds a step's exchanges take on the links of a chip: `ici`, and `dcn` where bytes go there.
+
+    Args:
+      found: the exchanges.
+      generation: key of `chips.CHIPS`; anything else has no figures.
+      shape: of a slice.
+      coords: place in the mesh -> coordinates in its slice.
+    """
+    chip = chips.CHIPS.get(generation)
+    if chip is None:
+        return {"ici": None}
+    ici, dcn = 0.0, 0.0
+    for item in found:
+        if item.across_slices:
+            dcn += item.count * item.ring_bytes
+        elif len(item.group) > 1:
+            speed = chips.ici_bytes_per_sec(chip, [coords[i] for i in item.group], shape)
+            ici += item.count * item.ring_bytes / speed
+    secs: dict[str, float | None] = {"ici": ici}
+    if dcn:
+        secs["dcn"] = dcn / chip.dcn_bytes_per_sec if chip.dcn_bytes_per_sec else None
+    return secs
+
+
+def theory_secs(within: float, across: float, generation: str, shape: tuple[int, ...]) -> dict[str, float | None]:
+    """`link_secs` of bytes known by theory only: within a slice over all links of a chip."""
+    chip = chips.CHIPS.get(generation)
+    if chip is None:
+        return {"ici": None}
+    secs: dict[str, float | None] = {"ici": within / (2 * len(shape) * chip.link_bytes_per_sec)}
+    if across:
+        secs["dcn"] = across / chip.dcn_bytes_per_sec if chip.dcn_bytes_per_sec else None
+    return secs
+
+
+def compute_secs(flops_per_step: float, num_chips: int, device_kind: str, config: ConfigDict) -> float | None:
+    """Seconds of a step's matrix products at their peak; recomputing whole blocks adds a forward pass, a third."""
+    peak = flops.peak_flops(device_kind, config.model.dtype)
+    if peak is None:
+        return None
+    return flops_per_step * (4 / 3 if config.model.remat == "blocks" else 1) / (num_chips * peak)
+
+
+def hbm_secs(moved_bytes: float, generation: str) -> float | None:
+    """Seconds to move so many bytes between a chip and its memory."""
+    chip = chips.CHIPS.get(generation)
+    return moved_bytes / chip.hbm_bytes_per_sec if chip else None

@@ -1,0 +1,294 @@
+"""Trains all combinations of fields' values: `python -m mae_dist.sweep --config F --over config.a.b=x,y --seeds 3`.
+
+Each combination and seed is a run of `mae_dist.main` in a workdir of its own under --out, with `--then probe,finetune`
+followed by those of configs/recipes.py. The same line again skips what is finished and continues the rest; SIGTERM and
+Ctrl-C are passed on to the runs, which save. `--out D --table` shows what there is so far. --config.a.b=x is for all.
+"""
+
+import contextlib
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from mae_dist import config as config_lib
+from mae_dist import errors, main, points, results, sweep_table, workers
+from mae_dist.lock import sole_user
+from mae_dist.points import Point, Stage
+from mae_dist.storage import absolute
+
+_OVER = flags.DEFINE_multi_string("over", [], "config.section.field=value,value,…; repeat it for further fields.")
+_SEEDS = flags.DEFINE_integer("seeds", 1, "How many seeds, from the config's own on.", lower_bound=1)
+_THEN = flags.DEFINE_list("then", [], "What follows at each point: probe, finetune, scratch.")
+_SET = flags.DEFINE_multi_string("set", [], "A field of what follows, as probe.total_epochs=5; repeat it for others.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at once, each on its share of the cores.")
+_OUT = flags.DEFINE_string("out", None, "A local directory (default runs/sweep_<config.name>).", allow_override=True)
+_TABLE = flags.DEFINE_bool("table", False, "Only write and print the table of what is finished in --out.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the points and their commands.")
+
+_RECIPES = ("probe", "finetune", "scratch")
+_AGAIN = (errors.EXIT_PREEMPTED, errors.EXIT_STALLED, errors.EXIT_PEER_LOST)  # the same command continues
+_RETRIES = 3  # of one training
+_LOG = "log.txt"
+
+
+def sweep(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    if len(argv) > 1:
+        raise errors.ConfigError(f"unexpected arguments {argv[1:]}; fields to sweep over are --over=config.a.b=x,y")
+    if _TABLE.value:
+        return show_table(_local(main.required(_OUT)))
+    todo = _points()
+    out = _out()
+    workable = [point for point in todo if not point.fault]
+    print(f"{len(todo)} points in {out}, {len(todo) - len(workable)} of them cannot work", flush=True)
+    for point in todo:
+        if point.fault:
+            print(f"  {point.name} cannot work: {point.fault}", flush=True)
+    if not workable:
+        raise errors.ConfigError("no point of the sweep can work")
+    if _DRY_RUN.value:
+        for stage in (stage for point in workable for stage in point.stages):
+            print(shlex.join(_command(stage)))
+        return errors.EXIT_DONE
+    cores = workers.share_cores(_JOBS.value)
+    with sole_user(out):
+        described = [{"name": p.name, "fields": p.fields, "seed": p.seed, "fault": p.fault} for p in todo]
+        sweep_table.describe(out, list(todo[0].fields), _THEN.value, described)
+        runner = Runner(workable, cores)
+        code = runner.run()
+        show_table(out)
+    for point, reason in runner.failures.items():
+        print(f"FAILED {point}: {reason}", flush=True)
+    return code
+
+
+def _local(value: str) -> epath.Path:
+    if "://" in value:
+        raise errors.ConfigError(f"--out={value}: a sweep is kept on a disk; write to a local path")
+    return absolute(value)
+
+
+def _out() -> epath.Path:
+    return _local(_OUT.value or f"runs/sweep_{main.needed_config().name}")
+
+
+def _points() -> list[Point]:
+    """What the flags ask for, each point checked."""
+    import configs.default
+    from configs import recipes
+
+    base, flag, default = main.given_config(), flags.FLAGS["config"], main.default_config()
+    if base is None:
+        raise errors.ConfigError("--config is missing: for example --config configs/quickstart.py")
+    if unknown := [name for name in _THEN.value if name not in _RECIPES]:
+        raise errors.ConfigError(f"--then={unknown[0]} is not one of {', '.join(_RECIPES)}")
+    if _THEN.value and base.task != "pretrain":
+        raise errors.ConfigError(f"--then follows a pretraining, and task={base.task!r}")
+    changes: dict[str, dict[str, str]] = {name: {} for name in _THEN.value}
+    for text in _SET.value:
+        field, _, value = text.partition("=")
+        recipe, _, field = field.partition(".")
+        if recipe not in changes or not field:
+            raise errors.ConfigError(f"--set={text}: write <recipe>.<field>=value, with a recipe of --then")
+        changes[recipe][field.removeprefix("config.")] = value
+    file = configs.default.__file__
+    return points.make_points(
+        points.parse_over(_OVER.value, base),
+        range(base.seed, base.seed + _SEEDS.value),
+        Path(_out()),
+        points.first_stage(base, config_flags.get_config_filename(flag), config_flags.get_override_values(flag)),
+        [points.next_stage(name, getattr(recipes, name), changes[name], default, file) for name in _THEN.value],
+    )
+
+
+def _command(stage: Stage) -> list[str]:
+    return [sys.executable, "-m", "mae_dist.main", *stage.arguments, f"--workdir={stage.workdir}"]
+
+
+def _is_finished(stage: Stage) -> bool:
+    """Whether the very training has come to its end; on how many cores does not matter."""
+    found = results.read_result(epath.Path(stage.workdir), main.default_config())
+    return found is not None and not config_lib.differences(found.config, stage.config, ignore=("cpu",))
+
+
+def show_table(out: epath.Path) -> int:
+    """Writes and prints the table of a sweep, finished or not."""
+    description = sweep_table.read_description(out)
+    if description is None:
+        raise errors.ConfigError(f"--out={out} is not the directory of a sweep: it has no sweep.json")
+    default = main.default_config()
+    table = sweep_table.Table(description, lambda name: results.read_result(out / name, default))
+    table.write(out)
+    print(f"{table.text()}\n{out / 'table.csv'}, table.json, figures/", flush=True)
+    return errors.EXIT_DONE
+
+
+class _Work:
+    """What is left to do at a point, and the training under way there."""
+
+    def __init__(self, point: Point):
+        self.name = point.name
+        self.left = deque(stage for stage in point.stages if not _is_finished(stage))
+        first = point.stages[0]
+        if self.left and self.left[0] is first:
+            stale = [str(stage.workdir) for stage in point.stages[1:] if (stage.workdir / "config.json").exists()]
+            if stale:
+                raise errors.ConfigError(
+                    f"{first.workdir} is not finished, and what follows it began from something else; delete "
+                    f"{' and '.join(stale)} first"
+                )
+        self.cores: Sequence[int] = ()
+        self.retries = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.began = 0.0
+
+    def start(self) -> None:
+        stage = self.left[0]
+        stage.workdir.mkdir(parents=True, exist_ok=True)
+        self.began = time.monotonic()
+        self.process = workers.start(_command(stage), stage.workdir / _LOG, self.cores)
+
+
+class Runner:
+    """Runs points, as many at once as there are shares of the cores.
+
+    Attributes:
+      failures: name of a point -> what became of it.
+    """
+
+    def __init__(self, todo: Sequence[Point], cores: Sequence[Sequence[int]]):
+        self._waiting, self._count = deque(_Work(point) for point in todo), len(todo)
+        self._free = list(cores)
+        self._jobs = len(cores)
+        self._running: list[_Work] = []
+        self._signals: list[int] = []
+        self._stopped_by = 0
+        self._secs: dict[str, list[float]] = {}  # of the trainings that ended here, by the name of their stage
+        self._ended = 0
+        self.failures: dict[str, str] = {}
+
+    def run(self) -> int:
+        """Until all is done or a signal ends it; returns the exit code."""
+        with self._taking_signals():
+            while self._running or (self._waiting and not self._stopped_by):
+                self._pass_signals_on()
+                while self._free and self._waiting and not self._stopped_by:
+                    self._begin(self._waiting.popleft())
+                for work in list(self._running):
+                    assert work.process is not None
+                    if work.process.poll() is not None:
+                        self._after(work, work.process.returncode)
+                time.sleep(0.05)
+        unfinished = self._count - self._ended
+        if unfinished:
+            self._tell(f"stopped with {unfinished} points to go; the same command continues")
+            return errors.EXIT_INTERRUPTED if self._stopped_by == signal.SIGINT else errors.EXIT_PREEMPTED
+        return errors.EXIT_INTERNAL if self.failures else errors.EXIT_DONE
+
+    @contextlib.contextmanager
+    def _taking_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C are noted; whatever else ends this takes the trainings along."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for work in self._running:
+                if work.process is not None:
+                    work.process.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        del frame
+        self._signals.append(number)
+
+    def _pass_signals_on(self) -> None:
+        while self._signals:
+            self._stopped_by = self._signals.pop(0)
+            self._tell(f"{signal.Signals(self._stopped_by).name}: passed on to {len(self._running)} trainings")
+            for work in self._running:
+                assert work.process is not None
+                work.process.send_signal(self._stopped_by)
+
+    def _begin(self, work: _Work) -> None:
+        work.cores = self._free.pop(0)
+        self._running.append(work)
+        if work.left:
+            self._start(work)
+        else:
+            self._end(work, "finished before")
+
+    def _start(self, work: _Work) -> None:
+        self._tell(f"{work.name}: {work.left[0].name} began")
+        work.start()
+
+    def _after(self, work: _Work, code: int) -> None:
+        """What follows the end of a training."""
+        stage, name = work.left[0], work.name
+        if code == errors.EXIT_DONE:
+            secs = time.monotonic() - work.began
+            self._secs.setdefault(stage.name, []).append(secs)
+            work.left.popleft()
+            self._tell(f"{name}: {stage.name} took {_duration(secs)}: {self._figures(stage)}{self._eta()}")
+            work.retries = 0
+            if not work.left:
+                self._end(work, "finished")
+            elif self._stopped_by:
+                self._release(work)
+            else:
+                self._start(work)
+        elif self._stopped_by:
+            self._tell(f"{name}: {stage.name} ended with code {code}")
+            self._release(work)
+        elif code in _AGAIN and work.retries < _RETRIES:
+            work.retries += 1
+            self._tell(f"{name}: {stage.name} ended with code {code}; continued ({work.retries} of {_RETRIES})")
+            work.start()
+        else:
+            end = "\n    ".join(workers.last_lines(stage.workdir / _LOG, 5))
+            self.failures[name] = f"{stage.name}, code {code}; the end of {stage.workdir / _LOG}:\n    {end}"
+            self._end(work, f"{stage.name} FAILED with code {code}, see {stage.workdir / _LOG}")
+
+    def _end(self, work: _Work, what: str) -> None:
+        self._ended += 1
+        self._release(work)
+        self._tell(f"{work.name}: {what}")
+
+    def _release(self, work: _Work) -> None:
+        self._running.remove(work)
+        self._free.append(work.cores)
+
+    def _tell(self, event: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {self._ended}/{self._count} {event}", flush=True)
+
+    @staticmethod
+    def _figures(stage: Stage) -> str:
+        found = results.read_result(epath.Path(stage.workdir), main.default_config())
+        return ", ".join(f"{name} {value:.4f}" for name, value in (found.metrics if found else {}).items())
+
+    def _eta(self) -> str:
+        """By the mean time of each kind of training; of a kind that none ended of yet, by that of all."""
+        all_secs = [secs for kind in self._secs.values() for secs in kind]
+        ahead = [stage for work in (*self._waiting, *self._running) for stage in work.left]
+        secs = sum(statistics.fmean(self._secs.get(stage.name, all_secs)) for stage in ahead)
+        return f"; about {_duration(secs / self._jobs)} to go" if ahead else ""
+
+
+def _duration(secs: float) -> str:
+    minutes, secs = divmod(round(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {secs} s" if minutes else f"{secs} s"
+
+
+if __name__ == "__main__":
+    main.run(sweep)

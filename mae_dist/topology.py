@@ -1,0 +1,144 @@
+"""Hardware that is not here: its devices as descriptions, and what compiling a step for them tells.
+
+The TPU's compiler comes with libtpu (extra `tpu`) and needs no TPU.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from mae_dist.chips import CHIPS
+from mae_dist.errors import ConfigError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_FAKE = "xla_force_host_platform_device_count"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices by name: `v5e:4x4` is a TPU slice of 16 chips, `cpu:8` eight devices of this machine's CPU."""
+
+    name: str
+    generation: str
+    shape: tuple[int, ...]  # of one slice, in chips
+    num_slices: int
+    devices: tuple[Any, ...]
+
+    @property
+    def chips_per_slice(self) -> int:
+        return len(self.devices) // self.num_slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled step: its text, and bytes on one chip. Where the compiler refuses, `refusal` says why.
+
+    arguments: state and batch. outputs: beyond the arguments' memory, which the new state takes over. temporaries:
+    activations, gradients and whatever else lives during the step. program: the code itself.
+    limit: what the compiler says it may use at most; 0 where it did not say.
+    """
+
+    text: str
+    arguments: int
+    outputs: int
+    temporaries: int
+    program: int
+    limit: int = 0
+    refusal: str = ""
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs + self.temporaries + self.program
+
+
+def use_no_accelerator() -> None:
+    """Keeps JAX and libtpu from looking for hardware; before either starts."""
+    quiet = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_WORKER_HOSTNAMES": "localhost"}
+    quiet["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any will do: the topology is given by name
+    os.environ.update({"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **quiet})
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # there is no chip that two processes could dispute
+    jax.config.update("jax_platforms", "cpu")
+
+
+def describe(name: str, num_slices: int) -> Topology:
+    """The devices of a topology; nothing needs to be there but, for TPUs, the extra `tpu`."""
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    known = ", ".join((*CHIPS, "cpu"))
+    if not found or found[1] not in (*CHIPS, "cpu"):
+        raise ConfigError(f"--topology={name}: write generation:shape, as v5e:4x4 or cpu:8; generations: {known}")
+    generation = found[1]
+    shape: tuple[int, ...] = tuple(int(size) for size in found[2].split("x"))
+    if num_slices < 1 or (generation == "cpu" and (num_slices > 1 or len(shape) > 1)):
+        raise ConfigError(f"--topology={name} --num_slices={num_slices}: only TPUs have slices, from 1; a CPU is cpu:N")
+    devices = _cpu_devices(math.prod(shape)) if generation == "cpu" else _tpu_devices(name, generation, num_slices)
+    return Topology(name, generation, shape, num_slices, tuple(devices))
+
+
+def _cpu_devices(count: int) -> Sequence[Any]:
+    if _FAKE not in os.environ.get("XLA_FLAGS", ""):  # read when JAX makes its CPU client
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FAKE}={count}".strip()
+    devices = jax.devices("cpu")
+    if not 0 < count <= len(devices):
+        raise ConfigError(f"--topology=cpu:{count} and JAX has {len(devices)} CPU devices here, set by XLA_FLAGS")
+    return devices[:count]
+
+
+def _tpu_devices(name: str, generation: str, num_slices: int) -> Sequence[Any]:
+    if find_spec("libtpu") is None:
+        raise ConfigError(f"--topology={name} needs the TPU's compiler, no TPU: pip install -e .[tpu]")
+    # On v4 a device is one of two cores unless told otherwise; a chip is one device everywhere else.
+    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=num_slices, **options
+        ).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"--topology={name} --num_slices={num_slices}: libtpu knows no such slice: {said}") from error
+
+
+def compile_step(step: Callable[..., Any], mesh: Mesh, *args: Any) -> Compiled:
+    """Compiles a jitted step for the devices of `mesh`, given the shapes of its arguments; nothing runs."""
+    with jax.set_mesh(mesh):
+        lowered = step.lower(*args)  # pyright: ignore[reportFunctionMemberAccess]
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return _refused(str(error))
+    memory = compiled.memory_analysis()
+    return Compiled(
+        text=compiled.as_text(),
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        program=memory.generated_code_size_in_bytes,
+    )
+
+
+def _refused(message: str) -> Compiled:
+    """The compiler's own figures of a program that does not fit, where it gives them.
+
+    It says either "the total memory required for HLO temporaries (24.52G) exceeds available HBM (15.75G)" or "Used
+    20.5G of 15.75G hbm", with a line "arguments 3.67G" among others.
+    """
+
+    def size(pattern: str) -> int:
+        found = re.search(pattern + r"\s*\(?([\d.]+)([KMGT]?)", message)
+        return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+    temporaries, limit = size("HLO temporaries"), size("available HBM")
+    used, arguments = size(r"\bUsed"), size(r"\barguments")
+    if not temporaries:
+        temporaries, limit = max(0, used - arguments), size(r"\bUsed [\d.]+[KMGT]? of")
+    first = next((line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line), message)
+    return Compiled("", arguments, 0, temporaries, 0, limit, refusal=first.strip())

@@ -1,0 +1,92 @@
+"""The usual input pipeline in PyTorch, Pillow and a DataLoader, in a process that takes from it when told to.
+
+`python -m mae_dist.torch_input '{"spans": […], …}'` prints `ready`, and after each line `<n>` on its input the seconds
+that n batches took; `mae_dist.input_speed` compares with it. Random resized crop and flip are torchvision's, written
+out. It imports neither JAX nor anything of mae_dist.
+"""
+
+import io
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+
+def crop_box(width: int, height: int, scale: list[float], ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Any:
+    """(left, top, right, bottom) as torchvision's RandomResizedCrop draws it; the whole image after ten misses."""
+    import torch
+
+    for _ in range(10):
+        area = height * width * torch.empty(1).uniform_(*scale).item()
+        aspect = math.exp(torch.empty(1).uniform_(*map(math.log, ratio)).item())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(torch.randint(0, height - h + 1, (1,)).item())
+            left = int(torch.randint(0, width - w + 1, (1,)).item())
+            return left, top, left + w, top + h
+    return 0, 0, width, height
+
+
+class Records:
+    """Examples of array_record files as (uint8 tensor (C, H, W), label): a map-style dataset."""
+
+    def __init__(self, spans: list[str], image_size: list[int], mode: str, scale: list[float]):
+        self._spans, self._image_size, self._mode, self._scale = spans, image_size, mode, scale
+        self._source: Any = None  # opened by each worker for itself
+        self._length = sum(int(stop) - int(start) for start, stop in (_span(span) for span in spans))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        import torch
+        from array_record.python import array_record_data_source
+        from PIL import Image
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        if self._source is None:
+            self._source = array_record_data_source.ArrayRecordDataSource(self._spans)
+        example: Any = tf_example_pb2.Example.FromString(self._source[index])  # pyright: ignore[reportAttributeAccessIssue]
+        feature = example.features.feature
+        image = Image.open(io.BytesIO(feature["image"].bytes_list.value[0])).convert(self._mode)
+        image = image.crop(crop_box(*image.size, self._scale))
+        image = image.resize(self._image_size[::-1], Image.Resampling.BICUBIC)
+        if torch.rand(1).item() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.array(image).reshape(*self._image_size, -1)
+        return torch.from_numpy(pixels).permute(2, 0, 1), feature["label"].int64_list.value[0]
+
+
+def _span(span: str) -> list[str]:
+    """The numbers of `file[start:stop]`."""
+    return span[span.rindex("[") + 1 : -1].split(":")
+
+
+def serve(options: dict[str, Any]) -> None:
+    """Takes the first batch, then obeys."""
+    import torch
+
+    torch.set_num_threads(1)  # of one process; the workers are the parallelism
+    dataset: Any = Records(options["spans"], options["image_size"], options["mode"], options["scale"])
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=options["batch_size"],
+        # Every image is drawn anew: a pass that ends would start over with empty buffers.
+        sampler=torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=1 << 40),
+        num_workers=options["num_workers"],
+    )
+    batches = iter(loader)
+    next(batches)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.monotonic()
+        for _ in range(int(line)):
+            next(batches)
+        print(time.monotonic() - began, flush=True)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))

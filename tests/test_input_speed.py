@@ -1,0 +1,82 @@
+"""The input pipeline measured alone and against PyTorch's, which reads the same records."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default
+from mae_dist import input_speed, job, torch_input
+from mae_dist.data.tfds_source import TfdsDataset
+from mae_dist.errors import ConfigError, DataFault
+from tests.test_tfds import prepare_shapes
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ConfigDict:
+    prepare_shapes(tmp_path, sizes=[(40 + 7 * i, 90 - 5 * i) for i in range(12)], fixed=False)
+    config = default.get_config()
+    config.data.update(name="shapes", data_dir=str(tmp_path), train_split="train", augment="crop_flip")
+    config.global_batch_size = 8
+    return config
+
+
+def test_the_other_pipeline_makes_the_same_of_the_same_records(config: ConfigDict) -> None:
+    config.model.image_size = (24, 16)
+    dataset = job.open_dataset(config, "train")
+    assert isinstance(dataset, TfdsDataset)
+    options = input_speed._torch_options(config, dataset)
+    others = torch_input.Records(options["spans"], options["image_size"], options["mode"], [0.2, 1.0])
+    assert len(others) == 12
+    mine = dataset.examples(np.arange(12))
+    for index, label in enumerate(mine["label"]):
+        image, other_label = others[index]
+        assert image.shape == (3, 24, 16)
+        assert other_label == label
+        # Another crop of the same picture, whose colours vary slowly.
+        assert abs(image.double().mean() - mine["image"][index].mean()) < 40
+    for _ in range(200):
+        left, top, right, bottom = torch_input.crop_box(30, 20, [0.2, 1.0])
+        assert 0 <= left < right <= 30
+        assert 0 <= top < bottom <= 20
+
+
+def test_both_are_measured_by_turns_and_stopped_between(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = input_speed.Pipeline.run
+    turns = []
+
+    def watched(self: input_speed.Pipeline, count: int) -> float:
+        seconds = run(self, count)
+        turns.append(self.name)
+        deadline = time.monotonic() + 20
+        while not all(_is_stopped(process) for process in input_speed._group(self._process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return seconds
+
+    monkeypatch.setattr(input_speed.Pipeline, "run", watched)
+    result = input_speed.measure(config, against_torch=True, repeats=2, secs=0.05)
+    assert turns == ["mae_dist", "torch"] * 3
+    assert result["images_per_sec"] > 0
+    assert result["ratio"] > 0
+    assert result["torch_worker_peak_mib"] > 10
+    assert 10 < result["main_peak_mib"] < 2000
+    config.data.augment = "none"
+    with pytest.raises(ConfigError, match="--against torch compares decoding and random crops"):
+        input_speed.measure(config, against_torch=True, repeats=1, secs=0.05)
+
+
+def test_a_pipeline_that_ends_is_told(config: ConfigDict) -> None:
+    with input_speed.pipelines(config, against_torch=False) as (pipeline,):
+        os.killpg(pipeline._process.pid, signal.SIGKILL)
+        with pytest.raises(DataFault, match="mae_dist ended with code -9"):
+            pipeline.run(1)
+
+
+def _is_stopped(process: int) -> bool:
+    """Or ended, and not yet waited for."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "TZ"

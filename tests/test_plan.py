@@ -1,0 +1,288 @@
+"""Plans for hardware that is not here: what a program exchanges, whether it fits, and the command that says so."""
+
+import itertools
+import json
+import math
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from configs import imagenet_vit_b16, imagenet_vit_h14, imagenet_vit_l16
+from mae_dist import chips, errors, hlo, models, plan, planning, sharding, tasks, topology
+from mae_dist.data import DescribedDataset
+from mae_dist.errors import ConfigError
+from tests import QUICK
+from tests.runs import run, smoke_config
+
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
+TINY = {"global_batch_size": 32, "model__depth": 2, "model__scan": True}
+
+
+def exchanged(fn, x, **specs):
+    """The exchanges of `fn` on eight devices, by kind."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    step = jax.jit(jax.shard_map(fn, mesh=mesh, check_vma=False, **specs), compiler_options=QUICK)
+    text = step.lower(x).compile().as_text()
+    assert text is not None
+    return hlo.Program(text, 8).collectives()
+
+
+def test_collectives_of_a_real_program():
+    """Every kind, in loops within loops, with the bytes that we know it moves."""
+
+    def turn(x, _):
+        def inner(x, _):
+            return x + jax.lax.psum(x, "x"), None
+
+        x, _ = jax.lax.scan(inner, x, length=3)
+        return jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)]), None
+
+    def fn(x):  # (16, 4) float32 on each device
+        x, _ = jax.lax.scan(turn, x, length=5)
+        x = jax.lax.all_to_all(x, "x", 0, 0, tiled=True)
+        x = jax.lax.psum_scatter(x, "x", tiled=True)  # (2, 4)
+        return jax.lax.all_gather(x, "x", tiled=True)
+
+    found = exchanged(fn, jnp.zeros((128, 4)), in_specs=P("x"), out_specs=P())
+    local = 16 * 4 * 4
+    by_kind = {item.kind: item for item in found}
+    assert len(found) == len(by_kind)
+    assert {kind: item.count for kind, item in by_kind.items()} == {
+        "all-reduce": 15,
+        "collective-permute": 5,
+        "all-to-all": 1,
+        "reduce-scatter": 1,
+        "all-gather": 1,
+    }
+    assert {item.payload for item in found} == {local}
+    assert all(sorted(item.group) == list(range(8)) for item in found)
+    rings = {kind: item.ring_bytes for kind, item in by_kind.items()}
+    assert rings["all-reduce"] == 2 * rings["all-gather"] == 2 * 7 / 8 * local
+    assert rings["collective-permute"] == local
+
+
+# As the TPU's compiler writes them: an asynchronous pair, a chain of fusions that is one all-gather, an all-reduce of
+# which chips keep a part, a loop that begins at 1 and counts by 2, and what is handed to the network between slices.
+WRITTEN = """HloModule jit_step
+
+%piece.1 (p: bf16[8]) -> bf16[64] {
+  ROOT %all-gather.1 = bf16[64]{0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%piece.2 (p: bf16[8]) -> bf16[64] {
+  ROOT %all-gather.2 = bf16[64]{0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%all-reduce-scatter.1 (p: f32[64]) -> f32[8] {
+  %all-reduce.9 = f32[64]{0:T(8)S(1)} all-reduce(%p), channel_id=4, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %slice = f32[8]{0} dynamic-slice(%all-reduce.9, %i)
+}
+
+%condition (p: (u32[], f32[4])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8)
+  %i = u32[] get-tuple-element(%p), index=0
+  ROOT %compare.1 = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (u32[], f32[4])) -> (u32[], f32[4]) {
+  %two = u32[] constant(2)
+  %i = u32[] get-tuple-element(%p), index=0
+  %x = f32[4] get-tuple-element(%p), index=1
+  %start = (f32[4]{0:T(128)}, f32[4]{0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %done = f32[4] collective-permute-done(%start)
+  %next = u32[] add(%i, %two)
+  ROOT %out = (u32[], f32[4]) tuple(%next, %done)
+}
+
+ENTRY %main (x: bf16[8]) -> bf16[64] {
+  %one = u32[] constant(1)
+  %copied = u32[]{:S(6)} copy(%one)
+  %begin = (u32[], f32[4]) tuple(%copied, %y)
+  %loop = (u32[], f32[4]) while(%begin), condition=%condition, body=%body
+  %first = bf16[64] fusion(%x), kind=kOutput, calls=%piece.1
+  %second = bf16[64] fusion(%x), kind=kOutput, calls=%piece.2
+  %scattered = f32[8] fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
+  %ag = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %got = bf16[32] all-gather-done(%ag)
+  %send.1 = (f32[2,8]{1,0}, u32[], token[]) send(%z, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+  ROOT %end = bf16[64] add(%first, %second)
+}
+"""  # noqa: E501
+
+
+def test_what_only_a_tpu_writes():
+    """Each once, however many instructions it takes."""
+    found = hlo.Program(WRITTEN, 8, num_slices=2).collectives()
+    assert found == [
+        hlo.Collective("collective-permute", 16, (0, 1, 2, 3), 4),  # at 1, 3, 5 and 7
+        hlo.Collective("all-gather", 128, (0, 1, 2, 3), 1),
+        hlo.Collective("reduce-scatter", 256, (0, 2, 4, 6), 1),
+        hlo.Collective("all-gather", 64, (0, 1, 2, 3), 1),
+        hlo.Collective("all-reduce", 64, (0, 8), 1, across_slices=True),
+    ]
+
+
+def test_a_loop_of_unknown_length_is_said():
+    """Counted as one turn, but not in silence."""
+    program = hlo.Program(WRITTEN.replace("constant(8)", "parameter(1)"), 8)
+    assert program.collectives()[0].count == 1
+    assert program.uncounted_loops == ["body"]
+
+
+def test_gradients_are_exchanged_as_theory_says():
+    """Data parallelism: the float32 gradients once, whatever loops the step has; fsdp: each weight, each pass."""
+    place = topology.describe("cpu:8", 1)
+    report = planning.examine(smoke_config(**TINY, accum_steps=2), place)
+    (row,) = (row for row in report["collectives"] if row["payload_bytes"] > 1000)
+    assert row["kind"] == "all-reduce"
+    assert row["payload_bytes"] == pytest.approx(4 * report["parameters"], rel=0.01)
+    assert row["ring_bytes"] == pytest.approx(report["expected"]["ICI"], rel=0.01)
+    assert report["fits"]
+    assert report["memory"]["chip"] is None
+    assert report["step_secs"] is None, "nothing is published of a CPU"
+
+
+def test_command(child_env, tmp_path):
+    """On a machine without accelerator and without the data set."""
+    out = tmp_path / "plan.json"
+    code, output = run(
+        child_env(8),
+        "--config=configs/cifar_small.py",
+        "--config.cpu.pieces=1",
+        "--config.model.depth=1",
+        "--topology=cpu:8",
+        "--global_batch_size=64",
+        f"--json={out}",
+        module="plan",
+    )
+    assert code == errors.EXIT_DONE, output
+    report = json.loads(out.read_text())
+    assert report["num_examples"] == 40_000
+    assert report["global_batch_size"] == 64
+    for line in ("8 x cpu, mesh data=8 x fsdp=1 x tensor=1", "float32 gradients summed once", "1.000 of it"):
+        assert line in output
+
+
+def test_without_libtpu(monkeypatch):
+    """The cure is one line."""
+    monkeypatch.setattr(topology, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the TPU's compiler, no TPU: pip install -e \.\[tpu\]"):
+        topology.describe("v5e:4x4", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices"), [("v5e", 1), ("v9:2x2", 1), ("cpu:2x2", 1), ("cpu:9", 1), ("cpu:8", 2), ("v5e:2x2", 0)]
+)
+def test_topologies_that_do_not_exist(name, slices):
+    with pytest.raises(ConfigError, match=rf"--topology={name}"):
+        topology.describe(name, slices)
+
+
+def test_sweep():
+    """Every mesh that divides, once; the state of one chip shrinks with fsdp."""
+    report = planning.sweep(smoke_config(**TINY), topology.describe("cpu:4", 1), 0)
+    meshes = {tuple(row["mesh"].values()): row for row in report["sweep"]}
+    # Two decoder heads: no tensor=4.
+    assert set(meshes) == {(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)}
+    assert len(report["sweep"]) == len(meshes)
+    assert meshes[1, 4, 1]["state_bytes"] < meshes[2, 2, 1]["state_bytes"] < meshes[4, 1, 1]["state_bytes"]
+    order = [row["expected"]["ICI"] for row in report["sweep"]]
+    assert order == sorted(order)
+    text = plan.sweep_text(report)
+    assert text.count("(theory)") == 5
+    assert "data=2 x fsdp=1 x tensor=2" in text
+
+
+def test_links():
+    """Both links of a ring, one where a side is open; a side that the group does not span gives none."""
+    chip = chips.CHIPS["v5e"]
+    row = [(i, 0, 0) for i in range(16)]
+    assert chips.ici_bytes_per_sec(chip, row, (16, 16)) == 2 * chip.link_bytes_per_sec
+    assert chips.ici_bytes_per_sec(chip, row[:4], (16, 16)) == chip.link_bytes_per_sec
+    assert chips.ici_bytes_per_sec(chip, [(i, j, 0) for i in range(4) for j in range(4)], (4, 4)) == 100e9
+    whole = [(i, j, k) for i in range(4) for j in range(4) for k in range(4)]
+    assert chips.ici_bytes_per_sec(chips.CHIPS["v4"], whole, (4, 4, 4)) == 300e9  # the published six links
+
+
+@pytest.mark.parametrize(
+    ("module", "millions"), [(imagenet_vit_b16, 111.9), (imagenet_vit_l16, 329.5), (imagenet_vit_h14, 657.0)]
+)
+def test_paper_models(module, millions):
+    """Parameters of the paper's code, whose fixed positions (196 or 256, and the class token's) are counted, too."""
+    config = module.get_config()
+    count = models.param_count(tasks.abstract_params(config, 0))
+    positions = (math.prod(config.model.image_size) // math.prod(config.model.patch_size) + 1) * (
+        config.model.embed_dim + config.model.decoder_embed_dim
+    )
+    assert (count + positions) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert DescribedDataset("imagenet2012", config.data.train_split).num_examples == 1_281_167
+
+
+@needs_libtpu
+class TestTpu:
+    """With the TPU's own compiler, for chips that are not here."""
+
+    @pytest.fixture(autouse=True)
+    def no_accelerator(self):
+        topology.use_no_accelerator()
+
+    def test_fits(self):
+        """The real step; weights, not activations, go over fsdp."""
+        place = topology.describe("v5e:2x2", 1)
+        report = planning.examine(smoke_config(**TINY, model__dtype="bfloat16", mesh__fsdp=4), place)
+        assert report["fits"]
+        assert report["memory"]["chip"] == 16 * 2**30
+        state = report["memory"]["parameters"] + report["memory"]["optimizer_state"]
+        assert state < 12 * report["parameters"] / 3
+        assert report["bound_by"] in ("compute", "hbm", "ici")
+        assert 0 < report["mfu_ceiling"] < 1
+        gathered = sum(row["ring_bytes"] for row in report["collectives"] if row["kind"] == "all-gather")
+        # Twice each weight in bfloat16, less those whose gathered copy is kept for the backward pass.
+        assert 1.2 < gathered / (3 / 4 * 2 * report["parameters"]) < 2.2
+
+    def test_does_not_fit(self, child_env, tmp_path):
+        """The compiler refuses, the report says why, the exit code is 1, and a batch that fits is found."""
+        out = tmp_path / "plan.json"
+        options = ("--config=configs/smoke.py", "--topology=v5e:2x2", f"--global_batch_size={2**20}", "--nofit")
+        code, output = run(child_env(), *options, "--config.eval.batch_size=32", f"--json={out}", module="plan")
+        assert code == 1, output
+        report = json.loads(out.read_text())
+        assert not report["fits"]
+        assert "RESOURCE_EXHAUSTED" in report["refusal"]
+        assert report["memory"]["total"] > report["memory"]["chip"] > 15 * 2**30
+        assert "it does not fit\n  activations and other temporaries of 262144 images at once" in output
+        assert "lower global_batch_size, raise accum_steps, model.remat=dots or blocks" in output
+        config = smoke_config(global_batch_size=2**20, eval__batch_size=32)
+        refused, fitting = itertools.islice(planning.search_fit(config, topology.describe("v5e:2x2", 1), report), 2)
+        assert (refused["fits"], fitting["fits"]) == (False, True)
+        assert fitting["memory"]["total"] > report["memory"]["chip"] / 16, "far less than would fit"
+
+    def test_two_slices(self):
+        """Data across them, all else within; what goes between them is told apart."""
+        place = topology.describe("v5e:2x2", 2)
+        mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 1}, place.devices)
+        assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 1}
+        assert sharding.num_slices(mesh.devices.flat) == 2
+        for row in mesh.devices:
+            assert len({device.slice_index for device in row.flat}) == 1
+        slices = [row.flat[0].slice_index for row in mesh.devices]
+        assert slices == [0, 0, 1, 1]
+        step = jax.jit(
+            jax.shard_map(lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        )
+        compiled = topology.compile_step(step, mesh, jax.ShapeDtypeStruct((256, 1024), jnp.float32))
+        found = hlo.Program(compiled.text, 4, 2).collectives()
+        across = [item for item in found if item.across_slices]
+        assert (
+            sum(item.payload * item.count for item in across) == 256 * 1024 * 4 / 2
+        )  # each of two chips hands on half
+        assert any(not item.across_slices and len(item.group) == 2 for item in found)
+
+    def test_more_slices_than_copies(self):
+        place = topology.describe("v5e:2x2", 2)
+        with pytest.raises(ConfigError, match=r"mesh.data=1 is not a multiple of the 2 slices.*a divisor of 4"):
+            sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, place.devices)

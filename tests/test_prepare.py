@@ -1,0 +1,259 @@
+"""Data sets prepared from ImageNet's archives and from directories, whole, killed, damaged; read by TFDS and by us."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
+
+from mae_dist.data import archives, open_split, records
+from mae_dist.errors import EXIT_CONFIG, EXIT_DONE, DataFault
+from tests.conftest import ROOT
+
+_LABELS = Path(tfds.core.tfds_path("datasets/imagenet2012"))
+_SYNSETS = (_LABELS / "labels.txt").read_text().split()
+_VALIDATION = (_LABELS / "validation_labels.txt").read_text().split()
+
+
+def _image(number: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    """Its mean colour tells the number."""
+    buffer = io.BytesIO()
+    colour = (number * 37 % 256, number * 11 % 256, 200)
+    Image.new("RGB", (30 + number % 7, 24), colour).convert(mode).save(buffer, kind, quality=95)
+    return buffer.getvalue()
+
+
+def _tar(path: Path, members: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def manual_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archives laid out and named as ImageNet's: three classes with one CMYK and one PNG image, nine for validation."""
+    root = tmp_path_factory.mktemp("manual")
+    classes = {}
+    for name in ("n02105855", "n01739381", "n01440764"):
+        number = _SYNSETS.index(name)
+        images = {f"{name}_{i}.JPEG": _image(number + i) for i in (1, 10, 100)}
+        if name == "n02105855":
+            images[tfds_imagenet.PNG_IMAGES[0]] = _image(number, "PNG")
+        if name == "n01739381":
+            images[tfds_imagenet.CMYK_IMAGES[0]] = _image(number, mode="CMYK")
+        classes[f"{name}.tar"] = _tar(root / "class.tar", images)
+    (root / "class.tar").unlink()
+    _tar(root / "ILSVRC2012_img_train.tar", classes)
+    validation = {f"ILSVRC2012_val_{i:08d}.JPEG": _image(i) for i in (3, 1, 2, 50_000, 7, 8, 9, 10, 11)}
+    _tar(root / "ILSVRC2012_img_val.tar", validation)
+    return root
+
+
+@pytest.fixture
+def prepare(child_env: Callable[..., dict[str, str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mae_dist.prepare", *map(str, arguments)]
+        return subprocess.run(
+            command, env=child_env(), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+def _open(data_dir: Path, name: str, split: str) -> Any:
+    return open_split(
+        split,
+        image_size=(24, 24),
+        channels=3,
+        source="tfds",
+        name=name,
+        data_dir=str(data_dir),
+        cache="stream",
+        cache_dir="",
+        stage=False,
+        max_bad_share=0.0,
+        num_examples=0,
+        num_classes=0,
+    )
+
+
+def test_imagenet_is_what_tfds_reads(
+    manual_dir: Path, tmp_path: Path, prepare: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    with pytest.raises(DataFault, match="11 images of 3 classes with 0 to 4 each, where ImageNet has 1281167 of 1000"):
+        archives.imagenet_images(manual_dir, allow_incomplete=False)
+    done = prepare("imagenet2012", f"--manual_dir={manual_dir}", f"--data_dir={tmp_path}", "--allow_incomplete")
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert "train 11, validation 9" in done.stdout
+    assert "--config.data.name=imagenet2012" in done.stdout
+    builder: Any = tfds.builder("imagenet2012", data_dir=tmp_path)
+    assert builder.is_prepared()
+    assert builder.info.features["label"].names == _SYNSETS
+    sources = {split: builder.as_data_source(split=split) for split in ("train", "validation")}
+    files = {example["file_name"].decode(): example for example in sources["train"]}
+    assert len(files) == 11
+    for name, example in files.items():
+        synset, number = name.removesuffix(".JPEG").split("_")
+        assert example["label"] == _SYNSETS.index(synset)
+        odd = name in (*tfds_imagenet.CMYK_IMAGES, *tfds_imagenet.PNG_IMAGES)
+        shown = _SYNSETS.index(synset) + (0 if odd else int(number))
+        colour = np.array([shown * 37 % 256, shown * 11 % 256, 200])
+        assert np.abs(example["image"].mean(axis=(0, 1)) - colour).max() < 5, name
+    for example in sources["validation"]:
+        number = int(example["file_name"].decode()[-13:-5])
+        assert example["label"] == _SYNSETS.index(_VALIDATION[number - 1])
+    train = _open(tmp_path, "imagenet2012", "train")
+    assert sorted(train.examples(np.arange(11))["label"]) == sorted(example["label"] for example in files.values())
+
+
+def test_archives_that_are_missing_cut_or_others_are_told(manual_dir: Path, tmp_path: Path) -> None:
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
+        (tmp_path / name).write_bytes((manual_dir / name).read_bytes())
+    train = tmp_path / "ILSVRC2012_img_train.tar"
+    content = train.read_bytes()
+    for cut in (700, 1100, len(content) // 2):
+        train.write_bytes(content[:cut])
+        with pytest.raises(DataFault, match=r"train\.tar.*(damaged|holds)"):
+            archives.imagenet_images(tmp_path, allow_incomplete=False)
+    _tar(train, {"photos.tar": b""})
+    with pytest.raises(DataFault, match=r"photos\.tar, which is no class"):
+        archives.imagenet_images(tmp_path, allow_incomplete=True)
+    train.unlink()
+    with pytest.raises(DataFault, match=r"missing: .*ILSVRC2012_img_train\.tar; .*image-net\.org"):
+        archives.imagenet_images(tmp_path, allow_incomplete=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes for training, one for validation; several formats."""
+    root = tmp_path / "folder"
+    for number, path in enumerate(
+        ("train/cat/a.jpg", "train/cat/b.PNG", "train/dog/deep/c.webp", "train/dog/d.bmp", "val/dog/e.jpeg")
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        kind = {"jpg": "JPEG", "jpeg": "JPEG"}.get(Path(path).suffix[1:], Path(path).suffix[1:].upper())
+        (root / path).write_bytes(_image(number, kind))
+    return root
+
+
+def test_a_folder_becomes_a_data_set(
+    folder: Path, tmp_path: Path, prepare: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (folder / "train" / "cat" / "notes.txt").write_text("no image")
+    with pytest.raises(DataFault, match=r"1 of 5 files .*notes\.txt"):
+        archives.folder_images(folder, skip_undecodable=False)
+    done = prepare(f"--from_folder={folder}", "--name=my_set", f"--data_dir={tmp_path}", "--skip_undecodable")
+    assert done.returncode == EXIT_DONE, done.stderr
+    assert "--config.data.name=my_set" in done.stdout
+    train, validation = _open(tmp_path, "my_set", "train"), _open(tmp_path, "my_set", "validation")
+    assert train.class_names == ("cat", "dog")
+    assert validation.examples(np.arange(1))["label"].tolist() == [1]
+    got = train.examples(np.arange(4))
+    for number, label in enumerate([0, 0, 1, 1]):
+        colour = np.array([number * 37 % 256, number * 11 % 256, 200])
+        close = np.abs(got["image"].mean(axis=(1, 2)) - colour).max(axis=1) < 5
+        assert got["label"][close].tolist() == [label]
+    builder: Any = tfds.builder("my_set", data_dir=tmp_path)
+    names = {example["file_name"].decode() for example in builder.as_data_source(split="train")}
+    assert names == {"cat/a.jpg", "cat/b.PNG", "dog/deep/c.webp", "dog/d.bmp"}
+
+
+def test_a_command_that_cannot_work_is_refused(prepare: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    for arguments, said in (
+        ((), "name one data set"),
+        (("--from_folder=.", "--name=cifar10"), "no name that TFDS has"),
+    ):
+        refused = prepare(*arguments)
+        assert refused.returncode == EXIT_CONFIG
+        assert said in refused.stderr
+
+
+_SLOW = """
+import sys, time
+import pytest
+from pathlib import Path
+from mae_dist.data import records
+from tests.test_prepare import begin
+write = records._Shard.write
+def slowly(self, features):
+    write(self, features)
+    print("written", flush=True)
+    time.sleep(1)
+records._Shard.write = slowly
+begin(Path(sys.argv[1]), Path(sys.argv[2]), pytest.MonkeyPatch())
+"""
+
+
+def begin(folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepares a folder in shards of three images."""
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+    from tensorflow_datasets.core.utils import shard_utils
+
+    in_threes = staticmethod(lambda size, count: -(-count // 3))
+    monkeypatch.setattr(shard_utils.ShardConfig, "calculate_number_shards", in_threes)
+    monkeypatch.setattr(records, "_THREADS", 1)
+    splits, classes = archives.folder_images(folder, False)
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=classes)}
+    features["file_name"] = tfds.features.Text()
+    identity = DatasetIdentity("many", tfds.core.Version("1.0.0"), str(directory), "")
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+    records.write_dataset(info, directory, splits)
+
+
+def test_a_killed_preparation_goes_on(
+    tmp_path: Path, child_env: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, directory = tmp_path / "folder", tmp_path / "many" / "1.0.0"
+    (folder / "train" / "one").mkdir(parents=True)
+    for number in range(12):
+        (folder / "train" / "one" / f"{number}.jpg").write_bytes(_image(number))
+    child = subprocess.Popen(
+        [sys.executable, "-c", _SLOW, str(folder), str(directory)], env=child_env(), stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert [child.stdout.readline().strip() for _ in range(2)] == ["written"] * 2
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    incomplete = directory.with_name(".1.0.0.incomplete")
+    assert not directory.exists()
+    done = {path.name: path.stat().st_mtime_ns for path in incomplete.glob("many-*")}
+    assert len(done) in (2, 3)
+    cut = max(done)
+    (incomplete / cut).write_bytes((incomplete / cut).read_bytes()[:100])  # a disk that lost what it was given
+    begin(folder, directory, monkeypatch)
+    times = {path.name: path.stat().st_mtime_ns for path in directory.glob("many-*")}
+    assert len(times) == 4
+    assert {name for name in done if times[name] == done[name]} == set(done) - {cut}
+    assert not list(directory.glob(".*"))
+    builder: Any = tfds.builder("many", data_dir=tmp_path)
+    names = [example["file_name"].decode() for example in builder.as_data_source(split="train")]
+    assert sorted(names) == sorted(f"one/{number}.jpg" for number in range(12))
+
+
+def test_a_preparation_from_other_images_begins_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits, _ = archives.folder_images(folder, False)
+    incomplete = tmp_path / ".1.0.0.incomplete"
+    records._begin(incomplete, splits)
+    (incomplete / "shard").touch()
+    records._begin(incomplete, splits)
+    assert (incomplete / "shard").exists()
+    records._begin(incomplete, {"train": splits["train"].limited(2)})
+    assert "begun from other images" in caplog.text
+    assert not (incomplete / "shard").exists()
+    with pytest.raises(DataFault, match=r"GB free and 1000000\.00 GB are to be written"):
+        records.check_space(tmp_path, 10**15)

@@ -1,0 +1,320 @@
+"""Sweeps: what is asked for, real runs that are killed and continued, and the table of what they came to."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from configs import default, quickstart, recipes
+from mae_dist import config as config_lib
+from mae_dist import points, results, sweep, sweep_table, workers
+from mae_dist.errors import (
+    EXIT_CONFIG,
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    ConfigError,
+    StorageFault,
+)
+from mae_dist.lock import sole_user
+from tests.runs import ONLY_UPDATES, records, run, smoke_config, start
+
+
+def trainings(out: Path) -> list[int]:
+    """The processes that train in a sweep's directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if b"mae_dist.main" in command and os.fsencode(out) in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+# --- what is asked for
+
+
+def test_the_product_with_names(tmp_path):
+    """Every combination under every seed, the values in the types of their fields; what cannot work says why."""
+    base = quickstart.get_config()
+    over = points.parse_over(["config.model.mask_ratio=.5,.6", "model.masking=random,grid"], base)
+    assert over == {"model.mask_ratio": [0.5, 0.6], "model.masking": ["random", "grid"]}
+    first = points.first_stage(base, "F.py", {"seed": 9, "total_epochs": 3.0})
+    found = points.make_points(over, [4, 5], tmp_path, first, [])
+    assert [point.name for point in found][:3] == [
+        "mask_ratio=0.5,masking=random,seed=4",
+        "mask_ratio=0.5,masking=random,seed=5",
+        "mask_ratio=0.5,masking=grid,seed=4",
+    ]
+    assert len(found) == 8
+    faults = {point.name: point.fault for point in found if point.fault}
+    assert list(faults) == [f"mask_ratio=0.6,masking=grid,seed={seed}" for seed in (4, 5)]
+    assert "cannot remove model.mask_ratio=0.6 of a 4x4 patch grid" in faults["mask_ratio=0.6,masking=grid,seed=4"]
+    stage = found[3].stages[0]
+    assert (stage.config.model.masking, stage.config.seed, stage.workdir) == ("grid", 5, tmp_path / found[3].name)
+    assert stage.arguments == (
+        "--config=F.py",
+        "--config.seed=5",
+        "--config.total_epochs=3.0",
+        "--config.model.mask_ratio=0.5",
+        "--config.model.masking=grid",
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
+def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
+    """A probe of each point's own encoder; its command line gives exactly the config that the recipe made."""
+    base = quickstart.get_config()
+    base.model.masking = "block"
+    first = points.first_stage(base, "F.py", {})({"seed": 3}, tmp_path / "p=0.5,seed=3")
+    default_file = default.__file__
+    make = points.next_stage("probe", recipes.probe, {"total_epochs": "7"}, default.get_config(), default_file)
+    stage = make(first)
+    assert stage.workdir == tmp_path / "p=0.5,seed=3,probe"
+    assert (stage.config.task, stage.config.init_from, stage.config.seed) == ("probe", str(first.workdir), 3)
+    assert (stage.config.total_epochs, stage.config.model.masking) == (7.0, "block")
+    values = flags.FlagValues()
+    parsed = config_flags.DEFINE_config_file("config", flag_values=values)
+    monkeypatch.setattr(sys, "argv", ["main", *stage.arguments])  # config_flags looks for overrides there
+    values(sys.argv)
+    assert config_lib.differences(parsed.value, stage.config, ignore=()) == []
+    assert base.task == first.config.task == "pretrain"
+    scratch = points.next_stage("scratch", recipes.scratch, {}, default.get_config(), default_file)(first)
+    assert scratch.config.init_from == ""
+
+
+def test_values_of_all_types(tmp_path):
+    """Tuples are one value; a name that two fields share is written out."""
+    base = default.get_config()
+    over = points.parse_over(["model.patch_size=(2, 2),(4,4)", "eval.every_steps=1", "pictures.every_steps=1"], base)
+    assert over["model.patch_size"] == [(2, 2), (4, 4)]
+    found = points.make_points(over, [0], tmp_path, points.first_stage(base, "F.py", {}), [])
+    assert found[0].name == "patch_size=2x2,eval.every_steps=1,pictures.every_steps=1,seed=0"
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["model.mask_rati=.5"], "no field 'model.mask_rati'. Did you mean 'model.mask_ratio'?"),
+        (["model.mask_ratio=half"], "model.mask_ratio=half is no float, as 0.75 is"),
+        (["model.depth=1.5"], "model.depth=1.5 is no int, as 3 is"),
+        (["model.depth"], "write --over config.section.field=value"),
+        (["seed=1,2"], "--seeds sets the seeds"),
+        (["model.depth=1", "config.model.depth=2"], "named twice"),
+        (["model.mask_ratio=.5,0.50"], "a value is named twice"),
+    ],
+)
+def test_wrong_fields_and_values(texts, words):
+    """Found before anything runs."""
+    with pytest.raises(ConfigError) as error:
+        points.parse_over(texts, default.get_config())
+    assert words in str(error.value)
+
+
+def test_cores_are_shared(tmp_path):
+    """Each gets its own, all are given; a child sees only its share. More parts than cores are refused."""
+    cores = sorted(os.sched_getaffinity(0))
+    parts = workers.share_cores(len(cores))
+    assert sorted(core for part in parts for core in part) == cores
+    assert workers.share_cores(1) == [cores]
+    with pytest.raises(ConfigError, match=f"--jobs={len(cores) + 1}: each needs a core"):
+        workers.share_cores(len(cores) + 1)
+    code = "import os; print(sorted(os.sched_getaffinity(0)))"
+    assert workers.start([sys.executable, "-S", "-c", code], tmp_path / "log", parts[-1]).wait(20) == 0
+    assert workers.last_lines(tmp_path / "log", 3) == [str(parts[-1])]
+
+
+# --- runs
+
+
+def test_killed_and_continued(child_env, tmp_path, monkeypatch):
+    """kill -9 of the sweep takes its runs along; the same line continues one, and says why the other failed."""
+    out = tmp_path / "sweep"
+    args = (
+        "--config=configs/smoke.py",
+        *ONLY_UPDATES,
+        "--config.eval.test_at_end=True",
+        "--config.total_steps=300",
+        "--config.log_every_steps=10",
+        "--config.checkpoint.every_steps=50",
+        "--config.data.num_examples=64",
+        "--over=config.data.val_split=test,nowhere",
+        "--jobs=2",
+        f"--out={out}",
+    )
+    good, bad = "val_split=test,seed=0", "val_split=nowhere,seed=0"
+    process = start(child_env(), *args, module="sweep")
+    deadline = time.monotonic() + 120
+    while not (out / good / "checkpoints" / "50").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(StorageFault, match="in use by another run"), sole_user(epath.Path(out)):
+        pass
+    assert trainings(out / good)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=20)
+    deadline = time.monotonic() + 5
+    while trainings(out) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not trainings(out)
+    assert not (out / good / "summary.json").exists()
+
+    code, output = run(child_env(), *args, module="sweep")
+    assert code == EXIT_INTERNAL, output
+    log = (out / good / "log.txt").read_text()
+    assert log.count("Continuing from step") == 1
+    assert [record["step"] for record in records(out / good)] == list(range(10, 301, 10))
+    summary = json.loads((out / good / "summary.json").read_text())
+    assert f"{good}: pretrain took" in output
+    assert f"test_loss {summary['test_loss']:.4f}" in output
+    assert f"FAILED {bad}: pretrain, code 2; the end of" in output
+    assert "'nowhere' is not one of train, test" in output
+    table = json.loads((out / "table.json").read_text())
+    assert [row["seeds"] for row in table] == [1, 0]
+    assert table[0]["metrics"]["test_loss"]["values"] == [summary["test_loss"]]
+
+    # Once more, what is finished is left as it is; another length of the run is not finished.
+    config = smoke_config(**{"data__val_split": "test", "total_steps": 300})
+    stored = config_lib.from_json((out / good / "config.json").read_text(), default.get_config())
+    for steps, finished in ((300, True), (301, False)):
+        stored.total_steps = steps
+        assert sweep._is_finished(points.Stage("pretrain", out / good, stored, ())) is finished
+    assert not sweep._is_finished(points.Stage("pretrain", out / good, config, ()))  # evaluates, for one
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """`scripted(*texts)`: a runner of one point for each shell script, whose attempts go to log.txt of its workdir."""
+
+    def make(*texts, jobs=1):
+        todo = [
+            points.Point(str(i), {}, 0, (points.Stage(text, tmp_path / str(i), default.get_config(), ()),), "")
+            for i, text in enumerate(texts)
+        ]
+        monkeypatch.setattr(sweep, "_command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
+        return sweep.Runner(todo, [[]] * jobs)
+
+    return make
+
+
+def test_codes_of_runs(scripted, tmp_path, capsys):
+    """75, 76 and 77 are continued, not for ever; any other code is a failure of that point alone."""
+    runner = scripted("exit 76", "exit 1", "exit 0", f"test $(wc -l < {tmp_path / '3' / 'log.txt'}) = 2 || exit 77")
+    assert runner.run() == EXIT_INTERNAL
+    attempts = [(tmp_path / str(i) / "log.txt").read_text().count("attempt") for i in range(4)]
+    assert attempts == [4, 1, 1, 2]
+    assert set(runner.failures) == {"0", "1"}
+    assert "code 76" in runner.failures["0"]
+    assert "4/4" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)], ids=["TERM", "INT"]
+)
+def test_signals_are_passed_on(scripted, tmp_path, number, code, capsys):
+    """To every run once; the sweep waits for them, begins none after, and gives back the handlers."""
+    before = signal.getsignal(number)
+    wait = f"trap 'echo told; sleep 0.2; exit 75' {number}; echo ready; while :; do sleep 0.02; done"
+    runner = scripted(wait, wait, "exit 0", jobs=2)
+
+    def tell():
+        logs = [tmp_path / name / "log.txt" for name in "01"]
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not all(log.exists() and "ready" in log.read_text() for log in logs):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    assert runner.run() == code
+    thread.join()
+    assert [(tmp_path / name / "log.txt").read_text() for name in "01"] == ["attempt\nready\ntold\n"] * 2
+    assert not (tmp_path / "2").exists()
+    assert signal.getsignal(number) is before
+    assert "stopped with 3 points to go" in capsys.readouterr().out
+
+
+# --- the outcome
+
+
+def finished(workdir, step=5, **metrics):
+    """A workdir as a finished run leaves it, for the table."""
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(config_lib.to_json(default.get_config()))
+    (workdir / "summary.json").write_text(json.dumps({"step": step, "total_steps": 5, **metrics}))
+
+
+def test_table_over_seeds(tmp_path, capsys):
+    """Mean and sample deviation of what is finished, as text, CSV, JSON and figures, from the directory alone."""
+    out = epath.Path(tmp_path / "sweep")
+    described = []
+    losses = {"0.25": [0.5, 0.7, 0.3], "0.5": [0.1, 0.2, 0.9]}
+    for ratio, values in losses.items():
+        for seed, loss in enumerate(values):
+            name = f"mask_ratio={ratio},seed={seed}"
+            described.append({"name": name, "fields": {"model.mask_ratio": float(ratio)}, "seed": seed, "fault": ""})
+            done = (ratio, seed) != ("0.5", 2)
+            finished(tmp_path / "sweep" / name, step=5 if done else 4, val_loss=loss, val_knn_top1=None)
+            if ratio == "0.25":
+                finished(tmp_path / "sweep" / f"{name},probe", test_top1=loss + 0.1, val_loss=9)
+    described.append({"name": "none", "fields": {"model.mask_ratio": 1.5}, "seed": 0, "fault": "keeps nothing"})
+    sweep_table.describe(out, ["model.mask_ratio"], ["probe"], described)
+    assert sweep.show_table(out) == EXIT_DONE
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
+    std = statistics.stdev(losses["0.25"])
+    assert lines[:4] == [
+        ["mask_ratio", "seeds", "val_loss", "probe_test_top1"],
+        ["0.25", "3/3", f"0.5000 ± {std:.4f}", f"0.6000 ± {std:.4f}"],
+        ["0.5", "2/3", f"0.1500 ± {statistics.stdev([0.1, 0.2]):.4f}", "-"],
+        ["1.5", "cannot work", "-", "-"],
+    ]
+    with open(out / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model.mask_ratio"] for row in rows] == ["0.25", "0.5", "1.5"]
+    assert float(rows[0]["val_loss_std"]) == std
+    assert [row["val_loss_count"] for row in rows] == ["3", "2", ""]
+    stored = json.loads((out / "table.json").read_text())
+    assert stored[1]["metrics"]["val_loss"]["values"] == [0.1, 0.2]
+    picture = cv2.imread(str(out / "figures" / "model.mask_ratio.png"))
+    assert picture is not None
+    assert picture.std() > 0
+
+
+def test_one_seed_has_no_deviation():
+    """Not 0, which would claim certainty."""
+    assert math.isnan(results.spread([0.5]).std)
+    assert str(results.spread([0.5])) == "0.5000"
+
+
+def test_what_follows_a_shorter_pretraining_is_not_taken(tmp_path):
+    """A probe of what the pretraining was before it was made longer would stand for the longer one."""
+    config = default.get_config()
+    stages = tuple(points.Stage(name, tmp_path / name, config, ()) for name in ("pretrain", "probe"))
+    finished(tmp_path / "probe")
+    with pytest.raises(ConfigError, match=r"pretrain is not finished.*delete .*probe first"):
+        sweep.Runner([points.Point("p", {}, 0, stages, "")], [[]])
+
+
+def test_wrong_flags(child_env, tmp_path):
+    """The command line itself: one message, code 2, nothing written."""
+    args = ("--config=configs/smoke.py", "--over=model.mask_ratio=.5", f"--out={tmp_path / 'out'}")
+    code, output = run(child_env(), *args, "--then=prob", module="sweep")
+    assert (code, output.splitlines()[-1]) == (EXIT_CONFIG, "error: --then=prob is not one of probe, finetune, scratch")
+    assert list(tmp_path.iterdir()) == []
