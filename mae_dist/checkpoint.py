@@ -496,7 +496,17 @@ def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) ->
         )
 
 
-def _condition(workdir: epath.Path, step: int) -> list[str]:
+def saved_steps(workdir: epath.Path) -> list[int]:
+    """The steps of the complete checkpoints in `workdir`, ascending."""
+    directory = workdir / "checkpoints"
+    if not directory.exists():
+        return []
+    # In a bucket a save under way, or cut short, has the name already; only a last object says that it is complete.
+    complete = (path for path in directory.iterdir() if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path))
+    return sorted(int(path.name) for path in complete)
+
+
+def condition(workdir: epath.Path, step: int) -> list[str]:
     """What is wrong with a checkpoint: its files against their seal, its arrays against their digests."""
     path = workdir / "checkpoints" / str(step)
     lines = Seals(workdir).damage(step)
@@ -533,9 +543,7 @@ def _command(argv: Sequence[str]) -> int:
         return errors.EXIT_DONE
     if not directory.exists():
         raise StorageFault(f"{directory} does not exist: {workdir} is not the workdir of a run that has saved")
-    # In a bucket a save under way, or cut short, has the name already; only a last object says that it is complete.
-    complete = (path for path in directory.iterdir() if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path))
-    steps = sorted(int(path.name) for path in complete)
+    steps = saved_steps(workdir)
     faults = 0
     for step in steps:
         path = directory / str(step)
@@ -545,7 +553,7 @@ def _command(argv: Sequence[str]) -> int:
             f"{step:>10}  {sum(file.stat().length for file in files) / 2**20:8.1f} MiB  {len(files):4} files  {sealed}"
         )
         if given.what == "verify":
-            lines = _condition(workdir, step)
+            lines = condition(workdir, step)
             faults += bool(lines)
             line += "  DAMAGED: " + "; ".join(lines[:5]) if lines else "  good"
         print(line, flush=True)

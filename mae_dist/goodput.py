@@ -108,6 +108,14 @@ def summarize(workdir: epath.Path) -> dict[str, Any]:
     }
 
 
+def span(workdir: epath.Path) -> tuple[float, float] | None:
+    """When the run began and when it was last known to work, seconds since 1970; None without a ledger."""
+    path = workdir / GOODPUT_FILE
+    with naming_faults(path):
+        runs = _runs(_parse(read_text(path), path))
+    return (runs[0]["began"], runs[-1]["time"]) if runs else None
+
+
 def _parse(text: str, path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     """The lines of goodput.jsonl with the entry in each."""
     return parse_lines(text, path, _entry, "entry of the ledger")

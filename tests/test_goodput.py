@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mae_dist.errors import StorageFault
-from mae_dist.goodput import GOODPUT_FILE, Ledger, summarize
+from mae_dist.goodput import GOODPUT_FILE, Ledger, span, summarize
 
 
 def start(workdir, from_step, began, now):
@@ -32,6 +32,7 @@ def test_killed_and_continued(workdir):
         "steps_replayed": 20,
         "secs": {"start": 20.0, "step": 100.0, "replayed": 20.0, "away": 30.0},
     }
+    assert span(workdir) == (0.0, 280.0)
 
 
 def test_notes_are_rare_but_for_the_end(workdir):

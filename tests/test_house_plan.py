@@ -53,13 +53,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "workers",
         "roofline",
         "topology",
+        "report_plot",
     ),
-    ("tasks", "pictures", "checkpoint", "evaluate", "points", "results"),
-    ("steps", "pretrained", "sweep_table"),
-    ("job", "encoder"),
-    ("train", "input_speed", "extract", "planning"),
-    ("main",),
-    ("reconstruct", "convert", "features", "export", "benchmark", "prepare", "knn", "sweep", "plan"),
+    ("tasks", "pictures", "checkpoint", "evaluate", "points", "results", "report_page"),
+    ("steps", "pretrained", "sweep_table", "report_runs"),
+    ("job", "encoder", "report_groups"),
+    ("train", "input_speed", "extract", "planning", "report_figures", "report_model", "report_tables"),
+    ("main", "report_pictures"),
+    ("reconstruct", "convert", "features", "export", "benchmark", "prepare", "knn", "sweep", "plan", "report"),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 

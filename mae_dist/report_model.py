@@ -1,0 +1,150 @@
+"""What a report computes with a run's newest good checkpoint: predictions and features of test images, nothing masked.
+
+Shapes: N images, H W C image, D width, Y classes.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_dist import encoder, evaluate, job, pretrained, sharding, steps, tasks
+from mae_dist.data import Dataset
+from mae_dist.layers import unconstrained
+from mae_dist.report_runs import Run
+
+_BATCH_SIZE = 256
+_NUM_SHOWN = 24  # images that the page shows with their predictions
+_NUM_EMBEDDED = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A model's view of the first readable images of a split.
+
+    origin: which weights. split: its name and how many images of how many, in words.
+    images: the very first, uint8 (n, H, W, C). features: float32 (N, D). labels: int (N,).
+    predictions: int (N,), None for an encoder without a head.
+    """
+
+    origin: str
+    split: str
+    class_names: tuple[str, ...]
+    images: np.ndarray
+    features: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray | None
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Counts (Y, Y): row the true class, column the predicted one."""
+        assert self.predictions is not None
+        size = len(self.class_names)
+        return np.bincount(self.labels * size + self.predictions, minlength=size * size).reshape(size, size)
+
+
+class Viewer:
+    """Shows test images to models; splits that several of them share are opened once.
+
+    Args:
+      default: configs/default.py.
+      data_dir: where TFDS keeps data sets, if not where a run had it.
+      max_images: the most of a split that a model sees.
+    """
+
+    def __init__(self, default: ConfigDict, data_dir: str, max_images: int):
+        self._default, self._data_dir, self._max_images = default, data_dir, max_images
+        self._splits: dict[str, Dataset] = {}
+        self._mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices())
+
+    def look(self, run: Run) -> Seen:
+        """Computes what the page shows of this run's model.
+
+        Raises:
+          UserError: there is no good checkpoint, the data are not there, or either cannot be read.
+        """
+        source = pretrained.open_pretrained(run.workdir, self._default)
+        config = source.config
+        name = "test" if config.data.test_split else "val" if config.data.val_split else "train"
+        with config.unlocked():
+            config.data.data_dir = self._data_dir or config.data.data_dir
+        split = config.data[f"{name}_split"]
+        key = json.dumps([config.data.to_dict(), config.model.image_size, config.model.channels, split])
+        if key not in self._splits:
+            self._splits[key] = job.open_dataset(config, split)
+        dataset = self._splits[key]
+        images, outputs, labels = self._run(source, dataset)
+        width = config.model.embed_dim
+        some = "all" if len(labels) == dataset.num_examples else f"the first {len(labels):,} of the"
+        return Seen(
+            origin=source.origin,
+            split=f"{some} {dataset.num_examples:,} {name} images",
+            class_names=tuple(dataset.class_names),
+            images=images,
+            features=outputs[:, :width],
+            labels=labels,
+            predictions=outputs[:, width:].argmax(axis=1) if config.task != "pretrain" else None,
+        )
+
+    def _run(self, source: pretrained.Pretrained, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The first images, features with any logits behind them (N, D or D + Y), labels (N,)."""
+        config, mesh = source.config, self._mesh
+        shapes = encoder.needed_shapes(source) if config.task == "pretrain" else source.abstract
+        shardings = sharding.param_shardings(mesh, shapes)
+        batch_sharding, shards = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
+        batch_size = math.ceil(_BATCH_SIZE / shards) * shards
+        pieces = steps.num_pieces(config, mesh, batch_size)
+        step = steps.make_eval_step(
+            _make_forward(config, source.num_classes), mesh=mesh, params=shardings, per_example=True, pieces=pieces
+        )
+        images, outputs, labels, left = [], [], [], self._max_images
+        with jax.set_mesh(mesh):
+            params = source.load(shardings)
+            for batch in evaluate.global_batches(dataset, batch_sharding, batch_size):
+                real = np.flatnonzero(np.asarray(batch["weight"]) > 0)[:left]
+                outputs.append(np.asarray(step(params, batch))[real])
+                labels.append(np.asarray(batch["label"])[real])
+                if sum(map(len, images)) < _NUM_SHOWN:
+                    images.append(np.asarray(batch["image"])[real])
+                left -= len(real)
+                if left <= 0:
+                    break
+        return np.concatenate(images)[:_NUM_SHOWN], np.concatenate(outputs), np.concatenate(labels)
+
+
+def _make_forward(config: ConfigDict, num_classes: int) -> Any:
+    """(params, batch) -> float32 (B, D) features, with a classifier's logits behind them (B, D + Y)."""
+    if config.task == "pretrain":
+        encode = encoder.make_encode(config, ("mean",))
+        return lambda params, batch: encode(params, batch["image"])["mean"]
+    _, bind = tasks.functional(functools.partial(tasks.make_model, config, num_classes, unconstrained))
+
+    def forward(params: Any, batch: Any) -> jax.Array:
+        model = bind(params)
+        features = model.features(tasks.scale_pixels(batch["image"], config.data.mean, config.data.std), None)
+        return jnp.concatenate([features.astype(jnp.float32), model.logits(features)], axis=1)
+
+    return forward
+
+
+def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(points (n, 2), labels (n,)): t-SNE on at most 50 principal components, of at most 2,000 images, seeded."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.permutation(len(seen.labels))[:_NUM_EMBEDDED])
+    features = seen.features[chosen]
+    components = min(50, *features.shape)
+    reduced = PCA(components, random_state=seed).fit_transform(features)
+    perplexity = min(30.0, (len(reduced) - 1) / 3)
+    tsne = TSNE(2, perplexity=perplexity, init="pca" if components > 1 else "random", random_state=seed)
+    with threadpool_limits(1, "openmp"):  # its threads meet a thousand times, and spin wherever others work as well
+        return tsne.fit_transform(reduced), seen.labels[chosen]

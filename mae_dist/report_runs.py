@@ -1,0 +1,251 @@
+"""What runs left in their workdirs, as a report needs it: nothing here needs a model or data."""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import checkpoint, goodput, integrity, metrics
+from mae_dist.errors import StorageFault, UserError
+from mae_dist.seals import Seals
+from mae_dist.storage import absolute, naming_faults, read_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """How images were masked in the pretraining that a run is, or begins from."""
+
+    strategy: str
+    ratio: float
+
+
+@dataclasses.dataclass
+class Run:
+    """One workdir as it is now.
+
+    label: its name, told apart from the other runs' if need be.
+    records: of metrics.jsonl, in order.
+    summary: summary.json, {} until the run has ended.
+    ledger: `goodput.summarize`; span: `goodput.span`.
+    masking: None for a training that begins from nothing, or from weights that do not say.
+    source: the workdir of the pretraining it begins from, where that is still to be found.
+    faults: what could not be read, each in a sentence.
+    """
+
+    workdir: epath.Path
+    config: ConfigDict
+    label: str = ""
+    records: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ledger: dict[str, Any] = dataclasses.field(default_factory=dict)
+    span: tuple[float, float] | None = None
+    masking: Masking | None = None
+    source: epath.Path | None = None
+    faults: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """The last recorded update, 0 before the first."""
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """Updates of the whole run; None as long as it has recorded too little to tell."""
+        if self.config.total_steps:
+            return self.config.total_steps
+        if self.summary.get("total_steps"):
+            return int(self.summary["total_steps"])
+        for record in reversed(self.records):
+            if record.get("step_secs") and math.isfinite(record.get("eta_secs", math.nan)):
+                return int(record["step"]) + round(record["eta_secs"] / record["step_secs"])
+        return None
+
+    @property
+    def finished(self) -> bool:
+        return self.total_steps is not None and self.step >= self.total_steps and bool(self.summary)
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """None where only the data set would tell, as for a run of `total_steps`."""
+        total = self.total_steps
+        return total / self.config.total_epochs if total and not self.config.total_steps else None
+
+    def last(self, name: str) -> float | None:
+        """The last finite value recorded under this name."""
+        for record in reversed(self.records):
+            if math.isfinite(record.get(name, math.nan)):
+                return record[name]
+        return None
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of all records that have a finite one."""
+        found = [(record["step"], record[name]) for record in self.records if math.isfinite(record.get(name, math.nan))]
+        return [step for step, _ in found], [value for _, value in found]
+
+    @property
+    def images_per_sec(self) -> float | None:
+        """The median over the records."""
+        values = self.series("images_per_sec")[1]
+        return statistics.median(values) if values else None
+
+    @property
+    def hours(self) -> float | None:
+        """Of work, without the time between a start's end and the next start."""
+        secs = self.ledger.get("secs")
+        return sum(value for name, value in secs.items() if name != "away") / 3600 if secs else None
+
+
+def find_workdirs(paths: Iterable[str]) -> list[epath.Path]:
+    """The runs at these paths, each once; of a directory that is none, those among its children.
+
+    Raises:
+      StorageFault: a path where there is no run.
+    """
+    found: dict[str, epath.Path] = {}
+    for given in paths:
+        path = absolute(given)
+        with naming_faults(path):
+            children = [path] if (path / "config.json").exists() else sorted(path.iterdir()) if path.is_dir() else []
+            runs = [child for child in children if (child / "config.json").exists()]
+        if not runs:
+            raise StorageFault(
+                f"{path} is neither the workdir of a run nor a directory of such: there is no config.json in it nor "
+                "one level below; correct the path"
+            )
+        found.update({os.fspath(run): run for run in runs})
+    return list(found.values())
+
+
+def collect(workdirs: Sequence[epath.Path], default: ConfigDict) -> tuple[list[Run], list[str]]:
+    """The runs in these workdirs, and sentences about those whose config cannot be read."""
+    runs, unreadable = [], []
+    for workdir in workdirs:
+        try:
+            runs.append(_read(workdir, default))
+        except (UserError, ValueError, KeyError, TypeError) as error:  # a config.json of whatever kind
+            unreadable.append(f"{workdir}: {_first_line(error)}")
+    names = collections.Counter(run.config.name for run in runs)
+    for run in runs:
+        own = run.config.name
+        run.label = own if names[own] == 1 else f"{own} ({run.workdir.name})"
+    labels = collections.Counter(run.label for run in runs)
+    for run in runs:
+        if labels[run.label] > 1:
+            run.label = f"{run.config.name} ({run.workdir})"
+    return runs, unreadable
+
+
+def _read(workdir: epath.Path, default: ConfigDict) -> Run:
+    run = Run(workdir, checkpoint.read_config(workdir, default))
+
+    def tried(read: Any, otherwise: Any) -> Any:
+        try:
+            return read(workdir)
+        except UserError as error:
+            run.faults.append(_first_line(error))
+            return otherwise
+
+    run.records = tried(metrics.read_metrics, [])
+    run.ledger = tried(goodput.summarize, {})
+    run.span = tried(goodput.span, None)
+    run.summary = tried(_read_summary, {})
+    run.source = _find_source(run.config.init_from, workdir) if run.config.task != "pretrain" else None
+    run.masking = _masking(run)
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_summary(workdir: epath.Path) -> dict[str, Any]:
+    path = workdir / metrics.SUMMARY_FILE
+    with naming_faults(path):
+        text = read_text(path)
+    try:
+        return dict(json.loads(text)) if text else {}
+    except (ValueError, TypeError) as error:
+        raise StorageFault(f"{path} is damaged: {error}; the run's own command writes it again") from error
+
+
+def _stored(workdir: epath.Path) -> dict[str, Any]:
+    """config.json as it is, of a run or in another layout; {} where there is none to be read."""
+    try:
+        return dict(json.loads(read_text(workdir / "config.json") or "{}"))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _find_source(init_from: str, workdir: epath.Path) -> epath.Path | None:
+    """The pretraining behind `init_from`: there, or beside the run if both were moved; through other trainings."""
+    for _ in range(10):  # a ring is nobody's intention, but would never end
+        if not init_from:
+            return None
+        try:
+            places = [absolute(init_from), workdir.parent / os.path.basename(init_from.rstrip("/"))]
+        except UserError:  # a bucket out of reach
+            places = [workdir.parent / os.path.basename(init_from.rstrip("/"))]
+        stored, place = next(((stored, place) for place in places if (stored := _stored(place))), ({}, None))
+        if place is None or stored.get("task", "pretrain") == "pretrain":
+            return place
+        init_from, workdir = stored.get("init_from", ""), place
+    return None
+
+
+def _masking(run: Run) -> Masking | None:
+    if run.config.task == "pretrain":
+        return Masking(run.config.model.masking, run.config.model.mask_ratio)
+    if not run.config.init_from:
+        return None
+    if run.source is None:  # a probe's own config has the ratio of the recipe that it comes from
+        run.faults.append(
+            f"init_from={run.config.init_from!r} has no config.json to be found: masking strategy and ratio are those "
+            "of the run's own config"
+        )
+        return Masking(run.config.model.masking, run.config.model.mask_ratio)
+    stored = _stored(run.source)
+    try:
+        model = stored.get("model", stored)  # in Hugging Face's layout the fields are not in sections
+        return Masking(str(model.get("masking", "random")), float(model["mask_ratio"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedState:
+    """A checkpoint on disk: its step, and what is wrong with it."""
+
+    place: str
+    mebibytes: float
+    sealed: bool
+    faults: list[str]
+
+
+def checkpoints(workdir: epath.Path, *, arrays: bool) -> tuple[list[SavedState], dict[str, str]]:
+    """The checkpoints of a run, verified, and why others are in quarantine.
+
+    Args:
+      workdir: of the run, which may be working.
+      arrays: whether to read the arrays too, not only compare the files with their seals.
+    """
+    seals, found = Seals(workdir), []
+    with naming_faults(workdir):
+        for step in checkpoint.saved_steps(workdir):
+            path = workdir / "checkpoints" / str(step)
+            try:
+                faults = checkpoint.condition(workdir, step) if arrays else seals.damage(step) or []
+                size = sum(file.stat().length for file in integrity.files(path)) / 2**20
+            except FileNotFoundError:
+                if path.exists():
+                    raise
+                continue  # superseded meanwhile
+            if path.exists():
+                found.append(SavedState(str(step), size, seals.has(step), faults))
+        return found, seals.quarantined()
