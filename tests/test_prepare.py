@@ -128,6 +128,18 @@ def test_archives_that_are_missing_cut_or_others_are_told(manual_dir: Path, tmp_
         train.write_bytes(content[:cut])
         with pytest.raises(DataFault, match=r"train\.tar.*(damaged|holds)"):
             archives.imagenet_images(tmp_path, allow_incomplete=False)
+    train.write_bytes(content)
+    page = b"<!DOCTYPE html>\n<html><body>Please sign in.</body></html>\n" * 20
+    for path in (train, tmp_path / "ILSVRC2012_img_val.tar"):
+        good = path.read_bytes()
+        for download in (b"", page):
+            path.write_bytes(download)
+            with pytest.raises(DataFault, match=rf"{path.name} is no tar archive, or damaged .*download it again"):
+                archives.imagenet_images(tmp_path, allow_incomplete=True)
+        path.write_bytes(good)
+    _tar(train, {"n01440764.tar": page})
+    with pytest.raises(DataFault, match=r"n01440764\.tar is no tar archive"):
+        archives.imagenet_images(tmp_path, allow_incomplete=True)
     _tar(train, {"photos.tar": b""})
     with pytest.raises(DataFault, match=r"photos\.tar, which is no class"):
         archives.imagenet_images(tmp_path, allow_incomplete=True)

@@ -52,14 +52,15 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
-def _members(tar: tarfile.TarFile, archive: str) -> Iterator[tarfile.TarInfo]:
-    """The files of an archive; a `DataFault` where it ends too early."""
+def _members(file: Any, archive: str) -> Iterator[tarfile.TarInfo]:
+    """The files in an open archive; a `DataFault` where it is none, or ends too early."""
     try:
-        for member in tar:
-            if member.isfile():
-                yield member
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    yield member
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataFault(f"{archive} is damaged ({error}); download it again") from error
+        raise DataFault(f"{archive} is no tar archive, or damaged ({error}); download it again") from error
 
 
 def imagenet_images(manual_dir: Path, allow_incomplete: bool) -> dict[str, Images]:
@@ -96,19 +97,15 @@ def imagenet_images(manual_dir: Path, allow_incomplete: bool) -> dict[str, Image
 def _train_images(path: Path, numbers: dict[str, int]) -> Images:
     _LOG.info("looking through %s", path)
     found: list[tuple[str, int, int, int]] = []  # name, label, offset, size
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
-        for member in _members(outer, str(path)):
+    with open(path, "rb") as file:
+        for member in _members(file, str(path)):
             synset = Path(member.name).stem
             if synset not in numbers:
                 raise DataFault(f"{path} holds {member.name}, which is no class of ILSVRC 2012; it is another archive")
             part = io.BufferedReader(_Part(file, member.offset_data, member.size))
-            try:
-                with tarfile.open(fileobj=part, mode="r:") as inner:
-                    for image in _members(inner, f"{path}, {member.name}"):
-                        start = member.offset_data + image.offset_data
-                        found.append((os.path.basename(image.name), numbers[synset], start, image.size))
-            except tarfile.TarError as error:
-                raise DataFault(f"{path}, {member.name} is damaged ({error}); download it again") from error
+            for image in _members(part, f"{path}, {member.name}"):
+                start = member.offset_data + image.offset_data
+                found.append((os.path.basename(image.name), numbers[synset], start, image.size))
     return _in_archive(path, found)
 
 
@@ -116,8 +113,8 @@ def _validation_images(path: Path, labels: list[int]) -> Images:
     """Labels are those of the images in the order of their names, whose numbers tell them."""
     _LOG.info("looking through %s", path)
     found = []
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in _members(tar, str(path)):
+    with open(path, "rb") as file:
+        for member in _members(file, str(path)):
             name = os.path.basename(member.name)
             number = Path(name).stem.removeprefix("ILSVRC2012_val_")
             if not (number.isdecimal() and 1 <= int(number) <= len(labels)):
