@@ -15,7 +15,7 @@ from absl import flags, logging
 
 from mae_dist import errors, main
 from mae_dist.data import archives, cifar
-from mae_dist.data.records import write_dataset
+from mae_dist.data.records import is_prepared, write_dataset
 
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Where the archives of ImageNet are.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps data sets (default $TFDS_DATA_DIR or its own).")
@@ -80,7 +80,7 @@ def _prepare_folder(folder: Path, name: str, root: str | None) -> Any:
         )
     data_dir = Path(root or constants.DATA_DIR)
     directory = data_dir / name / "1.0.0"
-    if directory.exists():
+    if is_prepared(directory):
         logging.info("%s is prepared already; delete it to prepare it again", directory)
         return tfds.builder_from_directory(str(directory))
     splits, classes = archives.folder_images(folder, _SKIP_UNDECODABLE.value)

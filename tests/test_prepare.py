@@ -148,6 +148,20 @@ def test_archives_that_are_missing_cut_or_others_are_told(manual_dir: Path, tmp_
         archives.imagenet_images(tmp_path, allow_incomplete=True)
 
 
+def test_a_directory_without_a_data_set_is_no_data_set(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "many" / "1.0.0"
+    directory.mkdir(parents=True)
+    (directory / "notes.txt").touch()
+    with pytest.raises(DataFault, match=r"1\.0\.0 is in the way"):
+        begin(folder, directory, monkeypatch)
+    (directory / "notes.txt").unlink()
+    begin(folder, directory, monkeypatch)
+    builder: Any = tfds.builder("many", data_dir=tmp_path)
+    assert builder.info.splits["train"].num_examples == 4
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two classes for training, one for validation; several formats."""

@@ -29,6 +29,7 @@ _THREADS = 8  # reading waits for the disk, writing is C++
 _PROGRESS_SECS = 10.0
 _OVERHEAD = 1.01  # of records and indices over the images' own bytes
 _PLAN = "plan.json"
+_INFO = "dataset_info.json"
 _LOG = logging.getLogger(__name__)
 
 
@@ -133,7 +134,7 @@ def write_dataset(info: Any, directory: Path, splits: Mapping[str, Images]) -> N
     incomplete = directory.with_name(f".{directory.name}.incomplete")
     try:
         with locked(incomplete.with_name(f".{directory.name}.lock")):
-            if directory.exists():
+            if is_prepared(directory):
                 return
             _begin(incomplete, splits)
             shards = {name: _shards(info.name, incomplete, name, images) for name, images in splits.items()}
@@ -146,6 +147,19 @@ def write_dataset(info: Any, directory: Path, splits: Mapping[str, Images]) -> N
             f"preparing {info.name} in {directory} failed: {error}. Free some space or make it writable; the same "
             "command then goes on where it stopped"
         ) from error
+
+
+def is_prepared(directory: Path) -> bool:
+    """Whether a data set has its place already; an empty directory there is none.
+
+    Raises:
+      DataFault: something else is there.
+    """
+    if (directory / _INFO).exists():
+        return True
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise DataFault(f"{directory} is in the way: it holds no {_INFO}; move or delete it")
+    return False
 
 
 def _begin(incomplete: Path, splits: Mapping[str, Images]) -> None:
