@@ -162,6 +162,26 @@ def test_a_directory_without_a_data_set_is_no_data_set(
     assert builder.info.splits["train"].num_examples == 4
 
 
+def test_shards_outlive_a_rename_that_fails(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "many" / "1.0.0"
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if target == directory:
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "rename", refused)
+        with pytest.raises(DataFault, match=r"Permission denied.*goes on where it stopped"):
+            begin(folder, directory, monkeypatch)
+    made = {path.name: path.stat().st_mtime_ns for path in directory.with_name(".1.0.0.incomplete").glob("many-*")}
+    begin(folder, directory, monkeypatch)
+    assert {path.name: path.stat().st_mtime_ns for path in directory.glob("many-*")} == made
+    assert len(made) == 3
+    assert not (directory / "plan.json").exists()
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two classes for training, one for validation; several formats."""

@@ -140,8 +140,8 @@ def write_dataset(info: Any, directory: Path, splits: Mapping[str, Images]) -> N
             shards = {name: _shards(info.name, incomplete, name, images) for name, images in splits.items()}
             _write_missing([shard for of_split in shards.values() for shard in of_split], info.features)
             _write_info(info, incomplete, shards)
-            (incomplete / _PLAN).unlink()
             incomplete.rename(directory)
+            (directory / _PLAN).unlink()  # not before: without it the shards would be made again
     except OSError as error:
         raise DataFault(
             f"preparing {info.name} in {directory} failed: {error}. Free some space or make it writable; the same "
