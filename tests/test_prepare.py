@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -180,6 +181,19 @@ def test_shards_outlive_a_rename_that_fails(folder: Path, tmp_path: Path, monkey
     assert {path.name: path.stat().st_mtime_ns for path in directory.glob("many-*")} == made
     assert len(made) == 3
     assert not (directory / "plan.json").exists()
+
+
+def test_a_disk_that_fills_up_is_a_data_fault(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "many" / "1.0.0"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # of a file: the plan has room, a shard has not
+    try:
+        with pytest.raises(DataFault, match=r"preparing many .* failed: .*Free some space"):
+            begin(folder, directory, monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    begin(folder, directory, monkeypatch)
+    assert (directory / "dataset_info.json").exists()
 
 
 @pytest.fixture

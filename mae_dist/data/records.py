@@ -109,12 +109,15 @@ class _Shard:
         from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # each can be read alone
-        for row in self.rows.tolist():
-            name, label = self.images.names[row], int(self.images.labels[row])
-            example = {"image": self.images.read(row), "label": label, "file_name": name}
-            writer.write(features.serialize_example(features.encode_example(example)))
-        writer.close()
+        try:
+            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # each can be read alone
+            for row in self.rows.tolist():
+                name, label = self.images.names[row], int(self.images.labels[row])
+                example = {"image": self.images.read(row), "label": label, "file_name": name}
+                writer.write(features.serialize_example(features.encode_example(example)))
+            writer.close()
+        except RuntimeError as error:  # what the writer says of a full disk
+            raise OSError(str(error)) from error
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.rename(self.path)
