@@ -41,6 +41,8 @@ def prepare(argv: Sequence[str]) -> int:
     elif names[0] == "imagenet2012":
         builder = _prepare_imagenet(root)
     elif names[0] in cifar.BUILDERS:
+        if _LIMIT.value:
+            raise errors.ConfigError(f"--limit is not for {names[0]}: choose a part by a split, as train[:1000]")
         builder = cifar.BUILDERS[names[0]](data_dir=root)
         cifar.prepare(builder)
         builder = cifar.BUILDERS[names[0]](data_dir=root)
@@ -59,13 +61,17 @@ def _prepare_imagenet(root: str | None) -> Any:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
+    allow_incomplete = _ALLOW_INCOMPLETE.value or _LIMIT.value > 0  # a limit is as explicit as that
     if builder.is_prepared():
+        counts = {name: split.num_examples for name, split in builder.info.splits.items()}
+        if not allow_incomplete and any(counts.get(name, 0) < n for name, n in archives.IMAGENET_COUNTS.items()):
+            raise errors.DataFault(
+                f"{builder.data_path} was prepared with a part of ImageNet ({counts}); delete it to prepare all, or "
+                "give --allow_incomplete if that is meant"
+            )
         logging.info("%s is prepared already", builder.data_path)
         return builder
-    # A limit is as explicit as that.
-    splits = archives.imagenet_images(
-        Path(main.required(_MANUAL_DIR)).expanduser(), _ALLOW_INCOMPLETE.value or _LIMIT.value > 0
-    )
+    splits = archives.imagenet_images(Path(main.required(_MANUAL_DIR)).expanduser(), allow_incomplete)
     write_dataset(builder.info, Path(builder.data_path), _limited(splits))
     return tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
 
@@ -80,9 +86,16 @@ def _prepare_folder(folder: Path, name: str, root: str | None) -> Any:
         )
     data_dir = Path(root or constants.DATA_DIR)
     directory = data_dir / name / "1.0.0"
+    description = f"Images of {folder.absolute()}{f', at most {_LIMIT.value} of a split' if _LIMIT.value else ''}."
     if is_prepared(directory):
+        builder = tfds.builder_from_directory(str(directory))
+        if builder.info.description != description:
+            raise errors.DataFault(
+                f"{directory} holds something else: {builder.info.description!r}, not {description!r}; delete it, or "
+                "choose another --name"
+            )
         logging.info("%s is prepared already; delete it to prepare it again", directory)
-        return tfds.builder_from_directory(str(directory))
+        return builder
     splits, classes = archives.folder_images(folder, _SKIP_UNDECODABLE.value)
     identity = dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""
@@ -94,7 +107,7 @@ def _prepare_folder(folder: Path, name: str, root: str | None) -> Any:
             "file_name": tfds.features.Text(),
         }
     )
-    info = tfds.core.DatasetInfo(builder=identity, features=features, description=f"Images of {folder}.")
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description=description)
     write_dataset(info, directory, _limited(splits))
     return tfds.builder_from_directory(str(directory))
 

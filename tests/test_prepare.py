@@ -18,7 +18,7 @@ from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
 
 from mae_dist.data import archives, open_split, records
-from mae_dist.errors import EXIT_CONFIG, EXIT_DONE, DataFault
+from mae_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, DataFault
 from tests.conftest import ROOT
 
 _LABELS = Path(tfds.core.tfds_path("datasets/imagenet2012"))
@@ -116,6 +116,9 @@ def test_imagenet_is_what_tfds_reads(
     for example in sources["validation"]:
         number = int(example["file_name"].decode()[-13:-5])
         assert example["label"] == _SYNSETS.index(_VALIDATION[number - 1])
+    again = prepare("imagenet2012", f"--data_dir={tmp_path}")
+    assert again.returncode == EXIT_DATA
+    assert "prepared with a part of ImageNet ({'train': 11, 'validation': 9}); delete it" in again.stderr
     train = _open(tmp_path, "imagenet2012", "train")
     assert sorted(train.examples(np.arange(11))["label"]) == sorted(example["label"] for example in files.values())
 
@@ -227,6 +230,11 @@ def test_a_folder_becomes_a_data_set(
         close = np.abs(got["image"].mean(axis=(1, 2)) - colour).max(axis=1) < 5
         assert got["label"][close].tolist() == [label]
     builder: Any = tfds.builder("my_set", data_dir=tmp_path)
+    again = prepare(f"--from_folder={folder}", "--name=my_set", f"--data_dir={tmp_path}")
+    assert (again.returncode, again.stdout) == (EXIT_DONE, done.stdout), again.stderr
+    other = prepare(f"--from_folder={folder}", "--name=my_set", f"--data_dir={tmp_path}", "--limit=2")
+    assert other.returncode == EXIT_DATA
+    assert "at most 2 of a split.'; delete it, or choose another --name" in other.stderr
     names = {example["file_name"].decode() for example in builder.as_data_source(split="train")}
     assert names == {"cat/a.jpg", "cat/b.PNG", "dog/deep/c.webp", "dog/d.bmp"}
 
@@ -235,6 +243,7 @@ def test_a_command_that_cannot_work_is_refused(prepare: Callable[..., subprocess
     for arguments, said in (
         ((), "name one data set"),
         (("--from_folder=.", "--name=cifar10"), "no name that TFDS has"),
+        (("cifar10", "--limit=10"), "--limit is not for cifar10"),
     ):
         refused = prepare(*arguments)
         assert refused.returncode == EXIT_CONFIG
