@@ -18,6 +18,7 @@ from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
 
 from mae_dist.data import archives, open_split, records
+from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, DataFault
 from tests.conftest import ROOT
 
@@ -120,6 +121,10 @@ def test_imagenet_is_what_tfds_reads(
     assert again.returncode == EXIT_DATA
     assert "prepared with a part of ImageNet ({'train': 11, 'validation': 9}); delete it" in again.stderr
     train = _open(tmp_path, "imagenet2012", "train")
+    assert isinstance(train, TfdsDataset)
+    stored, _, _ = train._read_files(np.arange(11))
+    assert {Image.open(io.BytesIO(data or b"")).format for data in stored} == {"JPEG"}
+    assert {Image.open(io.BytesIO(data or b"")).mode for data in stored} == {"RGB"}
     assert sorted(train.examples(np.arange(11))["label"]) == sorted(example["label"] for example in files.values())
 
 
