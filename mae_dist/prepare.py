@@ -2,7 +2,8 @@
 `python -m mae_dist.prepare --from_folder DIR --name my_set`.
 
 It becomes array_record files in --data_dir as TFDS has them, without TensorFlow, for `--config.data.name` and
-`--config.data.data_dir`. Killed, the same line goes on where it stopped.
+`--config.data.data_dir`. Killed, the same line goes on where it stopped, after it has looked through the archives, or
+decoded the folder's files, once more.
 """
 
 import os

@@ -244,6 +244,25 @@ def test_a_folder_becomes_a_data_set(
     assert names == {"cat/a.jpg", "cat/b.PNG", "dog/deep/c.webp", "dog/d.bmp"}
 
 
+def test_a_folder_is_checked_in_parts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = []
+
+    class Pool(archives.ThreadPoolExecutor):
+        def map(self, fn: Any, *items: Any, **options: Any) -> Any:
+            given.append(len(items[0]))
+            return super().map(fn, *items, **options)
+
+    monkeypatch.setattr(archives, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(archives, "_CHUNK", 3)
+    with caplog.at_level("INFO"):
+        splits, _ = archives.folder_images(folder, skip_undecodable=False)
+    assert given == [3, 1, 1]
+    assert "4 of 4 files" in caplog.text
+    assert [Path(splits["train"].files[row]).stat().st_size for row in range(4)] == splits["train"].size.tolist()
+
+
 def test_a_command_that_cannot_work_is_refused(prepare: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     for arguments, said in (
         ((), "name one data set"),

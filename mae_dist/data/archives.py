@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mae_dist.data.records import Images
+from mae_dist.data.records import Images, Progress
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import UndecodableImage, decode_image
 
@@ -22,6 +22,7 @@ _IMAGENET_CLASS_COUNTS = {"train": (732, 1300), "validation": (50, 50)}  # fewes
 _TRAIN_TAR, _VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 _THREADS = os.cpu_count() or 1
+_CHUNK = 1024  # files given to the threads at once: a tree may have millions
 _LOG = logging.getLogger(__name__)
 
 
@@ -168,7 +169,7 @@ def _mended(name: str, data: bytes) -> bytes:
 def folder_images(root: Path, skip_undecodable: bool) -> tuple[dict[str, Images], list[str]]:
     """Images of a tree train/<class>/*, and if there are validation/ (or val/) and test/ likewise; class names.
 
-    Every file is decoded once, so that what is prepared can be trained on.
+    Every file is decoded once, so that what is prepared can be trained on; after a kill all over again.
 
     Args:
       root: the tree's.
@@ -201,8 +202,14 @@ def _folder_split(folder: Path, labels: dict[str, int], skip_undecodable: bool) 
     paths = [path for name in labels for path in sorted((folder / name).rglob("*")) if path.is_file()]
     paths = [path for path in paths if not path.name.startswith(".")]
     _LOG.info("decoding the %d files of %s", len(paths), folder)
+    sizes = {path: path.stat().st_size for path in paths}
+    progress, good = Progress("files", len(paths), sum(sizes.values())), []
     with ThreadPoolExecutor(_THREADS) as pool:
-        good = list(pool.map(_decodes, paths))
+        for start in range(0, len(paths), _CHUNK):
+            chunk = paths[start : start + _CHUNK]
+            for path, decodes in zip(chunk, pool.map(_decodes, chunk), strict=True):
+                good.append(decodes)
+                progress.add(sizes[path])
     bad = [str(path) for path, decodes in zip(paths, good, strict=True) if not decodes]
     if bad and not skip_undecodable:
         raise DataFault(
@@ -219,7 +226,7 @@ def _folder_split(folder: Path, labels: dict[str, int], skip_undecodable: bool) 
         files=tuple(map(str, paths)),
         file=np.arange(len(paths), dtype=np.int32),
         offset=np.zeros(len(paths), np.int64),
-        size=np.array([path.stat().st_size for path in paths], np.int64),
+        size=np.array([sizes[path] for path in paths], np.int64),
         names=tuple(map(str, names)),
         labels=np.array([labels[name.parts[0]] for name in names], np.int32),
     )
