@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mae_dist.data import open_split
+from mae_dist.data import open_split, records
 from mae_dist.errors import DataFault
 from tests.gcs_emulator import Blob, GcsEmulator
 from tests.test_tfds import ARGUMENTS, prepare_shapes
@@ -94,7 +95,7 @@ def test_a_mounted_directory_is_copied_if_asked_and_again_if_it_changed(prepared
     assert not cache.exists()  # read where it is
     np.testing.assert_array_equal(_images(source, cache, stage=True), images)
     (copy,) = _copies(cache, "train")
-    copy.with_name(f".{copy.name}.tmp").write_bytes(b"left by a killed process")
+    copy.with_name(f".{copy.name}.{socket.gethostname()}.1.tmp").write_bytes(b"left by a killed process")
     copy.unlink()
     np.testing.assert_array_equal(_images(source, cache, stage=True), images)
     assert [path.name for path in copy.parent.glob(".*")] == [".staging.lock"]
@@ -104,9 +105,27 @@ def test_a_mounted_directory_is_copied_if_asked_and_again_if_it_changed(prepared
     assert len(_images(source, cache, stage=True)) == 9
 
 
-def test_too_little_space_is_told_before(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mae_dist.data import records
+def test_without_locks_hosts_write_to_names_of_their_own(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(handle: object, operation: int) -> None:
+        raise OSError(37, "No locks available")
 
+    monkeypatch.setattr(records.fcntl, "flock", no_locks)
+    images = _images(prepared, tmp_path, stage=True)
+    assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
+    (copy,) = _copies(tmp_path, "train")
+    copy.unlink()
+    other = copy.with_name(f".{copy.name}.elsewhere.{os.getpid()}.tmp")
+    other.write_bytes(b"under way on another host")
+    np.testing.assert_array_equal(_images(prepared, tmp_path, stage=True), images)
+    assert other.read_bytes() == b"under way on another host"
+    assert records.temporary_beside(copy) != other
+    monkeypatch.setattr(records.socket, "gethostname", lambda: "elsewhere")
+    assert records.temporary_beside(copy) == other
+
+
+def test_too_little_space_is_told_before(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = records.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(records.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataFault, match=r"has 0\.00 GB free and .* choose a place on a larger disk"):

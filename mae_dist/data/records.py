@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +109,7 @@ class _Shard:
     def write(self, features: Any) -> None:
         from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary = temporary_beside(self.path)
         try:
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # each can be read alone
             for row in self.rows.tolist():
@@ -136,9 +137,11 @@ def write_dataset(info: Any, directory: Path, splits: Mapping[str, Images]) -> N
     """
     incomplete = directory.with_name(f".{directory.name}.incomplete")
     try:
-        with locked(incomplete.with_name(f".{directory.name}.lock")):
+        with locked(incomplete.with_name(f".{directory.name}.lock")) as alone:
             if is_prepared(directory):
                 return
+            if alone:
+                remove_temporaries(incomplete)
             _begin(incomplete, splits)
             shards = {name: _shards(info.name, incomplete, name, images) for name, images in splits.items()}
             _write_missing([shard for of_split in shards.values() for shard in of_split], info.features)
@@ -173,7 +176,7 @@ def _begin(incomplete: Path, splits: Mapping[str, Images]) -> None:
         _LOG.warning("%s was begun from other images and is made again", incomplete)
         shutil.rmtree(incomplete)
     incomplete.mkdir(parents=True, exist_ok=True)
-    temporary = incomplete / f".{_PLAN}.tmp"
+    temporary = temporary_beside(path)
     temporary.write_text(json.dumps(plan))
     temporary.rename(path)
 
@@ -279,12 +282,33 @@ def _write_info(info: Any, directory: Path, shards: Mapping[str, list[_Shard]]) 
     info.write_to_directory(directory)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name that no other process writes to, on this host or another, until the file gets its own."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Removes what killed processes of this host left in a directory, for the one that holds its lock.
+
+    Not what other hosts left: some file systems grant a lock to one process of each host, and they may be at work.
+    """
+    for path in directory.glob(f".*.{socket.gethostname()}.*.tmp"):
+        path.unlink()
+
+
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock among the processes of one host (and of others, where the file system can)."""
+def locked(path: Path) -> Iterator[bool]:
+    """Holds an exclusive lock among the processes of one host, and of others, where the file system can.
+
+    Some network file systems have no locks. There the value is False: others may do the same at the same time, each
+    under names of its own, and what it renames into place is whole all the same.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
-        # Some network file systems have no locks; what is renamed into place is still whole there.
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            alone = True
+        except OSError as error:
+            _LOG.warning("%s cannot be locked (%s): other processes may do the same work", path, error)
+            alone = False
+        yield alone

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from mae_dist import storage
-from mae_dist.data.records import Progress, check_space, locked, run_all
+from mae_dist.data.records import Progress, check_space, locked, remove_temporaries, run_all, temporary_beside
 from mae_dist.errors import DataFault
 
 _THREADS = 8
@@ -74,7 +74,9 @@ class Staging:
           DataFault: too little space, or a copy that is not what it should be.
           StorageFault: what is read or written fails.
         """
-        with storage.naming_faults(self._source), locked(files[0].parent / _LOCK):
+        with storage.naming_faults(self._source), locked(files[0].parent / _LOCK) as alone:
+            if alone:
+                remove_temporaries(files[0].parent)
             missing = [path for path in files if not path.exists()]
             if not missing:
                 return
@@ -101,7 +103,7 @@ class Staging:
 
     def _copy(self, target: Path) -> None:
         origin = self._origin(target)
-        temporary = target.with_name(f".{target.name}.tmp")
+        temporary = temporary_beside(target)
         fetch = _fetch_file if storage.is_local(origin) else _fetch_object
         size, kind, checksum = fetch(origin, temporary)
         with open(temporary, "rb") as copy:
