@@ -1,5 +1,6 @@
 """Record files copied once from a bucket or a mounted directory, and read there."""
 
+import base64
 import logging
 import os
 import socket
@@ -9,12 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 
-from mae_dist.data import open_split, records
-from mae_dist.errors import DataFault
-from tests.gcs_emulator import Blob, GcsEmulator
+from mae_dist.data import open_split, records, staging
+from mae_dist.errors import DataFault, StorageFault
+from tests.gcs_emulator import Blob, GcsEmulator, Refused
 from tests.test_tfds import ARGUMENTS, prepare_shapes
 
 _BUCKET = "datasets"
@@ -64,25 +66,34 @@ def test_a_bucket_is_copied_once_and_as_far_as_needed(
     assert len(_copies(tmp_path, "train")) == 1
     assert not _copies(tmp_path, "test")
     names = [name for name in bucket.buckets[_BUCKET] if ".array_record" in name]
-    records = {name: bucket.buckets[_BUCKET].pop(name) for name in names}
+    objects = {name: bucket.buckets[_BUCKET].pop(name) for name in names}
     np.testing.assert_array_equal(_images(url, tmp_path), images)  # nothing is fetched again
     with pytest.raises(DataFault, match=r"gs://datasets/.*test.* is missing"):
         _images(url, tmp_path, "test")
     with pytest.raises(DataFault, match=r"gs://datasets/tfds holds no prepared cifar10"):
         _images(url, tmp_path, name="cifar10")
 
-    class Damaged(Blob):
-        """Its content is not what it was uploaded as."""
+    class Known(Blob):
+        """The bucket knows of it what `metadata` says."""
 
         def resource(self) -> dict[str, Any]:
-            return super().resource() | {"md5Hash": "AAAAAAAAAAAAAAAAAAAAAA=="}
+            known = super().resource()
+            del known["md5Hash"]  # as of an object composed of several
+            return known | self.metadata
 
-    for name, blob in records.items():
-        bucket.buckets[_BUCKET][name] = Damaged(name, _BUCKET, blob.data)
-    with pytest.raises(DataFault, match=r"copy of gs://datasets/.*test.* is not what is there \(size or md5\)"):
-        _images(url, tmp_path, "test")
+    def put(**checksum: bytes) -> None:
+        known = {kind: base64.b64encode(value).decode() for kind, value in checksum.items()}
+        bucket.buckets[_BUCKET] |= {o.name: Known(o.name, _BUCKET, o.data, metadata=known) for o in objects.values()}
+
+    (test_data,) = (blob.data for name, blob in objects.items() if "test" in name)
+    for damaged in ({"md5Hash": bytes(16)}, {"crc32c": bytes(4)}):
+        put(**damaged)
+        with pytest.raises(
+            DataFault, match=r"copy of gs://datasets/.*test.* is not what is there \(size or (md5|crc32c)\)"
+        ):
+            _images(url, tmp_path, "test")
     assert not _copies(tmp_path, "test")
-    bucket.buckets[_BUCKET] |= records
+    put(crc32c=google_crc32c.Checksum(test_data).digest())
     with caplog.at_level(logging.INFO):
         assert len(_images(url, tmp_path, "test")) == 6
     assert "1 of 1 files" in caplog.text
@@ -123,6 +134,35 @@ def test_without_locks_hosts_write_to_names_of_their_own(
     assert records.temporary_beside(copy) != other
     monkeypatch.setattr(records.socket, "gethostname", lambda: "elsewhere")
     assert records.temporary_beside(copy) == other
+
+
+def test_a_fault_is_blamed_on_its_side(
+    prepared: Path, bucket: GcsEmulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.write_text("no directory")
+    url = f"gs://{_BUCKET}/tfds"
+    for source, stage in ((url, False), (prepared, True)):
+        with pytest.raises(StorageFault, match=rf"cannot read or write {cache}/staged/.*Not a directory"):
+            _images(source, cache, stage=stage)
+    cache.unlink()
+    temporary = records.temporary_beside
+    monkeypatch.setattr(staging, "temporary_beside", lambda path: Path("/dev/full"))
+    for source, stage in ((url, False), (prepared, True)):
+        with pytest.raises(StorageFault, match=rf"cannot read or write {cache}/staged/.*No space left on device"):
+            _images(source, cache, stage=stage)
+    monkeypatch.setattr(staging, "temporary_beside", temporary)
+    find = bucket.find
+
+    def refused(bucket_name: str, name: str) -> Blob:
+        if "test.array_record" in name:
+            raise Refused(403, "not for you")
+        return find(bucket_name, name)
+
+    monkeypatch.setattr(bucket, "find", refused)
+    assert len(_images(url, cache)) == 12
+    with pytest.raises(StorageFault, match=r"cannot read or write gs://datasets/tfds/.*test\.array_record.* Forbidden"):
+        _images(url, cache, "test")
 
 
 def test_too_little_space_is_told_before(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ of a host wait for the one that copies; of several hosts each copies all that it
 """
 
 import base64
+import functools
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,15 +59,15 @@ class Staging:
                     "copy its directory there"
                 )
             contents = {self._target(path): path.read_bytes() for path in found}
-            copy = self._target(directory)
-            with locked(copy / _LOCK):
-                changed = [path for path in contents if not path.exists() or path.read_bytes() != contents[path]]
-                if changed:  # then its records are others as well
-                    for old in copy.iterdir():
-                        if old.name != _LOCK:
-                            old.unlink()
-                for path in sorted(contents, key=lambda path: path.name == "dataset_info.json"):
-                    storage.write_bytes_atomically(epath.Path(path), contents[path])
+        copy = self._target(directory)
+        with storage.naming_faults(epath.Path(copy)), locked(copy / _LOCK):
+            changed = [path for path in contents if not path.exists() or path.read_bytes() != contents[path]]
+            if changed:  # then its records are others as well
+                for old in copy.iterdir():
+                    if old.name != _LOCK:
+                        old.unlink()
+            for path in sorted(contents, key=lambda path: path.name == "dataset_info.json"):
+                storage.write_bytes_atomically(epath.Path(path), contents[path])
 
     def copy_records(self, files: list[Path]) -> None:
         """Copies the record files of which `files` are to be the copies, as far as they are not there.
@@ -74,16 +76,17 @@ class Staging:
           DataFault: too little space, or a copy that is not what it should be.
           StorageFault: what is read or written fails.
         """
-        with storage.naming_faults(self._source), locked(files[0].parent / _LOCK) as alone:
+        copy = files[0].parent
+        with storage.naming_faults(epath.Path(copy)), locked(copy / _LOCK) as alone:
             if alone:
-                remove_temporaries(files[0].parent)
+                remove_temporaries(copy)
             missing = [path for path in files if not path.exists()]
             if not missing:
                 return
             with ThreadPoolExecutor(_THREADS) as pool:
                 sizes = dict(zip(missing, pool.map(self._size, missing), strict=True))
-                check_space(files[0].parent, sum(sizes.values()))
-                _LOG.info("copying %d files from %s to %s", len(missing), self._source, files[0].parent)
+                check_space(copy, sum(sizes.values()))
+                _LOG.info("copying %d files from %s to %s", len(missing), self._source, copy)
                 progress = Progress("files", len(missing), sum(sizes.values()))
                 for path in run_all(pool, self._copy, missing):
                     progress.add(sizes[path])
@@ -96,16 +99,16 @@ class Staging:
 
     def _size(self, target: Path) -> int:
         origin = self._origin(target)
-        try:
-            return int(origin.stat().length)
-        except FileNotFoundError as error:
-            raise DataFault(f"{origin} is missing; restore it") from error
+        with storage.naming_faults(origin):
+            try:
+                return int(origin.stat().length)
+            except FileNotFoundError as error:
+                raise DataFault(f"{origin} is missing; restore it") from error
 
     def _copy(self, target: Path) -> None:
         origin = self._origin(target)
         temporary = temporary_beside(target)
-        fetch = _fetch_file if storage.is_local(origin) else _fetch_object
-        size, kind, checksum = fetch(origin, temporary)
+        size, kind, checksum = (_fetch_file if storage.is_local(origin) else _fetch_object)(origin, temporary)
         with open(temporary, "rb") as copy:
             os.fsync(copy.fileno())
             made = _checksum(copy, kind)
@@ -117,12 +120,12 @@ class Staging:
 
 def _fetch_file(origin: epath.Path, target: Path) -> tuple[int, str, bytes]:
     """Copies a file. Returns the size and checksum of what was read."""
-    made = hashlib.md5(usedforsecurity=False)
-    with open(origin, "rb") as source, open(target, "wb") as copy:
-        while chunk := source.read(_CHUNK):
+    made, size = hashlib.md5(usedforsecurity=False), 0
+    with open(target, "wb") as copy:
+        for chunk in _chunks(origin, origin.open):
             made.update(chunk)
-            copy.write(chunk)
-        return source.tell(), "md5", made.digest()
+            size += copy.write(chunk)
+    return size, "md5", made.digest()
 
 
 def _fetch_object(origin: epath.Path, target: Path) -> tuple[int, str, bytes]:
@@ -131,10 +134,20 @@ def _fetch_object(origin: epath.Path, target: Path) -> tuple[int, str, bytes]:
 
     bucket: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that epath uses
     name = os.fspath(origin).removeprefix("gs://")
-    known = bucket.info(name)
-    bucket.get_file(name, str(target))
+    with storage.naming_faults(origin):
+        known = bucket.info(name)
+    # Not by the bucket's own get_file: of its faults nobody could tell on which side they are.
+    with open(target, "wb") as copy:
+        for chunk in _chunks(origin, functools.partial(bucket.open, name, cache_type="none")):
+            copy.write(chunk)
     kind = "md5" if "md5Hash" in known else "crc32c"  # an object composed of several has no MD5
     return int(known["size"]), kind, base64.b64decode(known["md5Hash" if kind == "md5" else "crc32c"])
+
+
+def _chunks(origin: epath.Path, open_source: Callable[[str], Any]) -> Iterator[bytes]:
+    with storage.naming_faults(origin), open_source("rb") as source:
+        while chunk := source.read(_CHUNK):
+            yield chunk
 
 
 def _checksum(file: BinaryIO, kind: str) -> bytes:
