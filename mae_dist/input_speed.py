@@ -37,7 +37,7 @@ class Pipeline:
         self.name = name
         # A group of its own can be stopped as one. If this process dies, the kernel wakes it and hangs up.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(options)],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -45,18 +45,16 @@ class Pipeline:
             process_group=0,
         )
         assert self._process.stdout is not None
+        self._say(json.dumps(options))  # not as an argument, which holds 128 KiB: ImageNet's files have long names
         if not self._process.stdout.readline().startswith("ready"):
             raise DataFault(f"{name} ended with code {self._process.wait()} before its first batch; it said why above")
         self._signal(signal.SIGSTOP)
 
     def run(self, count: int) -> float:
         """Seconds for `count` batches."""
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._signal(signal.SIGCONT)
-        with contextlib.suppress(BrokenPipeError):  # it ended: told below
-            self._process.stdin.write(f"{count}\n")
-            self._process.stdin.flush()
+        self._say(str(count))
         seconds = self._process.stdout.readline()
         self._signal(signal.SIGSTOP)
         if not seconds:
@@ -78,6 +76,12 @@ class Pipeline:
         with contextlib.suppress(ProcessLookupError):
             self._signal(signal.SIGKILL)
         self._process.communicate()
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended, as the missing answer tells
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
 
     def _signal(self, number: int) -> None:
         os.killpg(self._process.pid, number)
@@ -199,4 +203,4 @@ def serve(config: ConfigDict) -> None:
 if __name__ == "__main__":
     from configs import default
 
-    serve(config_lib.from_json(sys.argv[1], default.get_config()))
+    serve(config_lib.from_json(sys.stdin.readline(), default.get_config()))

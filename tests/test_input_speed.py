@@ -84,6 +84,17 @@ def test_a_pipeline_that_ends_is_told(config: ConfigDict) -> None:
             pipeline.run(1)
 
 
+def test_the_files_may_be_many(config: ConfigDict) -> None:
+    dataset = job.open_dataset(config, "train")
+    options = input_speed._torch_options(config, dataset)
+    options["spans"] *= 1 + (1 << 17) // len(options["spans"][0])  # more than an argument of a command may hold
+    pipeline = input_speed.Pipeline("torch", "mae_dist.torch_input", options)
+    try:
+        assert pipeline.run(1) > 0
+    finally:
+        pipeline.close()
+
+
 def _is_stopped(process: int) -> bool:
     """Or ended, and not yet waited for."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "TZ"
