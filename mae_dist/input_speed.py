@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist import cpu, job
-from mae_dist.data import Augment, Dataset, num_readers, train_batches
+from mae_dist.data import Dataset, num_readers
 from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
 
@@ -116,11 +116,15 @@ def pipelines(config: ConfigDict, against_torch: bool) -> Iterator[list[Pipeline
 
 
 def _torch_options(config: ConfigDict, dataset: Dataset) -> Result:
-    if not isinstance(dataset, TfdsDataset) or config.data.augment != "crop_flip":
+    data = config.data
+    crops_only = data.augment == "crop_flip" and not data.randaug_magnitude and data.repeats == 1
+    if not isinstance(dataset, TfdsDataset) or not crops_only:
+        fields = ("source", "augment", "randaug_magnitude", "repeats", "cache")
         raise ConfigError(
-            f"--against torch compares decoding and random crops of files, and data.source={config.data.source!r} with "
-            f"data.augment={config.data.augment!r} and data.cache={config.data.cache!r} is not that; use "
-            "--config.data.source=tfds --config.data.augment=crop_flip --config.data.cache=stream"
+            "--against torch compares decoding and random crops of files, and "
+            f"{', '.join(f'data.{name}={data[name]!r}' for name in fields)} is not that; use --config.data.source=tfds "
+            "--config.data.augment=crop_flip --config.data.randaug_magnitude=0 --config.data.repeats=1 "
+            "--config.data.cache=stream"
         )
     return {
         "spans": [f"{shard.filename}[{shard.skip}:{shard.skip + shard.take}]" for shard in dataset.shards],
@@ -180,17 +184,9 @@ def watch(config: ConfigDict, minutes: float) -> Iterator[Result]:
 
 def serve(config: ConfigDict) -> None:
     """Takes the first batch, then as many as each line of the input says, and prints the seconds."""
-    options = config.data
-    with train_batches(
-        job.open_dataset(config, options.train_split),
-        augment=Augment(options.augment, tuple(options.crop_scale)),
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        start_step=0,
-        total_steps=_MANY,
-        rows=np.arange(config.global_batch_size),
-        num_workers=options.num_workers,
-    ) as batches:
+    dataset = job.open_dataset(config, config.data.train_split)
+    rows = np.arange(config.global_batch_size)
+    with job.train_batches(config, dataset, start_step=0, total_steps=_MANY, rows=rows) as batches:
         next(batches)
         print("ready", flush=True)
         for line in sys.stdin:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import checkpoint, flops, patches, pretrained, sharding, state, steps, tasks
 from mae_dist import config as config_lib
-from mae_dist.data import Augment, Dataset, RandAugment, open_split, train_batches
+from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
 from mae_dist.errors import ConfigError
 from mae_dist.optim import make_optimizer
 from mae_dist.state import TrainState
@@ -84,22 +84,29 @@ class Job:
 
     def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
         """This process's rows of the batches of updates `start_step`, `start_step` + 1, …"""
-        options = self.config.data
-        fill = tuple(min(255, max(0, round(255 * value))) for value in options.mean)  # as timm
         return train_batches(
-            dataset,
-            augment=Augment(options.augment, tuple(options.crop_scale)),
-            randaugment=RandAugment(options.randaug_layers, options.randaug_magnitude, options.randaug_std, fill)
-            if options.randaug_magnitude
-            else None,
-            repeats=options.repeats,
-            seed=self.config.seed,
-            global_batch_size=self.config.global_batch_size,
-            start_step=start_step,
-            total_steps=self.schedule.total_steps,
-            rows=rows,
-            num_workers=options.num_workers,
+            self.config, dataset, start_step=start_step, total_steps=self.schedule.total_steps, rows=rows
         )
+
+
+def train_batches(config: ConfigDict, dataset: Dataset, *, start_step: int, total_steps: int, rows: Any) -> Any:
+    """`rows` of the batches of updates `start_step` .. `total_steps` - 1, as a config has them made."""
+    options = config.data
+    fill = tuple(min(255, max(0, round(255 * value))) for value in options.mean)  # as timm
+    return batches.train_batches(
+        dataset,
+        augment=Augment(options.augment, tuple(options.crop_scale)),
+        randaugment=RandAugment(options.randaug_layers, options.randaug_magnitude, options.randaug_std, fill)
+        if options.randaug_magnitude
+        else None,
+        repeats=options.repeats,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        start_step=start_step,
+        total_steps=total_steps,
+        rows=rows,
+        num_workers=options.num_workers,
+    )
 
 
 def open_data(config: ConfigDict) -> Data:

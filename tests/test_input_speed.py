@@ -1,16 +1,20 @@
 """The input pipeline measured alone and against PyTorch's, which reads the same records."""
 
+import io
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import default
 from mae_dist import input_speed, job, torch_input
+from mae_dist.data.batches import Batches, HostBatch
 from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
 from tests.test_tfds import prepare_shapes
@@ -65,9 +69,11 @@ def test_both_are_measured_by_turns_and_stopped_between(config: ConfigDict, monk
     assert result["ratio"] > 0
     assert result["torch_worker_peak_mib"] > 10
     assert 10 < result["main_peak_mib"] < 2000
-    config.data.augment = "none"
-    with pytest.raises(ConfigError, match="--against torch compares decoding and random crops"):
-        input_speed.measure(config, against_torch=True, repeats=1, secs=0.05)
+    for other in ({"augment": "none"}, {"randaug_magnitude": 9.0}, {"repeats": 2}):
+        changed = config.copy_and_resolve_references()
+        changed.data.update(other)
+        with pytest.raises(ConfigError, match="--against torch compares decoding and random crops"):
+            input_speed.measure(changed, against_torch=True, repeats=1, secs=0.05)
 
 
 def test_a_long_trial_tells_speed_and_memory_again_and_again(config: ConfigDict) -> None:
@@ -82,6 +88,26 @@ def test_a_pipeline_that_ends_is_told(config: ConfigDict) -> None:
         os.killpg(pipeline._process.pid, signal.SIGKILL)
         with pytest.raises(DataFault, match="mae_dist ended with code -9"):
             pipeline.run(1)
+
+
+def test_what_is_measured_is_what_trains(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.data.update(randaug_magnitude=9.0, repeats=2)
+    taken = []
+    take = Batches.__next__
+
+    def noted(self: Batches) -> HostBatch:
+        taken.append(take(self))
+        return taken[-1]
+
+    monkeypatch.setattr(Batches, "__next__", noted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2\n"))
+    input_speed.serve(config)
+    built = job.build(config, jax.devices(), job.open_data(config))
+    with built.train_batches(built.data.train, 0, np.arange(8)) as batches:
+        expected = [take(batches) for _ in range(3)]
+    for batch, same in zip(taken, expected, strict=True):
+        np.testing.assert_array_equal(batch["image"], same["image"])
+        np.testing.assert_array_equal(batch["label"][:4], batch["label"][4:])
 
 
 def test_the_files_may_be_many(config: ConfigDict) -> None:
