@@ -46,10 +46,10 @@ Result = dict[str, Any]
 def benchmark(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
+    _check_flags()
     config = main.needed_config()
     if _SCALING.value:
         return _scaling(config)
-    _check_flags()
     if _WHAT.value == "input":
         return _input(config)
     main.use_cores(config, "")
@@ -67,8 +67,10 @@ def _check_flags() -> None:
         raise errors.ConfigError(
             f"--against {_AGAINST.value} does not do --what {_WHAT.value}: torch is for input, hf for all else"
         )
-    if _MINUTES.value and not is_input:
-        raise errors.ConfigError(f"--minutes is for --what input, not {_WHAT.value}")
+    if _MINUTES.value and (not is_input or _AGAINST.value):
+        raise errors.ConfigError("--minutes is for --what input without --against; leave it out, or the other")
+    if _SCALING.value and is_input:
+        raise errors.ConfigError("--scaling is of models, and --what input has none; leave one out")
 
 
 def _show(result: Result) -> None:

@@ -3,8 +3,10 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,8 +18,9 @@ from configs import default
 from mae_dist import input_speed, job, torch_input
 from mae_dist.data.batches import Batches, HostBatch
 from mae_dist.data.tfds_source import TfdsDataset
-from mae_dist.errors import ConfigError, DataFault
+from mae_dist.errors import EXIT_CONFIG, ConfigError, DataFault
 from mae_dist.transforms import CROP_UNIFORMS, Augment, RandomCrops
+from tests.conftest import ROOT
 from tests.test_tfds import prepare_shapes
 
 
@@ -125,6 +128,14 @@ def test_the_files_may_be_many(config: ConfigDict) -> None:
         assert pipeline.run(1) > 0
     finally:
         pipeline.close()
+
+
+@pytest.mark.parametrize("flags", ["--what=input --scaling", "--what=input --minutes=1 --against=torch"])
+def test_flags_that_exclude_each_other_are_refused(flags: str, child_env: Callable[..., dict[str, str]]) -> None:
+    command = [sys.executable, "-m", "mae_dist.benchmark", "--config=configs/smoke.py", *flags.split()]
+    done = subprocess.run(command, env=child_env(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_CONFIG, done.stderr
+    assert "leave" in done.stderr
 
 
 def _is_stopped(process: int) -> bool:
