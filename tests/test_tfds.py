@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.units import Size
 
@@ -161,13 +162,31 @@ def test_images_of_varying_size_are_streamed(varied: Path) -> None:
 
 def test_evaluation_crops_larger_images(varied: Path) -> None:
     dataset = _open(varied, image_size=(64, 64))
+    assert isinstance(dataset, TfdsDataset)
     rows = np.arange(12)
     evaluation, training = dataset.examples(rows), dataset.examples(rows, evaluation=False)
-    assert (evaluation["image"] != training["image"]).any()
+    for row, data in enumerate(dataset._read_files(rows)[0]):
+        picture = Image.open(io.BytesIO(data or b""))
+        for images, zoom in ((evaluation["image"], 256 / 224), (training["image"], 1.0)):
+            side = round(min(picture.size) / zoom)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            cropped = picture.crop((left, top, left + side, top + side))
+            expected = np.asarray(cropped.resize((64, 64), Image.Resampling.BICUBIC), float)
+            assert np.abs(images[row] - expected).mean() < 2, (row, zoom)
+        assert np.abs(evaluation["image"][row] - training["image"][row].astype(float)).mean() > 2
     small = _open(varied)
     assert isinstance(small, TfdsDataset)
     assert small.identity["decode_rules"] == 1  # fixed: runs on small images go on under newer versions
     np.testing.assert_array_equal(small.examples(rows)["image"], small.examples(rows, evaluation=False)["image"])
+
+
+def test_what_evaluation_crops_is_not_kept_decoded(varied: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation sees a smaller crop than training; use data\.cache='stream'"):
+        _open(varied, image_size=(64, 64), cache="memory")
+    prepare_shapes(tmp_path / "one_size", sizes=[(80, 80)] * 12, fixed=True)
+    assert isinstance(_open(tmp_path / "one_size", image_size=(64, 64)), TfdsDataset)
+    assert isinstance(_open(tmp_path / "one_size", image_size=(80, 80)), ArrayDataset)
+    assert isinstance(_open(tmp_path / "one_size", image_size=(32, 32)), ArrayDataset)
 
 
 def test_streamed_batches_do_not_depend_on_workers_or_hosts(varied: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mae_dist.data.dataset import AUTO_CACHE_BYTES, ArrayDataset, digest, map_array
 from mae_dist.data.tfds_source import TfdsDataset
-from mae_dist.errors import DataFault
+from mae_dist.errors import ConfigError, DataFault
 
 _CHUNK = 1024  # records decoded at a time
 _COLUMNS = ("image", "label")
@@ -29,11 +29,12 @@ _LOG = logging.getLogger(__name__)
 def fits_in_memory(dataset: TfdsDataset) -> bool:
     """Whether cache="auto" keeps the dataset decoded: its images have one size and are not too many.
 
-    Images of varying size are never kept: their random crops need all of their pixels.
+    Images of varying size are never kept: their random crops need all of their pixels. Nor are those whose evaluation
+    crop is another than the whole image: kept is only one of the two.
     """
     height, width = dataset.image_size
     size = dataset.num_examples * height * width * dataset.channels
-    return dataset.native_size is not None and size <= AUTO_CACHE_BYTES
+    return dataset.native_size is not None and not dataset.crops_evaluation and size <= AUTO_CACHE_BYTES
 
 
 def decode_once(dataset: TfdsDataset, *, cache_dir: str, max_bad_share: float) -> ArrayDataset:
@@ -45,8 +46,14 @@ def decode_once(dataset: TfdsDataset, *, cache_dir: str, max_bad_share: float) -
       max_bad_share: largest share of records that may be left out because they do not decode.
 
     Raises:
+      ConfigError: the evaluation crop is another than the training one, and only one can be kept.
       DataFault: more records than that do not decode, or as `TfdsDataset.read`.
     """
+    if dataset.crops_evaluation:
+        raise ConfigError(
+            f"data.cache='memory' keeps one image of each example, and of {dataset.title} at {dataset.image_size} "
+            "pixels evaluation sees a smaller crop than training; use data.cache='stream'"
+        )
     identity = dict(dataset.identity)
     if dataset.native_size != dataset.image_size:
         identity["resized"] = "at load"  # a random crop of what is stored is not one of the original

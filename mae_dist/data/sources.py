@@ -35,9 +35,10 @@ def open_split(
       name: the dataset's name, for "tfds".
       data_dir: TFDS data directory, for "tfds", may be gs://…; "" is TFDS's default.
       cache: "memory" decodes once and keeps uint8 images, for images of varying size the short side resized and the
-        centre cropped, so that random crops see no more than that; "stream" decodes on every read; "auto" is "memory"
-        for images of one size and up to 2 GiB decoded, else "stream". Synthetic images are drawn on every read unless
-        "memory"; digits are always in memory.
+        centre cropped, so that random crops see no more than that; it is refused where evaluation has a crop of its
+        own (images resized to 64 pixels or more). "stream" decodes on every read. "auto" is "memory" for images of one
+        size and up to 2 GiB decoded, where it is not refused, else "stream". Synthetic images are drawn on every read
+        unless "memory"; digits are always in memory.
       cache_dir: where decoded images and copied record files are kept for the next start; "" is ~/.cache/mae_dist.
       stage: whether the record files that the split needs are copied there and read there; in a bucket they always are.
       max_bad_share: largest share of records that may be left out because they do not decode.

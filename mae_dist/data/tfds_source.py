@@ -47,6 +47,7 @@ class TfdsDataset(Dataset):
     Attributes:
       native_size: (height, width) if all images have one size.
       shards: which records of which files, in order.
+      crops_evaluation: whether evaluation sees the middle of an image where training without random crops sees all.
     """
 
     in_memory = False
@@ -72,7 +73,7 @@ class TfdsDataset(Dataset):
         self.num_classes = len(class_names)
         self.num_examples = sum(shard.take for shard in shards)
         self.fingerprint = digest(identity)
-        self._zoom = _EVALUATION_ZOOM if _are_photographs(image_size, native_size) else 1.0
+        self.crops_evaluation = _are_photographs(image_size, native_size)
         self._open_records()
 
     def _open_records(self) -> None:
@@ -104,7 +105,7 @@ class TfdsDataset(Dataset):
         images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
         labels = np.zeros(len(indices), np.int32)
         bad = np.zeros(len(indices), bool)
-        zoom = self._zoom if evaluation else 1.0
+        zoom = _EVALUATION_ZOOM if evaluation and self.crops_evaluation else 1.0
         for start in range(0, len(indices), _READ_RECORDS):
             rows = np.arange(start, min(start + _READ_RECORDS, len(indices)))
             files, labels[rows], sizes = self._read_files(indices[rows])
