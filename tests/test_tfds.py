@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.download.checksums import UrlInfo
 from tensorflow_datasets.core.units import Size
 
@@ -25,9 +26,11 @@ from mae_dist.data import (
     ArrayDataset,
     Augment,
     Dataset,
+    DescribedDataset,
     RandAugment,
     cifar,
     eval_batches,
+    is_prepared,
     open_split,
     train_batches,
 )
@@ -317,6 +320,21 @@ def test_what_cannot_be_opened_is_said(fixed: Path) -> None:
         _open(fixed, channels=4)
     with pytest.raises(ConfigError, match="stage copies data_dir, which is empty"):
         _open(fixed, data_dir="", stage=True)
+
+
+def test_what_is_prepared_is_known_without_opening_it(fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fixed / "cifar10").mkdir()
+    (fixed / "imagenet2012" / "5.1.0").mkdir(parents=True)
+    monkeypatch.setattr(constants, "DATA_DIR", str(fixed))
+    for data_dir in (str(fixed), ""):
+        assert is_prepared("shapes", data_dir)
+        assert is_prepared("shapes:1.0.0", data_dir)
+        for name in ("cifar10", "imagenet2012", "shapes:2.0.0", "cifra10"):
+            assert not is_prepared(name, data_dir)
+    assert not is_prepared("shapes", "gs://bucket")
+    with pytest.raises(DataFault, match=rf"mae_dist\.prepare imagenet2012 --manual_dir=.* --data_dir={fixed}"):
+        _open(fixed, name="imagenet2012")
+    assert DescribedDataset("imagenet2012:5.1.0", "validation").num_examples == 50_000
 
 
 def _cifar_archive(path: Path) -> tuple[dict[str, np.ndarray], UrlInfo]:

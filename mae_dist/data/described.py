@@ -1,7 +1,5 @@
 """Data sets that are not here: how many examples their splits have, for planning."""
 
-from pathlib import Path
-
 import numpy as np
 
 from mae_dist.data.dataset import Dataset
@@ -21,12 +19,13 @@ class DescribedDataset(Dataset):
     """The description of a split, without its images."""
 
     def __init__(self, name: str, split: str):
-        if name not in SIZES:
+        known = name.partition(":")[0]  # without a version
+        if known not in SIZES:
             raise ConfigError(
                 f"data.name={name!r}: neither is it in data.data_dir nor is its size known here; known are "
                 f"{', '.join(SIZES)}; prepare it, or plan with one of like size"
             )
-        sizes, self.num_classes = SIZES[name]
+        sizes, self.num_classes = SIZES[known]
         self.num_examples = sum(span.stop - span.start for span in parse_split(split, sizes))
         self.class_names = tuple(str(label) for label in range(self.num_classes))
         self.fingerprint, self.in_memory = f"described {name} {split}", True
@@ -35,8 +34,3 @@ class DescribedDataset(Dataset):
         self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         raise AssertionError("a described data set has no images")
-
-
-def is_prepared(name: str, data_dir: str) -> bool:
-    """Whether TFDS finds the data set in `data_dir`."""
-    return bool(data_dir) and "://" not in data_dir and (Path(data_dir).expanduser() / name).is_dir()

@@ -245,26 +245,47 @@ def open_tfds(
     )
 
 
-def _open_builder(name: str, data_dir: str) -> Any:
-    import tensorflow_datasets as tfds
+def is_prepared(name: str, data_dir: str) -> bool:
+    """Whether TFDS finds a data set on this machine, prepared: nothing is fetched to tell.
 
-    from mae_dist.data import cifar
+    Raises:
+      DataFault: it is there and cannot be opened.
+    """
+    try:
+        return "://" not in data_dir and _find_builder(name, data_dir).is_prepared()
+    except ConfigError:
+        return False
+
+
+def _find_builder(name: str, data_dir: str) -> Any:
+    import tensorflow_datasets as tfds
 
     root = str(Path(data_dir).expanduser()) if data_dir else None
     try:
-        builder = tfds.builder(name, data_dir=root, try_gcs=False)
+        return tfds.builder(name, data_dir=root, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         raise ConfigError(
             f"TFDS has no dataset {name!r} ({_first_line(error)}); see `tfds list` or set data_dir"
         ) from error
     except (json.JSONDecodeError, OSError) as error:
         raise DataFault(f"TFDS cannot open {name!r} in {data_dir or 'its default directory'}: {error}") from error
+
+
+def _open_builder(name: str, data_dir: str) -> Any:
+    from mae_dist.data import cifar
+
+    builder = _find_builder(name, data_dir)
     if not builder.is_prepared():
+        if builder.name == "imagenet2012":
+            raise DataFault(
+                f"{builder.data_path} is not prepared: python -m mae_dist.prepare imagenet2012 --manual_dir=<where its "
+                f"archives are> --data_dir={builder.data_dir_root}"
+            )
         if builder.name in cifar.BUILDERS:
-            builder = cifar.BUILDERS[builder.name](data_dir=root)
+            builder = cifar.BUILDERS[builder.name](data_dir=builder.data_dir_root)
         cifar.prepare(builder)
         # A fresh one: a builder knows its files from when it is made.
-        builder = tfds.builder(name, data_dir=root, try_gcs=False)
+        builder = _find_builder(name, data_dir)
     file_format = builder.info.file_format
     if file_format is None or file_format.value != "array_record":
         raise DataFault(
