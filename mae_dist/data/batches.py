@@ -278,7 +278,10 @@ def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_worke
 
 
 def _check_shared_memory(dataset: Dataset, rows: int, num_workers: int) -> None:
-    """A worker that finds no room for its batch is killed by a bus error, which says nothing: found before."""
+    """A worker that finds no room for its batch is killed by a bus error, which says nothing: found before.
+
+    For the workers of this process; what others on this host are about to take is not known here.
+    """
     try:
         free = shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:  # a system that has it elsewhere
