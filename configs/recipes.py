@@ -83,6 +83,9 @@ def imagenet_finetune(
     config.optim.final_lr = 1e-6
     config.data.augment = "crop_flip"
     config.data.crop_scale = (0.08, 1.0)
+    config.data.randaug_magnitude = 9.0
+    config.data.randaug_std = 0.5
+    config.data.randaug_layers = 2
     return config
 
 
