@@ -1,13 +1,15 @@
 """Traces of updates, of real runs."""
 
+import concurrent.futures
 import gzip
 import json
 import signal
 
 import pytest
+from etils import epath
 
 from mae_dist.errors import ConfigError
-from mae_dist.profiler import parse_steps
+from mae_dist.profiler import Profiler, parse_steps
 from tests.runs import ONLY_UPDATES, records, run, start, wait_for_step
 
 SMOKE = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.checkpoint.every_steps=1000")
@@ -49,6 +51,19 @@ def test_traces_the_updates_of_the_config_and_changes_nothing(child_env, tmp_pat
     assert any("dot" in name for name in names)
     assert not (tmp_path / "plain" / "profile").exists()
     assert records(tmp_path / "traced") == records(tmp_path / "plain")
+
+
+def test_in_another_thread(tmp_path):
+    """As a library's: what a run in a thread enters must not touch signals, which belong to the main thread."""
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def enter():
+        with Profiler(epath.Path(tmp_path), "") as profiler:
+            return signal.getsignal(signal.SIGUSR1) == before and not profiler.ends_with(1)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(enter).result()
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_a_signal_asks_for_the_next_updates(child_env, tmp_path):
