@@ -5,6 +5,7 @@ The same line again continues the run in its workdir. Exit codes: `mae_dist/erro
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -226,6 +227,8 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     if "--help" in sys.argv[1:]:
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(errors.EXIT_DONE)
+    if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its updates; before and after them it would kill
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     cpu.use_huge_pages()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
