@@ -70,18 +70,19 @@ def given_environment() -> dict[str, str]:
     return given
 
 
-def split_cores(wanted: int, batch_sizes: tuple[int, ...]) -> int:
+def split_cores(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
     """Makes JAX see the CPU as so many devices, before it first looks; returns how many that is, 0 if it is not asked.
 
     Args:
       wanted: 0 for a device per core, as far as each gets whole shares of the batches and enough of them.
-      batch_sizes: what must divide.
+      batches: (examples, what a device's share of them must be a multiple of).
     """
     if not _runs_on_cores():
         return 0
     if not wanted:
-        most = max(1, min(num_cores(), min(batch_sizes) // _EXAMPLES_PER_DEVICE))
-        wanted = max(n for n in range(1, most + 1) if all(size % n == 0 for size in batch_sizes))
+        most = min(num_cores(), min(size for size, _ in batches) // _EXAMPLES_PER_DEVICE)
+        whole = (n for n in range(1, most + 1) if all(size % (n * multiple) == 0 for size, multiple in batches))
+        wanted = max(whole, default=1)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FLAG}={wanted}".strip()
     return wanted
 
