@@ -36,6 +36,18 @@ def test_pieces_divide_and_shrink(examples, size):
     assert cpu.num_pieces(examples, size, summed_tokens=10_000) == pieces
 
 
+@pytest.mark.parametrize(
+    ("said", "counted", "images"),
+    [("512K\n", 2**19, 16), ("1M", 2**20, 32), ("2048K\n", 2**20, 32), ("", 2**20, 32), ("all of it", 2**20, 32)],
+)
+def test_a_large_cache_makes_no_larger_pieces(monkeypatch, said, counted, images):
+    """Pieces of configs/cifar_small.py on one of two cores: those of 64 that would fill 2 MiB are slower."""
+    monkeypatch.setattr(cpu.Path, "read_text", lambda self: said)
+    assert cpu.cache_bytes() == counted
+    size = flops.activation_bytes(num_tokens=65, embed_dim=64, num_heads=4, mlp_ratio=2.0)
+    assert 128 // cpu.num_pieces(128, size, summed_tokens=17) == images
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A machine of eight cores without accelerator, whose JAX has not started."""
