@@ -180,7 +180,8 @@ def test_there_are_configs():
 def test_tables_name_real_fields():
     """A typo in a table of checks would check nothing."""
     sections = {field.rpartition(".")[0] for field in FIELDS}
-    for table in (config_lib.CHOICES, config_lib.POSITIVE, config_lib.NOT_NEGATIVE, config_lib.SHARES):
+    tables = (config_lib.POSITIVE, config_lib.NOT_NEGATIVE, config_lib.SHARES, config_lib.PROBABILITIES)
+    for table in (config_lib.CHOICES, *tables):
         assert set(table) <= set(FIELDS)
     assert set(config_lib.FREE) <= set(FIELDS) | sections
 
@@ -201,6 +202,12 @@ def test_fields_that_are_not_negative(field, value):
 def test_shares(field, value):
     """Each of them has 1 / (1 - share) somewhere."""
     assert f"{field}={value} must be at least 0 and below 1" in fault(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), numbers(config_lib.PROBABILITIES, -0.1, 1.1, float("nan")))
+def test_probabilities(field, value):
+    """All of the images, or none, are shares too."""
+    assert f"{field}={value} must be at least 0 and at most 1" in fault(**{field: value})
 
 
 @pytest.mark.parametrize("field", list(config_lib.CHOICES))
