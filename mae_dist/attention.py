@@ -16,18 +16,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     What computes it goes by the platform that a program is lowered for, whatever this process runs on: cuDNN's fused
     kernel on an NVIDIA GPU where it can, else two products. On a CPU nothing tried was faster (`BUILD.md`). For a TPU
     it is left to XLA, whose compiler fuses the softmax into the products: compared with a kernel written by hand it
-    was not, nor was cuDNN's measured, for want of a TPU and a GPU.
+    was not, for want of a TPU. cuDNN's was lowered, but never run, for want of a GPU.
     """
-    if not (fits_fused_kernel(q.dtype, q.shape, k.shape) and has_fused_kernel()):
+    if not (fits_fused_kernel(q.dtype, q.shape[-1]) and has_fused_kernel()):
         return _products(q, k, v)
     return jax.lax.platform_dependent(q, k, v, cuda=IMPLEMENTATIONS["cudnn"], default=_products)
 
 
-def fits_fused_kernel(dtype: Any, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
-    """Whether the limits that JAX sets to cuDNN's kernel allow it, for a gradient too: even lengths are one."""
+def fits_fused_kernel(dtype: Any, head_dim: int) -> bool:
+    """Whether the limits that JAX sets to cuDNN's kernel allow it, for a gradient too, whatever the lengths."""
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    head_dim, even = q_shape[-1], q_shape[1] % 2 == k_shape[1] % 2 == 0
-    return half and even and head_dim <= 128 and head_dim % 8 == 0
+    return half and head_dim <= 128 and head_dim % 8 == 0
 
 
 @functools.cache
@@ -45,7 +44,20 @@ def _products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _library(implementation: Literal["cudnn", "xla"], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    """JAX's own; odd lengths, whose gradient cuDNN's kernel lacks, are padded by a row that does not take part."""
+    num_q, num_k = q.shape[1], k.shape[1]
+    if num_q % 2 == num_k % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    padded = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        query_seq_lengths=jnp.full(q.shape[0], num_q, jnp.int32),
+        key_value_seq_lengths=jnp.full(q.shape[0], num_k, jnp.int32),
+        implementation=implementation,
+    )
+    return padded[:, :num_q]
 
 
 # `library` is the same call as `cudnn` for any platform: its meaning can be tested without a GPU.

@@ -356,6 +356,11 @@ def _augment_faults(config: ConfigDict) -> Iterator[str]:
         )
 
 
+def rows_together(config: ConfigDict) -> int:
+    """So many rows of a batch, one after another, are one device's: mixup and cutmix need pairs."""
+    return 2 if config.task == "finetune" and (config.classify.mixup or config.classify.cutmix) else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Epochs of a config as numbers of updates; an interval may be fractional, 0 is never."""

@@ -12,7 +12,10 @@ _MOMENTUM, EPS = 0.1, 1e-6
 
 
 class Head(nnx.Module):
-    """Pooled features (B, D) to logits (B, Y): linear, or one hidden layer with GELU; a LayerNorm first if asked."""
+    """Pooled features (B, D) to logits (B, Y): linear, or one hidden layer with GELU; a LayerNorm first if asked.
+
+    The head's GELU is the tanh approximation, whatever `model.gelu` says: that describes the encoder.
+    """
 
     def __init__(
         self,

@@ -135,8 +135,8 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
     pieces = [("accum_steps", config.accum_steps)]
     if config.cpu.pieces > 1:
         pieces.append(("cpu.pieces", config.cpu.pieces))
-    if tasks.rows_together(config) > 1:
-        pieces.append(("pairs to mix", tasks.rows_together(config)))
+    if config_lib.rows_together(config) > 1:
+        pieces.append(("pairs to mix", config_lib.rows_together(config)))
     for field, factors in (
         ("global_batch_size", (*split, *pieces)),
         ("eval.batch_size", split),

@@ -5,6 +5,7 @@ The same line again continues the run in its workdir. Exit codes: `mae_dist/erro
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -100,15 +101,18 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
 
     A run that continues keeps its choices, for results depend on them in the last bits.
     """
+    from mae_dist import config as config_lib
+
     if "://" in workdir or not _may_split_cores(config):
         return
     with config.unlocked():
         stored = _stored_choices(workdir)
         if not config.cpu.devices and 0 < stored.get("devices", 0) <= cpu.num_cores():
             config.cpu.update(devices=stored["devices"], pieces=config.cpu.pieces or stored.get("pieces", 0))
-        batch_sizes = (
-            config.global_batch_size // config.accum_steps,
-            config.eval.batch_size or config.global_batch_size,
+        share_of_update = config_lib.rows_together(config) * max(1, config.cpu.pieces)
+        batches = (
+            (config.global_batch_size // config.accum_steps, share_of_update),
+            (config.eval.batch_size or config.global_batch_size, 1),
         )
         if config.cpu.devices > cpu.num_cores():
             raise errors.ConfigError(
@@ -117,7 +121,7 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
             )
         wanted = config.cpu.devices if config.mesh.data == -1 else config.mesh.data
         if wanted <= cpu.num_cores():  # of a larger mesh the check of the mesh tells
-            config.cpu.devices = cpu.split_cores(wanted, batch_sizes)
+            config.cpu.devices = cpu.split_cores(wanted, batches)
 
 
 def use_all_cores(config: ConfigDict | None) -> None:
@@ -226,6 +230,8 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     if "--help" in sys.argv[1:]:
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(errors.EXIT_DONE)
+    if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its updates; before and after them it would kill
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     cpu.use_huge_pages()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()

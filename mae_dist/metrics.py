@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any
@@ -213,6 +213,19 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
     with naming_faults(path):
         records = [record for _, record in _parse(read_text(path), path)]
     return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
+
+
+def last_values(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The last value of each name.
+
+    Of single classes (`val_top1/<class>`) those of the split's last evaluation alone: of many classes each evaluation
+    records its own lowest, and the others' would be of earlier ones.
+    """
+    last: dict[str, float] = {}
+    for record in records:
+        renewed = tuple({name.partition("/")[0] + "/" for name in record if "/" in name})
+        last = {name: value for name, value in last.items() if not name.startswith(renewed)} | dict(record)
+    return last
 
 
 def write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:

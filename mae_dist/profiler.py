@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ def parse_steps(steps: str) -> range:
 class Profiler:
     """Traces updates of this process into directories `updates_<first>_<last>` of `directory`, a bucket's too.
 
-    While it is entered, SIGUSR1 asks for a trace of the next updates. A trace that cannot be made or written is a
-    warning: the run is worth more.
+    While the main thread is in it, SIGUSR1 asks for a trace of the next updates; another thread gets no signals, and
+    what is entered there traces the planned ones only. A trace that cannot be made or written is a warning: the run is
+    worth more.
 
     Args:
       directory: where the traces of this process go.
@@ -44,14 +46,19 @@ class Profiler:
         self._asked = False
         self._tracing: range | None = None
         self._local = ""  # the profiler writes to local files only
+        self._takes_signal = False
         self._before: Any = None
 
     def __enter__(self) -> "Profiler":
-        self._before = signal.signal(signal.SIGUSR1, self._ask)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        self._takes_signal = in_main_thread and hasattr(signal, "SIGUSR1")
+        if self._takes_signal:
+            self._before = signal.signal(signal.SIGUSR1, self._ask)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        signal.signal(signal.SIGUSR1, self._before)
+        if self._takes_signal:
+            signal.signal(signal.SIGUSR1, self._before)
         if self._tracing is not None:
             self.stop()
 

@@ -16,6 +16,7 @@ from clu import metrics as clu_metrics
 from flax import nnx, struct
 from ml_collections import ConfigDict
 
+from mae_dist import config as config_lib
 from mae_dist import integrity, losses, mixing, patches
 from mae_dist.layers import Constrain, unconstrained
 from mae_dist.models import Classifier, MaskedAutoencoder
@@ -111,11 +112,6 @@ def abstract_params(config: ConfigDict, num_classes: int) -> Params:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def rows_together(config: ConfigDict) -> int:
-    """`Task.rows_together`: mixup and cutmix need pairs."""
-    return 2 if config.task == "finetune" and (config.classify.mixup or config.classify.cutmix) else 1
-
-
 def make_task(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
     """The Task that `config.task` names, for a data set of `num_classes`."""
     if config.task == "pretrain":
@@ -205,7 +201,7 @@ def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[j
     (batch, keys (B,)) -> scaled pixels (B, H, W, C), their labels (B,) or soft ones (B, Y), and the label (B,) of the
     larger part.
     """
-    options, mixes = config.classify, rows_together(config) > 1
+    options, mixes = config.classify, config_lib.rows_together(config) > 1
     if config.task != "finetune" or not (mixes or options.erase_prob > 0):
         return None
 
@@ -280,6 +276,6 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
         evaluate=evaluate,
         frozen=("encoder", "batch_norm") if probe else (),
         features=features if probe else None,
-        rows_together=rows_together(config),
+        rows_together=config_lib.rows_together(config),
         statistics=statistics if options.batch_norm else None,
     )

@@ -390,19 +390,15 @@ def finish(job: Job, workdir: epath.Path, step: int) -> int:
     """Writes summary.json from metrics.jsonl and prints the one line of result."""
     if not distributed.is_primary():
         return errors.EXIT_DONE
-    last: dict[str, float] = {}
-    rates = []
-    for record in metrics.read_metrics(workdir):
-        last.update(record)
-        rates.append(record.get("images_per_sec", math.nan))
-    rates = [rate for rate in rates if math.isfinite(rate)]
+    records = metrics.read_metrics(workdir)
+    rates = [record["images_per_sec"] for record in records if math.isfinite(record.get("images_per_sec", math.nan))]
     timing = ("step_secs", "eta_secs", "images_per_sec", "data_wait", "mfu")
     summary = {
         "name": job.config.name,
         "task": job.config.task,
         "step": step,
         "total_steps": job.schedule.total_steps,
-        **{name: value for name, value in last.items() if name not in ("step", *timing)},
+        **{name: value for name, value in metrics.last_values(records).items() if name not in ("step", *timing)},
         "images_per_sec": statistics.median(rates) if rates else None,
         "goodput": goodput.summarize(workdir),
         "environment": metrics.environment(),

@@ -13,8 +13,8 @@ from tests import QUICK
 HERE = ("products", "library")  # cuDNN's needs a GPU
 
 
-def draw(dtype=jnp.float32):
-    shapes = ((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8))
+def draw(dtype=jnp.float32, num_q=5, num_k=7):
+    shapes = ((2, num_q, 3, 8), (2, num_k, 3, 8), (2, num_k, 3, 8))
     return [jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes)]
 
 
@@ -29,9 +29,10 @@ def test_by_the_formula(name):
         np.testing.assert_allclose(out[:, :, head], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("num_q", "num_k"), [(5, 7), (5, 6), (4, 7), (4, 6)])
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_equal(dtype, rtol):
-    """Outputs and gradients do not depend on what computes them."""
+def test_equal(dtype, rtol, num_q, num_k):
+    """Outputs and gradients do not depend on what computes them, nor on the row that pads an odd length."""
 
     def run(name):
         def loss(*operands):
@@ -39,7 +40,9 @@ def test_equal(dtype, rtol):
             return jnp.sin(out.astype(jnp.float32)).sum(), out
 
         with jax.numpy_dtype_promotion("standard"):  # JAX's own attention mixes types
-            return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)(*draw(dtype))
+            return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), compiler_options=QUICK)(
+                *draw(dtype, num_q, num_k)
+            )
 
     for a, b in zip(*(jax.tree.leaves(run(name)) for name in HERE), strict=True):
         assert a.dtype == dtype
@@ -54,20 +57,18 @@ def test_large_scores_stay_finite():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "head_dim", "fits"),
+    ("dtype", "head_dim", "fits"),
     [
-        (jnp.bfloat16, 196, 64, True),
-        (jnp.float16, 50, 80, True),
-        (jnp.bfloat16, 197, 64, False),
-        (jnp.bfloat16, 196, 160, False),
-        (jnp.bfloat16, 196, 20, False),
-        (jnp.float32, 196, 64, False),
+        (jnp.bfloat16, 64, True),
+        (jnp.float16, 80, True),
+        (jnp.bfloat16, 160, False),
+        (jnp.bfloat16, 20, False),
+        (jnp.float32, 64, False),
     ],
 )
-def test_limits_of_the_fused_kernel(dtype, length, head_dim, fits):
+def test_limits_of_the_fused_kernel(dtype, head_dim, fits):
     """A kernel is asked for only where JAX lets it."""
-    shape = (8, length, 4, head_dim)
-    assert attention_lib.fits_fused_kernel(dtype, shape, shape) == fits
+    assert attention_lib.fits_fused_kernel(dtype, head_dim) == fits
 
 
 def test_no_fused_kernel_without_a_gpu():
@@ -75,18 +76,19 @@ def test_no_fused_kernel_without_a_gpu():
     assert attention_lib.has_fused_kernel() == (jax.default_backend() == "gpu")
 
 
+@pytest.mark.parametrize(("num_q", "num_k"), [(196, 196), (197, 197), (147, 197), (257, 257), (50, 50), (65, 65)])
 @pytest.mark.parametrize(("platform", "fused"), [("cuda", True), ("cpu", False), ("tpu", False)])
-def test_chosen_by_the_platform_lowered_for(monkeypatch, platform, fused):
-    """Not by the one this process runs on; forward and backward.
+def test_chosen_by_the_platform_lowered_for(monkeypatch, platform, fused, num_q, num_k):
+    """Not by the one this process runs on; forward and backward; for all lengths of the paper's models.
 
     What needs a GPU is only to ask which version of cuDNN there is.
     """
     monkeypatch.setattr(attention_lib, "has_fused_kernel", lambda: True)
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    shape = jax.ShapeDtypeStruct((8, 196, 4, 80), jnp.bfloat16)
+    queries, keys = (jax.ShapeDtypeStruct((8, length, 4, 80), jnp.bfloat16) for length in (num_q, num_k))
     grad = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     with jax.numpy_dtype_promotion("standard"):  # within JAX's own attention
-        text = jax.jit(grad).trace(shape, shape, shape).lower(lowering_platforms=(platform,)).as_text()
+        text = jax.jit(grad).trace(queries, keys, keys).lower(lowering_platforms=(platform,)).as_text()
     for name in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
         assert (name in text) == fused
     assert ("stablehlo.exponential" in text) != fused

@@ -67,6 +67,111 @@ def test_every_config_works(name):
     assert 0 <= plan.warmup_steps < plan.total_steps
 
 
+PAPER_MODELS = {  # size: embed_dim, depth, num_heads, patch
+    "b16": (768, 12, 12, 16),
+    "l16": (1024, 24, 16, 16),
+    "h14": (1280, 32, 16, 14),
+}
+PAPER_PRETRAINING = {
+    "task": "pretrain",
+    "total_epochs": 800,
+    "global_batch_size": 4096,
+    "model.mask_ratio": 0.75,
+    "model.masking": "random",
+    "model.drop_path": 0,
+    "pretrain.norm_pix_loss": True,
+    "optim.name": "adamw",
+    "optim.base_lr": 1.5e-4,
+    "optim.b1": 0.9,
+    "optim.b2": 0.95,
+    "optim.weight_decay": 0.05,
+    "optim.layer_decay": 1,
+    "optim.warmup_epochs": 40,
+    "data.augment": "crop_flip",
+    "data.crop_scale": (0.2, 1),
+    "data.randaug_magnitude": 0,
+}
+PAPER_FINETUNING = {
+    "task": "finetune",
+    "global_batch_size": 1024,
+    "classify.head": "linear",
+    "classify.pool": "gap",
+    "classify.norm_after_pool": True,
+    "classify.label_smoothing": 0.1,
+    "classify.mixup": 0.8,
+    "classify.cutmix": 1,
+    "classify.mix_prob": 1,
+    "classify.mix_switch_prob": 0.5,
+    "classify.erase_prob": 0.25,
+    "optim.name": "adamw",
+    "optim.b1": 0.9,
+    "optim.b2": 0.999,
+    "optim.weight_decay": 0.05,
+    "optim.warmup_epochs": 5,
+    "data.augment": "crop_flip",
+    "data.randaug_magnitude": 9,
+    "data.randaug_std": 0.5,
+    "data.randaug_layers": 2,
+}
+PAPER_FINETUNING_BY_SIZE = {  # size: base_lr, layer_decay, drop_path, epochs
+    "b16": (5e-4, 0.65, 0.1, 100),
+    "l16": (1e-3, 0.75, 0.2, 50),
+    "h14": (1e-3, 0.75, 0.3, 50),
+}
+PAPER_PROBE = {
+    "task": "probe",
+    "total_epochs": 90,
+    "global_batch_size": 16384,
+    "model.drop_path": 0,
+    "classify.head": "linear",
+    "classify.pool": "cls",
+    "classify.batch_norm": True,
+    "classify.label_smoothing": 0,
+    "classify.erase_prob": 0,
+    "optim.name": "lars",
+    "optim.base_lr": 0.1,
+    "optim.momentum": 0.9,
+    "optim.weight_decay": 0,
+    "optim.warmup_epochs": 10,
+    "data.augment": "crop_flip",
+    "data.randaug_magnitude": 0,
+}
+
+
+def recipe(size: str, kind: str) -> dict[str, Any]:
+    """What the paper says of a config of this size, by field: its tables 8 to 10, where they are silent its code."""
+    dim, depth, heads, patch = PAPER_MODELS[size]
+    model = {
+        "image_size": (224, 224),
+        "patch_size": (patch, patch),
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": 4,
+        "decoder_embed_dim": 512,
+        "decoder_depth": 8,
+        "decoder_num_heads": 16,
+        "decoder_mlp_ratio": 4,
+        "pos_embed": "sincos2d",
+        "norm_eps": 1e-6,
+        "gelu": "exact",
+    }
+    of_kind = {"": PAPER_PRETRAINING, "_finetune": PAPER_FINETUNING, "_linear": PAPER_PROBE}[kind]
+    of_size = {}
+    if kind == "_finetune":
+        names = ("optim.base_lr", "optim.layer_decay", "model.drop_path", "total_epochs")
+        of_size = dict(zip(names, PAPER_FINETUNING_BY_SIZE[size], strict=True))
+    return {f"model.{name}": value for name, value in model.items()} | of_kind | of_size
+
+
+@pytest.mark.parametrize("kind", ["", "_finetune", "_linear"])
+@pytest.mark.parametrize("size", list(PAPER_MODELS))
+def test_recipes_of_the_paper(size, kind):
+    """A value that is off, or a part that is built but not switched on, costs days and shows in the last per cent."""
+    config, expected = load(f"imagenet_vit_{size}{kind}"), recipe(size, kind)
+    assert {field: config_lib.get(config, field) for field in expected} == expected
+
+
 def test_there_are_configs():
     """Discovery that finds nothing would pass the test above."""
     assert {"default", "smoke", "quickstart", "cifar_small", "cifar_medium_probe"} <= set(CONFIGS)
@@ -75,7 +180,8 @@ def test_there_are_configs():
 def test_tables_name_real_fields():
     """A typo in a table of checks would check nothing."""
     sections = {field.rpartition(".")[0] for field in FIELDS}
-    for table in (config_lib.CHOICES, config_lib.POSITIVE, config_lib.NOT_NEGATIVE, config_lib.SHARES):
+    tables = (config_lib.POSITIVE, config_lib.NOT_NEGATIVE, config_lib.SHARES, config_lib.PROBABILITIES)
+    for table in (config_lib.CHOICES, *tables):
         assert set(table) <= set(FIELDS)
     assert set(config_lib.FREE) <= set(FIELDS) | sections
 
@@ -96,6 +202,12 @@ def test_fields_that_are_not_negative(field, value):
 def test_shares(field, value):
     """Each of them has 1 / (1 - share) somewhere."""
     assert f"{field}={value} must be at least 0 and below 1" in fault(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), numbers(config_lib.PROBABILITIES, -0.1, 1.1, float("nan")))
+def test_probabilities(field, value):
+    """All of the images, or none, are shares too."""
+    assert f"{field}={value} must be at least 0 and at most 1" in fault(**{field: value})
 
 
 @pytest.mark.parametrize("field", list(config_lib.CHOICES))

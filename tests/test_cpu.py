@@ -36,6 +36,18 @@ def test_pieces_divide_and_shrink(examples, size):
     assert cpu.num_pieces(examples, size, summed_tokens=10_000) == pieces
 
 
+@pytest.mark.parametrize(
+    ("said", "counted", "images"),
+    [("512K\n", 2**19, 16), ("1M", 2**20, 32), ("2048K\n", 2**20, 32), ("", 2**20, 32), ("all of it", 2**20, 32)],
+)
+def test_a_large_cache_makes_no_larger_pieces(monkeypatch, said, counted, images):
+    """Pieces of configs/cifar_small.py on one of two cores: those of 64 that would fill 2 MiB are slower."""
+    monkeypatch.setattr(cpu.Path, "read_text", lambda self: said)
+    assert cpu.cache_bytes() == counted
+    size = flops.activation_bytes(num_tokens=65, embed_dim=64, num_heads=4, mlp_ratio=2.0)
+    assert 128 // cpu.num_pieces(128, size, summed_tokens=17) == images
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A machine of eight cores without accelerator, whose JAX has not started."""
@@ -47,7 +59,17 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize(
     ("wanted", "batches", "devices"),
-    [(0, (256, 512), 8), (0, (256, 100), 4), (0, (64, 64), 4), (0, (8, 256), 1), (0, (254, 254), 2), (3, (256,), 3)],
+    [
+        (0, ((256, 1), (512, 1)), 8),
+        (0, ((256, 1), (100, 1)), 4),
+        (0, ((64, 1), (64, 1)), 4),
+        (0, ((8, 1), (256, 1)), 1),
+        (0, ((254, 1), (254, 1)), 2),
+        (0, ((250, 2), (250, 1)), 5),
+        (0, ((254, 2), (254, 1)), 1),  # 127 pairs
+        (0, ((251, 2), (251, 1)), 1),  # pairs there are none: the check of the mesh tells
+        (3, ((256, 1),), 3),
+    ],
 )
 def test_devices(machine, wanted, batches, devices):
     """As many as divide the batches and leave each enough; what is asked for otherwise."""
@@ -65,7 +87,7 @@ def test_devices(machine, wanted, batches, devices):
 )
 def test_not_on_accelerators_nor_against_the_user(machine, variable, value):
     machine.setenv(variable, value)
-    assert cpu.split_cores(0, (256,)) == 0
+    assert cpu.split_cores(0, ((256, 1),)) == 0
     assert os.environ[variable] == value
 
 
@@ -77,7 +99,7 @@ def test_libtpu_is_no_tpu(machine, tmp_path, chips, devices):
     machine.delenv("JAX_PLATFORMS")
     machine.setattr(cpu, "find_spec", lambda name: name if name == "libtpu" else None)
     machine.setattr(cpu, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*", f"{tmp_path}/vfio/[0-9]*"))
-    assert cpu.split_cores(0, (256,)) == devices
+    assert cpu.split_cores(0, ((256, 1),)) == devices
 
 
 def test_a_run_keeps_its_choices(machine, tmp_path):
@@ -97,6 +119,22 @@ def test_a_run_keeps_its_choices(machine, tmp_path):
             config = smoke_config(**overrides)
             main.use_cores(config, str(tmp_path))
             assert (config.cpu.devices, config.cpu.pieces) == found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices"),
+    [({}, 2), ({"task": "finetune", "classify__mixup": 0.8}, 1), ({"cpu__pieces": 10}, 1)],
+)
+def test_devices_chosen_for_a_run_can_compute_it(machine, tmp_path, overrides, devices):
+    """125 images are whole shares of 250, but no whole pairs to mix, and no ten pieces."""
+    machine.setattr(cpu, "num_cores", lambda: 2)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    config = smoke_config(global_batch_size=250, **overrides)
+    with flagsaver.flagsaver(coordinator_address=None):
+        main.use_cores(config, str(tmp_path))
+    assert config.cpu.devices == devices
+    job.check_mesh(config, devices)
 
 
 def test_more_devices_than_cores(machine, tmp_path):

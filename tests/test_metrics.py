@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboardX.proto import event_pb2
 
-from mae_dist import metrics, storage
+from configs import smoke
+from mae_dist import config as config_lib
+from mae_dist import metrics, storage, train
 from mae_dist.clu_without_tf import TensorBoardWriter
 from mae_dist.errors import StorageFault
 from mae_dist.metrics import Recorder, Throughput, read_metrics
@@ -266,6 +270,25 @@ def test_throughput_of_an_unknown_device_has_no_mfu():
     throughput.observe(0.0)
     throughput.observe(0.0)
     assert throughput.log(2).keys() == {"images_per_sec", "step_secs", "data_wait", "eta_secs"}
+
+
+def test_summary_names_the_lowest_classes_of_the_last_evaluation_alone(workdir: epath.Path):
+    """Each evaluation records others: those of an earlier one say nothing of the model that there is in the end."""
+    config = smoke.get_config()
+    job: Any = SimpleNamespace(config=config, schedule=config_lib.schedule(config, 512))
+    with Recorder(workdir, start_step=0, is_primary=True) as recorder:
+        for step, scalars in (
+            (10, {"loss": 3.0, "val_top1_min": 0.1, "val_top1/cat/a": 0.1, "val_top1/dog": 0.2}),
+            (20, {"val_top1_min": 0.3, "val_top1/dog": 0.3, "val_top1/owl": 0.4, "test_top1/cat/a": 0.5}),
+            (21, {"loss": 2.0}),
+        ):
+            recorder.write_scalars(step, scalars)
+            recorder.commit(step)
+    assert train.finish(job, workdir, 20) == 0
+    summary = json.loads((workdir / "summary.json").read_text())
+    found = {name: value for name, value in summary.items() if "loss" in name or "top1" in name}
+    expected = {"loss": 2.0, "val_top1_min": 0.3, "val_top1/dog": 0.3, "val_top1/owl": 0.4, "test_top1/cat/a": 0.5}
+    assert found == expected
 
 
 def test_summary_is_written_whole(workdir: epath.Path):

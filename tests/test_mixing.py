@@ -1,5 +1,6 @@
 """Random erasing, mixup and cutmix: by their definitions, for every example by itself, and the same on any devices."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -114,29 +115,69 @@ def test_labels():
     np.testing.assert_allclose(losses.cross_entropy(logits, soft, 0.1), expected, rtol=1e-5)
 
 
-def test_same_pairs_on_any_devices_and_new_ones_every_update():
-    """Whatever splits the batch leaves neighbours together and their draws as they are, one program for all updates."""
+@pytest.fixture(scope="module")
+def data():
+    return job.open_data(smoke_config(**MIXED))
 
-    def found(num_devices: int, **options: Any) -> list[tuple[float, float]]:
-        """(loss, norm of the gradient) of the first images and parameters at several steps."""
-        built = job.build(smoke_config(**MIXED, **options), jax.devices()[:num_devices], data)
-        batch, values = first_batch(built), []
-        init, update = compile_quickly(built, batch)
-        with jax.set_mesh(built.mesh):
-            for step in (0, 1, 2, 1):
-                state = init()
-                state = state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
-                metrics = update(state, batch)[1]
-                values.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-        return values
 
-    data = job.open_data(smoke_config(**MIXED))
-    one_device = found(1, cpu__pieces=1)
-    assert len(set(one_device)) == 3, "the same images and parameters, other draws"
-    assert one_device[1] == one_device[3]
-    np.testing.assert_allclose(found(4, mesh__data=4, accum_steps=2, cpu__pieces=4), one_device, rtol=1e-5)
+def first_update(data: job.Data, num_devices: int, **options: Any) -> list[tuple[float, float]]:
+    """(loss, norm of the gradient) of the first images and parameters as steps 0, 1, 2 and 1 again, by one program."""
+    built = job.build(smoke_config(**{**MIXED, **options}), jax.devices()[:num_devices], data)
+    batch, values = first_batch(built), []
+    init, update = compile_quickly(built, batch)
+    with jax.set_mesh(built.mesh):
+        for step in (0, 1, 2, 1):
+            state = init()
+            state = state.replace(step=jax.device_put(jnp.int32(step), state.step.sharding))
+            metrics = update(state, batch)[1]
+            values.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return values
+
+
+# With nothing else random: no erasing, no DropPath, always the same images.
+ALONE = {
+    "mixup": {"classify__cutmix": 0.0, "classify__erase_prob": 0.0},
+    "cutmix": {"classify__mixup": 0.0, "classify__erase_prob": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", list(ALONE))
+def test_every_update_draws_anew(data, kind):
+    """A draw frozen when the update is compiled would show nowhere else, nor in a loss, which starts at ln 10."""
+    norms = [norm for _, norm in first_update(data, 1, cpu__pieces=1, **ALONE[kind])]
+    for a, b in itertools.combinations(norms[:3], 2):
+        assert abs(a / b - 1) > 1e-4
+    assert norms[3] == norms[1]
+
+
+@pytest.mark.parametrize("kind", list(ALONE))
+def test_every_example_draws_anew(kind):
+    """The same two images in all pairs: each gets another loss, and in another update another one again."""
+    config = smoke_config(**{**MIXED, **ALONE[kind]})
+    task = tasks.make_task(config, 10, layers.unconstrained)
+    rng = np.random.default_rng(0)
+    # Random values also where training starts near zero: else the images would hardly matter.
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32), tasks.abstract_params(config, 10)
+    )
+    pair = rng.integers(0, 256, (2, *config.model.image_size, 3), np.uint8)
+    batch = {"image": jnp.asarray(np.tile(pair, (32, 1, 1, 1))), "label": jnp.tile(jnp.array([3, 7], jnp.int32), 32)}
+    loss = jax.jit(lambda keys: task.loss(params, batch, keys)[0], compiler_options=QUICK)
+    found = np.stack([loss(jax.random.split(jax.random.key(step), 64)) for step in range(3)])
+    for which in range(2):
+        same_image = found[:, which::2]
+        assert len(np.unique(same_image)) > 0.8 * same_image.size  # a box may come twice, or be empty
+    changed = [found[a] != found[b] for a, b in itertools.combinations(range(3), 2)]
+    assert np.mean(changed) > 0.8
+
+
+def test_same_pairs_on_any_devices(data):
+    """Whatever splits the batch leaves neighbours together and their draws as they are."""
+    one_device = first_update(data, 1, cpu__pieces=1)
+    pieces = first_update(data, 4, mesh__data=4, accum_steps=2, cpu__pieces=4)
+    np.testing.assert_allclose(pieces, one_device, rtol=1e-5)
     split = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    np.testing.assert_allclose(found(8, **split, accum_steps=4, cpu__pieces=1), one_device, rtol=1e-5)
+    np.testing.assert_allclose(first_update(data, 8, **split, accum_steps=4, cpu__pieces=1), one_device, rtol=1e-5)
 
 
 def test_pairs_must_divide():

@@ -1,14 +1,17 @@
 """Traces of updates, of real runs."""
 
+import concurrent.futures
 import gzip
 import json
 import signal
+import time
 
 import pytest
+from etils import epath
 
 from mae_dist.errors import ConfigError
-from mae_dist.profiler import parse_steps
-from tests.runs import ONLY_UPDATES, records, run, start, wait_for_step
+from mae_dist.profiler import Profiler, parse_steps
+from tests.runs import ONLY_UPDATES, last_step, records, run, start, wait_for_step
 
 SMOKE = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.checkpoint.every_steps=1000")
 
@@ -51,6 +54,19 @@ def test_traces_the_updates_of_the_config_and_changes_nothing(child_env, tmp_pat
     assert records(tmp_path / "traced") == records(tmp_path / "plain")
 
 
+def test_in_another_thread(tmp_path):
+    """As a library's: what a run in a thread enters must not touch signals, which belong to the main thread."""
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def enter():
+        with Profiler(epath.Path(tmp_path), "") as profiler:
+            return signal.getsignal(signal.SIGUSR1) == before and not profiler.ends_with(1)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert pool.submit(enter).result()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_a_signal_asks_for_the_next_updates(child_env, tmp_path):
     process = start(child_env(), *SMOKE, "--config.total_steps=400", f"--workdir={tmp_path}")
     wait_for_step([process], tmp_path, 5)
@@ -61,3 +77,20 @@ def test_a_signal_asks_for_the_next_updates(child_env, tmp_path):
     first, last = map(int, directory.name.removeprefix("updates_").split("_"))
     assert last - first == 4
     assert updates_in(directory)[0] == list(range(first, last + 1))
+
+
+def test_a_signal_before_and_after_the_updates_is_harmless(child_env, tmp_path):
+    """Whoever asks a job that still starts, or already ends, must not end it."""
+    process = start(child_env(), *SMOKE, "--config.total_steps=2", f"--workdir={tmp_path}")
+    assert process.stdout is not None
+    output = process.stdout.readline()  # long before there are updates
+    while not (tmp_path / "config.json").exists() and process.poll() is None:
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.05)
+    while process.poll() is None:
+        if last_step(tmp_path) == 2:
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(0.05)
+    output += process.communicate()[0]
+    assert process.returncode == 0, output
+    assert "step 2 of 2" in output

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from matplotlib.figure import Figure
 from PIL import Image
 
 from configs import default
-from mae_dist import report, report_figures, report_groups, report_runs, report_tables
+from mae_dist import report, report_figures, report_groups, report_pictures, report_runs, report_tables
 from mae_dist.errors import ConfigError, StorageFault
 from mae_dist.report_groups import group
 from mae_dist.report_runs import Masking, collect, find_workdirs
@@ -284,6 +285,31 @@ def test_steps_and_epochs(trained):
     assert run_now.total_steps == 1000
     assert run_now.steps_per_epoch == 10
     assert not run_now.finished
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_accuracies_of_classes_are_of_the_last_evaluation(lowest):
+    """Of many classes each evaluation names its own lowest; the picture says so, and none is of an earlier one."""
+    config = default.get_config()
+    runs = [report_runs.Run(workdir=None, config=config) for _ in range(2)]  # pyright: ignore[reportArgumentType]
+    for run_now, (dog, owl) in zip(runs, ((0.3, 0.5), (0.5, math.nan)), strict=True):
+        run_now.records = [
+            {"step": 10, "val_top1": 0.5, "val_top1/cat": 0.1, "val_top1/dog": 0.2},
+            {"step": 20, "val_top1": 0.6, "val_top1/dog": dog, "val_top1/owl": owl},
+            {"step": 30, "loss": 1.0},
+        ]
+        if lowest:
+            run_now.records[1]["val_top1_min"] = dog
+    one = report_groups.Group("mae", "", runs)
+    plot = report_pictures.per_class([one], report_figures.line_styles([one]))
+    assert plot is not None
+    what = "The 5 least accurate classes of each run" if lowest else "Accuracy of each class"
+    assert plot.title == f"{what} (val)"
+    assert plot.alt == f"{plot.title}. Of mae the least accurate is dog with 40.0 %"
+    figure = Figure()
+    plot.draw(figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["dog", "owl"]
+    assert figure.axes[0].lines[0].get_xdata() == pytest.approx([40.0, 50.0])
 
 
 MEASURE = """<!DOCTYPE html><iframe id="f" src="report.html" style="border:0;width:{width}px;height:900px"></iframe>

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from mae_dist.errors import EXIT_PREEMPTED
-from tests.runs import checkpoint_arrays, kill_at_step, last_step, records, run, start, wait_for_step, wait_within_save
+from tests import trained
+from tests.runs import (
+    ONLY_UPDATES,
+    checkpoint_arrays,
+    kill_at_step,
+    last_step,
+    records,
+    run,
+    start,
+    wait_for_step,
+    wait_within_save,
+)
 
 ARGS = (
     "--config=configs/smoke.py",
@@ -51,6 +62,55 @@ def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path, draw):
     assert "Continuing from step" in output
     assert [record["step"] for record in records(workdir)] == list(range(1, 61))
     assert_same(workdir, uninterrupted)
+
+
+CLASSIFIERS = {
+    # Images augmented, so that features are computed anew; the running statistics are no parameters that are trained.
+    "probe": (
+        "--config.task=probe",
+        "--config.classify.batch_norm=True",
+        "--config.classify.pool=cls",
+        "--config.optim.name=lars",
+        "--config.optim.base_lr=0.1",
+        "--config.optim.weight_decay=0.0",
+    ),
+    "finetune": (
+        "--config.task=finetune",
+        "--config.classify.norm_after_pool=True",
+        "--config.classify.label_smoothing=0.1",
+        "--config.classify.mixup=0.8",
+        "--config.classify.cutmix=1.0",
+        "--config.classify.erase_prob=0.25",
+        "--config.optim.layer_decay=0.75",
+        "--config.model.drop_path=0.1",
+        "--config.ema_decay=0.9",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", list(CLASSIFIERS))
+def test_killed_classifier_is_bit_equal(child_env, tmp_path, draw, task):
+    """What only they have goes on too: the momentum of trust ratios, running statistics, averages, pairs to mix."""
+    encoder = trained.save(tmp_path / "encoder", trained.in_memory())
+    args = (
+        "--config=configs/smoke.py",
+        *ONLY_UPDATES,
+        *CLASSIFIERS[task],
+        f"--config.init_from={encoder}",
+        "--config.total_steps=40",
+        "--config.log_every_steps=1",
+        "--config.checkpoint.every_steps=5",
+        "--config.data.augment=crop_flip",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, output = run(child_env(), *args, f"--workdir={whole}")
+    assert code == 0, output
+    kill_at_step(start(child_env(), *args, f"--workdir={killed}"), killed, draw.randint(15, 25))
+    code, output = run(child_env(), *args, f"--workdir={killed}")
+    assert code == 0, output
+    assert "Continuing from step" in output
+    assert [record["step"] for record in records(killed)] == list(range(1, 41))
+    assert_same(killed, whole)
 
 
 def test_killed_within_saves(uninterrupted, child_env, tmp_path, draw):
