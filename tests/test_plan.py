@@ -107,6 +107,7 @@ ENTRY %main (x: bf16[8]) -> bf16[64] {
   %scattered = f32[8] fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1
   %ag = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
   %got = bf16[32] all-gather-done(%ag)
+  %turned = bf16[16] all-gather(%x), channel_id=9, replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_2'}, dimensions={0}
   %send.1 = (f32[2,8]{1,0}, u32[], token[]) send(%z, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %sent = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
   ROOT %end = bf16[64] add(%first, %second)
@@ -122,8 +123,37 @@ def test_what_only_a_tpu_writes():
         hlo.Collective("all-gather", 128, (0, 1, 2, 3), 1),
         hlo.Collective("reduce-scatter", 256, (0, 2, 4, 6), 1),
         hlo.Collective("all-gather", 64, (0, 1, 2, 3), 1),
+        hlo.Collective("all-gather", 32, (0, 4), 1),
         hlo.Collective("all-reduce", 64, (0, 8), 1, across_slices=True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("", range(8)),
+        ("{}", range(8)),
+        ("{{0,5},{1,4}}", (0, 5)),
+        ("[4,2]<=[8]", (0, 1)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("mesh['a'=2,'b'=4] {'a','b'}", range(8)),
+        ("mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(2,1,0)) {'b','c'}", (0, 4, 2, 6)),
+        ("mesh['a'=2,'b'=4], device_ids=(7,6,5,4,3,2,1,0) {'b'}", (7, 6, 5, 4)),
+    ],
+)
+def test_groups(groups, first):
+    """In each form that a compiler writes, however the mesh lies over the devices."""
+    told = f", replica_groups={groups}" if groups else ""
+    text = f"ENTRY %main (x: f32[2]) -> f32[2] {{\n  ROOT %sum = f32[2] all-reduce(%x){told}, to_apply=%add\n}}"
+    (found,) = hlo.Program(text, 8).collectives()
+    assert found.group == tuple(first)
+
+
+def test_groups_in_an_unknown_form_are_not_taken_for_all():
+    text = WRITTEN.replace("{{0,1,2,3},{4,5,6,7}}", "mesh['a'=8] {'a':(2)4}")
+    with pytest.raises(AssertionError, match=r"replica groups in an unknown form: mesh\['a'=8\]"):
+        hlo.Program(text, 8).collectives()
 
 
 def test_a_loop_of_unknown_length_is_said():
@@ -144,6 +174,14 @@ def test_gradients_are_exchanged_as_theory_says():
     assert report["fits"]
     assert report["memory"]["chip"] is None
     assert report["step_secs"] is None, "nothing is published of a CPU"
+
+
+def test_exchanges_on_a_mesh_of_two_axes():
+    """Weights are gathered among the chips of one axis, and the rest of their gradients summed over the other."""
+    report = planning.examine(smoke_config(**TINY, mesh__data=2, mesh__fsdp=4), topology.describe("cpu:8", 1))
+    chips_of = {kind: {row["chips"] for row in report["collectives"] if row["kind"] == kind} for kind in hlo.KINDS}
+    assert chips_of["all-gather"] == {4}
+    assert chips_of["all-reduce"] == {2, 4, 8}
 
 
 def test_command(child_env, tmp_path):
