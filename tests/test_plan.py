@@ -244,6 +244,8 @@ def test_links():
     assert chips.ici_bytes_per_sec(chip, [(i, j, 0) for i in range(4) for j in range(4)], (4, 4)) == 100e9
     whole = [(i, j, k) for i in range(4) for j in range(4) for k in range(4)]
     assert chips.ici_bytes_per_sec(chips.CHIPS["v4"], whole, (4, 4, 4)) == 300e9  # the published six links
+    flat = [point for point in whole if point[0] < 2]
+    assert chips.ici_bytes_per_sec(chips.CHIPS["v4"], flat, (2, 4, 4)) == 150e9, "rings are made of whole cubes only"
 
 
 @pytest.mark.parametrize(
