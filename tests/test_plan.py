@@ -220,6 +220,21 @@ def test_topologies_that_do_not_exist(name, slices):
         topology.describe(name, slices)
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("v5e:16x32", "512 chips, and a slice of v5e has at most 256; plan several smaller ones: --num_slices=2"),
+        ("v5p:16x32x16", "a slice of v5p has at most 6144; plan several smaller ones: --num_slices=2"),
+        ("v4:4x4", "a slice of v4 has 3 sides, as v4:4x4x4"),
+        ("v6e:2x2x2", "a slice of v6e has 2 sides, as v6e:4x4"),
+    ],
+)
+def test_slices_that_nobody_can_have(name, cure):
+    """The compiler would take them."""
+    with pytest.raises(ConfigError, match=rf"--topology={name}: .*{cure}"):
+        topology.describe(name, 1)
+
+
 def test_sweep():
     """Every mesh that divides, once; the state of one chip shrinks with fsdp."""
     report = planning.sweep(smoke_config(**TINY), topology.describe("cpu:4", 1), 0)
@@ -283,6 +298,11 @@ class TestTpu:
         gathered = sum(row["ring_bytes"] for row in report["collectives"] if row["kind"] == "all-gather")
         # Twice each weight in bfloat16, less those whose gathered copy is kept for the backward pass.
         assert 1.2 < gathered / (3 / 4 * 2 * report["parameters"]) < 2.2
+
+    @pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+    def test_a_single_chip(self, name):
+        """Less than the compiler takes a host to have."""
+        assert len(topology.describe(name, 1).devices) == 1
 
     def test_does_not_fit(self, child_env, tmp_path):
         """The compiler refuses, the report says why, the exit code is 1, and a batch that fits is found."""
