@@ -83,6 +83,7 @@ def _expected(built: job.Job, place: topology.Topology, in_loops: bool = False) 
         built.config,
         place.num_slices,
         frozen=built.task.frozen,
+        encoder_passes=built.encoder_passes,
         in_loops=in_loops,
     )
     return {"ICI": expected.within, "DCN": expected.across, "why": expected.why}
@@ -101,7 +102,10 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
     """What is known before anything is compiled."""
     config, device = built.config, place.devices[0]
     flops_per_step = built.flops_per_image * config.global_batch_size
-    compute = roofline.compute_secs(flops_per_step, len(place.devices), device.device_kind, config)
+    recomputes = config.model.remat == "blocks" and built.encoder_passes == 3  # a frozen encoder goes forward once
+    compute = roofline.compute_secs(
+        flops_per_step, len(place.devices), device.device_kind, config.model.dtype, recomputes
+    )
     return {
         "config": config.name,
         "topology": place.name,

@@ -35,6 +35,7 @@ def expected_exchange(
     num_slices: int,
     *,
     frozen: tuple[str, ...] = (),
+    encoder_passes: int = 3,
     in_loops: bool = False,
 ) -> Expected:
     """What a step must exchange, derived from how its parameters lie.
@@ -45,7 +46,8 @@ def expected_exchange(
       scattered, each (n - 1) / n of their bytes in the type of the products, in each of the accumulation's pieces; and
       over data the part that a chip then has is summed. The TPU's compiler exchanges larger weights in the loops of
       their products, where n + 1 messages of 1/n go round: (n + 1) / n.
-    - Over tensor: sums of activations, two a block in either direction.
+    - Over tensor: sums of activations, two a block in either direction; a frozen encoder has the one only.
+    - Where features are cached the encoder does not run, and its weights stay where they are.
 
     Args:
       params: shapes of the parameters.
@@ -54,6 +56,7 @@ def expected_exchange(
       config: validated.
       num_slices: that the data axis spans.
       frozen: parameter groups without gradients.
+      encoder_passes: see `job.Job`.
       in_loops: whether the program exchanges weights in the loops of their products.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
@@ -62,6 +65,8 @@ def expected_exchange(
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         trained = path_name(path).split("/")[0] not in frozen
+        if not trained and not encoder_passes:
+            continue
         held = math.prod(sharding.shard_shape(leaf.shape))
         over_fsdp = any(entry == "fsdp" for entry in sharding.spec) and fsdp > 1
         if over_fsdp:
@@ -73,18 +78,21 @@ def expected_exchange(
         group = data_within if over_fsdp else data_within * fsdp
         within += 2 * (group - 1) / group * grad
         across += 2 * (num_slices - 1) / num_slices * grad / group
-    within += _tensor_bytes(config, tensor, config.global_batch_size // (data * fsdp), width)
+    within += _tensor_bytes(config, tensor, config.global_batch_size // (data * fsdp), width, encoder_passes)
     parts = [
         "float32 gradients summed once" if fsdp == tensor == 1 else "gradients summed in the products' type",
         f"weights gathered over {fsdp} twice and their gradients scattered{' in loops' if in_loops else ''}"
         if fsdp > 1
         else "",
-        f"activations of every block summed over {tensor} four times" if tensor > 1 else "",
+        f"activations of every block summed over {tensor} {_SUMS[encoder_passes]} times" if tensor > 1 else "",
     ]
     return Expected(within, across, "; ".join(part for part in parts if part))
 
 
-def _tensor_bytes(config: ConfigDict, tensor: int, images: int, width: int) -> float:
+_SUMS = {3: 4, 1: 2, 0: 0}  # encoder_passes -> sums of a block's activations: after attention and MLP, back likewise
+
+
+def _tensor_bytes(config: ConfigDict, tensor: int, images: int, width: int, encoder_passes: int) -> float:
     model = config.model
     patches_in = math.prod(patches.grid_size(model.image_size, model.patch_size))
     cls = int(model.cls_token != "none")
@@ -92,7 +100,7 @@ def _tensor_bytes(config: ConfigDict, tensor: int, images: int, width: int) -> f
     kept = patches.num_keep(patches_in, model.mask_ratio) if pretrain else patches_in
     tokens = model.depth * (kept + cls) * model.embed_dim
     tokens += model.decoder_depth * (patches_in + cls) * model.decoder_embed_dim if pretrain else 0
-    return 4 * 2 * (tensor - 1) / tensor * images * tokens * width
+    return _SUMS[encoder_passes] * 2 * (tensor - 1) / tensor * images * tokens * width
 
 
 def sum_by_kind(found: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
@@ -155,12 +163,12 @@ def theory_secs(within: float, across: float, generation: str, shape: tuple[int,
     return secs
 
 
-def compute_secs(flops_per_step: float, num_chips: int, device_kind: str, config: ConfigDict) -> float | None:
+def compute_secs(flops_per_step: float, num_chips: int, device_kind: str, dtype: str, recomputes: bool) -> float | None:
     """Seconds of a step's matrix products at their peak; recomputing whole blocks adds a forward pass, a third."""
-    peak = flops.peak_flops(device_kind, config.model.dtype)
+    peak = flops.peak_flops(device_kind, dtype)
     if peak is None:
         return None
-    return flops_per_step * (4 / 3 if config.model.remat == "blocks" else 1) / (num_chips * peak)
+    return flops_per_step * (4 / 3 if recomputes else 1) / (num_chips * peak)
 
 
 def hbm_secs(moved_bytes: float, generation: str) -> float | None:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import imagenet_vit_b16, imagenet_vit_h14, imagenet_vit_l16
-from mae_dist import chips, errors, hlo, models, plan, planning, sharding, tasks, topology
+from mae_dist import chips, errors, hlo, job, models, plan, planning, roofline, sharding, tasks, topology
 from mae_dist.data import DescribedDataset
 from mae_dist.errors import ConfigError
 from tests import QUICK
@@ -174,6 +174,41 @@ def test_gradients_are_exchanged_as_theory_says():
     assert report["fits"]
     assert report["memory"]["chip"] is None
     assert report["step_secs"] is None, "nothing is published of a CPU"
+
+
+def foreseen(**changes):
+    """What is said of each mesh of four devices without compiling, by its (data, fsdp, tensor)."""
+    config = smoke_config(**TINY, classify__head="linear", **changes)
+    report = planning.sweep(config, topology.describe("cpu:4", 1), 0)
+    return {tuple(row["mesh"].values()): row for row in report["sweep"]}
+
+
+CACHED = {"task": "probe", "init_from": "unused"}
+FROZEN = {**CACHED, "data__augment": "flip"}
+
+
+def test_compute_of_a_frozen_encoder(monkeypatch):
+    """Nothing of it is computed again, and with cached features nothing at all."""
+    monkeypatch.setattr(roofline.flops, "peak_flops", lambda kind, dtype: 1e12)
+    trained, frozen, cached = (
+        [foreseen(**task, model__remat=remat)[4, 1, 1]["secs"]["compute"] for remat in ("none", "blocks")]
+        for task in ({}, FROZEN, CACHED)
+    )
+    assert trained[1] == pytest.approx(trained[0] * 4 / 3)
+    assert frozen[1] == frozen[0]
+    assert cached[1] == cached[0] < frozen[0] / 50
+
+
+def test_exchange_of_a_frozen_encoder():
+    """It is gathered and its activations are summed for the forward pass alone; with cached features not even so."""
+    frozen, cached = (
+        {mesh: row["expected"]["ICI"] for mesh, row in foreseen(**task).items()} for task in (FROZEN, CACHED)
+    )
+    assert frozen[4, 1, 1] == cached[4, 1, 1] == 2 * 3 / 4 * 4 * (32 + 1) * 10, "the gradient of the head"
+    assert cached[1, 4, 1] == 3 * 3 / 4 * 4 * 32 * 10 + 2 * 3 / 4 * 4 * 10, "its kernel is split, its bias is not"
+    assert frozen[1, 4, 1] > 2 * cached[1, 4, 1]
+    tokens = 2 * (16 + 1)  # of both blocks
+    assert frozen[2, 1, 2] - cached[2, 1, 2] == 2 * (2 * 1 / 2) * 16 * tokens * 32 * 4
 
 
 def test_exchanges_on_a_mesh_of_two_axes():
