@@ -84,6 +84,7 @@ def _expected(built: job.Job, place: topology.Topology, in_loops: bool = False) 
         place.num_slices,
         frozen=built.task.frozen,
         encoder_passes=built.encoder_passes,
+        at_once=built.task.statistics is not None,
         in_loops=in_loops,
     )
     return {"ICI": expected.within, "DCN": expected.across, "why": expected.why}

@@ -36,6 +36,7 @@ def expected_exchange(
     *,
     frozen: tuple[str, ...] = (),
     encoder_passes: int = 3,
+    at_once: bool = False,
     in_loops: bool = False,
 ) -> Expected:
     """What a step must exchange, derived from how its parameters lie.
@@ -46,6 +47,7 @@ def expected_exchange(
       scattered, each (n - 1) / n of their bytes in the type of the products, in each of the accumulation's pieces; and
       over data the part that a chip then has is summed. The TPU's compiler exchanges larger weights in the loops of
       their products, where n + 1 messages of 1/n go round: (n + 1) / n.
+    - On a mesh that is not data-parallel the compiler sums gradients in every one of the accumulation's pieces.
     - Over tensor: sums of activations, two a block in either direction; a frozen encoder has the one only.
     - Where features are cached the encoder does not run, and its weights stay where they are.
 
@@ -57,10 +59,12 @@ def expected_exchange(
       num_slices: that the data axis spans.
       frozen: parameter groups without gradients.
       encoder_passes: see `job.Job`.
+      at_once: whether gradients are made of all examples at once, whatever config.accum_steps (`Task.statistics`).
       in_loops: whether the program exchanges weights in the loops of their products.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     data_within, width = data // num_slices, 2 if config.model.dtype == "bfloat16" else 4
+    rounds = 1 if at_once else config.accum_steps
     within = across = 0.0
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
@@ -70,17 +74,19 @@ def expected_exchange(
         held = math.prod(sharding.shard_shape(leaf.shape))
         over_fsdp = any(entry == "fsdp" for entry in sharding.spec) and fsdp > 1
         if over_fsdp:
-            passes = (3 if trained else 1) * config.accum_steps
+            passes = 3 * rounds if trained else config.accum_steps
             within += passes * (fsdp + 1 if in_loops else fsdp - 1) * held * width
         if not trained:
             continue
-        grad = held * (4 if fsdp == tensor == 1 else width)
+        grad = held * 4 if fsdp == tensor == 1 else held * width * rounds
         group = data_within if over_fsdp else data_within * fsdp
         within += 2 * (group - 1) / group * grad
         across += 2 * (num_slices - 1) / num_slices * grad / group
     within += _tensor_bytes(config, tensor, config.global_batch_size // (data * fsdp), width, encoder_passes)
     parts = [
-        "float32 gradients summed once" if fsdp == tensor == 1 else "gradients summed in the products' type",
+        "float32 gradients summed once"
+        if fsdp == tensor == 1
+        else f"gradients summed in the products' type{f', {rounds} times' if rounds > 1 else ''}",
         f"weights gathered over {fsdp} twice and their gradients scattered{' in loops' if in_loops else ''}"
         if fsdp > 1
         else "",

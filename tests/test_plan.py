@@ -211,6 +211,22 @@ def test_exchange_of_a_frozen_encoder():
     assert frozen[2, 1, 2] - cached[2, 1, 2] == 2 * (2 * 1 / 2) * 16 * tokens * 32 * 4
 
 
+def test_accumulation_repeats_exchanges():
+    """On a data-parallel mesh gradients are summed once all the same; a head trained on all features at once gets its
+    own once anywhere."""
+
+    def exchanged(accum_steps, **changes):
+        found = foreseen(accum_steps=accum_steps, **changes)
+        return {mesh: found[mesh]["expected"]["ICI"] for mesh in ((4, 1, 1), (2, 2, 1), (1, 4, 1))}
+
+    once, twice = exchanged(1), exchanged(2)
+    assert [twice[mesh] / once[mesh] for mesh in once] == [1, 2, 2]
+    once, twice = (exchanged(count, **FROZEN, classify__batch_norm=True) for count in (1, 2))
+    head = exchanged(1, **CACHED)
+    for mesh in once:
+        assert twice[mesh] - head[mesh] == 2 * (once[mesh] - head[mesh])
+
+
 def test_exchanges_on_a_mesh_of_two_axes():
     """Weights are gathered among the chips of one axis, and the rest of their gradients summed over the other."""
     report = planning.examine(smoke_config(**TINY, mesh__data=2, mesh__fsdp=4), topology.describe("cpu:8", 1))
