@@ -63,7 +63,7 @@ def examine(config: ConfigDict, place: topology.Topology) -> Report:
         report["expected"] = _expected(built, place, in_loops)
         report["uncounted_loops"] = len(program.uncounted_loops)
         memory = report["memory"]
-        moved = 2 * (memory["parameters"] + memory["optimizer_state"] + memory["temporaries"])
+        moved = 2 * (_state_bytes(memory) + memory["temporaries"])
         coords = {i: tuple(getattr(d, "coords", ())) for i, d in enumerate(_in_one_slice(built, place))}
         secs = {
             "compute": report["secs"].pop("compute"),
@@ -132,24 +132,31 @@ def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topo
     state, shardings = built.abstract_state, built.shardings
     params = sharding.bytes_per_device(state.params, shardings.params)
     optimizer = sharding.bytes_per_device(state.opt_state, shardings.opt_state)
+    averages = sharding.bytes_per_device(state.ema, shardings.ema)
     images = sharding.bytes_per_device(batch, jax.tree.map(lambda _: built.batch_sharding, batch))
+    known = params + optimizer + averages + images
     chip = chips.CHIPS.get(place.generation)
     return {
         "parameters": params,
         "optimizer_state": optimizer,
+        "averages": averages,
         "batch": images,
-        "padding": max(0, compiled.arguments - params - optimizer - images),
+        "padding": max(0, compiled.arguments - known),
         "temporaries": compiled.temporaries + compiled.outputs,
         "program": compiled.program,
-        "total": max(compiled.arguments, params + optimizer + images) + compiled.total - compiled.arguments,
+        "total": max(compiled.arguments, known) + compiled.total - compiled.arguments,
         "chip": (compiled.limit or chip.hbm_bytes) if chip else None,
     }
+
+
+def _state_bytes(memory: dict[str, Any]) -> int:
+    return memory["parameters"] + memory["optimizer_state"] + memory["averages"]
 
 
 def _reasons(built: job.Job, memory: dict[str, Any]) -> list[str]:
     """Why it does not fit, the largest consumer first, each with its cure."""
     config, shape = built.config, built.mesh.shape
-    state = memory["parameters"] + memory["optimizer_state"]
+    state = _state_bytes(memory)
     whole = shape["fsdp"] * shape["tensor"] == 1
     images = config.global_batch_size // (shape["data"] * shape["fsdp"] * config.accum_steps)
     cure = "raise mesh.fsdp" if whole else f"raise mesh.fsdp={shape['fsdp']} further"
@@ -158,7 +165,7 @@ def _reasons(built: job.Job, memory: dict[str, Any]) -> list[str]:
     parts = [
         (
             state,
-            f"parameters + optimizer state {_gib(state)} are {'whole on every chip' if whole else 'split'}: {cure}",
+            f"parameters + optimizer state{' + averages' if memory['averages'] else ''} {_gib(state)} are {'whole on every chip' if whole else 'split'}: {cure}",
         ),
         (
             memory["temporaries"],

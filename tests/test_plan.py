@@ -211,6 +211,29 @@ def test_exchange_of_a_frozen_encoder():
     assert frozen[2, 1, 2] - cached[2, 1, 2] == 2 * (2 * 1 / 2) * 16 * tokens * 32 * 4
 
 
+def compiled_to(monkeypatch, *results):
+    """Lets the compiler give these results in turn; returns what was given to it."""
+    given, left = [], iter(results)
+    monkeypatch.setattr(topology, "compile_step", lambda step, mesh, *args: given.append(mesh) or next(left))
+    return given
+
+
+REFUSED = topology.Compiled("", 0, 0, 2**30, 0, limit=2**29, refusal="RESOURCE_EXHAUSTED: too much")
+
+
+def test_averages_take_memory(monkeypatch):
+    """As much as the parameters, known even where the compiler refuses."""
+    sizes, reasons = [], []
+    for decay in (0.0, 0.999):
+        compiled_to(monkeypatch, REFUSED)
+        report = planning.examine(smoke_config(**TINY, ema_decay=decay), topology.describe("cpu:4", 1))
+        sizes.append(report["memory"])
+        reasons.append(" ".join(report["reasons"]))
+    assert [memory["averages"] for memory in sizes] == [0, 4 * report["parameters"]]
+    assert sizes[1]["total"] - sizes[0]["total"] == sizes[1]["averages"]
+    assert ["parameters + optimizer state + averages" in why for why in reasons] == [False, True]
+
+
 def test_accumulation_repeats_exchanges():
     """On a data-parallel mesh gradients are summed once all the same; a head trained on all features at once gets its
     own once anywhere."""
