@@ -37,7 +37,7 @@ class Chip:
 _DOCS = "cloud.google.com/tpu/docs/"
 # The documents give the links of a chip together and both ways: 400 GB/s are 4 links of 50 GB/s each way.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(32 * _GIB, 1.2e12, 50e9, 3, 4096, 4, None, f"{_DOCS}v4; links: Jouppi et al. 2023, TPU v4 (6 of 50 GB/s)"),
+    "v4": Chip(32 * _GIB, 1.2e12, 50e9, 3, 4096, 4, None, f"{_DOCS}v4; links: Jouppi et al. 2023 (6 of 50 GB/s)"),
     "v5e": Chip(16 * _GIB, 8.19e11, 50e9, 2, 256, 16, 25e9 / 8, f"{_DOCS}v5e (network: 6.4 Tb/s for 256 chips)"),
     "v5p": Chip(95 * _GIB, 2.765e12, 100e9, 3, 6144, 4, 50e9 / 8, f"{_DOCS}v5p (a pod has 8960 chips)"),
     "v6e": Chip(32 * _GIB, 1.638e12, 100e9, 2, 256, 16, 100e9 / 8, f"{_DOCS}v6e (network: 25.6 Tb/s for 256 chips)"),

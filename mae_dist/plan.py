@@ -19,7 +19,9 @@ _BATCH = flags.DEFINE_integer("global_batch_size", None, "The same as --config.g
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.", allow_override=True)
 _FIT = flags.DEFINE_bool("fit", None, "Search batches and model.remat that fit (default: where the config does not).")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Rank all meshes, and compile the best.")
-_COMPILE = flags.DEFINE_integer("compile", 3, "How many of --sweep's best meshes to compile.", lower_bound=0)
+_COMPILE = flags.DEFINE_integer(
+    "compile", 3, "How many of --sweep's meshes that fit to compile, at most.", lower_bound=0
+)
 
 _NOT_FITTING = 1
 _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
@@ -157,7 +159,13 @@ def sweep_text(report: planning.Report) -> str:
             f"{row.get('bound_by') or '?':>10}{f'{rate:,.0f}' if rate else '?':>10}"
             f"{f'{ceiling:.2f}' if ceiling else '?':>6}{fits}{'' if row['compiled'] else '  (theory)'}"
         )
-    lines.append("theory: not compiled; fits if its state does, exchanges over all links")
+    lines.append(
+        "theory: not compiled; fits if its state does, the time of its memory unknown, exchanges over all links"
+    )
+    if not report["fits"]:
+        lines.append(
+            "none of those that were compiled fits" if any(row["compiled"] for row in report["sweep"]) else "none fits"
+        )
     return "\n".join(lines)
 
 

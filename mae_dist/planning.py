@@ -17,6 +17,7 @@ from mae_dist.data import DescribedDataset, is_prepared
 
 Report = dict[str, Any]
 _FIT_COMPILATIONS = 3  # at most, for each value of model.remat
+_SWEEP_COMPILATIONS = 3  # at most, for each mesh that is wanted compiled
 
 
 def described_data(config: ConfigDict) -> job.Data:
@@ -156,16 +157,15 @@ def _state_bytes(memory: dict[str, Any]) -> int:
 def _reasons(built: job.Job, memory: dict[str, Any]) -> list[str]:
     """Why it does not fit, the largest consumer first, each with its cure."""
     config, shape = built.config, built.mesh.shape
-    state = _state_bytes(memory)
-    whole = shape["fsdp"] * shape["tensor"] == 1
+    state, split = _state_bytes(memory), shape["fsdp"] * shape["tensor"]
+    named = f"parameters + optimizer state{' + averages' if memory['averages'] else ''}"
     images = config.global_batch_size // (shape["data"] * shape["fsdp"] * config.accum_steps)
-    cure = "raise mesh.fsdp" if whole else f"raise mesh.fsdp={shape['fsdp']} further"
     policy = {"none": "model.remat=dots or blocks", "dots": "model.remat=blocks"}.get(config.model.remat, "")
     cures = ", ".join(part for part in ("lower global_batch_size", "raise accum_steps", policy) if part)
     parts = [
         (
             state,
-            f"parameters + optimizer state{' + averages' if memory['averages'] else ''} {_gib(state)} are {'whole on every chip' if whole else 'split'}: {cure}",
+            f"{named} {_gib(state)} are {'whole on every chip' if split == 1 else f'split over {split}'}: raise mesh.fsdp",
         ),
         (
             memory["temporaries"],
@@ -223,7 +223,10 @@ def _smaller_batch(report: Report) -> int:
 
 
 def valid_meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict]:
-    """`config` on every mesh data x fsdp x tensor that its batch, heads and widths divide over."""
+    """`config` on every mesh data x fsdp x tensor of the devices whose data axis spans the slices.
+
+    Whether batch, heads and widths divide over it, `job.build` says.
+    """
     count = len(place.devices)
     for tensor in (n for n in range(1, count + 1) if count % n == 0):
         for fsdp in (n for n in range(1, count // tensor + 1) if count // tensor % n == 0):
@@ -234,11 +237,14 @@ def valid_meshes(config: ConfigDict, place: topology.Topology) -> Iterator[Confi
 
 
 def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Report:
-    """Ranks the valid meshes: what fits first, then by the time of a step at best. The first are compiled.
+    """Ranks the valid meshes: what fits first, then what was compiled, then by the time of a step at best.
 
-    The others go by theory: of memory only their state is known, exchanges are taken to use all links.
+    Meshes are compiled in the order that theory gives, until `num_compiled` of them fit, at most three times as many.
+    Of the others theory knows the state's memory only and no time for moving it: they stand behind the compiled ones,
+    and where any was compiled those alone say whether anything fits.
     """
     rows, chip, data = [], chips.CHIPS.get(place.generation), described_data(config)
+    coords = [tuple(getattr(device, "coords", ())) for device in place.devices[: place.chips_per_slice]]
     for changed in valid_meshes(config, place):
         try:
             built = job.build(changed, place.devices, data)
@@ -247,7 +253,7 @@ def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Re
         row, expected = _outline(built, place), _expected(built, place)
         row["state_bytes"] = sharding.bytes_per_device(built.abstract_state, built.shardings)
         row |= {"fits": chip is None or row["state_bytes"] < chip.hbm_bytes, "compiled": False, "expected": expected}
-        secs = roofline.theory_secs(expected["ICI"], expected["DCN"], place.generation, place.shape)
+        secs = roofline.theory_secs(expected["ICI"], expected["DCN"], place.generation, place.shape, coords)
         _time(row, {**row["secs"], **secs})
         rows.append((row, changed))
     if not rows:
@@ -255,16 +261,26 @@ def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Re
             f"no mesh of {len(place.devices)} devices divides global_batch_size={config.global_batch_size}, heads and "
             "widths; choose another batch"
         )
+    rows.sort(key=lambda entry: _rank(entry[0]))
+    done: list[Report] = []
+    for row, changed in rows[: _SWEEP_COMPILATIONS * num_compiled]:
+        if not row["fits"] or sum(report["fits"] for report in done) == num_compiled:
+            break
+        done.append(examine(changed, place) | {"state_bytes": row["state_bytes"], "compiled": True})
+    ranked = sorted([*done, *(row for row, _ in rows[len(done) :])], key=_rank)
+    return {"sweep": ranked, "fits": any(row["fits"] for row in done or ranked)}
 
-    def rank(entry: tuple[Report, Any]) -> tuple[bool, float, float]:
-        row = entry[0]
-        return not row["fits"], row["step_secs"] or 0.0, row["expected"]["ICI"] + row["expected"]["DCN"]
 
-    rows.sort(key=rank)
-    for i, (row, changed) in enumerate(rows[:num_compiled]):
-        rows[i] = (examine(changed, place) | {"state_bytes": row["state_bytes"], "compiled": True}, changed)
-    rows.sort(key=rank)
-    return {"sweep": [row for row, _ in rows], "fits": any(row["fits"] for row, _ in rows)}
+def _rank(row: Report) -> tuple[bool, bool, bool, float, float]:
+    """A mesh's place in the sweep; the compiler's refusal leaves no time."""
+    secs = row.get("step_secs")
+    return (
+        not row["fits"],
+        not row["compiled"],
+        secs is None,
+        secs or 0.0,
+        sum(row["expected"][n] for n in ("ICI", "DCN")),
+    )
 
 
 def _gib(size: float) -> str:

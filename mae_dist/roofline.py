@@ -158,12 +158,14 @@ def link_secs(
     return secs
 
 
-def theory_secs(within: float, across: float, generation: str, shape: tuple[int, ...]) -> dict[str, float | None]:
-    """`link_secs` of bytes known by theory only: within a slice over all links of a chip."""
+def theory_secs(
+    within: float, across: float, generation: str, shape: tuple[int, ...], coords: Iterable[tuple[int, ...]]
+) -> dict[str, float | None]:
+    """`link_secs` of bytes known by theory only: within a slice all its chips, at `coords`, exchange together."""
     chip = chips.CHIPS.get(generation)
     if chip is None:
         return {"ici": None}
-    secs: dict[str, float | None] = {"ici": within / (2 * len(shape) * chip.link_bytes_per_sec)}
+    secs: dict[str, float | None] = {"ici": within / chips.ici_bytes_per_sec(chip, coords, shape)}
     if across:
         secs["dcn"] = across / chip.dcn_bytes_per_sec if chip.dcn_bytes_per_sec else None
     return secs

@@ -1,5 +1,6 @@
 """Plans for hardware that is not here: what a program exchanges, whether it fits, and the command that says so."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import imagenet_vit_b16, imagenet_vit_h14, imagenet_vit_l16
-from mae_dist import chips, errors, hlo, job, models, plan, planning, roofline, sharding, tasks, topology
+from mae_dist import chips, errors, hlo, models, plan, planning, roofline, sharding, tasks, topology
 from mae_dist.data import DescribedDataset
 from mae_dist.errors import ConfigError
 from tests import QUICK
@@ -324,6 +325,45 @@ def test_sweep():
     assert "data=2 x fsdp=1 x tensor=2" in text
 
 
+def tpu_of_cpus(monkeypatch):
+    """Eight devices that the tables take for a slice of v5e, with 1e14 FLOP/s each."""
+    monkeypatch.setattr(roofline.flops, "peak_flops", lambda kind, dtype: 1e14)
+    return dataclasses.replace(topology.describe("cpu:8", 1), name="v5e:2x4", generation="v5e", shape=(2, 4))
+
+
+PROGRAM = "ENTRY %main (x: f32[2]) -> f32[2] {\n  ROOT %x = f32[2] parameter(0)\n}"
+FITTING = topology.Compiled(PROGRAM, 2**20, 0, 2**30, 0)
+TOO_LARGE = topology.Compiled(PROGRAM, 2**20, 0, 40 * 2**30, 0)
+
+
+def test_sweep_beyond_what_the_compiler_refuses(monkeypatch):
+    """Until as many fit as are wanted; those first, then what is not known to fail, then what fails."""
+    place = tpu_of_cpus(monkeypatch)
+    given = compiled_to(monkeypatch, REFUSED, FITTING, TOO_LARGE, FITTING)
+    report = planning.sweep(smoke_config(**TINY), place, 2)
+    assert len(given) == 4
+    told = [(row["compiled"], row["fits"]) for row in report["sweep"]]
+    theory = [(False, True)] * (len(told) - 4)
+    assert told == [(True, True)] * 2 + theory + [(True, False)] * 2
+    assert len({tuple(row["mesh"].values()) for row in report["sweep"]}) == len(told) > 4
+    best, second = report["sweep"][:2]
+    assert best["step_secs"] <= second["step_secs"]
+    assert best["step_secs"] > max(row["step_secs"] for row in report["sweep"][2:-2]), "it counts memory too"
+    assert report["fits"]
+    assert plan.sweep_text(report).count("does not fit") == 2
+
+
+def test_sweep_of_which_nothing_fits(monkeypatch):
+    """The exit code does not rest on meshes of which only the state is known, nor is everything compiled."""
+    place = tpu_of_cpus(monkeypatch)
+    given = compiled_to(monkeypatch, TOO_LARGE, REFUSED, TOO_LARGE)
+    report = planning.sweep(smoke_config(**TINY), place, 1)
+    assert len(given) == 3
+    assert any(row["fits"] for row in report["sweep"])
+    assert not report["fits"]
+    assert "none of those that were compiled fits" in plan.sweep_text(report)
+
+
 def test_links():
     """Both links of a ring, one where a side is open; a side that the group does not span gives none."""
     chip = chips.CHIPS["v5e"]
@@ -334,6 +374,8 @@ def test_links():
     whole = [(i, j, k) for i in range(4) for j in range(4) for k in range(4)]
     assert chips.ici_bytes_per_sec(chips.CHIPS["v4"], whole, (4, 4, 4)) == 300e9  # the published six links
     flat = [point for point in whole if point[0] < 2]
+    points = [(i, j, 0) for i in range(2) for j in range(4)]
+    assert roofline.theory_secs(100e9, 0, "v5e", (2, 4), points) == {"ici": 1.0}, "no side is a ring"
     assert chips.ici_bytes_per_sec(chips.CHIPS["v4"], flat, (2, 4, 4)) == 150e9, "rings are made of whole cubes only"
 
 
