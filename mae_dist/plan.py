@@ -25,6 +25,7 @@ _COMPILE = flags.DEFINE_integer(
 
 _NOT_FITTING = 1
 _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
+  memory: temporaries are activations, gradients and all else that lives within a step: the compiler's sum
   compute: analytic FLOPs of matrix products, with remat=blocks a third more; peaks: flops.py
   hbm: state and temporaries read and written once
   ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring
@@ -92,7 +93,8 @@ def text(report: planning.Report, place: topology.Topology) -> str:
         known = "it fits" if memory["chip"] else "the memory of this device is not known: whether it fits is not said"
         lines.append(known)
     else:
-        lines += ["it does not fit", *(f"  {why}" for why in report["reasons"])]
+        lines.append(f"it does not fit: {gib(memory['total'])} needed, {gib(memory['chip'])} there")
+        lines += [f"  {why}" for why in report["reasons"]]
         lines += [f"  the compiler: {report['refusal']}"] if report["refusal"] else []
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import chips, errors, flops, hlo, job, models, roofline, sharding, topology
 from mae_dist.data import DescribedDataset, is_prepared
+from mae_dist.state import split_frozen
 
 Report = dict[str, Any]
 _FIT_COMPILATIONS = 3  # at most, for each value of model.remat
@@ -53,7 +54,7 @@ def examine(config: ConfigDict, place: topology.Topology) -> Report:
     report["memory"] = _memory(built, batch, compiled, place)
     report["fits"] = not compiled.refusal and report["memory"]["total"] <= (report["memory"]["chip"] or math.inf)
     report["refusal"] = compiled.refusal
-    report["reasons"] = [] if report["fits"] else _reasons(built, report["memory"])
+    report["reasons"] = [] if report["fits"] else _reasons(built, report["memory"], place.chips_per_slice)
     report["expected"] = _expected(built, place)
     report["collectives"] = None
     if not compiled.refusal:
@@ -154,22 +155,25 @@ def _state_bytes(memory: dict[str, Any]) -> int:
     return memory["parameters"] + memory["optimizer_state"] + memory["averages"]
 
 
-def _reasons(built: job.Job, memory: dict[str, Any]) -> list[str]:
-    """Why it does not fit, the largest consumer first, each with its cure."""
+def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str]:
+    """Why it does not fit on slices of so many chips, the largest consumer first, each with its cure."""
     config, shape = built.config, built.mesh.shape
     state, split = _state_bytes(memory), shape["fsdp"] * shape["tensor"]
-    named = f"parameters + optimizer state{' + averages' if memory['averages'] else ''}"
     images = config.global_batch_size // (shape["data"] * shape["fsdp"] * config.accum_steps)
     policy = {"none": "model.remat=dots or blocks", "dots": "model.remat=blocks"}.get(config.model.remat, "")
     cures = ", ".join(part for part in ("lower global_batch_size", "raise accum_steps", policy) if part)
+    named = f"parameters + optimizer state{' + averages' if memory['averages'] else ''} {_gib(state)}"
+    lies, also = f"split over {split}", ""
+    if split == 1:
+        trained, _ = split_frozen(built.abstract_state.params, built.task.frozen)
+        lies = "whole on every chip"
+        also = f", among them {_gib(4 * models.param_count(trained))} of float32 gradients, which mesh.fsdp splits too"
     parts = [
-        (
-            state,
-            f"{named} {_gib(state)} are {'whole on every chip' if split == 1 else f'split over {split}'}: raise mesh.fsdp",
-        ),
+        (state, f"{named} are {lies}: raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"),
         (
             memory["temporaries"],
-            f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}: {cures}",
+            f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}: "
+            f"{cures}{also}",
         ),
     ]
     return [why for _, why in sorted(parts, reverse=True)]

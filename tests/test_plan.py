@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from importlib.util import find_spec
 
 import jax
@@ -235,6 +236,26 @@ def test_averages_take_memory(monkeypatch):
     assert ["parameters + optimizer state + averages" in why for why in reasons] == [False, True]
 
 
+def test_why_it_does_not_fit(monkeypatch):
+    """The largest part first; what it would be, split over all chips; and what else that splits."""
+    place, model = tpu_of_cpus(monkeypatch), {**TINY, "model__embed_dim": 512, "model__decoder_embed_dim": 512}
+    compiled_to(monkeypatch, REFUSED, topology.Compiled("", 0, 0, 2**10, 0, limit=2**9, refusal="RESOURCE_EXHAUSTED"))
+    report = planning.examine(smoke_config(**model), place)
+    state, grads = (size * 4 * report["parameters"] / 2**30 for size in (3, 1))
+    activations, copies = report["reasons"]
+    assert activations.startswith("activations and other temporaries of 4 images at once 1.00 GiB: lower global_batch")
+    assert activations.endswith(f", among them {grads:.2f} GiB of float32 gradients, which mesh.fsdp splits too")
+    assert copies == (
+        f"parameters + optimizer state {state:.2f} GiB are whole on every chip: raise mesh.fsdp "
+        f"({state / 8:.2f} GiB over a whole slice)"
+    )
+    assert "it does not fit: 1." in plan.text(report, place)
+    first, second = planning.examine(smoke_config(**model, mesh__fsdp=4), place)["reasons"]
+    assert first.startswith("parameters + optimizer state")
+    assert f"are split over 4: raise mesh.fsdp ({state / 8:.2f} GiB over a whole slice)" in first
+    assert "gradients" not in second
+
+
 def test_accumulation_repeats_exchanges():
     """On a data-parallel mesh gradients are summed once all the same; a head trained on all features at once gets its
     own once anywhere."""
@@ -430,7 +451,8 @@ class TestTpu:
         assert not report["fits"]
         assert "RESOURCE_EXHAUSTED" in report["refusal"]
         assert report["memory"]["total"] > report["memory"]["chip"] > 15 * 2**30
-        assert "it does not fit\n  activations and other temporaries of 262144 images at once" in output
+        why = r"it does not fit: \S+ GiB needed, 15.75 GiB there\n  activations and other temporaries of 262144 images"
+        assert re.search(why, output)
         assert "lower global_batch_size, raise accum_steps, model.remat=dots or blocks" in output
         config = smoke_config(global_batch_size=2**20, eval__batch_size=32)
         refused, fitting = itertools.islice(planning.search_fit(config, topology.describe("v5e:2x2", 1), report), 2)
