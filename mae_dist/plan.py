@@ -42,14 +42,15 @@ def plan(argv: Sequence[str]) -> int:
         config.global_batch_size = _BATCH.value
     config = main.needed_config()
     place = topology.describe(main.required(_TOPOLOGY), _NUM_SLICES.value)
+    data = planning.described_data(config)
     if _SWEEP.value:
-        report = planning.sweep(config, place, _COMPILE.value)
+        report = planning.sweep(config, place, data, _COMPILE.value)
         print(sweep_text(report))
     else:
-        report = planning.examine(config, place)
+        report = planning.examine(config, place, data)
         print(text(report, place), flush=True)
         if _FIT.value or (_FIT.value is None and not report["fits"]):
-            report["fit"] = list(planning.search_fit(config, place, report))
+            report["fit"] = list(planning.search_fit(config, place, data, report))
             print(fit_text(report["fit"]))
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

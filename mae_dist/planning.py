@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_dist import chips, errors, flops, hlo, job, models, roofline, sharding, topology
-from mae_dist.data import DescribedDataset, is_prepared
+from mae_dist.data import SIZES, DescribedDataset, is_prepared
 from mae_dist.state import split_frozen
 
 Report = dict[str, Any]
@@ -22,9 +22,15 @@ _SWEEP_COMPILATIONS = 3  # at most, for each mesh that is wanted compiled
 
 
 def described_data(config: ConfigDict) -> job.Data:
-    """The splits of a config, as descriptions where they are not here: nothing is downloaded."""
+    """The splits of a config, as descriptions where their sizes are known; nothing is downloaded, copied or decoded.
+
+    Raises:
+      ConfigError: neither is the size known nor the data set here.
+    """
     data = config.data
-    if data.source != "tfds" or is_prepared(data.name, data.data_dir):
+    if data.source != "tfds" or (data.name not in SIZES and is_prepared(data.name, data.data_dir)):
+        config = config.copy_and_resolve_references()
+        config.data.update(stage=False, cache="stream")
         return job.open_data(config)
     splits = [data[f"{name}_split"] for name in ("train", "val", "test")]
     if not splits[0]:
@@ -44,9 +50,9 @@ def abstract_batch(built: job.Job) -> dict[str, jax.ShapeDtypeStruct]:
     return {**batch, "image": jax.ShapeDtypeStruct((size, *model.image_size, model.channels), jnp.uint8)}
 
 
-def examine(config: ConfigDict, place: topology.Topology) -> Report:
+def examine(config: ConfigDict, place: topology.Topology, data: job.Data) -> Report:
     """Compiles the update of `config` for the devices of `place`: everything the tables say, as plain values."""
-    built = job.build(config, place.devices, described_data(config))
+    built = job.build(config, place.devices, data)
     batch, started = abstract_batch(built), time.monotonic()
     compiled = topology.compile_step(built.train_step, built.mesh, built.abstract_state, batch)
     report = _outline(built, place)
@@ -193,7 +199,7 @@ def _time(report: Report, secs: dict[str, float | None]) -> None:
     report["days"] = report["total_epochs"] / report["epochs_per_day"] if rate else None
 
 
-def search_fit(config: ConfigDict, place: topology.Topology, first: Report) -> Iterator[Report]:
+def search_fit(config: ConfigDict, place: topology.Topology, data: job.Data, first: Report) -> Iterator[Report]:
     """For each value of model.remat, batches down to the first that fits: what each was compiled to need.
 
     What does not fit tells bytes per image, and so which half, quarter, … of its batch to compile next.
@@ -205,7 +211,9 @@ def search_fit(config: ConfigDict, place: topology.Topology, first: Report) -> I
             changed.global_batch_size, changed.model.remat = batch, remat
             try:
                 report = (
-                    first if (remat, batch) == (first["remat"], config.global_batch_size) else examine(changed, place)
+                    first
+                    if (remat, batch) == (first["remat"], config.global_batch_size)
+                    else examine(changed, place, data)
                 )
             except errors.ConfigError:
                 break  # so small a batch does not divide over the mesh
@@ -240,14 +248,14 @@ def valid_meshes(config: ConfigDict, place: topology.Topology) -> Iterator[Confi
                 yield changed
 
 
-def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Report:
+def sweep(config: ConfigDict, place: topology.Topology, data: job.Data, num_compiled: int) -> Report:
     """Ranks the valid meshes: what fits first, then what was compiled, then by the time of a step at best.
 
     Meshes are compiled in the order that theory gives, until `num_compiled` of them fit, at most three times as many.
     Of the others theory knows the state's memory only and no time for moving it: they stand behind the compiled ones,
     and where any was compiled those alone say whether anything fits.
     """
-    rows, chip, data = [], chips.CHIPS.get(place.generation), described_data(config)
+    rows, chip = [], chips.CHIPS.get(place.generation)
     coords = [tuple(getattr(device, "coords", ())) for device in place.devices[: place.chips_per_slice]]
     for changed in valid_meshes(config, place):
         try:
@@ -270,7 +278,7 @@ def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Re
     for row, changed in rows[: _SWEEP_COMPILATIONS * num_compiled]:
         if not row["fits"] or sum(report["fits"] for report in done) == num_compiled:
             break
-        done.append(examine(changed, place) | {"state_bytes": row["state_bytes"], "compiled": True})
+        done.append(examine(changed, place, data) | {"state_bytes": row["state_bytes"], "compiled": True})
     ranked = sorted([*done, *(row for row, _ in rows[len(done) :])], key=_rank)
     return {"sweep": ranked, "fits": any(row["fits"] for row in done or ranked)}
 

@@ -13,11 +13,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import imagenet_vit_b16, imagenet_vit_h14, imagenet_vit_l16
-from mae_dist import chips, errors, hlo, models, plan, planning, roofline, sharding, tasks, topology
+from mae_dist import chips, errors, hlo, job, models, plan, planning, roofline, sharding, tasks, topology
 from mae_dist.data import DescribedDataset
 from mae_dist.errors import ConfigError
 from tests import QUICK
 from tests.runs import run, smoke_config
+from tests.test_tfds import prepare_shapes
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
 TINY = {"global_batch_size": 32, "model__depth": 2, "model__scan": True}
@@ -165,10 +166,18 @@ def test_a_loop_of_unknown_length_is_said():
     assert program.uncounted_loops == ["body"]
 
 
+def examine(config, place):
+    return planning.examine(config, place, planning.described_data(config))
+
+
+def sweep(config, place, num_compiled):
+    return planning.sweep(config, place, planning.described_data(config), num_compiled)
+
+
 def test_gradients_are_exchanged_as_theory_says():
     """Data parallelism: the float32 gradients once, whatever loops the step has; fsdp: each weight, each pass."""
     place = topology.describe("cpu:8", 1)
-    report = planning.examine(smoke_config(**TINY, accum_steps=2), place)
+    report = examine(smoke_config(**TINY, accum_steps=2), place)
     (row,) = (row for row in report["collectives"] if row["payload_bytes"] > 1000)
     assert row["kind"] == "all-reduce"
     assert row["payload_bytes"] == pytest.approx(4 * report["parameters"], rel=0.01)
@@ -181,7 +190,7 @@ def test_gradients_are_exchanged_as_theory_says():
 def foreseen(**changes):
     """What is said of each mesh of four devices without compiling, by its (data, fsdp, tensor)."""
     config = smoke_config(**TINY, classify__head="linear", **changes)
-    report = planning.sweep(config, topology.describe("cpu:4", 1), 0)
+    report = sweep(config, topology.describe("cpu:4", 1), 0)
     return {tuple(row["mesh"].values()): row for row in report["sweep"]}
 
 
@@ -228,7 +237,7 @@ def test_averages_take_memory(monkeypatch):
     sizes, reasons = [], []
     for decay in (0.0, 0.999):
         compiled_to(monkeypatch, REFUSED)
-        report = planning.examine(smoke_config(**TINY, ema_decay=decay), topology.describe("cpu:4", 1))
+        report = examine(smoke_config(**TINY, ema_decay=decay), topology.describe("cpu:4", 1))
         sizes.append(report["memory"])
         reasons.append(" ".join(report["reasons"]))
     assert [memory["averages"] for memory in sizes] == [0, 4 * report["parameters"]]
@@ -240,7 +249,7 @@ def test_why_it_does_not_fit(monkeypatch):
     """The largest part first; what it would be, split over all chips; and what else that splits."""
     place, model = tpu_of_cpus(monkeypatch), {**TINY, "model__embed_dim": 512, "model__decoder_embed_dim": 512}
     compiled_to(monkeypatch, REFUSED, topology.Compiled("", 0, 0, 2**10, 0, limit=2**9, refusal="RESOURCE_EXHAUSTED"))
-    report = planning.examine(smoke_config(**model), place)
+    report = examine(smoke_config(**model), place)
     state, grads = (size * 4 * report["parameters"] / 2**30 for size in (3, 1))
     activations, copies = report["reasons"]
     assert activations.startswith("activations and other temporaries of 4 images at once 1.00 GiB: lower global_batch")
@@ -250,7 +259,7 @@ def test_why_it_does_not_fit(monkeypatch):
         f"({state / 8:.2f} GiB over a whole slice)"
     )
     assert "it does not fit: 1." in plan.text(report, place)
-    first, second = planning.examine(smoke_config(**model, mesh__fsdp=4), place)["reasons"]
+    first, second = examine(smoke_config(**model, mesh__fsdp=4), place)["reasons"]
     assert first.startswith("parameters + optimizer state")
     assert f"are split over 4: raise mesh.fsdp ({state / 8:.2f} GiB over a whole slice)" in first
     assert "gradients" not in second
@@ -274,7 +283,7 @@ def test_accumulation_repeats_exchanges():
 
 def test_exchanges_on_a_mesh_of_two_axes():
     """Weights are gathered among the chips of one axis, and the rest of their gradients summed over the other."""
-    report = planning.examine(smoke_config(**TINY, mesh__data=2, mesh__fsdp=4), topology.describe("cpu:8", 1))
+    report = examine(smoke_config(**TINY, mesh__data=2, mesh__fsdp=4), topology.describe("cpu:8", 1))
     chips_of = {kind: {row["chips"] for row in report["collectives"] if row["kind"] == kind} for kind in hlo.KINDS}
     assert chips_of["all-gather"] == {4}
     assert chips_of["all-reduce"] == {2, 4, 8}
@@ -299,6 +308,24 @@ def test_command(child_env, tmp_path):
     assert report["global_batch_size"] == 64
     for line in ("8 x cpu, mesh data=8 x fsdp=1 x tensor=1", "float32 gradients summed once", "1.000 of it"):
         assert line in output
+
+
+def test_data_are_not_made_for_a_plan(tmp_path):
+    """Not where a preparation was broken off, nor what a config stages or caches; what is whole is looked at."""
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    config = smoke_config(data__source="tfds", data__data_dir=str(tmp_path), data__name="cifar10")
+    assert isinstance(planning.described_data(config).train, DescribedDataset)
+    config.data.update(name="shapes", train_split="train", val_split="test", test_split="")
+    (tmp_path / "shapes" / "1.0.0").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"'shapes': neither is it in data.data_dir nor is its size known here"):
+        planning.described_data(config)
+    whole, cache = tmp_path / "whole", tmp_path / "cache"
+    prepare_shapes(whole, sizes=[(16, 16)] * 12, fixed=True)
+    config.data.update(data_dir=str(whole), cache_dir=str(cache), stage=True, cache="memory")
+    data = planning.described_data(config)
+    assert data.val is not None
+    assert (data.train.num_examples, data.val.num_examples, data.train.num_classes) == (12, 6, 3)
+    assert not cache.exists()
 
 
 def test_without_libtpu(monkeypatch):
@@ -333,7 +360,7 @@ def test_slices_that_nobody_can_have(name, cure):
 
 def test_sweep():
     """Every mesh that divides, once; the state of one chip shrinks with fsdp."""
-    report = planning.sweep(smoke_config(**TINY), topology.describe("cpu:4", 1), 0)
+    report = sweep(smoke_config(**TINY), topology.describe("cpu:4", 1), 0)
     meshes = {tuple(row["mesh"].values()): row for row in report["sweep"]}
     # Two decoder heads: no tensor=4.
     assert set(meshes) == {(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)}
@@ -361,7 +388,7 @@ def test_sweep_beyond_what_the_compiler_refuses(monkeypatch):
     """Until as many fit as are wanted; those first, then what is not known to fail, then what fails."""
     place = tpu_of_cpus(monkeypatch)
     given = compiled_to(monkeypatch, REFUSED, FITTING, TOO_LARGE, FITTING)
-    report = planning.sweep(smoke_config(**TINY), place, 2)
+    report = sweep(smoke_config(**TINY), place, 2)
     assert len(given) == 4
     told = [(row["compiled"], row["fits"]) for row in report["sweep"]]
     theory = [(False, True)] * (len(told) - 4)
@@ -378,7 +405,7 @@ def test_sweep_of_which_nothing_fits(monkeypatch):
     """The exit code does not rest on meshes of which only the state is known, nor is everything compiled."""
     place = tpu_of_cpus(monkeypatch)
     given = compiled_to(monkeypatch, TOO_LARGE, REFUSED, TOO_LARGE)
-    report = planning.sweep(smoke_config(**TINY), place, 1)
+    report = sweep(smoke_config(**TINY), place, 1)
     assert len(given) == 3
     assert any(row["fits"] for row in report["sweep"])
     assert not report["fits"]
@@ -425,7 +452,7 @@ class TestTpu:
     def test_fits(self):
         """The real step; weights, not activations, go over fsdp."""
         place = topology.describe("v5e:2x2", 1)
-        report = planning.examine(smoke_config(**TINY, model__dtype="bfloat16", mesh__fsdp=4), place)
+        report = examine(smoke_config(**TINY, model__dtype="bfloat16", mesh__fsdp=4), place)
         assert report["fits"]
         assert report["memory"]["chip"] == 16 * 2**30
         state = report["memory"]["parameters"] + report["memory"]["optimizer_state"]
@@ -455,7 +482,8 @@ class TestTpu:
         assert re.search(why, output)
         assert "lower global_batch_size, raise accum_steps, model.remat=dots or blocks" in output
         config = smoke_config(global_batch_size=2**20, eval__batch_size=32)
-        refused, fitting = itertools.islice(planning.search_fit(config, topology.describe("v5e:2x2", 1), report), 2)
+        place = topology.describe("v5e:2x2", 1)
+        refused, fitting = itertools.islice(planning.search_fit(config, place, job.open_data(config), report), 2)
         assert (refused["fits"], fitting["fits"]) == (False, True)
         assert fitting["memory"]["total"] > report["memory"]["chip"] / 16, "far less than would fit"
 

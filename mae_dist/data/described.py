@@ -38,5 +38,13 @@ class DescribedDataset(Dataset):
 
 
 def is_prepared(name: str, data_dir: str) -> bool:
-    """Whether TFDS finds the data set in `data_dir`."""
-    return bool(data_dir) and "://" not in data_dir and (Path(data_dir).expanduser() / name).is_dir()
+    """Whether all of a TFDS data set lies in `data_dir`, "" being TFDS's default; of a bucket that is not asked."""
+    import tensorflow_datasets as tfds
+
+    if "://" in data_dir:
+        return False
+    root = str(Path(data_dir).expanduser()) if data_dir else None
+    try:
+        return tfds.builder(name, data_dir=root, try_gcs=False).is_prepared()
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError, OSError):
+        return False
