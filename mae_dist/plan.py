@@ -23,7 +23,7 @@ _COMPILE = flags.DEFINE_integer(
     "compile", 3, "How many of --sweep's meshes that fit to compile, at most.", lower_bound=0
 )
 
-_NOT_FITTING = 1
+_NOT_FITTING = 1  # shared with a traceback's; a plan that does not fit has none
 _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
   memory: temporaries are activations, gradients and all else that lives within a step: the compiler's sum
   compute: analytic FLOPs of matrix products, with remat=blocks a third more; peaks: flops.py
@@ -41,6 +41,7 @@ def plan(argv: Sequence[str]) -> int:
     if config is not None and _BATCH.value is not None:
         config.global_batch_size = _BATCH.value
     config = main.needed_config()
+    _check_json(_JSON.value)
     place = topology.describe(main.required(_TOPOLOGY), _NUM_SLICES.value)
     data = planning.described_data(config)
     if _SWEEP.value:
@@ -55,6 +56,14 @@ def plan(argv: Sequence[str]) -> int:
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return errors.EXIT_DONE if report["fits"] else _NOT_FITTING
+
+
+def _check_json(path: str | None) -> None:
+    """Raises `ConfigError` where no file can be written: better than after minutes of compiling."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise errors.ConfigError(
+            f"--json={path}: a file in a directory that exists is needed; mkdir -p it, or name another"
+        )
 
 
 def gib(size: float | None) -> str:

@@ -310,6 +310,15 @@ def test_command(child_env, tmp_path):
         assert line in output
 
 
+def test_report_without_a_directory(child_env, tmp_path):
+    """Refused before anything is compiled, and not by the exit code of what does not fit."""
+    for out in (tmp_path / "none" / "plan.json", tmp_path):
+        code, output = run(child_env(), "--config=configs/smoke.py", "--topology=cpu:1", f"--json={out}", module="plan")
+        assert code == errors.EXIT_CONFIG, output
+        assert f"--json={out}: a file in a directory that exists is needed" in output
+        assert "compiled in" not in output
+
+
 def test_data_are_not_made_for_a_plan(tmp_path):
     """Not where a preparation was broken off, nor what a config stages or caches; what is whole is looked at."""
     (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
