@@ -125,6 +125,12 @@ def _exchange_lines(report: planning.Report) -> list[str]:
         if found or theory:
             ratio = f", {found / theory:.3f} of it" if theory else ""
             lines.append(f"  ring bytes over {network}: theory {theory:,.0f}, found {found:,.0f}{ratio}")
+            in_loops = report["expected"].get(f"{network}_in_loops", theory)
+            if in_loops != theory:
+                lines.append(
+                    f"    theory with every weight in the loop of its product: {in_loops:,.0f}, found "
+                    f"{found / in_loops:.3f} of it"
+                )
     lines.append(f"  theory: {report['expected']['why']}")
     if report["uncounted_loops"]:
         lines.append(f"  {report['uncounted_loops']} loops of unknown length counted as one turn")

@@ -67,8 +67,6 @@ def examine(config: ConfigDict, place: topology.Topology, data: job.Data) -> Rep
         program = hlo.Program(compiled.text, place.chips_per_slice, place.num_slices)
         found = program.collectives()
         report["collectives"] = roofline.sum_by_kind(found)
-        in_loops = any(item.kind == "collective-permute" and item.count > 1 for item in found)
-        report["expected"] = _expected(built, place, in_loops)
         report["uncounted_loops"] = len(program.uncounted_loops)
         memory = report["memory"]
         moved = 2 * (_state_bytes(memory) + memory["temporaries"])
@@ -82,7 +80,7 @@ def examine(config: ConfigDict, place: topology.Topology, data: job.Data) -> Rep
     return report
 
 
-def _expected(built: job.Job, place: topology.Topology, in_loops: bool = False) -> dict[str, Any]:
+def _expected(built: job.Job, place: topology.Topology) -> dict[str, Any]:
     """Bytes that leave a chip in a step by theory, within and across slices."""
     expected = roofline.expected_exchange(
         built.abstract_state.params,
@@ -93,9 +91,13 @@ def _expected(built: job.Job, place: topology.Topology, in_loops: bool = False) 
         frozen=built.task.frozen,
         encoder_passes=built.encoder_passes,
         at_once=built.task.statistics is not None,
-        in_loops=in_loops,
     )
-    return {"ICI": expected.within, "DCN": expected.across, "why": expected.why}
+    return {
+        "ICI": expected.within,
+        "ICI_in_loops": expected.within_in_loops,
+        "DCN": expected.across,
+        "why": expected.why,
+    }
 
 
 def _in_one_slice(built: job.Job, place: topology.Topology) -> list[Any]:

@@ -20,9 +20,13 @@ from mae_dist.sharding import path_name
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Bytes that leave a chip in a step by theory, within its slice and across slices."""
+    """Bytes that leave a chip in a step by theory, within its slice and across slices.
+
+    within_in_loops: instead of `within`, if the compiler exchanged every split weight in the loops of its products.
+    """
 
     within: float
+    within_in_loops: float
     across: float
     why: str
 
@@ -37,7 +41,6 @@ def expected_exchange(
     frozen: tuple[str, ...] = (),
     encoder_passes: int = 3,
     at_once: bool = False,
-    in_loops: bool = False,
 ) -> Expected:
     """What a step must exchange, derived from how its parameters lie.
 
@@ -45,8 +48,9 @@ def expected_exchange(
       ring costs 2 (n - 1) / n of their bytes.
     - Split over fsdp: the weights are gathered for the forward and for the backward pass and their gradients summed and
       scattered, each (n - 1) / n of their bytes in the type of the products, in each of the accumulation's pieces; and
-      over data the part that a chip then has is summed. The TPU's compiler exchanges larger weights in the loops of
-      their products, where n + 1 messages of 1/n go round: (n + 1) / n.
+      over data the part that a chip then has is summed. The TPU's compiler may instead exchange a weight in the loop
+      of its product, where n + 1 messages of 1/n go round: (n + 1) / n. Which weights it does so with is not known
+      beforehand; both ends are given.
     - On a mesh that is not data-parallel the compiler sums gradients in every one of the accumulation's pieces.
     - Over tensor: sums of activations, two a block in either direction; a frozen encoder has the one only.
     - Where features are cached the encoder does not run, and its weights stay where they are.
@@ -60,12 +64,11 @@ def expected_exchange(
       frozen: parameter groups without gradients.
       encoder_passes: see `job.Job`.
       at_once: whether gradients are made of all examples at once, whatever config.accum_steps (`Task.statistics`).
-      in_loops: whether the program exchanges weights in the loops of their products.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     data_within, width = data // num_slices, 2 if config.model.dtype == "bfloat16" else 4
     rounds = 1 if at_once else config.accum_steps
-    within = across = 0.0
+    within = across = exchanged = 0.0
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         trained = path_name(path).split("/")[0] not in frozen
@@ -75,7 +78,7 @@ def expected_exchange(
         over_fsdp = any(entry == "fsdp" for entry in sharding.spec) and fsdp > 1
         if over_fsdp:
             passes = 3 * rounds if trained else config.accum_steps
-            within += passes * (fsdp + 1 if in_loops else fsdp - 1) * held * width
+            exchanged += passes * held * width  # by each other chip, or in each turn of a loop
         if not trained:
             continue
         grad = held * 4 if fsdp == tensor == 1 else held * width * rounds
@@ -87,12 +90,11 @@ def expected_exchange(
         "float32 gradients summed once"
         if fsdp == tensor == 1
         else f"gradients summed in the products' type{f', {rounds} times' if rounds > 1 else ''}",
-        f"weights gathered over {fsdp} twice and their gradients scattered{' in loops' if in_loops else ''}"
-        if fsdp > 1
-        else "",
+        f"weights gathered over {fsdp} twice and their gradients scattered" if fsdp > 1 else "",
         f"activations of every block summed over {tensor} {_SUMS[encoder_passes]} times" if tensor > 1 else "",
     ]
-    return Expected(within, across, "; ".join(part for part in parts if part))
+    at_least, in_loops = (within + times * exchanged for times in (fsdp - 1, fsdp + 1))
+    return Expected(at_least, in_loops, across, "; ".join(part for part in parts if part))
 
 
 _SUMS = {3: 4, 1: 2, 0: 0}  # encoder_passes -> sums of a block's activations: after attention and MLP, back likewise
