@@ -20,7 +20,7 @@ _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.",
 _FIT = flags.DEFINE_bool("fit", None, "Search batches and model.remat that fit (default: where the config does not).")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Rank all meshes, and compile the best.")
 _COMPILE = flags.DEFINE_integer(
-    "compile", 3, "How many of --sweep's meshes that fit to compile, at most.", lower_bound=0
+    "compile", 3, "Compile --sweep's meshes until so many fit, at most three times as many.", lower_bound=0
 )
 
 _NOT_FITTING = 1  # shared with a traceback's; a plan that does not fit has none

@@ -458,19 +458,24 @@ class TestTpu:
     def no_accelerator(self):
         topology.use_no_accelerator()
 
-    def test_fits(self):
-        """The real step; weights, not activations, go over fsdp."""
+    @pytest.mark.parametrize(("fsdp", "above"), [(4, 1.05), (2, 1.1)])
+    def test_fits(self, fsdp, above):
+        """The real step; weights, not activations, go over fsdp, as theory says: gathered at once, at this width.
+
+        With data=2 x fsdp=2 some gradients are summed whole before each chip takes its part: 1.08.
+        """
         place = topology.describe("v5e:2x2", 1)
-        report = examine(smoke_config(**TINY, model__dtype="bfloat16", mesh__fsdp=4), place)
+        widths = {"model__embed_dim": 256, "model__num_heads": 2, "model__decoder_embed_dim": 128}
+        report = examine(smoke_config(**TINY, **widths, model__dtype="bfloat16", mesh__fsdp=fsdp), place)
         assert report["fits"]
         assert report["memory"]["chip"] == 16 * 2**30
         state = report["memory"]["parameters"] + report["memory"]["optimizer_state"]
-        assert state < 12 * report["parameters"] / 3
+        assert state < 1.1 * 12 * report["parameters"] / fsdp
         assert report["bound_by"] in ("compute", "hbm", "ici")
         assert 0 < report["mfu_ceiling"] < 1
-        gathered = sum(row["ring_bytes"] for row in report["collectives"] if row["kind"] == "all-gather")
-        # Twice each weight in bfloat16, less those whose gathered copy is kept for the backward pass.
-        assert 1.2 < gathered / (3 / 4 * 2 * report["parameters"]) < 2.2
+        found = sum(row["ring_bytes"] for row in report["collectives"])
+        assert 0.95 < found / report["expected"]["ICI"] < above
+        assert report["expected"]["ICI_in_loops"] > 1.5 * found
 
     @pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
     def test_a_single_chip(self, name):
