@@ -1,4 +1,4 @@
-"""The paper's ViT-H/14 (1280d/32 blocks/16 heads, patch 14), pretrained on ImageNet-1k: He et al. 2021, table 8.
+r"""The paper's ViT-H/14 (1280d/32 blocks/16 heads, patch 14), pretrained on ImageNet-1k: He et al. 2021, table 8.
 
 Expected of its encoder after 800 to 1600 epochs, by the published code: fine-tuned 86.93 %, linear probe 77.2 %
 top-1; not run here.
@@ -8,7 +8,8 @@ Mesh (batch 4096), from `python -m mae_dist.plan`:
   8 x H100    --config.model.remat=blocks --config.mesh.fsdp=8 --config.accum_steps=2 (not planned)
 
 python -m mae_dist.main --config configs/imagenet_vit_h14.py
-bash launch/gcp_tpu.sh --workdir gs://B/h14 --accelerator_type v5litepod-256 -- --config configs/imagenet_vit_h14.py
+bash launch/gcp_tpu.sh --workdir gs://B/h14 --accelerator_type v5litepod-256 -- \
+  --config configs/imagenet_vit_h14.py --config.model.remat=blocks --config.mesh.fsdp=16
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,14 @@
-"""The paper's fine-tuning of ViT-L/16 on ImageNet-1k: 50 epochs (He et al. 2021, table 9, and the published code).
+r"""The paper's fine-tuning of ViT-L/16 on ImageNet-1k: 50 epochs (He et al. 2021, table 9, and the published code).
 
 Expected: 85.95 % top-1, the published code's from its own encoder (800 to 1600 epochs); not run here.
-Mesh: every device holds the whole model (the default, mesh.data=-1).
+Mesh (batch 1024; every device holds the whole model); by the sizes, not planned:
+  v5e-16      --config.model.remat=blocks (64 images a chip)
+  v5e-256     as it is: 4 images a chip
+  8 x H100    --config.model.remat=blocks (128 images a device)
 
 python -m mae_dist.main --config configs/imagenet_vit_l16_finetune.py
+bash launch/gcp_tpu.sh --workdir gs://B/l16_finetune --accelerator_type v5litepod-16 -- \
+  --config configs/imagenet_vit_l16_finetune.py --config.init_from=gs://B/l16 --config.model.remat=blocks
 """
 
 from ml_collections import ConfigDict

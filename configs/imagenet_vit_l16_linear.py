@@ -1,9 +1,14 @@
-"""The paper's linear probe of ViT-L/16 on ImageNet-1k: 90 epochs (He et al. 2021, table 10, and the published code).
+r"""The paper's linear probe of ViT-L/16 on ImageNet-1k: 90 epochs (He et al. 2021, table 10, and the published code).
 
 Expected: 76.0 % top-1, the published code's from its own encoder (800 to 1600 epochs); not run here.
-Mesh: every device holds the whole encoder (the default, mesh.data=-1): it is frozen and has no moments.
+Mesh (batch 16384; every device holds the whole encoder, which is frozen and has no moments); by the sizes, not planned:
+  v5e-16      --config.accum_steps=8 (128 images at a time)
+  v5e-256     as it is: 64 images a chip
+  8 x H100    --config.accum_steps=16 (128 images at a time)
 
 python -m mae_dist.main --config configs/imagenet_vit_l16_linear.py
+bash launch/gcp_tpu.sh --workdir gs://B/l16_linear --accelerator_type v5litepod-16 -- \
+  --config configs/imagenet_vit_l16_linear.py --config.init_from=gs://B/l16 --config.accum_steps=8
 """
 
 from ml_collections import ConfigDict

@@ -14,25 +14,33 @@ class Chip:
     """One generation. A JAX device is one chip.
 
     hbm_bytes, hbm_bytes_per_sec: memory and its speed. link_bytes_per_sec: of one link to a neighbour, one way.
-    wraps: a side of the slice whose length is a multiple of this is closed to a ring. dcn_bytes_per_sec: a chip's share
-    of its host's network card, one way.
+    sides, max_chips: of a slice. wraps: a side whose length is a multiple of this is closed to a ring; with three sides
+    only if all are, for whole cubes are wired together. dcn_bytes_per_sec: a chip's share of its host's network card,
+    one way.
     """
 
     hbm_bytes: int
     hbm_bytes_per_sec: float
     link_bytes_per_sec: float
+    sides: int
+    max_chips: int
     wraps: int
     dcn_bytes_per_sec: float | None
     source: str
+
+    def rings(self, slice_shape: Sequence[int]) -> list[bool]:
+        """Which sides of a slice are closed."""
+        closed = [size % self.wraps == 0 for size in slice_shape]
+        return [all(closed)] * len(closed) if self.sides == 3 else closed
 
 
 _DOCS = "cloud.google.com/tpu/docs/"
 # The documents give the links of a chip together and both ways: 400 GB/s are 4 links of 50 GB/s each way.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(32 * _GIB, 1.2e12, 50e9, 4, None, f"{_DOCS}v4; links: Jouppi et al. 2023, TPU v4 (6 of 50 GB/s)"),
-    "v5e": Chip(16 * _GIB, 8.19e11, 50e9, 16, 25e9 / 8, f"{_DOCS}v5e (network: 6.4 Tb/s for 256 chips)"),
-    "v5p": Chip(95 * _GIB, 2.765e12, 100e9, 4, 50e9 / 8, f"{_DOCS}v5p"),
-    "v6e": Chip(32 * _GIB, 1.638e12, 100e9, 16, 100e9 / 8, f"{_DOCS}v6e (network: 25.6 Tb/s for 256 chips)"),
+    "v4": Chip(32 * _GIB, 1.2e12, 50e9, 3, 4096, 4, None, f"{_DOCS}v4; links: Jouppi et al. 2023 (6 of 50 GB/s)"),
+    "v5e": Chip(16 * _GIB, 8.19e11, 50e9, 2, 256, 16, 25e9 / 8, f"{_DOCS}v5e (network: 6.4 Tb/s for 256 chips)"),
+    "v5p": Chip(95 * _GIB, 2.765e12, 100e9, 3, 6144, 4, 50e9 / 8, f"{_DOCS}v5p (a pod has 8960 chips)"),
+    "v6e": Chip(32 * _GIB, 1.638e12, 100e9, 2, 256, 16, 100e9 / 8, f"{_DOCS}v6e (network: 25.6 Tb/s for 256 chips)"),
 }
 
 
@@ -49,7 +57,7 @@ def ici_bytes_per_sec(chip: Chip, group: Iterable[Sequence[int]], slice_shape: S
     """
     columns = list(zip(*group, strict=True))
     links = 0
-    for values, size in zip(columns, slice_shape, strict=False):
+    for values, size, ring in zip(columns, slice_shape, chip.rings(slice_shape), strict=False):
         if len(set(values)) > 1:
-            links += 2 if size % chip.wraps == 0 and len(set(values)) == size else 1
+            links += 2 if ring and len(set(values)) == size else 1
     return max(1, links) * chip.link_bytes_per_sec

@@ -101,13 +101,13 @@ def classifier_train_flops_per_image(
     mlp_ratio: float,
     num_classes: int,
     cls_token: bool,
-    frozen_encoder: bool,
+    encoder_passes: int,
     head_hidden_dims: Sequence[int] = (),
 ) -> float:
     """FLOPs of one classifier training step per image: the encoder on all patches and a head on the pooled token.
 
-    A frozen encoder (probing) runs forward only. `head_hidden_dims` are the hidden widths of an MLP head, none for a
-    linear one.
+    `encoder_passes` counts the encoder in forward passes: 3 where it is trained, 1 where it is frozen, 0 where its
+    features are cached. `head_hidden_dims` are the hidden widths of an MLP head, none for a linear one.
     """
     encoder = encoder_forward_flops(
         patch_size=patch_size,
@@ -120,7 +120,7 @@ def classifier_train_flops_per_image(
     )
     widths = (embed_dim, *head_hidden_dims, num_classes)
     head = sum(2 * fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
-    return (1 if frozen_encoder else 3) * encoder + 3 * head
+    return encoder_passes * encoder + 3 * head
 
 
 # What one JAX device does per second, dense, from the vendors' data sheets (NVIDIA prints twice the dense number, with

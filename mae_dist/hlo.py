@@ -174,15 +174,8 @@ class Program:
         """The first set of chips that exchange; of a permutation, its first path."""
         if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
             return _first_path(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
-        found = re.search(r"replica_groups=(\{\{[\d,]+\}|\[\S+|mesh\[.*?\] \{.*?\})", attributes)
-        text = found[1] if found else ""
-        if text.startswith("{"):
-            return tuple(int(i) for i in text.strip("{}").split(","))
-        if text.startswith("["):
-            return _from_iota(text)
-        if text.startswith("mesh"):
-            return _from_mesh(text)
-        return tuple(range(self.num_devices))
+        found = re.search(r"\breplica_groups=(.*)", attributes)
+        return _first_group(found[1] if found else "{}") or tuple(range(self.num_devices))
 
     def _turns(self, loop: _Instruction, inside: _Computation) -> int | None:
         """How often a loop turns; None where neither the compiler nor the loop itself says.
@@ -229,25 +222,38 @@ def _first_path(pairs: Sequence[tuple[str, str]]) -> tuple[int, ...]:
     return tuple(path)
 
 
-def _from_iota(text: str) -> tuple[int, ...]:
-    """`[groups,size]<=[shape]T(permutation)`: device numbers in a shape, its axes permuted, cut into groups."""
-    found = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    assert found is not None, text
-    groups, shape = ([int(i) for i in part.split(",")] for part in (found[1], found[2]))
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    if found[3]:
-        numbers = numbers.transpose([int(i) for i in found[3].split(",")])
-    return tuple(int(i) for i in numbers.reshape(groups)[0])
+def _first_group(text: str) -> tuple[int, ...]:
+    """The first of the sets that `replica_groups=text…` lists, in whichever form; () where it is all devices.
 
-
-def _from_mesh(text: str) -> tuple[int, ...]:
-    """`mesh['a'=4,'b'=2] {'b'}`: a mesh of device numbers, its groups lie along the axes named."""
-    assert "device_ids" not in text, text
-    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text)}
-    along = re.findall(r"'([^']+)'", text[text.rindex("{") :])
-    assert "(" not in text[text.rindex("{") :], text
+    `{{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`: device numbers cut into two groups of four; `mesh['a'=2,'b'=4], device_ids=
+    ([4,2]T(1,0)) {'b'}`: device numbers on a mesh, grouped along the axes named.
+    """
+    if text.startswith("{}"):
+        return ()
+    if listed := re.match(r"\{\{([\d,]+)\}", text):
+        return tuple(_ints(listed[1]))
+    if cut := re.match(r"\[([\d,]+)\]<=(\S+)", text):
+        return tuple(_device_numbers(cut[2]).reshape(_ints(cut[1]))[0].tolist())
+    on_mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{((?:'[^']+',?)+)\}", text)
+    assert on_mesh is not None, f"replica groups in an unknown form: {text[:200]}"
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", on_mesh[1])}
+    along = re.findall(r"'([^']+)'", on_mesh[3])
+    numbers = _device_numbers(on_mesh[2] or f"[{math.prod(axes.values())}]").reshape(list(axes.values()))
     names = list(axes)
-    numbers = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
     order = [names.index(name) for name in (*[n for n in names if n not in along], *along)]
     size = math.prod(axes[name] for name in along)
-    return tuple(int(i) for i in numbers.transpose(order).reshape(-1, size)[0])
+    return tuple(numbers.transpose(order).reshape(-1, size)[0].tolist())
+
+
+def _device_numbers(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: the numbers from 0 in a shape whose axes are then permuted; `0,2,1,3`: as they stand."""
+    found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        return np.array(_ints(text))
+    shape = _ints(found[1])
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose(_ints(found[2])) if found[2] else numbers
+
+
+def _ints(text: str) -> list[int]:
+    return [int(i) for i in text.split(",")]

@@ -47,8 +47,13 @@ class Job:
     reconstruct_step: Any
     batch_sharding: NamedSharding
     eval_batch_size: int
-    caches_features: bool  # a frozen encoder without augmentation gives the same features every epoch
+    encoder_passes: int  # of an update, in forward passes: 3 with gradients, 1 frozen, 0 where features are cached
     flops_per_image: float
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether features take the place of images: nothing but the head runs then."""
+        return self.encoder_passes == 0
 
     @property
     def fingerprint(self) -> str:
@@ -169,6 +174,13 @@ def _num_kept(config: ConfigDict) -> int:
     return patches.num_keep(rows * columns, model.mask_ratio)
 
 
+def _encoder_passes(config: ConfigDict) -> int:
+    """See `Job.encoder_passes`; a frozen encoder without augmentation gives the same features every epoch."""
+    if config.task != "probe":
+        return 3
+    return 0 if config.data.augment == "none" else 1
+
+
 def _flops_per_image(config: ConfigDict, num_classes: int) -> float:
     model = config.model
     shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
@@ -176,7 +188,7 @@ def _flops_per_image(config: ConfigDict, num_classes: int) -> float:
     if config.task != "pretrain":
         hidden = (config.classify.hidden_dim,) if config.classify.head == "mlp" else ()
         return flops.classifier_train_flops_per_image(
-            **shape, num_classes=num_classes, head_hidden_dims=hidden, frozen_encoder=config.task == "probe"
+            **shape, num_classes=num_classes, head_hidden_dims=hidden, encoder_passes=_encoder_passes(config)
         )
     decoder = {name: model[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
     return flops.mae_train_flops_per_image(**shape, **decoder, num_keep=_num_kept(config))
@@ -197,12 +209,12 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         )
     pretrain = config.task == "pretrain"
     task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
-    caches_features = config.task == "probe" and config.data.augment == "none"  # nothing but the head runs then
+    encoder_passes = _encoder_passes(config)
     if not config.cpu.pieces:
         config = config.copy_and_resolve_references()
         images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
         config.cpu.pieces = 1
-        if not caches_features:
+        if encoder_passes:
             config.cpu.pieces = steps.num_pieces(
                 config,
                 mesh,
@@ -257,11 +269,11 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         abstract_state=abstract_state,
         shardings=shardings,
         train_step=train_step,
-        eval_step=forward(task.evaluate, per_example=False, pieces=1 if caches_features else eval_pieces),
+        eval_step=forward(task.evaluate, per_example=False, pieces=eval_pieces if encoder_passes else 1),
         feature_step=forward(task.features, per_example=True, pieces=steps.num_pieces(config, mesh, eval_batch_size)),
         reconstruct_step=forward(task.reconstruct, per_example=True, pieces=1),
         batch_sharding=sharding.batch_sharding(mesh),
         eval_batch_size=eval_batch_size,
-        caches_features=caches_features,
+        encoder_passes=encoder_passes,
         flops_per_image=_flops_per_image(config, data.train.num_classes),
     )

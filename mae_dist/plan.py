@@ -19,10 +19,13 @@ _BATCH = flags.DEFINE_integer("global_batch_size", None, "The same as --config.g
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.", allow_override=True)
 _FIT = flags.DEFINE_bool("fit", None, "Search batches and model.remat that fit (default: where the config does not).")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Rank all meshes, and compile the best.")
-_COMPILE = flags.DEFINE_integer("compile", 3, "How many of --sweep's best meshes to compile.", lower_bound=0)
+_COMPILE = flags.DEFINE_integer(
+    "compile", 3, "Compile --sweep's meshes until so many fit, at most three times as many.", lower_bound=0
+)
 
-_NOT_FITTING = 1
+_NOT_FITTING = 1  # shared with a traceback's; a plan that does not fit has none
 _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
+  memory: temporaries are activations, gradients and all else that lives within a step: the compiler's sum
   compute: analytic FLOPs of matrix products, with remat=blocks a third more; peaks: flops.py
   hbm: state and temporaries read and written once
   ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring
@@ -38,19 +41,29 @@ def plan(argv: Sequence[str]) -> int:
     if config is not None and _BATCH.value is not None:
         config.global_batch_size = _BATCH.value
     config = main.needed_config()
+    _check_json(_JSON.value)
     place = topology.describe(main.required(_TOPOLOGY), _NUM_SLICES.value)
+    data = planning.described_data(config)
     if _SWEEP.value:
-        report = planning.sweep(config, place, _COMPILE.value)
+        report = planning.sweep(config, place, data, _COMPILE.value)
         print(sweep_text(report))
     else:
-        report = planning.examine(config, place)
+        report = planning.examine(config, place, data)
         print(text(report, place), flush=True)
         if _FIT.value or (_FIT.value is None and not report["fits"]):
-            report["fit"] = list(planning.search_fit(config, place, report))
+            report["fit"] = list(planning.search_fit(config, place, data, report))
             print(fit_text(report["fit"]))
     if _JSON.value:
         Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return errors.EXIT_DONE if report["fits"] else _NOT_FITTING
+
+
+def _check_json(path: str | None) -> None:
+    """Raises `ConfigError` where no file can be written: better than after minutes of compiling."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise errors.ConfigError(
+            f"--json={path}: a file in a directory that exists is needed; mkdir -p it, or name another"
+        )
 
 
 def gib(size: float | None) -> str:
@@ -90,7 +103,8 @@ def text(report: planning.Report, place: topology.Topology) -> str:
         known = "it fits" if memory["chip"] else "the memory of this device is not known: whether it fits is not said"
         lines.append(known)
     else:
-        lines += ["it does not fit", *(f"  {why}" for why in report["reasons"])]
+        lines.append(f"it does not fit: {gib(memory['total'])} needed, {gib(memory['chip'])} there")
+        lines += [f"  {why}" for why in report["reasons"]]
         lines += [f"  the compiler: {report['refusal']}"] if report["refusal"] else []
     return "\n".join(lines)
 
@@ -111,6 +125,12 @@ def _exchange_lines(report: planning.Report) -> list[str]:
         if found or theory:
             ratio = f", {found / theory:.3f} of it" if theory else ""
             lines.append(f"  ring bytes over {network}: theory {theory:,.0f}, found {found:,.0f}{ratio}")
+            in_loops = report["expected"].get(f"{network}_in_loops", theory)
+            if in_loops != theory:
+                lines.append(
+                    f"    theory with every weight in the loop of its product: {in_loops:,.0f}, found "
+                    f"{found / in_loops:.3f} of it"
+                )
     lines.append(f"  theory: {report['expected']['why']}")
     if report["uncounted_loops"]:
         lines.append(f"  {report['uncounted_loops']} loops of unknown length counted as one turn")
@@ -157,7 +177,13 @@ def sweep_text(report: planning.Report) -> str:
             f"{row.get('bound_by') or '?':>10}{f'{rate:,.0f}' if rate else '?':>10}"
             f"{f'{ceiling:.2f}' if ceiling else '?':>6}{fits}{'' if row['compiled'] else '  (theory)'}"
         )
-    lines.append("theory: not compiled; fits if its state does, exchanges over all links")
+    lines.append(
+        "theory: not compiled; fits if its state does, the time of its memory unknown, exchanges over all links"
+    )
+    if not report["fits"]:
+        lines.append(
+            "none of those that were compiled fits" if any(row["compiled"] for row in report["sweep"]) else "none fits"
+        )
     return "\n".join(lines)
 
 

@@ -13,16 +13,24 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_dist import chips, errors, flops, hlo, job, models, roofline, sharding, topology
-from mae_dist.data import DescribedDataset, is_prepared
+from mae_dist.data import SIZES, DescribedDataset, is_prepared
+from mae_dist.state import split_frozen
 
 Report = dict[str, Any]
 _FIT_COMPILATIONS = 3  # at most, for each value of model.remat
+_SWEEP_COMPILATIONS = 3  # at most, for each mesh that is wanted compiled
 
 
 def described_data(config: ConfigDict) -> job.Data:
-    """The splits of a config, as descriptions where they are not here: nothing is downloaded."""
+    """The splits of a config, as descriptions where their sizes are known; nothing is downloaded, copied or decoded.
+
+    Raises:
+      ConfigError: neither is the size known nor the data set here.
+    """
     data = config.data
-    if data.source != "tfds" or is_prepared(data.name, data.data_dir):
+    if data.source != "tfds" or (data.name.partition(":")[0] not in SIZES and is_prepared(data.name, data.data_dir)):
+        config = config.copy_and_resolve_references()
+        config.data.update(stage=False, cache="stream")
         return job.open_data(config)
     splits = [data[f"{name}_split"] for name in ("train", "val", "test")]
     if not splits[0]:
@@ -42,9 +50,9 @@ def abstract_batch(built: job.Job) -> dict[str, jax.ShapeDtypeStruct]:
     return {**batch, "image": jax.ShapeDtypeStruct((size, *model.image_size, model.channels), jnp.uint8)}
 
 
-def examine(config: ConfigDict, place: topology.Topology) -> Report:
+def examine(config: ConfigDict, place: topology.Topology, data: job.Data) -> Report:
     """Compiles the update of `config` for the devices of `place`: everything the tables say, as plain values."""
-    built = job.build(config, place.devices, described_data(config))
+    built = job.build(config, place.devices, data)
     batch, started = abstract_batch(built), time.monotonic()
     compiled = topology.compile_step(built.train_step, built.mesh, built.abstract_state, batch)
     report = _outline(built, place)
@@ -52,18 +60,16 @@ def examine(config: ConfigDict, place: topology.Topology) -> Report:
     report["memory"] = _memory(built, batch, compiled, place)
     report["fits"] = not compiled.refusal and report["memory"]["total"] <= (report["memory"]["chip"] or math.inf)
     report["refusal"] = compiled.refusal
-    report["reasons"] = [] if report["fits"] else _reasons(built, report["memory"])
+    report["reasons"] = [] if report["fits"] else _reasons(built, report["memory"], place.chips_per_slice)
     report["expected"] = _expected(built, place)
     report["collectives"] = None
     if not compiled.refusal:
         program = hlo.Program(compiled.text, place.chips_per_slice, place.num_slices)
         found = program.collectives()
         report["collectives"] = roofline.sum_by_kind(found)
-        in_loops = any(item.kind == "collective-permute" and item.count > 1 for item in found)
-        report["expected"] = _expected(built, place, in_loops)
         report["uncounted_loops"] = len(program.uncounted_loops)
         memory = report["memory"]
-        moved = 2 * (memory["parameters"] + memory["optimizer_state"] + memory["temporaries"])
+        moved = 2 * (_state_bytes(memory) + memory["temporaries"])
         coords = {i: tuple(getattr(d, "coords", ())) for i, d in enumerate(_in_one_slice(built, place))}
         secs = {
             "compute": report["secs"].pop("compute"),
@@ -74,7 +80,7 @@ def examine(config: ConfigDict, place: topology.Topology) -> Report:
     return report
 
 
-def _expected(built: job.Job, place: topology.Topology, in_loops: bool = False) -> dict[str, Any]:
+def _expected(built: job.Job, place: topology.Topology) -> dict[str, Any]:
     """Bytes that leave a chip in a step by theory, within and across slices."""
     expected = roofline.expected_exchange(
         built.abstract_state.params,
@@ -83,9 +89,15 @@ def _expected(built: job.Job, place: topology.Topology, in_loops: bool = False) 
         built.config,
         place.num_slices,
         frozen=built.task.frozen,
-        in_loops=in_loops,
+        encoder_passes=built.encoder_passes,
+        at_once=built.task.statistics is not None,
     )
-    return {"ICI": expected.within, "DCN": expected.across, "why": expected.why}
+    return {
+        "ICI": expected.within,
+        "ICI_in_loops": expected.within_in_loops,
+        "DCN": expected.across,
+        "why": expected.why,
+    }
 
 
 def _in_one_slice(built: job.Job, place: topology.Topology) -> list[Any]:
@@ -101,7 +113,10 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
     """What is known before anything is compiled."""
     config, device = built.config, place.devices[0]
     flops_per_step = built.flops_per_image * config.global_batch_size
-    compute = roofline.compute_secs(flops_per_step, len(place.devices), device.device_kind, config)
+    recomputes = config.model.remat == "blocks" and built.encoder_passes == 3  # a frozen encoder goes forward once
+    compute = roofline.compute_secs(
+        flops_per_step, len(place.devices), device.device_kind, config.model.dtype, recomputes
+    )
     return {
         "config": config.name,
         "topology": place.name,
@@ -127,37 +142,46 @@ def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topo
     state, shardings = built.abstract_state, built.shardings
     params = sharding.bytes_per_device(state.params, shardings.params)
     optimizer = sharding.bytes_per_device(state.opt_state, shardings.opt_state)
+    averages = sharding.bytes_per_device(state.ema, shardings.ema)
     images = sharding.bytes_per_device(batch, jax.tree.map(lambda _: built.batch_sharding, batch))
+    known = params + optimizer + averages + images
     chip = chips.CHIPS.get(place.generation)
     return {
         "parameters": params,
         "optimizer_state": optimizer,
+        "averages": averages,
         "batch": images,
-        "padding": max(0, compiled.arguments - params - optimizer - images),
+        "padding": max(0, compiled.arguments - known),
         "temporaries": compiled.temporaries + compiled.outputs,
         "program": compiled.program,
-        "total": max(compiled.arguments, params + optimizer + images) + compiled.total - compiled.arguments,
+        "total": max(compiled.arguments, known) + compiled.total - compiled.arguments,
         "chip": (compiled.limit or chip.hbm_bytes) if chip else None,
     }
 
 
-def _reasons(built: job.Job, memory: dict[str, Any]) -> list[str]:
-    """Why it does not fit, the largest consumer first, each with its cure."""
+def _state_bytes(memory: dict[str, Any]) -> int:
+    return memory["parameters"] + memory["optimizer_state"] + memory["averages"]
+
+
+def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str]:
+    """Why it does not fit on slices of so many chips, the largest consumer first, each with its cure."""
     config, shape = built.config, built.mesh.shape
-    state = memory["parameters"] + memory["optimizer_state"]
-    whole = shape["fsdp"] * shape["tensor"] == 1
+    state, split = _state_bytes(memory), shape["fsdp"] * shape["tensor"]
     images = config.global_batch_size // (shape["data"] * shape["fsdp"] * config.accum_steps)
-    cure = "raise mesh.fsdp" if whole else f"raise mesh.fsdp={shape['fsdp']} further"
     policy = {"none": "model.remat=dots or blocks", "dots": "model.remat=blocks"}.get(config.model.remat, "")
     cures = ", ".join(part for part in ("lower global_batch_size", "raise accum_steps", policy) if part)
+    named = f"parameters + optimizer state{' + averages' if memory['averages'] else ''} {_gib(state)}"
+    lies, also = f"split over {split}", ""
+    if split == 1:
+        trained, _ = split_frozen(built.abstract_state.params, built.task.frozen)
+        lies = "whole on every chip"
+        also = f", among them {_gib(4 * models.param_count(trained))} of float32 gradients, which mesh.fsdp splits too"
     parts = [
-        (
-            state,
-            f"parameters + optimizer state {_gib(state)} are {'whole on every chip' if whole else 'split'}: {cure}",
-        ),
+        (state, f"{named} are {lies}: raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"),
         (
             memory["temporaries"],
-            f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}: {cures}",
+            f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}: "
+            f"{cures}{also}",
         ),
     ]
     return [why for _, why in sorted(parts, reverse=True)]
@@ -177,7 +201,7 @@ def _time(report: Report, secs: dict[str, float | None]) -> None:
     report["days"] = report["total_epochs"] / report["epochs_per_day"] if rate else None
 
 
-def search_fit(config: ConfigDict, place: topology.Topology, first: Report) -> Iterator[Report]:
+def search_fit(config: ConfigDict, place: topology.Topology, data: job.Data, first: Report) -> Iterator[Report]:
     """For each value of model.remat, batches down to the first that fits: what each was compiled to need.
 
     What does not fit tells bytes per image, and so which half, quarter, … of its batch to compile next.
@@ -189,7 +213,9 @@ def search_fit(config: ConfigDict, place: topology.Topology, first: Report) -> I
             changed.global_batch_size, changed.model.remat = batch, remat
             try:
                 report = (
-                    first if (remat, batch) == (first["remat"], config.global_batch_size) else examine(changed, place)
+                    first
+                    if (remat, batch) == (first["remat"], config.global_batch_size)
+                    else examine(changed, place, data)
                 )
             except errors.ConfigError:
                 break  # so small a batch does not divide over the mesh
@@ -211,7 +237,10 @@ def _smaller_batch(report: Report) -> int:
 
 
 def valid_meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict]:
-    """`config` on every mesh data x fsdp x tensor that its batch, heads and widths divide over."""
+    """`config` on every mesh data x fsdp x tensor of the devices whose data axis spans the slices.
+
+    Whether batch, heads and widths divide over it, `job.build` says.
+    """
     count = len(place.devices)
     for tensor in (n for n in range(1, count + 1) if count % n == 0):
         for fsdp in (n for n in range(1, count // tensor + 1) if count // tensor % n == 0):
@@ -221,12 +250,15 @@ def valid_meshes(config: ConfigDict, place: topology.Topology) -> Iterator[Confi
                 yield changed
 
 
-def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Report:
-    """Ranks the valid meshes: what fits first, then by the time of a step at best. The first are compiled.
+def sweep(config: ConfigDict, place: topology.Topology, data: job.Data, num_compiled: int) -> Report:
+    """Ranks the valid meshes: what fits first, then what was compiled, then by the time of a step at best.
 
-    The others go by theory: of memory only their state is known, exchanges are taken to use all links.
+    Meshes are compiled in the order that theory gives, until `num_compiled` of them fit, at most three times as many.
+    Of the others theory knows the state's memory only and no time for moving it: they stand behind the compiled ones,
+    and where any was compiled those alone say whether anything fits.
     """
-    rows, chip, data = [], chips.CHIPS.get(place.generation), described_data(config)
+    rows, chip = [], chips.CHIPS.get(place.generation)
+    coords = [tuple(getattr(device, "coords", ())) for device in place.devices[: place.chips_per_slice]]
     for changed in valid_meshes(config, place):
         try:
             built = job.build(changed, place.devices, data)
@@ -235,7 +267,7 @@ def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Re
         row, expected = _outline(built, place), _expected(built, place)
         row["state_bytes"] = sharding.bytes_per_device(built.abstract_state, built.shardings)
         row |= {"fits": chip is None or row["state_bytes"] < chip.hbm_bytes, "compiled": False, "expected": expected}
-        secs = roofline.theory_secs(expected["ICI"], expected["DCN"], place.generation, place.shape)
+        secs = roofline.theory_secs(expected["ICI"], expected["DCN"], place.generation, place.shape, coords)
         _time(row, {**row["secs"], **secs})
         rows.append((row, changed))
     if not rows:
@@ -243,16 +275,26 @@ def sweep(config: ConfigDict, place: topology.Topology, num_compiled: int) -> Re
             f"no mesh of {len(place.devices)} devices divides global_batch_size={config.global_batch_size}, heads and "
             "widths; choose another batch"
         )
+    rows.sort(key=lambda entry: _rank(entry[0]))
+    done: list[Report] = []
+    for row, changed in rows[: _SWEEP_COMPILATIONS * num_compiled]:
+        if not row["fits"] or sum(report["fits"] for report in done) == num_compiled:
+            break
+        done.append(examine(changed, place, data) | {"state_bytes": row["state_bytes"], "compiled": True})
+    ranked = sorted([*done, *(row for row, _ in rows[len(done) :])], key=_rank)
+    return {"sweep": ranked, "fits": any(row["fits"] for row in done or ranked)}
 
-    def rank(entry: tuple[Report, Any]) -> tuple[bool, float, float]:
-        row = entry[0]
-        return not row["fits"], row["step_secs"] or 0.0, row["expected"]["ICI"] + row["expected"]["DCN"]
 
-    rows.sort(key=rank)
-    for i, (row, changed) in enumerate(rows[:num_compiled]):
-        rows[i] = (examine(changed, place) | {"state_bytes": row["state_bytes"], "compiled": True}, changed)
-    rows.sort(key=rank)
-    return {"sweep": [row for row, _ in rows], "fits": any(row["fits"] for row, _ in rows)}
+def _rank(row: Report) -> tuple[bool, bool, bool, float, float]:
+    """A mesh's place in the sweep; the compiler's refusal leaves no time."""
+    secs = row.get("step_secs")
+    return (
+        not row["fits"],
+        not row["compiled"],
+        secs is None,
+        secs or 0.0,
+        sum(row["expected"][n] for n in ("ICI", "DCN")),
+    )
 
 
 def _gib(size: float) -> str:

@@ -20,9 +20,13 @@ from mae_dist.sharding import path_name
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Bytes that leave a chip in a step by theory, within its slice and across slices."""
+    """Bytes that leave a chip in a step by theory, within its slice and across slices.
+
+    within_in_loops: instead of `within`, if the compiler exchanged every split weight in the loops of its products.
+    """
 
     within: float
+    within_in_loops: float
     across: float
     why: str
 
@@ -35,7 +39,8 @@ def expected_exchange(
     num_slices: int,
     *,
     frozen: tuple[str, ...] = (),
-    in_loops: bool = False,
+    encoder_passes: int = 3,
+    at_once: bool = False,
 ) -> Expected:
     """What a step must exchange, derived from how its parameters lie.
 
@@ -43,9 +48,12 @@ def expected_exchange(
       ring costs 2 (n - 1) / n of their bytes.
     - Split over fsdp: the weights are gathered for the forward and for the backward pass and their gradients summed and
       scattered, each (n - 1) / n of their bytes in the type of the products, in each of the accumulation's pieces; and
-      over data the part that a chip then has is summed. The TPU's compiler exchanges larger weights in the loops of
-      their products, where n + 1 messages of 1/n go round: (n + 1) / n.
-    - Over tensor: sums of activations, two a block in either direction.
+      over data the part that a chip then has is summed. The TPU's compiler may instead exchange a weight in the loop
+      of its product, where n + 1 messages of 1/n go round: (n + 1) / n. Which weights it does so with is not known
+      beforehand; both ends are given.
+    - On a mesh that is not data-parallel the compiler sums gradients in every one of the accumulation's pieces.
+    - Over tensor: sums of activations, two a block in either direction; a frozen encoder has the one only.
+    - Where features are cached the encoder does not run, and its weights stay where they are.
 
     Args:
       params: shapes of the parameters.
@@ -54,37 +62,45 @@ def expected_exchange(
       config: validated.
       num_slices: that the data axis spans.
       frozen: parameter groups without gradients.
-      in_loops: whether the program exchanges weights in the loops of their products.
+      encoder_passes: see `job.Job`.
+      at_once: whether gradients are made of all examples at once, whatever config.accum_steps (`Task.statistics`).
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     data_within, width = data // num_slices, 2 if config.model.dtype == "bfloat16" else 4
-    within = across = 0.0
+    rounds = 1 if at_once else config.accum_steps
+    within = across = exchanged = 0.0
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         trained = path_name(path).split("/")[0] not in frozen
+        if not trained and not encoder_passes:
+            continue
         held = math.prod(sharding.shard_shape(leaf.shape))
         over_fsdp = any(entry == "fsdp" for entry in sharding.spec) and fsdp > 1
         if over_fsdp:
-            passes = (3 if trained else 1) * config.accum_steps
-            within += passes * (fsdp + 1 if in_loops else fsdp - 1) * held * width
+            passes = 3 * rounds if trained else config.accum_steps
+            exchanged += passes * held * width  # by each other chip, or in each turn of a loop
         if not trained:
             continue
-        grad = held * (4 if fsdp == tensor == 1 else width)
+        grad = held * 4 if fsdp == tensor == 1 else held * width * rounds
         group = data_within if over_fsdp else data_within * fsdp
         within += 2 * (group - 1) / group * grad
         across += 2 * (num_slices - 1) / num_slices * grad / group
-    within += _tensor_bytes(config, tensor, config.global_batch_size // (data * fsdp), width)
+    within += _tensor_bytes(config, tensor, config.global_batch_size // (data * fsdp), width, encoder_passes)
     parts = [
-        "float32 gradients summed once" if fsdp == tensor == 1 else "gradients summed in the products' type",
-        f"weights gathered over {fsdp} twice and their gradients scattered{' in loops' if in_loops else ''}"
-        if fsdp > 1
-        else "",
-        f"activations of every block summed over {tensor} four times" if tensor > 1 else "",
+        "float32 gradients summed once"
+        if fsdp == tensor == 1
+        else f"gradients summed in the products' type{f', {rounds} times' if rounds > 1 else ''}",
+        f"weights gathered over {fsdp} twice and their gradients scattered" if fsdp > 1 else "",
+        f"activations of every block summed over {tensor} {_SUMS[encoder_passes]} times" if tensor > 1 else "",
     ]
-    return Expected(within, across, "; ".join(part for part in parts if part))
+    at_least, in_loops = (within + times * exchanged for times in (fsdp - 1, fsdp + 1))
+    return Expected(at_least, in_loops, across, "; ".join(part for part in parts if part))
 
 
-def _tensor_bytes(config: ConfigDict, tensor: int, images: int, width: int) -> float:
+_SUMS = {3: 4, 1: 2, 0: 0}  # encoder_passes -> sums of a block's activations: after attention and MLP, back likewise
+
+
+def _tensor_bytes(config: ConfigDict, tensor: int, images: int, width: int, encoder_passes: int) -> float:
     model = config.model
     patches_in = math.prod(patches.grid_size(model.image_size, model.patch_size))
     cls = int(model.cls_token != "none")
@@ -92,7 +108,7 @@ def _tensor_bytes(config: ConfigDict, tensor: int, images: int, width: int) -> f
     kept = patches.num_keep(patches_in, model.mask_ratio) if pretrain else patches_in
     tokens = model.depth * (kept + cls) * model.embed_dim
     tokens += model.decoder_depth * (patches_in + cls) * model.decoder_embed_dim if pretrain else 0
-    return 4 * 2 * (tensor - 1) / tensor * images * tokens * width
+    return _SUMS[encoder_passes] * 2 * (tensor - 1) / tensor * images * tokens * width
 
 
 def sum_by_kind(found: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
@@ -144,23 +160,25 @@ def link_secs(
     return secs
 
 
-def theory_secs(within: float, across: float, generation: str, shape: tuple[int, ...]) -> dict[str, float | None]:
-    """`link_secs` of bytes known by theory only: within a slice over all links of a chip."""
+def theory_secs(
+    within: float, across: float, generation: str, shape: tuple[int, ...], coords: Iterable[tuple[int, ...]]
+) -> dict[str, float | None]:
+    """`link_secs` of bytes known by theory only: within a slice all its chips, at `coords`, exchange together."""
     chip = chips.CHIPS.get(generation)
     if chip is None:
         return {"ici": None}
-    secs: dict[str, float | None] = {"ici": within / (2 * len(shape) * chip.link_bytes_per_sec)}
+    secs: dict[str, float | None] = {"ici": within / chips.ici_bytes_per_sec(chip, coords, shape)}
     if across:
         secs["dcn"] = across / chip.dcn_bytes_per_sec if chip.dcn_bytes_per_sec else None
     return secs
 
 
-def compute_secs(flops_per_step: float, num_chips: int, device_kind: str, config: ConfigDict) -> float | None:
+def compute_secs(flops_per_step: float, num_chips: int, device_kind: str, dtype: str, recomputes: bool) -> float | None:
     """Seconds of a step's matrix products at their peak; recomputing whole blocks adds a forward pass, a third."""
-    peak = flops.peak_flops(device_kind, config.model.dtype)
+    peak = flops.peak_flops(device_kind, dtype)
     if peak is None:
         return None
-    return flops_per_step * (4 / 3 if config.model.remat == "blocks" else 1) / (num_chips * peak)
+    return flops_per_step * (4 / 3 if recomputes else 1) / (num_chips * peak)
 
 
 def hbm_secs(moved_bytes: float, generation: str) -> float | None:

@@ -78,7 +78,7 @@ def describe(name: str, num_slices: int) -> Topology:
     shape: tuple[int, ...] = tuple(int(size) for size in found[2].split("x"))
     if num_slices < 1 or (generation == "cpu" and (num_slices > 1 or len(shape) > 1)):
         raise ConfigError(f"--topology={name} --num_slices={num_slices}: only TPUs have slices, from 1; a CPU is cpu:N")
-    devices = _cpu_devices(math.prod(shape)) if generation == "cpu" else _tpu_devices(name, generation, num_slices)
+    devices = _cpu_devices(math.prod(shape)) if generation == "cpu" else _tpu_devices(name, shape, num_slices)
     return Topology(name, generation, shape, num_slices, tuple(devices))
 
 
@@ -91,11 +91,23 @@ def _cpu_devices(count: int) -> Sequence[Any]:
     return devices[:count]
 
 
-def _tpu_devices(name: str, generation: str, num_slices: int) -> Sequence[Any]:
+def _tpu_devices(name: str, shape: tuple[int, ...], num_slices: int) -> Sequence[Any]:
+    generation = name.split(":")[0]
+    chip, count = CHIPS[generation], math.prod(shape)
+    if len(shape) != chip.sides:
+        like = "x".join(["4"] * chip.sides)
+        raise ConfigError(f"--topology={name}: a slice of {generation} has {chip.sides} sides, as {generation}:{like}")
+    if count > chip.max_chips:
+        raise ConfigError(
+            f"--topology={name}: {count} chips, and a slice of {generation} has at most {chip.max_chips}; plan several "
+            f"smaller ones: --num_slices={math.ceil(count / chip.max_chips)}"
+        )
     if find_spec("libtpu") is None:
         raise ConfigError(f"--topology={name} needs the TPU's compiler, no TPU: pip install -e .[tpu]")
     # On v4 a device is one of two cores unless told otherwise; a chip is one device everywhere else.
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    if count == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # a host has four by default
     try:
         return topologies.get_topology_desc(
             platform="tpu", topology_name=name, num_slices=num_slices, **options
