@@ -303,6 +303,24 @@ def test_one_seed_has_no_deviation():
     assert str(results.spread([0.5])) == "0.5000"
 
 
+def test_spare_panels_and_runs_without_figures(tmp_path):
+    """Four figures take two rows of three panels, of which two are not drawn; a run that evaluated nothing counts."""
+    figures = {"val_loss": 1.0, "test_loss": 1.0, "val_top1": 0.5, "test_top1": 0.5}
+    described = []
+    for i, metrics in enumerate((figures, {})):
+        finished(tmp_path / str(i), **metrics)
+        described.append({"name": str(i), "fields": {"model.depth": i}, "seed": 0, "fault": "", "follow": {}})
+    sweep_table.describe(epath.Path(tmp_path), ["model.depth"], [], described)
+    description = sweep_table.read_description(epath.Path(tmp_path))
+    assert description is not None
+    table = sweep_table.Table(
+        description, lambda name: results.read_result(epath.Path(tmp_path) / name, default.get_config())
+    )
+    assert [row["seeds"] for row in table.rows] == [1, 1]
+    panels = table.figure("model.depth").axes
+    assert [panel.axison for panel in panels] == [True] * 4 + [False] * 2
+
+
 def test_what_follows_a_shorter_pretraining_is_not_taken(tmp_path):
     """A probe of what the pretraining was before it was made longer would stand for the longer one."""
     config = default.get_config()
