@@ -1,7 +1,8 @@
 """Trains all combinations of fields' values: `python -m mae_dist.sweep --config F --over config.a.b=x,y --seeds 3`.
 
 Each combination and seed is a run of `mae_dist.main` in a workdir of its own under --out, with `--then probe,finetune`
-followed by those of configs/recipes.py. The same line again skips what is finished and continues the rest; a failure takes along what begins from it and nothing else. SIGTERM
+followed by those of configs/recipes.py; `scratch`, which no masking changes, is trained once for all. The same line
+again skips what is finished and continues the rest; a failure takes along what begins from it and nothing else. SIGTERM
 and Ctrl-C are passed on to the runs, which save. `--out D --table` shows what there is so far. --config.a.b=x is for
 all.
 """
@@ -16,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -62,19 +64,24 @@ def sweep(argv: Sequence[str]) -> int:
     if not workable:
         raise errors.ConfigError("no point of the sweep can work")
     if _DRY_RUN.value:
-        for stage in (stage for point in workable for stage in point.stages):
-            print(shlex.join(_command(stage)))
+        for stages in _trainings(workable).values():
+            for stage in stages:
+                print(shlex.join(_command(stage)))
         return errors.EXIT_DONE
     cores = workers.share_cores(_JOBS.value)
     with sole_user(out):
-        described = [{"name": p.name, "fields": p.fields, "seed": p.seed, "fault": p.fault} for p in todo]
-        sweep_table.describe(out, list(todo[0].fields), _THEN.value, described)
+        sweep_table.describe(out, list(todo[0].fields), _THEN.value, [_described(point) for point in todo])
         runner = Runner(workable, cores)
         code = runner.run()
         show_table(out)
     for name, reason in (faults | runner.failures).items():
         print(f"FAILED {name}: {reason}", flush=True)
     return errors.EXIT_CONFIG if faults and code == errors.EXIT_DONE else code
+
+
+def _described(point: Point) -> dict[str, Any]:
+    follow = {stage.name: stage.workdir.name for stage in point.stages[1:]}
+    return {"name": point.name, "fields": point.fields, "seed": point.seed, "fault": point.fault, "follow": follow}
 
 
 def _local(value: str) -> epath.Path:
@@ -120,6 +127,16 @@ def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
 
 def _command(stage: Stage) -> list[str]:
     return [sys.executable, "-m", "mae_dist.main", *stage.arguments, f"--workdir={stage.workdir}"]
+
+
+def _trainings(todo: Sequence[Point]) -> dict[str, list[Stage]]:
+    """By the name of a point what is trained there; what several share only at the first of them."""
+    taken: set[Path] = set()
+    found = {}
+    for point in todo:
+        found[point.name] = [stage for stage in point.stages if stage.workdir not in taken]
+        taken.update(stage.workdir for stage in point.stages)
+    return found
 
 
 def _is_finished(stage: Stage) -> bool:
@@ -191,7 +208,7 @@ class Runner:
         self._secs: dict[str, list[float]] = {}  # of the trainings that ended here, by the name of their stage
         self._ended = 0
         self.failures: dict[str, str] = {}
-        self._waiting = deque(_Work(point.name, point.stages) for point in todo)
+        self._waiting = deque(_Work(name, stages) for name, stages in _trainings(todo).items())
         for work in self._waiting:
             for stage in list(work.left):
                 if stage in work.left:  # what it begins from may have been given up meanwhile

@@ -59,7 +59,7 @@ class Table:
             row["of"] += 1
             row["seeds"] += result is not None
             for then in description["then"]:
-                if result := read(f"{point['name']},{then}"):
+                if result := read(point["follow"][then]):
                     found |= {f"{then}_{name}": result.metrics[name] for name in _CLASSIFIED if name in result.metrics}
             for name, value in found.items():
                 row["values"].setdefault(name, []).append(value)

@@ -87,7 +87,7 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     first = points.first_stage(base, "F.py", {})({"seed": 3}, tmp_path / "p=0.5,seed=3")
     default_file = default.__file__
     make = points.next_stage("probe", recipes.probe, {"total_epochs": "7"}, default.get_config(), default_file)
-    stage = make(first)
+    stage = make(first, tmp_path / "seed=3")
     assert stage.workdir == tmp_path / "p=0.5,seed=3,probe"
     assert (stage.config.task, stage.config.init_from, stage.config.seed) == ("probe", str(first.workdir), 3)
     assert (stage.config.total_epochs, stage.config.model.masking) == (7.0, "block")
@@ -97,8 +97,29 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     values(sys.argv)
     assert config_lib.differences(parsed.value, stage.config, ignore=()) == []
     assert base.task == first.config.task == "pretrain"
-    scratch = points.next_stage("scratch", recipes.scratch, {}, default.get_config(), default_file)(first)
-    assert scratch.config.init_from == ""
+    scratch = points.next_stage("scratch", recipes.scratch, {}, default.get_config(), default_file)
+    stage = scratch(first, tmp_path / "seed=3")
+    assert (stage.config.init_from, stage.workdir) == ("", tmp_path / "seed=3,scratch")
+
+
+def test_a_baseline_without_masking_is_one_for_all(tmp_path):
+    """From nothing, it is the same training for every masking, and is done at the first point that can work."""
+    base, file = quickstart.get_config(), default.__file__
+    over = points.parse_over(["model.mask_ratio=0.6,.5,.75", "model.masking=grid,random", "model.depth=1,2"], base)
+    follow = [points.next_stage(name, getattr(recipes, name), {}, default.get_config(), file)
+              for name in ("finetune", "scratch")]  # fmt: skip
+    found = points.make_points(over, [0, 1], tmp_path, points.first_stage(base, "F.py", {}), follow)
+    scratch = {point.stages[2].workdir.name for point in found}
+    assert scratch == {f"depth={depth},seed={seed},scratch" for depth in (1, 2) for seed in (0, 1)}
+    for one in {point.stages[2].workdir: point.stages[2] for point in found}.values():
+        same = [point.stages[2] for point in found if point.stages[2].workdir == one.workdir]
+        assert len(same) == 6
+        assert all(other.arguments == one.arguments and other.config == one.config for other in same)
+    assert found[0].fault
+    trainings = sweep._trainings([point for point in found if not point.fault])
+    names = [stage.name for stages in trainings.values() for stage in stages]
+    assert [names.count(name) for name in ("pretrain", "finetune", "scratch")] == [20, 20, 4]
+    assert len({len(point.stages) for point in found}) == 1
 
 
 def test_values_of_all_types(tmp_path):
@@ -427,6 +448,40 @@ def test_points_that_cannot_work_are_failures(tmp_path, monkeypatch, capsys):
             assert sweep.sweep([]) == EXIT_CONFIG
     assert "FAILED mask_ratio=0.6,seed=0: cannot work: model.masking" in capsys.readouterr().out.splitlines()[-1]
     assert (tmp_path / "runs" / "sweep_smoke" / "mask_ratio=0.75,seed=0" / "log.txt").exists()
+
+
+def test_a_sweep_with_what_follows(child_env, tmp_path):
+    """Pretrainings, a probe of each and one baseline for both; once more, nothing is left to do."""
+    out = tmp_path / "sweep"
+    args = (
+        "--config=configs/smoke.py",
+        *ONLY_UPDATES,
+        "--config.eval.test_at_end=True",
+        "--config.total_steps=2",
+        "--config.model.depth=1",
+        "--config.data.num_examples=64",
+        "--over=config.model.mask_ratio=.5,.75",
+        "--then=probe,scratch",
+        "--set=probe.total_steps=3",
+        "--set=scratch.total_steps=3",
+        f"--out={out}",
+    )
+    code, output = run(child_env(), *args, module="sweep")
+    assert code == EXIT_DONE, output
+    names = {path.name for path in out.iterdir() if path.is_dir()}
+    ratios = [f"mask_ratio={ratio},seed=0" for ratio in (0.5, 0.75)]
+    assert names == {*ratios, *(f"{name},probe" for name in ratios), "seed=0,scratch", "figures"}
+    for name in ratios:
+        stored = json.loads((out / f"{name},probe" / "config.json").read_text())
+        assert stored["init_from"] == str(out / name)
+    accuracy = json.loads((out / "seed=0,scratch" / "summary.json").read_text())["test_top1"]
+    table = json.loads((out / "table.json").read_text())
+    assert [row["metrics"]["scratch_test_top1"]["values"] for row in table] == [[accuracy]] * 2
+    assert all("probe_test_top1" in row["metrics"] for row in table)
+    before = (out / "table.json").read_text()
+    code, output = run(child_env(), *args, "--config.deadlines.step_secs=500", module="sweep")
+    assert (code, output.count(" began")) == (EXIT_DONE, 0), output
+    assert (out / "table.json").read_text() == before
 
 
 @pytest.mark.parametrize(
