@@ -9,14 +9,25 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from configs import default
-from mae_dist import report, report_figures, report_groups, report_runs, report_tables
-from mae_dist.errors import ConfigError, StorageFault
+from configs import default, recipes
+from mae_dist import config as config_lib
+from mae_dist import (
+    points,
+    report,
+    report_figures,
+    report_groups,
+    report_model,
+    report_plot,
+    report_runs,
+    report_tables,
+)
+from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.report_groups import group
 from mae_dist.report_runs import Masking, collect, find_workdirs
 from tests.runs import run
@@ -78,7 +89,21 @@ def read(*workdirs):
     """The runs in these workdirs, in groups."""
     runs, unreadable = collect(find_workdirs(map(str, workdirs)), default.get_config())
     assert not unreadable
-    return group(runs, default.get_config())
+    return group(runs)
+
+
+def fake(workdir, *, config=None, done=True, **values):
+    """A workdir as a run of 5 updates leaves it, or at its third update; what a report reads without models."""
+    config = config or default.get_config()
+    fields = {name: values.pop(name) for name in list(values) if name.split("__")[0] in config}
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({field.replace("__", "."): value for field, value in fields.items()})
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    (workdir / "metrics.jsonl").write_text(json.dumps({"step": 5 if done else 3, **values}) + "\n")
+    if done:
+        (workdir / "summary.json").write_text(json.dumps({"step": 5, "total_steps": 5}))
+    return workdir
 
 
 class Page(html.parser.HTMLParser):
@@ -198,11 +223,59 @@ def test_other_fields_make_other_groups(trained, tmp_path):
     assert not report_figures.against_masking([both, wide], "test_top1", "Test")
 
 
+def test_unfinished_runs_do_not_count(tmp_path):
+    """As long as others of the group have finished; runs of one seed count as their mean."""
+    for name, seed, done, value in (
+        ("a", 0, True, 0.2),
+        ("b", 1, True, 0.4),
+        ("again", 1, True, 0.6),
+        ("c", 2, False, 0.9),
+    ):
+        fake(tmp_path / name, name=name, seed=seed, done=done, val_loss=value, test_top1=value)
+    (one,) = read(tmp_path)
+    assert one.values("test_top1") == pytest.approx([0.2, 0.5])
+    text = make(tmp_path / "r.html", tmp_path, quick=True)
+    check(text)
+    assert "n = 2 of 3" in text
+    assert "35.00 ± 21.21 %" in text
+    (one,) = read(fake(tmp_path / "x" / "d", done=False, test_top1=0.1), fake(tmp_path / "x" / "e", done=False, seed=1))
+    assert one.values("test_top1") == [0.1]
+
+
+def test_other_weights_make_other_groups(tmp_path):
+    """Whether they are a run's, converted, in another layout, or gone; and other masks do."""
+    for name in ("hf_a", "hf_b"):
+        (tmp_path / name).mkdir()
+        stored = {"model_type": "vit_mae", "mask_ratio": 0.6, "id2label": {"0": "LABEL_0"}}
+        (tmp_path / name / "config.json").write_text(json.dumps(stored))
+    for name in ("converted_a", "converted_b"):
+        (fake(tmp_path / name, name=name) / "checkpoints" / "0").mkdir(parents=True)
+    fake(tmp_path / "long", seed=0, total_epochs=9.0)
+    for seed in range(2):
+        fake(tmp_path / f"mae_{seed}", seed=seed)
+        fake(tmp_path / f"tuned_{seed}", task="finetune", seed=seed, init_from=str(tmp_path / f"mae_{seed}"))
+    weights = ["hf_a", "hf_b", "converted_a", "converted_b", "gone_a", "gone_b", "long", "mae_0", "tuned_0"]
+    for seed in range(2):
+        for name in weights:
+            source = str(tmp_path / name.replace("_0", f"_{seed}"))
+            fake(tmp_path / "runs" / f"{name}_{seed}", task="probe", seed=seed, init_from=source)
+    groups = read(tmp_path / "runs")
+    assert sorted([run.workdir.name for run in one.runs] for one in groups) == sorted(
+        [f"{name}_0", f"{name}_1"] for name in weights
+    )
+    assert Masking("random", 0.6) in [one.shown.masking for one in groups]
+    assert len(set(report_groups.family_names(groups).values())) == len(weights)
+    for name in ("cross", "ring"):
+        fake(tmp_path / "masks" / name, name=name, model__masking="user", model__mask_file=f"{name}.npy", val_top1=0.5)
+    groups = read(tmp_path / "masks")
+    assert len(groups) == 2
+
+
 def test_a_pretraining_that_was_moved(trained, tmp_path):
     """It is looked for beside the probe; one that is gone is told."""
     probe = copy(trained / "mae_probe_s0", tmp_path / "probe", init_from="/nowhere/mae")
     (run_alone,) = read(probe)[0].runs
-    assert run_alone.source is None
+    assert [origin.place for origin in run_alone.origins] == [None]
     assert "init_from='/nowhere/mae'" in run_alone.faults[0]
     copy(trained / "mae", tmp_path / "mae", model__mask_ratio=0.5)
     (run_beside,) = read(probe)[0].runs
@@ -276,7 +349,7 @@ def test_wrong_arguments(tmp_path):
         make(tmp_path / "r.html")
 
 
-def test_steps_and_epochs(trained):
+def test_steps_and_epochs():
     """A run under way knows its length from its own estimate."""
     run_now = report_runs.Run(workdir=None, config=default.get_config())  # pyright: ignore[reportArgumentType]
     assert run_now.total_steps is None
