@@ -106,6 +106,19 @@ def fake(workdir, *, config=None, done=True, **values):
     return workdir
 
 
+def fake_sweep(out, over, then, accuracy):
+    """The workdirs of a sweep over two seeds; `accuracy` of (stage, its config) is the test top-1 of what follows."""
+    base, file = default.get_config(), default.__file__
+    follow = [points.next_stage(name, getattr(recipes, name), {}, base, file) for name in then]
+    first = points.first_stage(base, file, {})
+    for point in points.make_points(points.parse_over(over, base), range(2), out, first, follow):
+        assert not point.fault
+        for stage in point.stages:
+            if not stage.workdir.exists():
+                values = {"test_top1": accuracy(stage.name, stage.config)} if stage.name != "pretrain" else {}
+                fake(stage.workdir, config=stage.config, val_loss=1.0, **values)
+
+
 class Page(html.parser.HTMLParser):
     """Refuses markup that does not nest; gathers ids, addresses, and the elements' names."""
 
@@ -223,6 +236,48 @@ def test_other_fields_make_other_groups(trained, tmp_path):
     assert not report_figures.against_masking([both, wide], "test_top1", "Test")
 
 
+def test_a_sweep_against_its_masking(tmp_path):
+    """Points of all that was swept, none of which covers another; a baseline without masking is one experiment."""
+    over = ["model.mask_ratio=.5,.75", "classify.hidden_dim=64,128"]
+
+    def accuracy(name, config):
+        return (config.seed + (config.classify.hidden_dim == 128) + config.model.mask_ratio - 0.5) / 4
+
+    fake_sweep(tmp_path, over, ["probe", "scratch"], accuracy)
+    groups = read(tmp_path)
+    probes = [one for one in groups if one.task == "probe"]
+    assert [len(one.runs) for one in probes] == [2] * 4
+    (plot,) = report_figures.against_masking(probes, "test_top1", "Test")
+    found = plot.alt.removeprefix("Test against the masking ratio: ").split("; ")
+    assert found == [
+        "hidden_dim 128, random 0.5: 37.50 ± 17.68 % (n = 2)",
+        "hidden_dim 128, random 0.75: 43.75 ± 17.68 % (n = 2)",
+        "hidden_dim 64, random 0.5: 12.50 ± 17.68 % (n = 2)",
+        "hidden_dim 64, random 0.75: 18.75 ± 17.68 % (n = 2)",
+    ]
+    scratch = [one for one in groups if one.task == "finetune"]
+    assert [len(one.values("test_top1")) for one in scratch] == [2, 2]
+    assert not report_figures.against_masking(scratch, "test_top1", "Test")
+
+
+def test_the_legend_covers_nothing(tmp_path):
+    """It is below the axes, which keep their height however many experiments there are."""
+    fake_sweep(tmp_path, ["model.mask_ratio=.5,.75", "classify.hidden_dim=1,2,3,4,5,6"], ["probe"], lambda *_: 0.5)
+    probes = [one for one in read(tmp_path) if one.task == "probe"]
+    (plot,) = report_figures.against_masking(probes, "test_top1", "Test")
+    with report_plot._style(plot, "#000000"):
+        figure = report_plot._drawn(plot)
+        figure.draw_without_rendering()
+        (legend,), (axes,) = figure.legends, figure.axes
+        assert len(legend.get_texts()) == 6
+        box, of_axes = legend.get_window_extent(), axes.get_window_extent()
+        around = axes.get_tightbbox()
+        assert around is not None
+        assert box.y1 <= around.y0
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert of_axes.height / figure.dpi > 1.6
+
+
 def test_unfinished_runs_do_not_count(tmp_path):
     """As long as others of the group have finished; runs of one seed count as their mean."""
     for name, seed, done, value in (
@@ -269,6 +324,8 @@ def test_other_weights_make_other_groups(tmp_path):
         fake(tmp_path / "masks" / name, name=name, model__masking="user", model__mask_file=f"{name}.npy", val_top1=0.5)
     groups = read(tmp_path / "masks")
     assert len(groups) == 2
+    (plot,) = report_figures.against_masking(groups, "val_top1", "Val")
+    assert "user cross.npy 0.75: 50.00 %" in plot.alt
 
 
 def test_a_pretraining_that_was_moved(trained, tmp_path):
