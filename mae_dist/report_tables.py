@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
@@ -13,13 +14,12 @@ from mae_dist.report_runs import Run, checkpoints
 
 Value = Callable[[Run], float | None]
 Column = tuple[str, Value, Callable[[float, float | None], str]]  # head, value of a run, (mean, std) as text
-# What is written as a share of 1 and read in percent.
-_IS_SHARE = ("top1", "top5", "acc", "accuracy")
 _NONE = "–"
 
 
 def is_share(metric: str) -> bool:
-    return metric.endswith(_IS_SHARE)
+    """Whether it is written as a share of 1 and read in percent: an accuracy, also the lowest or median of classes."""
+    return re.search(r"(top[15]|acc|accuracy)(_min|_median)?$", metric) is not None
 
 
 def title_of(metric: str) -> str:

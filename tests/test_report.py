@@ -328,6 +328,13 @@ def test_other_weights_make_other_groups(tmp_path):
     assert "user cross.npy 0.75: 50.00 %" in plot.alt
 
 
+def test_shares_are_told_in_percent():
+    """Also of the lowest and the median class; a loss is none."""
+    shares = [name for name in ("val_top1", "top5", "val_top1_min", "test_top1_median", "val_loss", "val_knn_top1")
+              if report_tables.is_share(name)]  # fmt: skip
+    assert shares == ["val_top1", "top5", "val_top1_min", "test_top1_median", "val_knn_top1"]
+
+
 def test_a_pretraining_that_was_moved(trained, tmp_path):
     """It is looked for beside the probe; one that is gone is told."""
     probe = copy(trained / "mae_probe_s0", tmp_path / "probe", init_from="/nowhere/mae")
