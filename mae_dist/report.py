@@ -118,11 +118,12 @@ class _Page:
 
     def _curves(self, task: str, groups: Sequence[Group]) -> list[tuple[str, str, Html]]:
         others = [name for name in scalar_names(run for one in groups for run in one.runs) if name not in _CURVES]
-        wanted: dict[str, tuple[str, dict[str, Any]]] = _CURVES | {
-            name: (report_tables.long_title_of(name), {"percent": report_tables.is_share(name)})
-            for name in others
-            if name.startswith("val_")
-        }
+        wanted = dict(_CURVES)
+        for name in others:
+            if name.startswith("val_"):
+                final = f"test_{name.removeprefix('val_')}"
+                title = report_tables.long_title_of(name) + (", ◆ test" if final in others else "")
+                wanted[name] = title, {"percent": report_tables.is_share(name), "final": final}
         drawn = [
             report_figures.curve(groups, self.styles, metric=name, title=title, **options)
             for name, (title, options) in (wanted | _RATES).items()

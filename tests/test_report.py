@@ -328,6 +328,14 @@ def test_other_weights_make_other_groups(tmp_path):
     assert "user cross.npy 0.75: 50.00 %" in plot.alt
 
 
+def test_curves_end_in_the_test_value(tmp_path):
+    """Where there is one, and then the title says so."""
+    fake(tmp_path / "a", name="a", val_knn_top1=0.5, test_knn_top1=0.4, val_ridge_top1=0.5)
+    text = make(tmp_path / "r.html", tmp_path, quick=True)
+    assert "Validation kNN top-1, ◆ test" in text
+    assert "Validation ridge top-1<" in text
+
+
 def test_shares_are_told_in_percent():
     """Also of the lowest and the median class; a loss is none."""
     shares = [name for name in ("val_top1", "top5", "val_top1_min", "test_top1_median", "val_loss", "val_knn_top1")
