@@ -185,7 +185,7 @@ class _Page:
         except errors.UserError as error:
             return [head, warning(f"No predictions and features of {run.label}: {error}")]
         name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in run.label)
-        drawn = []
+        drawn, faults = [], []
         if seen.predictions is not None:
             drawn += [report_pictures.predictions(seen, name), report_pictures.confusion(seen, name)]
         origin = run.origins[0].place if run.origins else None
@@ -193,9 +193,12 @@ class _Page:
         note = f"From checkpoint {seen.origin}, on {seen.split}."
         if run.config.task == "probe" and encoder is not None:
             note += f" The features are those of {encoder.label}: a probe leaves the encoder as it is."
-        elif len(seen.labels) > 3:
-            drawn.append(report_pictures.embedding(*embed(seen), seen.class_names, name))
-        return [head, tag("p", note, class_="soft"), plots([self.figure(plot) for plot in drawn])]
+        else:
+            try:
+                drawn.append(report_pictures.embedding(*embed(seen), seen.class_names, name))
+            except errors.DataFault as fault:
+                faults.append(warning(f"No picture of the features of {run.label}: {fault}"))
+        return [head, tag("p", note, class_="soft"), faults, plots([self.figure(plot) for plot in drawn])]
 
     def of_files(self, arrays: bool) -> list[tuple[str, str, Html]]:
         return [

@@ -336,6 +336,21 @@ def test_curves_end_in_the_test_value(tmp_path):
     assert "Validation ridge top-1<" in text
 
 
+def test_features_without_distances():
+    """Told: scikit-learn's t-SNE would crash."""
+    rng = np.random.default_rng(0)
+    for features, words in (
+        (np.ones((100, 8)), "those of all images are equal"),
+        (np.full((100, 8), np.nan), "not finite"),
+        (rng.normal(size=(3, 8)), "there are 3 images only"),
+    ):
+        features = features.astype(np.float32)
+        labels = np.zeros(len(features), np.int64)
+        seen = report_model.Seen("a test", "none", ("x",), np.zeros((0, 4, 4, 3), np.uint8), features, labels, None)
+        with pytest.raises(DataFault, match=words):
+            report_model.embed(seen)
+
+
 def test_shares_are_told_in_percent():
     """Also of the lowest and the median class; a loss is none."""
     shares = [name for name in ("val_top1", "top5", "val_top1_min", "test_top1_median", "val_loss", "val_knn_top1")
