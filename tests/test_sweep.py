@@ -332,7 +332,7 @@ def test_signals_are_passed_on(scripted, tmp_path, number, code, capsys):
 # --- the outcome
 
 
-def finished(workdir, *, step=5, **metrics: float | None):
+def finished(workdir, *, step: float = 5, **metrics: float | None):
     """A workdir as a finished run leaves it, for the table."""
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(config_lib.to_json(default.get_config()))
