@@ -110,7 +110,8 @@ class Checkpoints:
         lowest = keep_best.endswith("loss")  # a loss is best when lowest, an accuracy when highest
 
         def metric(metrics: dict[str, float]) -> float:
-            return metrics[keep_best]
+            """Of a checkpoint that was saved for another metric, before `keep_best` was changed: the worst."""
+            return metrics.get(keep_best, math.inf if lowest else -math.inf)
 
         if keep_best:
             keep.append(

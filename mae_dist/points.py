@@ -14,6 +14,8 @@ from mae_dist import config as config_lib
 from mae_dist.errors import ConfigError
 
 Over = dict[str, list[Any]]  # field -> the values it takes
+# What only a pretraining takes notice of; the trainings that follow inherit it.
+MASKING = ("model.masking", "model.mask_ratio", "model.mask_file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def make_points(
     seeds: Sequence[int],
     out: Path,
     make_first: Callable[[dict[str, Any], Path], Stage],
-    make_next: Sequence[Callable[[Stage], Stage]],
+    make_next: Sequence[Callable[[Stage, Path], Stage]],
 ) -> list[Point]:
     """The product of all values and seeds.
 
@@ -91,15 +93,20 @@ def make_points(
       seeds: the values of config.seed.
       out: the directory of their workdirs.
       make_first: (fields to change, workdir) -> the first training.
-      make_next: (first training) -> each that follows it.
+      make_next: (first training, the place beside which it goes if it needs none) -> each that follows it.
     """
-    names = _short_names(list(over))
+    short = _short_names(list(over))
+
+    def name_of(fields: Mapping[str, Any], seed: int) -> str:
+        return ",".join([*(f"{short[field]}={_readable(value)}" for field, value in fields.items()), f"seed={seed}"])
+
     points = []
     for *values, seed in itertools.product(*over.values(), seeds):
         fields = dict(zip(over, values, strict=True))
-        name = ",".join([*(f"{names[field]}={_readable(value)}" for field, value in fields.items()), f"seed={seed}"])
+        name = name_of(fields, seed)
+        unmasked = name_of({field: value for field, value in fields.items() if field not in MASKING}, seed)
         first = make_first({**fields, "seed": seed}, out / name)
-        stages = (first, *(make(first) for make in make_next))
+        stages = (first, *(make(first, out / unmasked) for make in make_next))
         points.append(Point(name, fields, seed, stages, _fault(stages)))
     if len({point.name for point in points}) < len(points):
         raise ConfigError("two points have the same name; sweep over values that differ in more than punctuation")
@@ -129,8 +136,10 @@ def next_stage(
     changes: Mapping[str, str],
     default: ConfigDict,
     default_file: str,
-) -> Callable[[Stage], Stage]:
+) -> Callable[[Stage, Path], Stage]:
     """A function that makes the training by a recipe of configs/recipes.py from another one.
+
+    One that begins from nothing is the same whatever the masking of the pretraining was, and has one workdir for all.
 
     Args:
       name: of the recipe.
@@ -140,15 +149,17 @@ def next_stage(
       default_file: configs/default.py.
     """
 
-    def make(first: Stage) -> Stage:
+    def make(first: Stage, unmasked: Path) -> Stage:
         config = recipe(first.config.copy_and_resolve_references())
         if config.init_from:
-            config.init_from = str(first.workdir)
+            config.init_from, beside = str(first.workdir), first.workdir
+        else:
+            config, beside = _changed(config, {field: config_lib.get(default, field) for field in MASKING}), unmasked
         config = _changed(config, {field: parse_value(config, field, text) for field, text in changes.items()})
         known = dict(config_lib.flatten(default))
         fields = [field for field, value in config_lib.flatten(config) if value != known[field]]
         arguments = (_argument(field, config_lib.get(config, field)) for field in fields)
-        workdir = first.workdir.with_name(f"{first.workdir.name},{name}")
+        workdir = beside.with_name(f"{beside.name},{name}")
         return Stage(name, workdir, config, (f"--config={default_file}", *arguments))
 
     return make

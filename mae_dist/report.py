@@ -54,7 +54,7 @@ def report(argv: Sequence[str]) -> int:
     runs, unreadable = collect(find_workdirs(argv[1:]), default)
     if not runs:
         raise errors.StorageFault("no run can be read:\n  - " + "\n  - ".join(unreadable))
-    page = _Page(group(runs, default), absolute(_FIGURES.value) if _FIGURES.value else None)
+    page = _Page(group(runs), absolute(_FIGURES.value) if _FIGURES.value else None)
     viewer = None if _QUICK.value else Viewer(default, _DATA_DIR.value, _MAX_IMAGES.value)
     sections = [*page.of_records(), *page.of_pictures(), *page.of_models(viewer), *page.of_files(viewer is not None)]
     title = f"Report on {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs"
@@ -107,7 +107,7 @@ class _Page:
             parts += self._curves(task, groups)
             against += self._against_masking(groups)
         if against:
-            note = "Points are means over seeds, bars sample standard deviations, small dots single runs."
+            note = "Points are means over seeds, bars sample standard deviations, small dots single seeds."
             parts.append(section("masking", "Accuracy against masking", tag("p", note, class_="soft"), plots(against)))
         bars = report_figures.time_bars(self.runs)
         if bars is not None:
@@ -118,11 +118,12 @@ class _Page:
 
     def _curves(self, task: str, groups: Sequence[Group]) -> list[tuple[str, str, Html]]:
         others = [name for name in scalar_names(run for one in groups for run in one.runs) if name not in _CURVES]
-        wanted: dict[str, tuple[str, dict[str, Any]]] = _CURVES | {
-            name: (report_tables.long_title_of(name), {"percent": report_tables.is_share(name)})
-            for name in others
-            if name.startswith("val_")
-        }
+        wanted = dict(_CURVES)
+        for name in others:
+            if name.startswith("val_"):
+                final = f"test_{name.removeprefix('val_')}"
+                title = report_tables.long_title_of(name) + (", ◆ test" if final in others else "")
+                wanted[name] = title, {"percent": report_tables.is_share(name), "final": final}
         drawn = [
             report_figures.curve(groups, self.styles, metric=name, title=title, **options)
             for name, (title, options) in (wanted | _RATES).items()
@@ -176,7 +177,7 @@ class _Page:
 
     def _model(self, one: Group, viewer: Viewer) -> Content:
         run = one.shown
-        several = f" (of the {len(one.runs)} runs {one.label}, the first seed)" if len(one.runs) > 1 else ""
+        several = f" (of the {len(one.runs)} runs {one.label}, seed {run.config.seed})" if len(one.runs) > 1 else ""
         head = tag("h3", run.label, several)
         print(f"{run.label}: predictions and features", flush=True)
         try:
@@ -184,16 +185,20 @@ class _Page:
         except errors.UserError as error:
             return [head, warning(f"No predictions and features of {run.label}: {error}")]
         name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in run.label)
-        drawn = []
+        drawn, faults = [], []
         if seen.predictions is not None:
             drawn += [report_pictures.predictions(seen, name), report_pictures.confusion(seen, name)]
-        encoder = next((other for other in self.groups if run.source in [run.workdir for run in other.runs]), None)
+        origin = run.origins[0].place if run.origins else None
+        encoder = next((other for other in self.groups if origin in [run.workdir for run in other.runs]), None)
         note = f"From checkpoint {seen.origin}, on {seen.split}."
         if run.config.task == "probe" and encoder is not None:
             note += f" The features are those of {encoder.label}: a probe leaves the encoder as it is."
-        elif len(seen.labels) > 3:
-            drawn.append(report_pictures.embedding(*embed(seen), seen.class_names, name))
-        return [head, tag("p", note, class_="soft"), plots([self.figure(plot) for plot in drawn])]
+        else:
+            try:
+                drawn.append(report_pictures.embedding(*embed(seen), seen.class_names, name))
+            except errors.DataFault as fault:
+                faults.append(warning(f"No picture of the features of {run.label}: {fault}"))
+        return [head, tag("p", note, class_="soft"), faults, plots([self.figure(plot) for plot in drawn])]
 
     def of_files(self, arrays: bool) -> list[tuple[str, str, Html]]:
         return [

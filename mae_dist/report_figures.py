@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mae_dist.report_groups import Group, common_label, mean_std
+from mae_dist.report_groups import Group, family_names, mean_std
 from mae_dist.report_plot import COLORS, DASHES, MARKERS, Line, Plot, duration, shorten
 from mae_dist.report_runs import Run
 
@@ -157,19 +157,18 @@ def time_bars(runs: Sequence[Run]) -> Plot | None:
 
 def against_masking(groups: Sequence[Group], metric: str, title: str) -> list[Plot]:
     """Accuracy against the masking ratio, and against the strategy, where groups differ in that and nothing else."""
-    families = list(dict.fromkeys(one.family for one in groups))
+    having = [(one, one.shown.masking) for one in groups if one.values(metric)]
+    names = family_names(one for one, masking in having if masking is not None)
     points: dict[tuple[str, str, float], list[float]] = {}  # by experiment, strategy and ratio
-    for one in groups:
-        masking = one.shown.masking
-        if masking is not None and one.values(metric):
-            alike = [other.label for other in groups if other.family == one.family]
-            name = f"{common_label(alike)}, " if len(families) > 1 else ""
-            points[name, masking.strategy, masking.ratio] = one.values(metric)
+    for one, masking in having:
+        if masking is not None:
+            name = f"{names[one.family]}, " if names[one.family] else ""
+            points[name, f"{masking.strategy} {masking.file}".strip(), masking.ratio] = one.values(metric)
     strategies = sorted({strategy for _, strategy, _ in points})
     by_ratio: dict[str, list[tuple[float, Sequence[float]]]] = {}
     by_strategy: dict[str, list[tuple[float, Sequence[float]]]] = {}
     for (name, strategy, ratio), values in sorted(points.items()):
-        if strategy != "user":  # of a user's mask its file decides the ratio
+        if strategy.partition(" ")[0] != "user":  # of a user's mask its file decides the ratio
             by_ratio.setdefault(f"{name}{strategy}", []).append((ratio, values))
         by_strategy.setdefault(f"{name}ratio {ratio:g}", []).append((strategies.index(strategy), values))
     told = "; ".join(
@@ -217,7 +216,7 @@ def _error_bars(
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=5.5,
                 capsize=3.5,
-                label=key,
+                label=shorten(key, 50),
             )
             for place, (_, found) in zip(x, values, strict=True):
                 axes.plot(
@@ -226,12 +225,13 @@ def _error_bars(
         axes.set(xlabel=label, ylabel="%")
         axes.margins(x=0.08, y=0.12)
         if ticks:
-            axes.set_xticks(range(len(ticks)), ticks)
+            axes.set_xticks(range(len(ticks)), [shorten(tick, 36 // len(ticks)) for tick in ticks])
             axes.set_xlim(-0.5, len(ticks) - 0.5)
         else:
             axes.set_xticks(sorted({place for values in series.values() for place, _ in values}))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        if len(series) > 1:
-            axes.legend(loc="best")
+        if len(series) > 1:  # below, where it covers nothing, in a column that the width has room for
+            figure.legend(loc="outside lower center", ncols=1)
 
-    return Plot(name, f"{title} against the {label}", task, f"{title} against the {label}: {told}", draw)
+    height = 2.6 + (0.2 * len(series) if len(series) > 1 else 0)
+    return Plot(name, f"{title} against the {label}", task, f"{title} against the {label}: {told}", draw, height=height)

@@ -6,54 +6,74 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint
 from mae_dist import config as config_lib
-from mae_dist.report_runs import Masking, Run
+from mae_dist import results
+from mae_dist.points import MASKING
+from mae_dist.report_runs import Masking, Origin, Run
 
 # Fields in which runs of one group may differ: what repeats an experiment, and where it was carried out.
 _NOT_THE_EXPERIMENT = ("seed", "name", "init_from", "data.data_dir", "data.cache_dir", "cpu")
-_MASKING = ("model.masking", "model.mask_ratio", "model.mask_file")
 
 
 @dataclasses.dataclass
 class Group:
-    """Runs of one experiment: equal but for their seeds. Groups of one `family` differ in their masking at most."""
+    """Runs of one experiment: equal but for their seeds. Groups of one `family` differ in their masking at most.
+
+    family: the fields that make the experiment, as JSON: [field, value] pairs of the runs' configs, then those of each
+      origin's, or where its weights came from.
+    """
 
     label: str
     family: str
     runs: list[Run]
 
     @property
+    def counted(self) -> list[Run]:
+        """The runs that figures are of: those that are finished; as long as none is, all."""
+        return [run for run in self.runs if run.finished] or self.runs
+
+    @property
     def shown(self) -> Run:
         """The one whose pictures and predictions stand for all."""
-        return self.runs[0]
+        return self.counted[0]
 
     @property
     def task(self) -> str:
         return self.shown.config.task
 
     def values(self, name: str) -> list[float]:
-        return [value for value in (run.last(name) for run in self.runs) if value is not None]
+        """The last values of a metric, one of each seed that has it."""
+        return self.over_seeds(lambda run: run.last(name))
+
+    def over_seeds(self, value: Callable[[Run], float | None]) -> list[float]:
+        """A figure of the runs that count, one of each seed: of several runs with one seed, which differ in nothing
+        that chance decides, their mean.
+        """
+        found: dict[tuple[int, ...], list[float]] = {}
+        for run in self.counted:
+            if (value_of := value(run)) is not None:
+                found.setdefault(run.seeds, []).append(value_of)
+        return [statistics.fmean(same) for same in found.values()]
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean and, of several, the sample standard deviation (n - 1)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    found = results.spread(values)
+    return found.mean, found.std if found.count > 1 else None
 
 
-def group(runs: Sequence[Run], default: ConfigDict) -> list[Group]:
+def group(runs: Sequence[Run]) -> list[Group]:
     """The runs in groups that differ in nothing but seeds and places, in the order of the first of each."""
     kinds: dict[tuple[str, Masking | None], list[Run]] = {}
     for run in runs:
-        configs = [run.config, *([checkpoint.read_config(run.source, default)] if run.source else [])]
-        family = json.dumps([list(_experiment(config)) for config in configs])
+        family = json.dumps([_experiment(run.config), *map(_weights, run.origins)])
         kinds.setdefault((family, run.masking), []).append(run)
-    groups = [Group("", family, sorted(same, key=lambda run: run.config.seed)) for (family, _), same in kinds.items()]
+    groups = [Group("", family, sorted(same, key=lambda run: run.seeds)) for (family, _), same in kinds.items()]
     for one in groups:
         one.label = common_label([run.label for run in one.runs])
     repeated = collections.Counter(one.label for one in groups)
@@ -63,11 +83,48 @@ def group(runs: Sequence[Run], default: ConfigDict) -> list[Group]:
     return groups
 
 
-def _experiment(config: ConfigDict) -> Iterator[tuple[str, Any]]:
+def _experiment(config: ConfigDict) -> list[tuple[str, Any]]:
     """The fields that make an experiment, without masking: a classifier's are only inherited from a recipe."""
-    for field, value in config_lib.flatten(config):
-        if not any(field == name or field.startswith(f"{name}.") for name in (*_NOT_THE_EXPERIMENT, *_MASKING)):
-            yield field, value
+    left_out = (*_NOT_THE_EXPERIMENT, *MASKING)
+    return [
+        (field, value)
+        for field, value in config_lib.flatten(config)
+        if not any(field == name or field.startswith(f"{name}.") for name in left_out)
+    ]
+
+
+def _weights(origin: Origin) -> list[tuple[str, Any]]:
+    """What tells weights apart: the experiment that trained them, or else where they are."""
+    return _experiment(origin.config) if origin.config else [("weights", str(origin.place or origin.init_from))]
+
+
+def family_names(groups: Iterable[Group]) -> dict[str, str]:
+    """What tells the families of these groups apart: the fields that differ; '' if it is one family."""
+    families = {
+        one.family: {(i, field): value for i, part in enumerate(json.loads(one.family)) for field, value in part}
+        for one in groups
+    }
+    if len(families) <= 1:
+        return dict.fromkeys(families, "")
+    known = sorted(set.intersection(*map(set, families.values())))
+    differ = [
+        (i, field)
+        for i, field in known
+        if len({repr(fields[i, field]) for fields in families.values()}) > 1
+        # What an origin has as the run itself has was handed on, and is named once.
+        and (i == 0 or any(fields[i, field] != fields.get((0, field)) for fields in families.values()))
+    ]
+    names = {
+        family: ", ".join(
+            f"{'pretrained ' if i else ''}{field.rpartition('.')[2]} {fields[i, field]}" for i, field in differ
+        )
+        for family, fields in families.items()
+    }
+    repeated = collections.Counter(names.values())
+    return {
+        family: name if name and repeated[name] == 1 else f"{name} #{number}".strip()
+        for number, (family, name) in enumerate(names.items(), start=1)
+    }
 
 
 def common_label(labels: Sequence[str]) -> str:

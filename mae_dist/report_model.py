@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import encoder, evaluate, job, pretrained, sharding, steps, tasks
 from mae_dist.data import Dataset
+from mae_dist.errors import DataFault
 from mae_dist.layers import unconstrained
 from mae_dist.report_runs import Run
 
@@ -134,7 +135,11 @@ def _make_forward(config: ConfigDict, num_classes: int) -> Any:
 
 
 def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(points (n, 2), labels (n,)): t-SNE on at most 50 principal components, of at most 2,000 images, seeded."""
+    """(points (n, 2), labels (n,)): t-SNE on at most 50 principal components, of at most 2,000 images, seeded.
+
+    Raises:
+      DataFault: features that have no distances to be kept, with which scikit-learn's t-SNE fails or crashes.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
@@ -142,6 +147,12 @@ def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(len(seen.labels))[:_NUM_EMBEDDED])
     features = seen.features[chosen]
+    if len(features) <= 3:
+        raise DataFault(f"there are {len(features)} images only; give it a split of more than 3")
+    if not np.isfinite(features).all():
+        raise DataFault("some are not finite; the run has diverged, continue it from an earlier checkpoint")
+    if (features == features[0]).all():
+        raise DataFault("those of all images are equal; the encoder has collapsed, or has not learned anything yet")
     components = min(50, *features.shape)
     reduced = PCA(components, random_state=seed).fit_transform(features)
     perplexity = min(30.0, (len(reduced) - 1) / 3)

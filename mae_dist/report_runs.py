@@ -1,6 +1,7 @@
 """What runs left in their workdirs, as a report needs it: nothing here needs a model or data."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import checkpoint, goodput, integrity, metrics
+from mae_dist import config as config_lib
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
 from mae_dist.storage import absolute, naming_faults, read_text
@@ -20,10 +22,26 @@ from mae_dist.storage import absolute, naming_faults, read_text
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """How images were masked in the pretraining that a run is, or begins from."""
+    """How images were masked in the pretraining that a run is, or begins from; of the strategy `user` by `file`."""
 
     strategy: str
     ratio: float
+    file: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Weights that a run began from.
+
+    place: where they are, None if that is not to be found; init_from: where the run's config says they are.
+    stored: config.json as it is, of a run or in another layout.
+    config: of the run that trained them, None of weights that came from elsewhere.
+    """
+
+    place: epath.Path | None
+    init_from: str
+    stored: dict[str, Any]
+    config: ConfigDict | None
 
 
 @dataclasses.dataclass
@@ -35,7 +53,7 @@ class Run:
     summary: summary.json, {} until the run has ended.
     ledger: `goodput.summarize`; span: `goodput.span`.
     masking: None for a training that begins from nothing, or from weights that do not say.
-    source: the workdir of the pretraining it begins from, where that is still to be found.
+    origins: what it began from, nearest first, as far back as can be followed.
     faults: what could not be read, each in a sentence.
     """
 
@@ -47,8 +65,13 @@ class Run:
     ledger: dict[str, Any] = dataclasses.field(default_factory=dict)
     span: tuple[float, float] | None = None
     masking: Masking | None = None
-    source: epath.Path | None = None
+    origins: list[Origin] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Its own and those of the runs that it began from: with equal ones it is no independent trial."""
+        return tuple(config.seed for config in (self.config, *(origin.config for origin in self.origins)) if config)
 
     @property
     def step(self) -> int:
@@ -156,7 +179,7 @@ def _read(workdir: epath.Path, default: ConfigDict) -> Run:
     run.ledger = tried(goodput.summarize, {})
     run.span = tried(goodput.span, None)
     run.summary = tried(_read_summary, {})
-    run.source = _find_source(run.config.init_from, workdir) if run.config.task != "pretrain" else None
+    run.origins = _find_origins(run.config.init_from, workdir, default)
     run.masking = _masking(run)
     return run
 
@@ -175,47 +198,62 @@ def _read_summary(workdir: epath.Path) -> dict[str, Any]:
         raise StorageFault(f"{path} is damaged: {error}; the run's own command writes it again") from error
 
 
-def _stored(workdir: epath.Path) -> dict[str, Any]:
-    """config.json as it is, of a run or in another layout; {} where there is none to be read."""
-    try:
-        return dict(json.loads(read_text(workdir / "config.json") or "{}"))
-    except (OSError, ValueError, TypeError):
-        return {}
+def _find_origins(init_from: str, workdir: epath.Path, default: ConfigDict) -> list[Origin]:
+    """The weights behind `init_from`, and what those were trained from, in turn."""
+    origins: list[Origin] = []
+    while init_from and len(origins) < 10:  # a ring is nobody's intention, but would never end
+        origin = _find_origin(init_from, workdir, default)
+        origins.append(origin)
+        if origin.place is None or origin.config is None:
+            break
+        init_from, workdir = origin.config.init_from, origin.place
+    return origins
 
 
-def _find_source(init_from: str, workdir: epath.Path) -> epath.Path | None:
-    """The pretraining behind `init_from`: there, or beside the run if both were moved; through other trainings."""
-    for _ in range(10):  # a ring is nobody's intention, but would never end
-        if not init_from:
-            return None
+def _find_origin(init_from: str, workdir: epath.Path, default: ConfigDict) -> Origin:
+    """The weights at `init_from`, or beside the run if both were moved."""
+    places = [workdir.parent / os.path.basename(init_from.rstrip("/"))]
+    with contextlib.suppress(UserError):  # a bucket out of reach
+        places.insert(0, absolute(init_from))
+    for place in places:
         try:
-            places = [absolute(init_from), workdir.parent / os.path.basename(init_from.rstrip("/"))]
-        except UserError:  # a bucket out of reach
-            places = [workdir.parent / os.path.basename(init_from.rstrip("/"))]
-        stored, place = next(((stored, place) for place in places if (stored := _stored(place))), ({}, None))
-        if place is None or stored.get("task", "pretrain") == "pretrain":
-            return place
-        init_from, workdir = stored.get("init_from", ""), place
-    return None
+            text = read_text(place / "config.json")
+            stored = dict(json.loads(text or "{}"))
+        except (OSError, ValueError, TypeError):
+            continue
+        if not stored:
+            continue
+        try:
+            # No run's first checkpoint is of step 0: that is where converted weights are.
+            trained_here = "model_type" not in stored and not (place / "checkpoints" / "0").exists()
+            config = config_lib.from_json(text, default) if trained_here else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a config.json of whatever kind
+            config = None
+        return Origin(place, init_from, stored, config)
+    return Origin(None, init_from, {}, None)
 
 
 def _masking(run: Run) -> Masking | None:
     if run.config.task == "pretrain":
-        return Masking(run.config.model.masking, run.config.model.mask_ratio)
-    if not run.config.init_from:
+        return _masking_of(run.config.model)
+    origin = next((one for one in run.origins if one.config is None or one.config.task == "pretrain"), None)
+    if origin is None:
         return None
-    if run.source is None:  # a probe's own config has the ratio of the recipe that it comes from
+    if origin.place is None:  # a probe's own config has the ratio of the recipe that it comes from
         run.faults.append(
-            f"init_from={run.config.init_from!r} has no config.json to be found: masking strategy and ratio are those "
+            f"init_from={origin.init_from!r} has no config.json to be found: masking strategy and ratio are those "
             "of the run's own config"
         )
-        return Masking(run.config.model.masking, run.config.model.mask_ratio)
-    stored = _stored(run.source)
-    try:
-        model = stored.get("model", stored)  # in Hugging Face's layout the fields are not in sections
-        return Masking(str(model.get("masking", "random")), float(model["mask_ratio"]))
+        return _masking_of(run.config.model)
+    try:  # in Hugging Face's layout the fields are not in sections
+        return _masking_of(origin.config.model if origin.config else origin.stored.get("model", origin.stored))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
+
+
+def _masking_of(model: Any) -> Masking:
+    strategy = str(model.get("masking", "random"))
+    return Masking(strategy, float(model["mask_ratio"]), str(model["mask_file"]) if strategy == "user" else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
@@ -13,13 +14,12 @@ from mae_dist.report_runs import Run, checkpoints
 
 Value = Callable[[Run], float | None]
 Column = tuple[str, Value, Callable[[float, float | None], str]]  # head, value of a run, (mean, std) as text
-# What is written as a share of 1 and read in percent.
-_IS_SHARE = ("top1", "top5", "acc", "accuracy")
 _NONE = "–"
 
 
 def is_share(metric: str) -> bool:
-    return metric.endswith(_IS_SHARE)
+    """Whether it is written as a share of 1 and read in percent: an accuracy, also the lowest or median of classes."""
+    return re.search(r"(top[15]|acc|accuracy)(_min|_median)?$", metric) is not None
 
 
 def title_of(metric: str) -> str:
@@ -58,8 +58,8 @@ def results(groups: Sequence[Group]) -> list[Html]:
     """Where each run is and what it came to, a table for each task."""
     known = ("loss", "val_loss", "test_loss", "top1", "val_top1", "test_top1")
     note = (
-        "Last recorded values; those of training are of one batch. Means ± sample standard deviation over runs that "
-        "differ in their seeds alone."
+        "Last recorded values; those of training are of one batch. Means ± sample standard deviation over seeds: of "
+        "finished runs alone as soon as there is one, and runs of one seed count as their mean."
     )
     tables = []
     for task in dict.fromkeys(one.task for one in groups):
@@ -97,7 +97,7 @@ def cost(groups: Sequence[Group]) -> Html:
     ]
     note = (
         "Time of work: without that between a run's end and its next start. Productive: the share of all time, that "
-        "between included, which went into updates that counted."
+        "between included, which went into updates that counted. Means are over seeds, as those of the results."
     )
     return _grouped("Cost", note, groups, ["begun (UTC)"], lambda run: [began(run)], columns)
 
@@ -114,23 +114,31 @@ def _grouped(
     first: Callable[[Run], list[Content]],
     columns: Sequence[Column],
 ) -> Html:
-    """A row for each run, and above those of a group one of means; columns nobody has a value for are left out."""
+    """A row for each run, and above those of a group one of means over seeds; columns without a value are left out."""
     columns = [column for column in columns if any(column[1](run) is not None for one in groups for run in one.runs)]
 
-    def cells(runs: Sequence[Run]) -> list[Content]:
-        shown = []
-        for _, value, text in columns:
-            found = [value_of for run in runs if (value_of := value(run)) is not None]
-            shown.append(text(*mean_std(found)) if found else _NONE)
-        return shown
+    def mean(one: Group, column: Column, seeds: int) -> str:
+        _, value, text = column
+        found = one.over_seeds(value)
+        few = f" (n = {len(found)})" if len(found) < seeds else ""
+        return text(*mean_std(found)) + few if found else _NONE
+
+    def alone(run: Run, column: Column) -> str:
+        _, value, text = column
+        return _NONE if (value_of := value(run)) is None else text(value_of, None)
 
     rows: list[Row] = []
     for one in groups:
         several = len(one.runs) > 1
         if several:
-            blank = [f"n = {len(one.runs)}", *[""] * (len(head) - 1)]
-            rows.append(("mean", [one.label, *blank, *cells(one.runs)]))
-        rows += [("member" if several else "", [run.label, *first(run), *cells([run])]) for run in one.runs]
+            counted, seeds = (len({run.seeds for run in runs}) for runs in (one.counted, one.runs))
+            n = f"n = {seeds}" if counted == seeds else f"n = {counted} of {seeds}"
+            blank = [n, *[""] * (len(head) - 1)]
+            rows.append(("mean", [one.label, *blank, *(mean(one, column, counted) for column in columns)]))
+        rows += [
+            ("member" if several else "", [run.label, *first(run), *(alone(run, column) for column in columns)])
+            for run in one.runs
+        ]
     return table(caption, ["run", *head, *(name for name, *_ in columns)], rows, note=note)
 
 

@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist.errors import StorageFault
 from mae_dist.metrics import SUMMARY_FILE
 from mae_dist.storage import naming_faults, read_text
 
@@ -39,17 +40,23 @@ def read_result(workdir: epath.Path, default: ConfigDict) -> Result | None:
     """The result in a workdir; None if its run is not there or not finished.
 
     Raises:
-      StorageFault: the workdir cannot be read.
+      StorageFault: the workdir cannot be read, or its files are damaged.
     """
     with naming_faults(workdir):
         texts = [read_text(workdir / name) for name in ("config.json", SUMMARY_FILE)]
     if not all(texts):
         return None
-    summary = json.loads(texts[1])
-    if summary["step"] != summary["total_steps"]:
-        return None
-    found = {name: summary[name] for name in METRICS if summary.get(name) is not None}
-    return Result(config_lib.from_json(texts[0], default), found)
+    try:
+        summary = json.loads(texts[1])
+        if summary["step"] != summary["total_steps"]:
+            return None
+        found = {name: summary[name] for name in METRICS if summary.get(name) is not None}
+        return Result(config_lib.from_json(texts[0], default), found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageFault(
+            f"config.json or {SUMMARY_FILE} in {workdir} is damaged: {error}; delete {SUMMARY_FILE}, and the run's own "
+            "command writes both again"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Trains all combinations of fields' values: `python -m mae_dist.sweep --config F --over config.a.b=x,y --seeds 3`.
 
 Each combination and seed is a run of `mae_dist.main` in a workdir of its own under --out, with `--then probe,finetune`
-followed by those of configs/recipes.py. The same line again skips what is finished and continues the rest; SIGTERM and
-Ctrl-C are passed on to the runs, which save. `--out D --table` shows what there is so far. --config.a.b=x is for all.
+followed by those of configs/recipes.py; `scratch`, which no masking changes, is trained once for all. The same line
+again skips what is finished and continues the rest; a failure takes along what begins from it and nothing else. SIGTERM
+and Ctrl-C are passed on to the runs, which save. `--out D --table` shows what there is so far. --config.a.b=x is for
+all.
 """
 
 import contextlib
@@ -15,10 +17,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mae_dist import config as config_lib
 from mae_dist import errors, main, points, results, sweep_table, workers
@@ -39,6 +42,9 @@ _RECIPES = ("probe", "finetune", "scratch")
 _AGAIN = (errors.EXIT_PREEMPTED, errors.EXIT_STALLED, errors.EXIT_PEER_LOST)  # the same command continues
 _RETRIES = 3  # of one training
 _LOG = "log.txt"
+# What a finished training may have been carried out with otherwise: no result depends on it.
+_OF_THE_RESULT = ("total_steps", "total_epochs", "init_from", "eval", "online")
+_HARMLESS = tuple(field for field in config_lib.FREE if field not in _OF_THE_RESULT)
 
 
 def sweep(argv: Sequence[str]) -> int:
@@ -47,29 +53,35 @@ def sweep(argv: Sequence[str]) -> int:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; fields to sweep over are --over=config.a.b=x,y")
     if _TABLE.value:
         return show_table(_local(main.required(_OUT)))
-    todo = _points()
-    out = _out()
+    base = _base()
+    out = _local(_OUT.value or f"runs/sweep_{base.name}")
+    todo = _points(base, out)
     workable = [point for point in todo if not point.fault]
-    print(f"{len(todo)} points in {out}, {len(todo) - len(workable)} of them cannot work", flush=True)
-    for point in todo:
-        if point.fault:
-            print(f"  {point.name} cannot work: {point.fault}", flush=True)
+    faults = {point.name: f"cannot work: {point.fault}" for point in todo if point.fault}
+    print(f"{len(todo)} points in {out}, {len(faults)} of them cannot work", flush=True)
+    for name, fault in faults.items():
+        print(f"  {name} {fault}", flush=True)
     if not workable:
         raise errors.ConfigError("no point of the sweep can work")
     if _DRY_RUN.value:
-        for stage in (stage for point in workable for stage in point.stages):
-            print(shlex.join(_command(stage)))
+        for stages in _trainings(workable).values():
+            for stage in stages:
+                print(shlex.join(_command(stage)))
         return errors.EXIT_DONE
     cores = workers.share_cores(_JOBS.value)
     with sole_user(out):
-        described = [{"name": p.name, "fields": p.fields, "seed": p.seed, "fault": p.fault} for p in todo]
-        sweep_table.describe(out, list(todo[0].fields), _THEN.value, described)
+        sweep_table.describe(out, list(todo[0].fields), _THEN.value, [_described(point) for point in todo])
         runner = Runner(workable, cores)
         code = runner.run()
         show_table(out)
-    for point, reason in runner.failures.items():
-        print(f"FAILED {point}: {reason}", flush=True)
-    return code
+    for name, reason in (faults | runner.failures).items():
+        print(f"FAILED {name}: {reason}", flush=True)
+    return errors.EXIT_CONFIG if faults and code == errors.EXIT_DONE else code
+
+
+def _described(point: Point) -> dict[str, Any]:
+    follow = {stage.name: stage.workdir.name for stage in point.stages[1:]}
+    return {"name": point.name, "fields": point.fields, "seed": point.seed, "fault": point.fault, "follow": follow}
 
 
 def _local(value: str) -> epath.Path:
@@ -78,18 +90,20 @@ def _local(value: str) -> epath.Path:
     return absolute(value)
 
 
-def _out() -> epath.Path:
-    return _local(_OUT.value or f"runs/sweep_{main.needed_config().name}")
+def _base() -> ConfigDict:
+    """What --config names; it need not be able to work as it is."""
+    base = main.given_config()
+    if base is None:
+        raise errors.ConfigError("--config is missing: for example --config configs/quickstart.py")
+    return base
 
 
-def _points() -> list[Point]:
+def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
     """What the flags ask for, each point checked."""
     import configs.default
     from configs import recipes
 
-    base, flag, default = main.given_config(), flags.FLAGS["config"], main.default_config()
-    if base is None:
-        raise errors.ConfigError("--config is missing: for example --config configs/quickstart.py")
+    flag, default = flags.FLAGS["config"], main.default_config()
     if unknown := [name for name in _THEN.value if name not in _RECIPES]:
         raise errors.ConfigError(f"--then={unknown[0]} is not one of {', '.join(_RECIPES)}")
     if _THEN.value and base.task != "pretrain":
@@ -105,7 +119,7 @@ def _points() -> list[Point]:
     return points.make_points(
         points.parse_over(_OVER.value, base),
         range(base.seed, base.seed + _SEEDS.value),
-        Path(_out()),
+        Path(out),
         points.first_stage(base, config_flags.get_config_filename(flag), config_flags.get_override_values(flag)),
         [points.next_stage(name, getattr(recipes, name), changes[name], default, file) for name in _THEN.value],
     )
@@ -115,10 +129,20 @@ def _command(stage: Stage) -> list[str]:
     return [sys.executable, "-m", "mae_dist.main", *stage.arguments, f"--workdir={stage.workdir}"]
 
 
+def _trainings(todo: Sequence[Point]) -> dict[str, list[Stage]]:
+    """By the name of a point what is trained there; what several share only at the first of them."""
+    taken: set[Path] = set()
+    found = {}
+    for point in todo:
+        found[point.name] = [stage for stage in point.stages if stage.workdir not in taken]
+        taken.update(stage.workdir for stage in point.stages)
+    return found
+
+
 def _is_finished(stage: Stage) -> bool:
-    """Whether the very training has come to its end; on how many cores does not matter."""
+    """Whether the training has come to its end, with all that its result depends on as it is now."""
     found = results.read_result(epath.Path(stage.workdir), main.default_config())
-    return found is not None and not config_lib.differences(found.config, stage.config, ignore=("cpu",))
+    return found is not None and not config_lib.differences(found.config, stage.config, ignore=_HARMLESS)
 
 
 def show_table(out: epath.Path) -> int:
@@ -127,7 +151,15 @@ def show_table(out: epath.Path) -> int:
     if description is None:
         raise errors.ConfigError(f"--out={out} is not the directory of a sweep: it has no sweep.json")
     default = main.default_config()
-    table = sweep_table.Table(description, lambda name: results.read_result(out / name, default))
+
+    def read(name: str) -> results.Result | None:
+        try:
+            return results.read_result(out / name, default)
+        except errors.StorageFault as fault:
+            print(f"left out: {fault}", flush=True)
+            return None
+
+    table = sweep_table.Table(description, read)
     table.write(out)
     print(f"{table.text()}\n{out / 'table.csv'}, table.json, figures/", flush=True)
     return errors.EXIT_DONE
@@ -136,21 +168,17 @@ def show_table(out: epath.Path) -> int:
 class _Work:
     """What is left to do at a point, and the training under way there."""
 
-    def __init__(self, point: Point):
-        self.name = point.name
-        self.left = deque(stage for stage in point.stages if not _is_finished(stage))
-        first = point.stages[0]
-        if self.left and self.left[0] is first:
-            stale = [str(stage.workdir) for stage in point.stages[1:] if (stage.workdir / "config.json").exists()]
-            if stale:
-                raise errors.ConfigError(
-                    f"{first.workdir} is not finished, and what follows it began from something else; delete "
-                    f"{' and '.join(stale)} first"
-                )
+    def __init__(self, name: str, stages: Sequence[Stage]):
+        self.name = name
+        self.left = deque(stages)
         self.cores: Sequence[int] = ()
         self.retries = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.began = 0.0
+
+    def give_up(self, stage: Stage) -> None:
+        """With it goes what begins from it."""
+        self.left = deque(other for other in self.left if other is not stage and not _follows(other, stage))
 
     def start(self) -> None:
         stage = self.left[0]
@@ -159,15 +187,19 @@ class _Work:
         self.process = workers.start(_command(stage), stage.workdir / _LOG, self.cores)
 
 
+def _follows(stage: Stage, other: Stage) -> bool:
+    return stage.config.init_from == str(other.workdir)
+
+
 class Runner:
     """Runs points, as many at once as there are shares of the cores.
 
     Attributes:
-      failures: name of a point -> what became of it.
+      failures: name of a training's workdir -> what became of it. It takes along what begins from it, and nothing else.
     """
 
     def __init__(self, todo: Sequence[Point], cores: Sequence[Sequence[int]]):
-        self._waiting, self._count = deque(_Work(point) for point in todo), len(todo)
+        self._count = len(todo)
         self._free = list(cores)
         self._jobs = len(cores)
         self._running: list[_Work] = []
@@ -176,6 +208,25 @@ class Runner:
         self._secs: dict[str, list[float]] = {}  # of the trainings that ended here, by the name of their stage
         self._ended = 0
         self.failures: dict[str, str] = {}
+        self._waiting = deque(_Work(name, stages) for name, stages in _trainings(todo).items())
+        for work in self._waiting:
+            for stage in list(work.left):
+                if stage in work.left:  # what it begins from may have been given up meanwhile
+                    self._look(work, stage)
+
+    def _look(self, work: _Work, stage: Stage) -> None:
+        """Takes a training from what is left if it is finished, or cannot be done."""
+        try:
+            follow = [str(other.workdir) for other in work.left if _follows(other, stage)]
+            if _is_finished(stage):
+                work.left.remove(stage)
+            elif stale := [workdir for workdir in follow if Path(workdir, "config.json").exists()]:
+                raise errors.ConfigError(
+                    f"{stage.workdir} is not finished, and what follows it began from something else; delete "
+                    f"{' and '.join(stale)} first"
+                )
+        except (OSError, errors.UserError) as error:
+            self._give_up(work, stage, str(error))
 
     def run(self) -> int:
         """Until all is done or a signal ends it; returns the exit code."""
@@ -223,14 +274,22 @@ class Runner:
     def _begin(self, work: _Work) -> None:
         work.cores = self._free.pop(0)
         self._running.append(work)
-        if work.left:
-            self._start(work)
-        else:
-            self._end(work, "finished before")
+        self._go_on(work)
 
-    def _start(self, work: _Work) -> None:
-        self._tell(f"{work.name}: {work.left[0].name} began")
-        work.start()
+    def _go_on(self, work: _Work) -> None:
+        """Starts what is left at a point; after the last, or a signal, gives its share of the cores back."""
+        while work.left and not self._stopped_by:
+            stage = work.left[0]
+            self._tell(f"{work.name}: {stage.name} began")
+            try:
+                work.start()
+                return
+            except OSError as error:
+                self._give_up(work, stage, f"{stage.name} cannot be started: {error}")
+        self._release(work)
+        if not work.left:
+            self._ended += 1
+            self._tell(f"{work.name}: nothing left to do")
 
     def _after(self, work: _Work, code: int) -> None:
         """What follows the end of a training."""
@@ -240,29 +299,23 @@ class Runner:
             self._secs.setdefault(stage.name, []).append(secs)
             work.left.popleft()
             self._tell(f"{name}: {stage.name} took {_duration(secs)}: {self._figures(stage)}{self._eta()}")
-            work.retries = 0
-            if not work.left:
-                self._end(work, "finished")
-            elif self._stopped_by:
-                self._release(work)
-            else:
-                self._start(work)
         elif self._stopped_by:
             self._tell(f"{name}: {stage.name} ended with code {code}")
-            self._release(work)
         elif code in _AGAIN and work.retries < _RETRIES:
             work.retries += 1
-            self._tell(f"{name}: {stage.name} ended with code {code}; continued ({work.retries} of {_RETRIES})")
-            work.start()
+            self._tell(f"{name}: {stage.name} ended with code {code}; once more ({work.retries} of {_RETRIES})")
+            self._go_on(work)
+            return
         else:
-            end = "\n    ".join(workers.last_lines(stage.workdir / _LOG, 5))
-            self.failures[name] = f"{stage.name}, code {code}; the end of {stage.workdir / _LOG}:\n    {end}"
-            self._end(work, f"{stage.name} FAILED with code {code}, see {stage.workdir / _LOG}")
+            log = stage.workdir / _LOG
+            self._give_up(work, stage, f"{stage.name}, code {code}; the end of {log}:\n    {_end_of(log)}")
+        work.retries = 0
+        self._go_on(work)
 
-    def _end(self, work: _Work, what: str) -> None:
-        self._ended += 1
-        self._release(work)
-        self._tell(f"{work.name}: {what}")
+    def _give_up(self, work: _Work, stage: Stage, reason: str) -> None:
+        self.failures[stage.workdir.name] = reason
+        work.give_up(stage)
+        self._tell(f"{stage.workdir.name} FAILED: {reason.splitlines()[0]}")
 
     def _release(self, work: _Work) -> None:
         self._running.remove(work)
@@ -273,7 +326,10 @@ class Runner:
 
     @staticmethod
     def _figures(stage: Stage) -> str:
-        found = results.read_result(epath.Path(stage.workdir), main.default_config())
+        try:
+            found = results.read_result(epath.Path(stage.workdir), main.default_config())
+        except errors.StorageFault as fault:
+            return str(fault)
         return ", ".join(f"{name} {value:.4f}" for name, value in (found.metrics if found else {}).items())
 
     def _eta(self) -> str:
@@ -282,6 +338,13 @@ class Runner:
         ahead = [stage for work in (*self._waiting, *self._running) for stage in work.left]
         secs = sum(statistics.fmean(self._secs.get(stage.name, all_secs)) for stage in ahead)
         return f"; about {_duration(secs / self._jobs)} to go" if ahead else ""
+
+
+def _end_of(log: Path) -> str:
+    try:
+        return "\n    ".join(workers.last_lines(log, 5))
+    except OSError as error:
+        return f"it cannot be read: {error}"
 
 
 def _duration(secs: float) -> str:

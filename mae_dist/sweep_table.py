@@ -54,11 +54,12 @@ class Table:
                 json.dumps(point["fields"]),
                 {"fields": point["fields"], "seeds": 0, "of": 0, "fault": point["fault"], "values": {}},
             )
-            found = dict(result.metrics) if (result := read(point["name"])) else {}
+            result = read(point["name"])
+            found = dict(result.metrics) if result else {}
             row["of"] += 1
-            row["seeds"] += bool(found)
+            row["seeds"] += result is not None
             for then in description["then"]:
-                if result := read(f"{point['name']},{then}"):
+                if result := read(point["follow"][then]):
                     found |= {f"{then}_{name}": result.metrics[name] for name in _CLASSIFIED if name in result.metrics}
             for name, value in found.items():
                 row["values"].setdefault(name, []).append(value)
@@ -109,16 +110,18 @@ class Table:
             write_text_atomically(out / "table.json", json.dumps(described, indent=2) + "\n")
             for field in self.fields if self.metrics else []:
                 (out / "figures").mkdir(exist_ok=True)
-                write_bytes_atomically(out / "figures" / f"{field}.png", self._figure(field))
+                picture = io.BytesIO()
+                self.figure(field).savefig(picture, format="png")
+                write_bytes_atomically(out / "figures" / f"{field}.png", picture.getvalue())
 
-    def _figure(self, field: str) -> bytes:
-        """A panel for each metric against `field`, a line for each combination of the others: PNG."""
+    def figure(self, field: str) -> Any:
+        """A matplotlib Figure: a panel for each metric against `field`, a line for each combination of the others."""
         from matplotlib.figure import Figure
 
         columns = min(3, len(self.metrics))
         rows = -(-len(self.metrics) // columns)
         figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4), dpi=100, layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).flat
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         labels = list(dict.fromkeys(_shown(row["fields"][field]) for row in self.rows))  # where it is no number
         values = [row["fields"][field] for row in self.rows]
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
@@ -137,14 +140,12 @@ class Table:
             panel.set(title=metric, xlabel=field)
             if not numeric:
                 panel.set_xticks(range(len(labels)), labels)
-        for panel in panels:
+        for panel in panels[len(self.metrics) :]:
             panel.set_axis_off()
         if len(others) > 1:
             handles, names = figure.axes[0].get_legend_handles_labels()
             figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        return buffer.getvalue()
+        return figure
 
     def _others(self, row: Mapping[str, Any], field: str) -> str:
         pairs = ((name.rpartition(".")[2], value) for name, value in row["fields"].items() if name != field)

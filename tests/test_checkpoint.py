@@ -94,15 +94,16 @@ def test_saved_values_are_those_of_the_step(workdir):
             np.testing.assert_array_equal(np.asarray(a), b)
 
 
-def test_retention(workdir):
-    """The latest two, every third, and the best by a loss."""
+@pytest.mark.parametrize(("metric", "best"), [("val_loss", 2), ("val_knn_top1", 1)])
+def test_retention(workdir, metric, best):
+    """The latest two, every third, and the best: by a loss the lowest, by an accuracy the highest."""
     built = build()
     state = new_state(built)
-    losses = {1: 5.0, 2: 1.0, 3: 3.0, 4: 2.0, 5: 4.0, 6: 4.0, 7: 4.0, 8: 4.0}
-    with open_checkpoints(workdir, keep_every_steps=3, keep_best="val_loss") as checkpoints:
-        for step, loss in losses.items():
-            save(checkpoints, built, state, step, {"val_loss": loss})
-    assert steps(workdir) == [2, 3, 6, 7, 8]
+    values = {1: 5.0, 2: 1.0, 3: 3.0, 4: 2.0, 5: 4.0, 6: 4.0, 7: 4.0, 8: 4.0}
+    with open_checkpoints(workdir, keep_every_steps=3, keep_best=metric) as checkpoints:
+        for step, value in values.items():
+            save(checkpoints, built, state, step, {metric: value})
+    assert steps(workdir) == [best, 3, 6, 7, 8]
 
 
 def test_steps_between_are_not_saved(workdir):
@@ -125,6 +126,19 @@ def test_the_best_stays_after_a_restart(workdir):
             for step, loss in values.items():
                 save(checkpoints, built, state, step, {"val_loss": loss})
     assert steps(workdir) == [2, 5]
+
+
+@pytest.mark.parametrize("metrics", [("val_loss", "val_knn_top1"), ("val_knn_top1", "val_loss")])
+def test_another_metric_from_now_on(workdir, metrics):
+    """What was saved for the metric before has no value of the new one, and gives way to the first that has."""
+    built = build()
+    state = new_state(built)
+    best = {"val_loss": 0.1, "val_knn_top1": 0.9}
+    for metric, first in zip(metrics, (1, 4), strict=True):
+        with open_checkpoints(workdir, keep_best=metric, every_steps=0, keep_latest=1) as checkpoints:
+            for step, value in enumerate((0.5, best[metric], 0.5), start=first):
+                save(checkpoints, built, state, step, {metric: value})
+        assert steps(workdir) == [first + 1, first + 2]
 
 
 def test_by_minutes_alone(workdir):

@@ -9,15 +9,27 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from matplotlib.figure import Figure
 from PIL import Image
 
-from configs import default
-from mae_dist import report, report_figures, report_groups, report_pictures, report_runs, report_tables
-from mae_dist.errors import ConfigError, StorageFault
+from configs import default, recipes
+from mae_dist import config as config_lib
+from mae_dist import (
+    points,
+    report,
+    report_figures,
+    report_groups,
+    report_model,
+    report_pictures,
+    report_plot,
+    report_runs,
+    report_tables,
+)
+from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.report_groups import group
 from mae_dist.report_runs import Masking, collect, find_workdirs
 from tests.runs import run
@@ -79,7 +91,34 @@ def read(*workdirs):
     """The runs in these workdirs, in groups."""
     runs, unreadable = collect(find_workdirs(map(str, workdirs)), default.get_config())
     assert not unreadable
-    return group(runs, default.get_config())
+    return group(runs)
+
+
+def fake(workdir, *, config=None, done=True, **values):
+    """A workdir as a run of 5 updates leaves it, or at its third update; what a report reads without models."""
+    config = config or default.get_config()
+    fields = {name: values.pop(name) for name in list(values) if name.split("__")[0] in config}
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({field.replace("__", "."): value for field, value in fields.items()})
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    (workdir / "metrics.jsonl").write_text(json.dumps({"step": 5 if done else 3, **values}) + "\n")
+    if done:
+        (workdir / "summary.json").write_text(json.dumps({"step": 5, "total_steps": 5}))
+    return workdir
+
+
+def fake_sweep(out, over, then, accuracy):
+    """The workdirs of a sweep over two seeds; `accuracy` of (stage, its config) is the test top-1 of what follows."""
+    base, file = default.get_config(), default.__file__
+    follow = [points.next_stage(name, getattr(recipes, name), {}, base, file) for name in then]
+    first = points.first_stage(base, file, {})
+    for point in points.make_points(points.parse_over(over, base), range(2), out, first, follow):
+        assert not point.fault
+        for stage in point.stages:
+            if not stage.workdir.exists():
+                values = {"test_top1": accuracy(stage.name, stage.config)} if stage.name != "pretrain" else {}
+                fake(stage.workdir, config=stage.config, val_loss=1.0, **values)
 
 
 class Page(html.parser.HTMLParser):
@@ -199,11 +238,133 @@ def test_other_fields_make_other_groups(trained, tmp_path):
     assert not report_figures.against_masking([both, wide], "test_top1", "Test")
 
 
+def test_a_sweep_against_its_masking(tmp_path):
+    """Points of all that was swept, none of which covers another; a baseline without masking is one experiment."""
+    over = ["model.mask_ratio=.5,.75", "classify.hidden_dim=64,128"]
+
+    def accuracy(name, config):
+        return (config.seed + (config.classify.hidden_dim == 128) + config.model.mask_ratio - 0.5) / 4
+
+    fake_sweep(tmp_path, over, ["probe", "scratch"], accuracy)
+    groups = read(tmp_path)
+    probes = [one for one in groups if one.task == "probe"]
+    assert [len(one.runs) for one in probes] == [2] * 4
+    (plot,) = report_figures.against_masking(probes, "test_top1", "Test")
+    found = plot.alt.removeprefix("Test against the masking ratio: ").split("; ")
+    assert found == [
+        "hidden_dim 128, random 0.5: 37.50 ± 17.68 % (n = 2)",
+        "hidden_dim 128, random 0.75: 43.75 ± 17.68 % (n = 2)",
+        "hidden_dim 64, random 0.5: 12.50 ± 17.68 % (n = 2)",
+        "hidden_dim 64, random 0.75: 18.75 ± 17.68 % (n = 2)",
+    ]
+    scratch = [one for one in groups if one.task == "finetune"]
+    assert [len(one.values("test_top1")) for one in scratch] == [2, 2]
+    assert not report_figures.against_masking(scratch, "test_top1", "Test")
+
+
+def test_the_legend_covers_nothing(tmp_path):
+    """It is below the axes, which keep their height however many experiments there are."""
+    fake_sweep(tmp_path, ["model.mask_ratio=.5,.75", "classify.hidden_dim=1,2,3,4,5,6"], ["probe"], lambda *_: 0.5)
+    probes = [one for one in read(tmp_path) if one.task == "probe"]
+    (plot,) = report_figures.against_masking(probes, "test_top1", "Test")
+    with report_plot._style(plot, "#000000"):
+        figure = report_plot._drawn(plot)
+        figure.draw_without_rendering()
+        (legend,), (axes,) = figure.legends, figure.axes
+        assert len(legend.get_texts()) == 6
+        box, of_axes = legend.get_window_extent(), axes.get_window_extent()
+        around = axes.get_tightbbox()
+        assert around is not None
+        assert box.y1 <= around.y0
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert of_axes.height / figure.dpi > 1.6
+
+
+def test_unfinished_runs_do_not_count(tmp_path):
+    """As long as others of the group have finished; runs of one seed count as their mean."""
+    for name, seed, done, value in (
+        ("a", 0, True, 0.2),
+        ("b", 1, True, 0.4),
+        ("again", 1, True, 0.6),
+        ("c", 2, False, 0.9),
+    ):
+        fake(tmp_path / name, name=name, seed=seed, done=done, val_loss=value, test_top1=value)
+    (one,) = read(tmp_path)
+    assert one.values("test_top1") == pytest.approx([0.2, 0.5])
+    text = make(tmp_path / "r.html", tmp_path, quick=True)
+    check(text)
+    assert "n = 2 of 3" in text
+    assert "35.00 ± 21.21 %" in text
+    (one,) = read(fake(tmp_path / "x" / "d", done=False, test_top1=0.1), fake(tmp_path / "x" / "e", done=False, seed=1))
+    assert one.values("test_top1") == [0.1]
+
+
+def test_other_weights_make_other_groups(tmp_path):
+    """Whether they are a run's, converted, in another layout, or gone; and other masks do."""
+    for name in ("hf_a", "hf_b"):
+        (tmp_path / name).mkdir()
+        stored = {"model_type": "vit_mae", "mask_ratio": 0.6, "id2label": {"0": "LABEL_0"}}
+        (tmp_path / name / "config.json").write_text(json.dumps(stored))
+    for name in ("converted_a", "converted_b"):
+        (fake(tmp_path / name, name=name) / "checkpoints" / "0").mkdir(parents=True)
+    fake(tmp_path / "long", seed=0, total_epochs=9.0)
+    for seed in range(2):
+        fake(tmp_path / f"mae_{seed}", seed=seed)
+        fake(tmp_path / f"tuned_{seed}", task="finetune", seed=seed, init_from=str(tmp_path / f"mae_{seed}"))
+    weights = ["hf_a", "hf_b", "converted_a", "converted_b", "gone_a", "gone_b", "long", "mae_0", "tuned_0"]
+    for seed in range(2):
+        for name in weights:
+            source = str(tmp_path / name.replace("_0", f"_{seed}"))
+            fake(tmp_path / "runs" / f"{name}_{seed}", task="probe", seed=seed, init_from=source)
+    groups = read(tmp_path / "runs")
+    assert sorted([run.workdir.name for run in one.runs] for one in groups) == sorted(
+        [f"{name}_0", f"{name}_1"] for name in weights
+    )
+    assert Masking("random", 0.6) in [one.shown.masking for one in groups]
+    assert len(set(report_groups.family_names(groups).values())) == len(weights)
+    for name in ("cross", "ring"):
+        fake(tmp_path / "masks" / name, name=name, model__masking="user", model__mask_file=f"{name}.npy", val_top1=0.5)
+    groups = read(tmp_path / "masks")
+    assert len(groups) == 2
+    (plot,) = report_figures.against_masking(groups, "val_top1", "Val")
+    assert "user cross.npy 0.75: 50.00 %" in plot.alt
+
+
+def test_curves_end_in_the_test_value(tmp_path):
+    """Where there is one, and then the title says so."""
+    fake(tmp_path / "a", name="a", val_knn_top1=0.5, test_knn_top1=0.4, val_ridge_top1=0.5)
+    text = make(tmp_path / "r.html", tmp_path, quick=True)
+    assert "Validation kNN top-1, ◆ test" in text
+    assert "Validation ridge top-1<" in text
+
+
+def test_features_without_distances():
+    """Told: scikit-learn's t-SNE would crash."""
+    rng = np.random.default_rng(0)
+    for features, words in (
+        (np.ones((100, 8)), "those of all images are equal"),
+        (np.full((100, 8), np.nan), "not finite"),
+        (rng.normal(size=(3, 8)), "there are 3 images only"),
+    ):
+        features = features.astype(np.float32)
+        labels = np.zeros(len(features), np.int64)
+        seen = report_model.Seen("a test", "none", ("x",), np.zeros((0, 4, 4, 3), np.uint8), features, labels, None)
+        with pytest.raises(DataFault, match=words):
+            report_model.embed(seen)
+
+
+def test_shares_are_told_in_percent():
+    """Also of the lowest and the median class; a loss is none."""
+    shares = [name for name in ("val_top1", "top5", "val_top1_min", "test_top1_median", "val_loss", "val_knn_top1")
+              if report_tables.is_share(name)]  # fmt: skip
+    assert shares == ["val_top1", "top5", "val_top1_min", "test_top1_median", "val_knn_top1"]
+
+
 def test_a_pretraining_that_was_moved(trained, tmp_path):
     """It is looked for beside the probe; one that is gone is told."""
     probe = copy(trained / "mae_probe_s0", tmp_path / "probe", init_from="/nowhere/mae")
     (run_alone,) = read(probe)[0].runs
-    assert run_alone.source is None
+    assert [origin.place for origin in run_alone.origins] == [None]
     assert "init_from='/nowhere/mae'" in run_alone.faults[0]
     copy(trained / "mae", tmp_path / "mae", model__mask_ratio=0.5)
     (run_beside,) = read(probe)[0].runs
@@ -277,7 +438,7 @@ def test_wrong_arguments(tmp_path):
         make(tmp_path / "r.html")
 
 
-def test_steps_and_epochs(trained):
+def test_steps_and_epochs():
     """A run under way knows its length from its own estimate."""
     run_now = report_runs.Run(workdir=None, config=default.get_config())  # pyright: ignore[reportArgumentType]
     assert run_now.total_steps is None

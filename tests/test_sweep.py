@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -23,6 +24,7 @@ from configs import default, quickstart, recipes
 from mae_dist import config as config_lib
 from mae_dist import main, points, results, sweep, sweep_table, workers
 from mae_dist.errors import (
+    EXIT_CONFIG,
     EXIT_DONE,
     EXIT_INTERNAL,
     EXIT_INTERRUPTED,
@@ -31,7 +33,7 @@ from mae_dist.errors import (
     StorageFault,
 )
 from mae_dist.lock import sole_user
-from tests.runs import ONLY_UPDATES, records, run, smoke_config, start
+from tests.runs import ONLY_UPDATES, ROOT, records, run, smoke_config, start
 
 
 def trainings(out: Path) -> list[int]:
@@ -85,7 +87,7 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     first = points.first_stage(base, "F.py", {})({"seed": 3}, tmp_path / "p=0.5,seed=3")
     default_file = default.__file__
     make = points.next_stage("probe", recipes.probe, {"total_epochs": "7"}, default.get_config(), default_file)
-    stage = make(first)
+    stage = make(first, tmp_path / "seed=3")
     assert stage.workdir == tmp_path / "p=0.5,seed=3,probe"
     assert (stage.config.task, stage.config.init_from, stage.config.seed) == ("probe", str(first.workdir), 3)
     assert (stage.config.total_epochs, stage.config.model.masking) == (7.0, "block")
@@ -95,8 +97,29 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     values(sys.argv)
     assert config_lib.differences(parsed.value, stage.config, ignore=()) == []
     assert base.task == first.config.task == "pretrain"
-    scratch = points.next_stage("scratch", recipes.scratch, {}, default.get_config(), default_file)(first)
-    assert scratch.config.init_from == ""
+    scratch = points.next_stage("scratch", recipes.scratch, {}, default.get_config(), default_file)
+    stage = scratch(first, tmp_path / "seed=3")
+    assert (stage.config.init_from, stage.workdir) == ("", tmp_path / "seed=3,scratch")
+
+
+def test_a_baseline_without_masking_is_one_for_all(tmp_path):
+    """From nothing, it is the same training for every masking, and is done at the first point that can work."""
+    base, file = quickstart.get_config(), default.__file__
+    over = points.parse_over(["model.mask_ratio=0.6,.5,.75", "model.masking=grid,random", "model.depth=1,2"], base)
+    follow = [points.next_stage(name, getattr(recipes, name), {}, default.get_config(), file)
+              for name in ("finetune", "scratch")]  # fmt: skip
+    found = points.make_points(over, [0, 1], tmp_path, points.first_stage(base, "F.py", {}), follow)
+    scratch = {point.stages[2].workdir.name for point in found}
+    assert scratch == {f"depth={depth},seed={seed},scratch" for depth in (1, 2) for seed in (0, 1)}
+    for one in {point.stages[2].workdir: point.stages[2] for point in found}.values():
+        same = [point.stages[2] for point in found if point.stages[2].workdir == one.workdir]
+        assert len(same) == 6
+        assert all(other.arguments == one.arguments and other.config == one.config for other in same)
+    assert found[0].fault
+    trainings = sweep._trainings([point for point in found if not point.fault])
+    names = [stage.name for stages in trainings.values() for stage in stages]
+    assert [names.count(name) for name in ("pretrain", "finetune", "scratch")] == [20, 20, 4]
+    assert len({len(point.stages) for point in found}) == 1
 
 
 def test_values_of_all_types(tmp_path):
@@ -199,30 +222,85 @@ def test_killed_and_continued(child_env, tmp_path, monkeypatch):
     assert not sweep._is_finished(points.Stage("pretrain", out / good, config, ()))  # evaluates, for one
 
 
+def stage_of(workdir, script, init_from: object = ""):
+    """A training that is a shell script; see `scripted`."""
+    config = default.get_config()
+    config.init_from = str(init_from)
+    return points.Stage(script, workdir, config, ())
+
+
 @pytest.fixture
 def scripted(tmp_path, monkeypatch):
-    """`scripted(*texts)`: a runner of one point for each shell script, whose attempts go to log.txt of its workdir."""
+    """`scripted(*points)`: a runner of points of shell scripts, whose attempts go to log.txt of their workdirs.
 
-    def make(*texts, jobs=1):
-        todo = [
-            points.Point(str(i), {}, 0, (points.Stage(text, tmp_path / str(i), default.get_config(), ()),), "")
-            for i, text in enumerate(texts)
-        ]
-        monkeypatch.setattr(sweep, "_command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
+    The workdir of a point's first is named by its number, and what begins from it by that, a comma and another number.
+    """
+    monkeypatch.setattr(sweep, "_command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
+
+    def make(*scripts, jobs=1):
+        todo = []
+        for i, (first, *following) in enumerate([text] if isinstance(text, str) else text for text in scripts):
+            place = tmp_path / str(i)
+            follow = [stage_of(tmp_path / f"{i},{j}", text, place) for j, text in enumerate(following)]
+            todo.append(points.Point(str(i), {}, 0, (stage_of(place, first), *follow), ""))
         return sweep.Runner(todo, [[]] * jobs)
 
     return make
+
+
+def attempts(workdir):
+    """How often a script was started."""
+    log = workdir / "log.txt"
+    return log.read_text().count("attempt") if log.exists() else 0
 
 
 def test_codes_of_runs(scripted, tmp_path, capsys):
     """75, 76 and 77 are continued, not for ever; any other code is a failure of that point alone."""
     runner = scripted("exit 76", "exit 1", "exit 0", f"test $(wc -l < {tmp_path / '3' / 'log.txt'}) = 2 || exit 77")
     assert runner.run() == EXIT_INTERNAL
-    attempts = [(tmp_path / str(i) / "log.txt").read_text().count("attempt") for i in range(4)]
-    assert attempts == [4, 1, 1, 2]
+    assert [attempts(tmp_path / str(i)) for i in range(4)] == [4, 1, 1, 2]
     assert set(runner.failures) == {"0", "1"}
     assert "code 76" in runner.failures["0"]
     assert "4/4" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_failure_takes_along_only_what_begins_from_it(tmp_path, monkeypatch):
+    """A probe takes nothing, a pretraining its probes, neither the baseline."""
+    monkeypatch.setattr(sweep, "_command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
+    todo = []
+    for i, code in enumerate((0, 1)):
+        first = stage_of(tmp_path / str(i), f"exit {code}")
+        probes = [stage_of(tmp_path / f"{i},{j}", f"exit {1 - j}", first.workdir) for j in (0, 1)]
+        todo.append(points.Point(str(i), {}, 0, (first, *probes, stage_of(tmp_path / f"{i},scratch", "exit 0")), ""))
+    runner = sweep.Runner(todo, [[]])
+    assert runner.run() == EXIT_INTERNAL
+    assert set(runner.failures) == {"0,0", "1"}
+    assert [attempts(tmp_path / name) for name in ("0", "0,0", "0,1", "0,scratch")] == [1, 1, 1, 1]
+    assert [attempts(tmp_path / name) for name in ("1", "1,0", "1,1", "1,scratch")] == [1, 0, 0, 1]
+
+
+def test_faults_of_one_point_leave_the_others_alone(scripted, tmp_path):
+    """A workdir that cannot be made, a log that is gone, results that cannot be read."""
+    (tmp_path / "0").write_text("a file")
+    broken = [tmp_path / "3", tmp_path / "4"]
+    finished(broken[0])
+    (broken[0] / "summary.json").write_text("[")
+    late = f"echo '{{' > {broken[1] / 'config.json'}; echo '{{' > {broken[1] / 'summary.json'}"
+    runner = scripted(
+        ("exit 0", "exit 0"), f"rm {tmp_path / '1' / 'log.txt'}; exit 1", "exit 0", "exit 0", late, jobs=2
+    )
+    assert runner.run() == EXIT_INTERNAL
+    assert set(runner.failures) == {"0", "1", "3"}
+    assert "cannot be started: " in runner.failures["0"]
+    assert "it cannot be read: " in runner.failures["1"]
+    assert "summary.json in" in runner.failures["3"]
+    assert [attempts(tmp_path / str(i)) for i in (2, 3, 4)] == [1, 0, 1]
+    described = [{"name": str(i), "fields": {"seed": i}, "seed": 0, "fault": "", "follow": {}} for i in range(5)]
+    for name in "01":
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+    (tmp_path / "0").unlink(missing_ok=True)
+    sweep_table.describe(epath.Path(tmp_path), ["seed"], [], described)
+    assert sweep.show_table(epath.Path(tmp_path)) == EXIT_DONE
 
 
 @pytest.mark.parametrize(
@@ -254,7 +332,7 @@ def test_signals_are_passed_on(scripted, tmp_path, number, code, capsys):
 # --- the outcome
 
 
-def finished(workdir, step=5, **metrics):
+def finished(workdir, *, step: float = 5, **metrics: float | None):
     """A workdir as a finished run leaves it, for the table."""
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(config_lib.to_json(default.get_config()))
@@ -269,12 +347,14 @@ def test_table_over_seeds(tmp_path, capsys):
     for ratio, values in losses.items():
         for seed, loss in enumerate(values):
             name = f"mask_ratio={ratio},seed={seed}"
-            described.append({"name": name, "fields": {"model.mask_ratio": float(ratio)}, "seed": seed, "fault": ""})
+            fields, follow = {"model.mask_ratio": float(ratio)}, {"probe": f"{name},probe"}
+            described.append({"name": name, "fields": fields, "seed": seed, "fault": "", "follow": follow})
             done = (ratio, seed) != ("0.5", 2)
             finished(tmp_path / "sweep" / name, step=5 if done else 4, val_loss=loss, val_knn_top1=None)
             if ratio == "0.25":
                 finished(tmp_path / "sweep" / f"{name},probe", test_top1=loss + 0.1, val_loss=9)
-    described.append({"name": "none", "fields": {"model.mask_ratio": 1.5}, "seed": 0, "fault": "keeps nothing"})
+    fields, follow = {"model.mask_ratio": 1.5}, {"probe": "none,probe"}
+    described.append({"name": "none", "fields": fields, "seed": 0, "fault": "keeps nothing", "follow": follow})
     sweep_table.describe(out, ["model.mask_ratio"], ["probe"], described)
     assert sweep.show_table(out) == EXIT_DONE
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
@@ -303,13 +383,105 @@ def test_one_seed_has_no_deviation():
     assert str(results.spread([0.5])) == "0.5000"
 
 
-def test_what_follows_a_shorter_pretraining_is_not_taken(tmp_path):
+def test_spare_panels_and_runs_without_figures(tmp_path):
+    """Four figures take two rows of three panels, of which two are not drawn; a run that evaluated nothing counts."""
+    figures = {"val_loss": 1.0, "test_loss": 1.0, "val_top1": 0.5, "test_top1": 0.5}
+    described = []
+    for i, metrics in enumerate((figures, {})):
+        finished(tmp_path / str(i), **metrics)
+        described.append({"name": str(i), "fields": {"model.depth": i}, "seed": 0, "fault": "", "follow": {}})
+    sweep_table.describe(epath.Path(tmp_path), ["model.depth"], [], described)
+    description = sweep_table.read_description(epath.Path(tmp_path))
+    assert description is not None
+    table = sweep_table.Table(
+        description, lambda name: results.read_result(epath.Path(tmp_path) / name, default.get_config())
+    )
+    assert [row["seeds"] for row in table.rows] == [1, 1]
+    panels = table.figure("model.depth").axes
+    assert [panel.axison for panel in panels] == [True] * 4 + [False] * 2
+
+
+def test_what_follows_a_shorter_pretraining_is_not_taken(scripted, tmp_path):
     """A probe of what the pretraining was before it was made longer would stand for the longer one."""
+    finished(tmp_path / "0,0")
+    runner = scripted(("exit 0", "exit 0"), ("exit 0", "exit 0"))
+    assert runner.run() == EXIT_INTERNAL
+    assert re.search(r"0 is not finished.*delete .*0,0 first", runner.failures["0"])
+    assert [attempts(tmp_path / name) for name in ("0", "0,0", "1", "1,0")] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "is_finished"),
+    [
+        ("deadlines.step_secs", 1.0, True),
+        ("data.data_dir", "/elsewhere", True),
+        ("mesh.data", 1, True),
+        ("checkpoint.keep_latest", 7, True),
+        ("log_every_steps", 1, True),
+        ("total_epochs", 7.0, False),
+        ("total_steps", 7, False),
+        ("eval.test_at_end", False, False),
+        ("online.k", 7, False),
+        ("init_from", "/elsewhere", False),
+        ("optim.base_lr", 1.0, False),
+    ],
+)
+def test_what_makes_a_finished_training_another(tmp_path, field, value, is_finished):
+    """What its result depends on; not where and how it was carried out."""
+    finished(tmp_path / "0")
     config = default.get_config()
-    stages = tuple(points.Stage(name, tmp_path / name, config, ()) for name in ("pretrain", "probe"))
-    finished(tmp_path / "probe")
-    with pytest.raises(ConfigError, match=r"pretrain is not finished.*delete .*probe first"):
-        sweep.Runner([points.Point("p", {}, 0, stages, "")], [[]])
+    config.update_from_flattened_dict({field: value})
+    assert sweep._is_finished(points.Stage("pretrain", tmp_path / "0", config, ())) is is_finished
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
+def test_points_that_cannot_work_are_failures(tmp_path, monkeypatch, capsys):
+    """In the list at the end and in the exit code; the config itself need not be able to work."""
+    argv = ["sweep", "--config=configs/smoke.py", "--config.model.mask_ratio=2.0", "--config.model.masking=grid"]
+    monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
+    monkeypatch.setattr(sweep, "_command", lambda stage: ["true"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT)
+    with flagsaver.flagsaver():
+        main.parse_flags([argv[0], f"--config={ROOT / 'configs' / 'smoke.py'}", *argv[2:]])
+        with flagsaver.flagsaver(over=["model.mask_ratio=.6,.75"]):
+            assert sweep.sweep([]) == EXIT_CONFIG
+    assert "FAILED mask_ratio=0.6,seed=0: cannot work: model.masking" in capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "runs" / "sweep_smoke" / "mask_ratio=0.75,seed=0" / "log.txt").exists()
+
+
+def test_a_sweep_with_what_follows(child_env, tmp_path):
+    """Pretrainings, a probe of each and one baseline for both; once more, nothing is left to do."""
+    out = tmp_path / "sweep"
+    args = (
+        "--config=configs/smoke.py",
+        *ONLY_UPDATES,
+        "--config.eval.test_at_end=True",
+        "--config.total_steps=2",
+        "--config.model.depth=1",
+        "--config.data.num_examples=64",
+        "--over=config.model.mask_ratio=.5,.75",
+        "--then=probe,scratch",
+        "--set=probe.total_steps=3",
+        "--set=scratch.total_steps=3",
+        f"--out={out}",
+    )
+    code, output = run(child_env(), *args, module="sweep")
+    assert code == EXIT_DONE, output
+    names = {path.name for path in out.iterdir() if path.is_dir()}
+    ratios = [f"mask_ratio={ratio},seed=0" for ratio in (0.5, 0.75)]
+    assert names == {*ratios, *(f"{name},probe" for name in ratios), "seed=0,scratch", "figures"}
+    for name in ratios:
+        stored = json.loads((out / f"{name},probe" / "config.json").read_text())
+        assert stored["init_from"] == str(out / name)
+    accuracy = json.loads((out / "seed=0,scratch" / "summary.json").read_text())["test_top1"]
+    table = json.loads((out / "table.json").read_text())
+    assert [row["metrics"]["scratch_test_top1"]["values"] for row in table] == [[accuracy]] * 2
+    assert all("probe_test_top1" in row["metrics"] for row in table)
+    before = (out / "table.json").read_text()
+    code, output = run(child_env(), *args, "--config.deadlines.step_secs=500", module="sweep")
+    assert (code, output.count(" began")) == (EXIT_DONE, 0), output
+    assert (out / "table.json").read_text() == before
 
 
 @pytest.mark.parametrize(
