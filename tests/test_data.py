@@ -1,7 +1,10 @@
 """The batch at step t is a pure function of (seed, t); evaluation counts every example once; sources and splits."""
 
 import pickle
+import platform
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -164,6 +167,33 @@ def test_batches_do_not_depend_on_workers(cache: str) -> None:
         for start, workers in ((2, 2), (0, 0))
     )
     _assert_same(workers, alone[2:])
+
+
+_IS_LARGE_BLOCK_MAPPED = """
+import ctypes, sys
+import numpy as np
+from mae_dist.data import batches
+
+class Info(ctypes.Structure):  # mallinfo2 of glibc's malloc.h
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+if sys.argv[1] == "worker":
+    batches._keep_memory_level()
+np.empty(20 * 2**20, np.uint8)  # freed at once, whereupon glibc would take such blocks from its heap
+before = libc.mallinfo2().hblks
+block = np.empty(4 * 2**20, np.uint8)
+print(libc.mallinfo2().hblks - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver() < ("glibc", "2.33"), reason="mallinfo2 is of glibc 2.33")
+@pytest.mark.parametrize(("process", "mapped"), [("worker", 1), ("other", 0)])
+def test_large_blocks_of_a_worker_are_not_of_its_heap(process: str, mapped: int) -> None:
+    """Else photographs of all sizes break the heap up, and the worker grows for as long as it lives."""
+    command = [sys.executable, "-c", _IS_LARGE_BLOCK_MAPPED, process]
+    assert int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) == mapped
 
 
 def test_a_worker_reads_a_mapped_file_by_its_path(tmp_path: Path) -> None:
