@@ -242,7 +242,8 @@ def test_the_whole_augmentation_does_not_depend_on_rows_or_where_data_lies(cache
     _assert_same(part, [{name: column[rows] for name, column in batch.items()} for batch in whole[2:]])
 
 
-@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 4))
+@settings(max_examples=20)
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 4))
 def test_repeats_stand_apart_and_see_every_example_in_turn(num_examples: int, num_unique: int, repeats: int) -> None:
     """Rows r and r + U hold the same example; the first U rows are the stream without repeats."""
     dataset, batch = _images(num_examples, size=1), num_unique * repeats

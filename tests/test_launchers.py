@@ -58,8 +58,10 @@ def cloud(binaries: Path) -> Cloud:
 def start(tmp_path: Path, binaries: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`start(script, *arguments, **environment)`: in a process group of its own, as from a terminal."""
     started: list[subprocess.Popen[str]] = []
-    # Ignored where these tests run in a shell's background, the scripts would ignore it too, and cannot undo that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Ignored where these tests run in a shell's background or under nohup, the scripts would ignore them too, and
+    # cannot undo that.
+    ignored = (signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ignored}
 
     def start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         env = {"PATH": str(binaries), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)} | environment
@@ -81,7 +83,8 @@ def start(tmp_path: Path, binaries: Path) -> Iterator[Callable[..., subprocess.P
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
