@@ -145,6 +145,9 @@ def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topo
     averages = sharding.bytes_per_device(state.ema, shardings.ema)
     images = sharding.bytes_per_device(batch, jax.tree.map(lambda _: built.batch_sharding, batch))
     known = params + optimizer + averages + images
+    temporaries = compiled.temporaries + compiled.outputs
+    if compiled.refusal and not compiled.arguments:  # told as one sum
+        temporaries = max(0, temporaries - known)
     chip = chips.CHIPS.get(place.generation)
     return {
         "parameters": params,
@@ -152,9 +155,9 @@ def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topo
         "averages": averages,
         "batch": images,
         "padding": max(0, compiled.arguments - known),
-        "temporaries": compiled.temporaries + compiled.outputs,
+        "temporaries": temporaries,
         "program": compiled.program,
-        "total": max(compiled.arguments, known) + compiled.total - compiled.arguments,
+        "total": max(compiled.arguments, known) + temporaries + compiled.program,
         "chip": (compiled.limit or chip.hbm_bytes) if chip else None,
     }
 

@@ -42,7 +42,8 @@ class Compiled:
     """A compiled step: its text, and bytes on one chip. Where the compiler refuses, `refusal` says why.
 
     arguments: state and batch. outputs: beyond the arguments' memory, which the new state takes over. temporaries:
-    activations, gradients and whatever else lives during the step. program: the code itself.
+    activations, gradients and whatever else lives during the step; the arguments too, where a refusal gives one sum and
+    so `arguments` is 0. program: the code itself.
     limit: what the compiler says it may use at most; 0 where it did not say.
     """
 
@@ -53,10 +54,6 @@ class Compiled:
     program: int
     limit: int = 0
     refusal: str = ""
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.outputs + self.temporaries + self.program
 
 
 def use_no_accelerator() -> None:
@@ -140,8 +137,9 @@ def compile_step(step: Callable[..., Any], mesh: Mesh, *args: Any) -> Compiled:
 def _refused(message: str) -> Compiled:
     """The compiler's own figures of a program that does not fit, where it gives them.
 
-    It says either "the total memory required for HLO temporaries (24.52G) exceeds available HBM (15.75G)" or "Used
-    20.5G of 15.75G hbm", with a line "arguments 3.67G" among others.
+    It says either "the total memory required for HLO temporaries (24.52G) exceeds available HBM (15.75G)", which is with
+    the arguments whatever it says (of 10 GiB of state and 6 of temporaries it says 16), or "Used 20.5G of 15.75G hbm",
+    with a line "arguments 3.67G" among others.
     """
 
     def size(pattern: str) -> int:

@@ -228,7 +228,9 @@ def compiled_to(monkeypatch, *results):
     return given
 
 
-REFUSED = topology.Compiled("", 0, 0, 2**30, 0, limit=2**29, refusal="RESOURCE_EXHAUSTED: too much")
+REFUSED = topology.Compiled("", 2**10, 0, 2**30, 0, limit=2**29, refusal="RESOURCE_EXHAUSTED: too much")
+SUM_OF_ALL = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (1.5G) exceeds available HBM (1.0G)."
+TOLD_APART = "RESOURCE_EXHAUSTED: Used 1.5G of 1.0G hbm.\n    arguments 0.5G\n"
 
 
 def test_averages_take_memory(monkeypatch):
@@ -244,10 +246,22 @@ def test_averages_take_memory(monkeypatch):
     assert ["parameters + optimizer state + averages" in why for why in reasons] == [False, True]
 
 
+def test_a_refusal_tells_one_sum_or_its_parts(monkeypatch):
+    """What is not told of the arguments is known: parameters, moments and batch."""
+    for message in (SUM_OF_ALL, TOLD_APART):
+        compiled_to(monkeypatch, topology._refused(message))
+        memory = examine(smoke_config(**TINY), tpu_of_cpus(monkeypatch))["memory"]
+        assert memory["total"] == 1.5 * 2**30
+        known = sum(memory[name] for name in ("parameters", "optimizer_state", "averages", "batch", "padding"))
+        assert memory["temporaries"] == memory["total"] - known > 0
+        assert memory["chip"] == 2**30
+    assert memory["temporaries"] == 2**30
+
+
 def test_why_it_does_not_fit(monkeypatch):
     """The largest part first; what it would be, split over all chips; and what else that splits."""
     place, model = tpu_of_cpus(monkeypatch), {**TINY, "model__embed_dim": 512, "model__decoder_embed_dim": 512}
-    compiled_to(monkeypatch, REFUSED, topology.Compiled("", 0, 0, 2**10, 0, limit=2**9, refusal="RESOURCE_EXHAUSTED"))
+    compiled_to(monkeypatch, REFUSED, topology.Compiled("", 1, 0, 2**10, 0, limit=2**9, refusal="RESOURCE_EXHAUSTED"))
     report = examine(smoke_config(**model), place)
     state, grads = (size * 4 * report["parameters"] / 2**30 for size in (3, 1))
     activations, copies = report["reasons"]
@@ -513,6 +527,18 @@ class TestTpu:
         why = r"it does not fit: \S+ GiB needed, 15.75 GiB there\n  activations and other temporaries of 262144 images"
         assert re.search(why, output)
         assert "lower global_batch_size, raise accum_steps, model.remat=dots or blocks" in output
+
+    def test_a_refusal_counts_arguments(self):
+        """Its sum of "temporaries" is with them: here 16 GiB, beside which a step only sorts one of them."""
+        place = topology.describe("v5e:1x1", 1)
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, place.devices)
+        shapes = [jax.ShapeDtypeStruct((gib * 2**28,), jnp.float32) for gib in (1, 15)]
+        whole = jax.sharding.NamedSharding(mesh, P())
+        step = jax.jit(lambda x, y: jnp.sort(x) + y.sum(), in_shardings=(whole, whole), out_shardings=whole)
+        compiled = topology.compile_step(step, mesh, *shapes)
+        assert compiled.refusal
+        assert (compiled.arguments, compiled.limit) == (0, 15.75 * 2**30)
+        assert compiled.temporaries > 16 * 2**30, "less than the arguments alone"
 
     def test_two_slices(self):
         """Data across them, all else within; what goes between them is told apart."""
