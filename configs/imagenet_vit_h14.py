@@ -3,7 +3,8 @@ r"""The paper's ViT-H/14 (1280d/32 blocks/16 heads, patch 14), pretrained on Ima
 Expected of its encoder after 800 to 1600 epochs, by the published code: fine-tuned 86.93 %, linear probe 77.2 %
 top-1; not run here.
 Mesh (batch 4096), from `python -m mae_dist.plan`:
-  v5e-16      --config.model.remat=blocks --config.mesh.fsdp=16, 11.3 of 16 GiB a chip (copies instead: 15.1)
+  v5e-16      --config.model.remat=blocks --config.mesh.fsdp=16, 11.3 of 15.75 GiB a chip (copies instead:
+              15.1; with averages, ema_decay, 17.5, too much)
   v5e-256     --config.model.remat=blocks --config.mesh.fsdp=16 (mesh.data=16; not planned)
   8 x H100    --config.model.remat=blocks --config.mesh.fsdp=8 --config.accum_steps=2 (not planned)
 

@@ -178,13 +178,13 @@ def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str
     if split == 1:
         trained, _ = split_frozen(built.abstract_state.params, built.task.frozen)
         lies = "whole on every chip"
-        also = f", among them {_gib(4 * models.param_count(trained))} of float32 gradients, which mesh.fsdp splits too"
+        also = f" ({_gib(4 * models.param_count(trained))} of it float32 gradients, which mesh.fsdp splits too)"
     parts = [
         (state, f"{named} are {lies}: raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"),
         (
             memory["temporaries"],
-            f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}: "
-            f"{cures}{also}",
+            f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}{also}: "
+            f"{cures}",
         ),
     ]
     return [why for _, why in sorted(parts, reverse=True)]

@@ -137,9 +137,9 @@ def compile_step(step: Callable[..., Any], mesh: Mesh, *args: Any) -> Compiled:
 def _refused(message: str) -> Compiled:
     """The compiler's own figures of a program that does not fit, where it gives them.
 
-    It says either "the total memory required for HLO temporaries (24.52G) exceeds available HBM (15.75G)", which is with
-    the arguments whatever it says (of 10 GiB of state and 6 of temporaries it says 16), or "Used 20.5G of 15.75G hbm",
-    with a line "arguments 3.67G" among others.
+    It says either "the total memory required for HLO temporaries (24.52G) exceeds available HBM (15.75G)", which is
+    with the arguments whatever it says (of 10 GiB of state and 6 of temporaries it says 16), or "Used 20.5G of 15.75G
+    hbm", with a line "arguments 3.67G" among others.
     """
 
     def size(pattern: str) -> int:

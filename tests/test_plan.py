@@ -265,8 +265,10 @@ def test_why_it_does_not_fit(monkeypatch):
     report = examine(smoke_config(**model), place)
     state, grads = (size * 4 * report["parameters"] / 2**30 for size in (3, 1))
     activations, copies = report["reasons"]
-    assert activations.startswith("activations and other temporaries of 4 images at once 1.00 GiB: lower global_batch")
-    assert activations.endswith(f", among them {grads:.2f} GiB of float32 gradients, which mesh.fsdp splits too")
+    assert activations.startswith(
+        "activations and other temporaries of 4 images at once 1.00 GiB "
+        f"({grads:.2f} GiB of it float32 gradients, which mesh.fsdp splits too): lower global_batch"
+    )
     assert copies == (
         f"parameters + optimizer state {state:.2f} GiB are whole on every chip: raise mesh.fsdp "
         f"({state / 8:.2f} GiB over a whole slice)"
