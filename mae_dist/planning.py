@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_dist import chips, errors, flops, hlo, job, models, roofline, sharding, topology
-from mae_dist.data import SIZES, DescribedDataset, is_prepared
+from mae_dist.data import DescribedDataset, is_prepared, known_sizes
 from mae_dist.state import split_frozen
 
 Report = dict[str, Any]
@@ -28,7 +28,7 @@ def described_data(config: ConfigDict) -> job.Data:
       ConfigError: neither is the size known nor the data set here.
     """
     data = config.data
-    if data.source != "tfds" or (data.name.partition(":")[0] not in SIZES and is_prepared(data.name, data.data_dir)):
+    if data.source != "tfds" or (known_sizes(data.name) is None and is_prepared(data.name, data.data_dir)):
         config = config.copy_and_resolve_references()
         config.data.update(stage=False, cache="stream")
         return job.open_data(config)

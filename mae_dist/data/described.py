@@ -15,17 +15,22 @@ SIZES: dict[str, tuple[dict[str, int], int]] = {
 }
 
 
+def known_sizes(name: str) -> tuple[dict[str, int], int] | None:
+    """The entry of `SIZES` for a data set's name with or without a version (`imagenet2012:5.1.0`), if there is one."""
+    return SIZES.get(name.partition(":")[0])
+
+
 class DescribedDataset(Dataset):
     """The description of a split, without its images."""
 
     def __init__(self, name: str, split: str):
-        known = name.partition(":")[0]  # without a version
-        if known not in SIZES:
+        known = known_sizes(name)
+        if known is None:
             raise ConfigError(
                 f"data.name={name!r}: neither is it in data.data_dir nor is its size known here; known are "
                 f"{', '.join(SIZES)}; prepare it, or plan with one of like size"
             )
-        sizes, self.num_classes = SIZES[known]
+        sizes, self.num_classes = known
         self.num_examples = sum(span.stop - span.start for span in parse_split(split, sizes))
         self.class_names = tuple(str(label) for label in range(self.num_classes))
         self.fingerprint, self.in_memory = f"described {name} {split}", True
