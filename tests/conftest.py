@@ -4,7 +4,7 @@ import gc
 import mmap
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,6 +54,8 @@ os.environ.update(_device_env(FAKE_DEVICES))
 
 import jax  # noqa: E402 (after the environment it reads)
 
+from tests import runs  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 hypothesis.settings.register_profile("local", deadline=None)
@@ -90,6 +92,13 @@ def child_env(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[st
         return env
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Ends what a failed test leaves behind."""
+    yield
+    runs.end_all()
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ class GcsEmulator(ThreadingHTTPServer):
     """Serves buckets at `url` while it is open: `buckets` hold objects by name, in `forbidden` ones all is refused."""
 
     daemon_threads = True
+    request_queue_size = 128  # Orbax opens many connections at once; beyond it the kernel drops them
 
     def __init__(self, buckets: Iterable[str], forbidden: Iterable[str] = ()):
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -35,12 +35,28 @@ ONLY_UPDATES = (  # nothing is evaluated or drawn, which a run compiles for seco
 TIMING = ("images_per_sec", "step_secs", "data_wait", "eta_secs")
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+def end_all() -> None:
+    """Kills what a test has started and, because it failed, not ended: it would take the cores from all that follow."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
 def start(env: dict[str, str], *args: str, module: str = "main", file_limit_kib: int = 0) -> subprocess.Popen[str]:
     """Starts `python -m mae_dist.<module>` in the clone, output captured; with a limit to a file's size if given."""
     command = [sys.executable, "-m", f"mae_dist.{module}", *args]
     if file_limit_kib:  # writing beyond it fails, as on a full disk; by default it would kill instead
         command = ["bash", "-c", f"trap '' XFSZ; ulimit -S -f {file_limit_kib}; exec \"$@\"", "bash", *command]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _started.append(process)
+    return process
 
 
 def run(env: dict[str, str], *args: str, module: str = "main") -> tuple[int, str]:
