@@ -127,6 +127,7 @@ def get_config() -> ConfigDict:
     config.eval.every_steps = 0  # > 0: this many updates instead
     config.eval.batch_size = 0  # examples per evaluation batch; 0: global_batch_size
     config.eval.test_at_end = True  # also evaluate the test split after the last update
+    config.eval.train_at_end = False  # and the whole training split, as it is: `top1` in the log is one batch's
 
     config.online = ConfigDict()  # of a pretraining: accuracy of the encoder so far, by its features of whole images
     config.online.every_epochs = 10.0  # by neighbours and by ridge regression, and always at the end; 0: never

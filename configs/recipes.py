@@ -18,6 +18,7 @@ def probe(config: ConfigDict) -> ConfigDict:
     config.optim.weight_decay = 0.0
     config.data.augment = "none"
     config.eval.batch_size = 512
+    config.eval.train_at_end = True
     config.checkpoint.every_steps = 5000
     return config
 

@@ -278,12 +278,14 @@ class _Run:
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """The validation split when it is due, the test split after the last update; a notice ends it: `Preempted`."""
-        schedule = self.job.schedule
-        test = self.data.test if self.job.config.eval.test_at_end and step == schedule.total_steps else None
+        """The validation split when it is due, others after the last update; a notice ends it: `Preempted`."""
+        schedule, options = self.job.schedule, self.job.config.eval
+        ends = step == schedule.total_steps
+        test = self.data.test if options.test_at_end and ends else None
         if config_lib.is_time(step, schedule.eval_every_steps, schedule.total_steps):
             self._evaluate_split(state, "val_", self.data.val)
         self._evaluate_split(state, "test_", test)
+        self._evaluate_split(state, "train_", self.data.train if options.train_at_end and ends else None)
         if config_lib.is_time(step, schedule.online_every_steps, schedule.total_steps):
             self._read_out(state, {"val_": self.data.val, "test_": test})
         if self.evaluated:

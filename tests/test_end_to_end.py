@@ -81,6 +81,8 @@ def test_three_ways_to_an_accuracy(quickstart, child_env, tmp_path, task):
     assert ("encoder from" in output) == (task != "scratch")
     summary = json.loads((target / "summary.json").read_text())
     assert {"val_top1", "test_top1", "test_top5", "test_top1/0", "test_top1/9", "top1"} <= summary.keys()
+    right = summary["train_top1"] * 1294  # images of the training split, all of which were looked at
+    assert right == pytest.approx(round(right), abs=1e-2)
     if task == "scratch":
         assert summary["test_top1"] > 0.3  # chance: 0.1
 
