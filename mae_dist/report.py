@@ -139,7 +139,7 @@ class _Page:
 
     def _against_masking(self, groups: Sequence[Group]) -> list[Html]:
         names = scalar_names(run for one in groups for run in one.runs)
-        accuracies = [name for name in names if name.endswith("top1")]
+        accuracies = [name for name in names if name.endswith("top1") and not name.startswith("train_")]
         if "test_top1" in accuracies and "val_top1" in accuracies:
             accuracies.remove("val_top1")
         return [

@@ -155,6 +155,6 @@ def differing_fields(runs: Sequence[Run]) -> tuple[list[tuple[str, list[Any]]], 
 
 
 def scalar_names(runs: Iterable[Run]) -> list[str]:
-    """Every `val_…` and `test_…` that was recorded, without those of single classes."""
+    """Every `train_…`, `val_…` and `test_…` that was recorded, without those of single classes."""
     names = {name for run in runs for record in run.records for name in record}
-    return sorted(name for name in names if re.match(r"(val|test)_[^/]+$", name))
+    return sorted(name for name in names if re.match(r"(train|val|test)_[^/]+$", name))

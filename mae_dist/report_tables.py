@@ -23,9 +23,10 @@ def is_share(metric: str) -> bool:
 
 
 def title_of(metric: str) -> str:
-    """val_knn_top1 -> val kNN top-1."""
+    """val_knn_top1 -> val kNN top-1; top1 -> train top-1, of a batch, and train_top1 -> whole train top-1."""
     words = metric.replace("top1", "top-1").replace("top5", "top-5").replace("knn", "kNN").replace("_", " ")
-    return "train " + words if metric in ("loss", "top1") else words
+    prefix = "train " if metric in ("loss", "top1") else "whole " if metric.startswith("train_") else ""
+    return prefix + words
 
 
 def long_title_of(metric: str) -> str:
@@ -58,8 +59,9 @@ def results(groups: Sequence[Group]) -> list[Html]:
     """Where each run is and what it came to, a table for each task."""
     known = ("loss", "val_loss", "test_loss", "top1", "val_top1", "test_top1")
     note = (
-        "Last recorded values; those of training are of one batch. Means ± sample standard deviation over seeds: of "
-        "finished runs alone as soon as there is one, and runs of one seed count as their mean."
+        "Last recorded values; those of training are of one batch, unless of the whole split. Means ± sample "
+        "standard deviation over seeds: of finished runs alone as soon as there is one, and runs of one seed count as "
+        "their mean."
     )
     tables = []
     for task in dict.fromkeys(one.task for one in groups):
