@@ -303,8 +303,8 @@ def test_compiled_programs_are_kept(child_env, tmp_path):
         options = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.total_steps=2", f"--workdir={tmp_path / name}")
         code, output = run(env, *options)
         assert code == 0, output
-        found.append({path.name for path in kept.glob("jit_train_step*-cache")})  # others are near the least time kept
-    assert found[0]
+        found.append({path.name for path in kept.glob("*-cache")})
+    assert any(name.startswith("jit_train_step") for name in found[0])
     assert found[0] == found[1]
     assert kept.stat().st_mode & 0o777 == 0o700
     shutil.rmtree(kept)

@@ -72,7 +72,7 @@ def test_three_ways_to_an_accuracy(quickstart, child_env, tmp_path, task):
     extra = {
         "probe": (f"--config.init_from={workdir}", "--config.total_epochs=30"),
         "finetune": ("--config.task=finetune", f"--config.init_from={workdir}", *SHORTER, *SLOWER),
-        "scratch": ("--config.task=finetune", "--config.init_from=", *SHORT, "--config.total_epochs=6", *SLOWER),
+        "scratch": ("--config.task=finetune", "--config.init_from=", *SHORT, *SLOWER),
     }[task]
     target = tmp_path / task
     code, output = run(child_env(), "--config=configs/quickstart_probe.py", *extra, f"--workdir={target}")
@@ -84,14 +84,13 @@ def test_three_ways_to_an_accuracy(quickstart, child_env, tmp_path, task):
     right = summary["train_top1"] * 1294  # images of the training split, all of which were looked at
     assert right == pytest.approx(round(right), abs=1e-2)
     if task == "scratch":
-        assert summary["test_top1"] > 0.3  # chance: 0.1
+        assert summary["test_top1"] > 0.5  # chance: 0.1
 
 
 def test_eight_devices_print_their_layout(child_env, tmp_path):
     """The overview: mesh, spec and bytes of every parameter, what is whole and why."""
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
-    args = (*ONLY_UPDATES, *mesh, "--config.total_steps=1", f"--workdir={tmp_path / 'run'}")
-    code, output = run(child_env(8), "--config=configs/smoke.py", *args)
+    code, output = run(child_env(8), "--config=configs/smoke.py", *mesh, f"--workdir={tmp_path / 'run'}")
     assert code == 0, output
     assert "mesh: data=2 x fsdp=2 x tensor=2 (8 devices)" in output
     assert "encoder/stack/blocks/attn/qkv/kernel" in output

@@ -52,16 +52,11 @@ def assert_same(workdir, other):
 
 
 def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path, draw):
-    """At an update and within a save, at any byte of it: parameters, moments and every metric equal; no step twice,
-    none missing; also with worker processes."""
+    """Parameters, moments and every metric equal; no step twice, none missing; also with worker processes."""
     workdir = tmp_path / "run"
-    args = (*ARGS, "--config.checkpoint.every_steps=2", "--config.data.num_workers=2", f"--workdir={workdir}")
-    kill_at_step(start(child_env(), *args), workdir, draw.randint(8, 25))
-    process = start(child_env(), *args)
-    wait_for_step([process], workdir, draw.randint(30, 45))
-    assert wait_within_save([process], workdir, draw.randrange(400_000))
-    process.kill()
-    process.communicate(timeout=20)
+    args = (*ARGS, "--config.data.num_workers=2", f"--workdir={workdir}")
+    for step in (draw.randint(8, 25), draw.randint(30, 55)):
+        kill_at_step(start(child_env(), *args), workdir, step)
     code, output = run(child_env(), *args)
     assert code == 0, output
     assert "Continuing from step" in output
@@ -116,6 +111,22 @@ def test_killed_classifier_is_bit_equal(child_env, tmp_path, draw, task):
     assert "Continuing from step" in output
     assert [record["step"] for record in records(killed)] == list(range(1, 41))
     assert_same(killed, whole)
+
+
+def test_killed_within_saves(uninterrupted, child_env, tmp_path, draw):
+    """At random byte counts of two saves: what is there goes on, and nothing differs in the end."""
+    workdir = tmp_path / "run"
+    args = (*ARGS, "--config.checkpoint.every_steps=2", f"--workdir={workdir}")
+    for step in (draw.randint(6, 20), draw.randint(25, 45)):
+        process = start(child_env(), *args)
+        wait_for_step([process], workdir, step)
+        assert wait_within_save([process], workdir, draw.randrange(400_000))
+        process.kill()
+        process.communicate(timeout=20)
+    code, output = run(child_env(), *args)
+    assert code == 0, output
+    assert "Continuing from step" in output
+    assert_same(workdir, uninterrupted)
 
 
 def test_killed_before_the_first_checkpoint_starts_again(uninterrupted, child_env, tmp_path):
@@ -184,13 +195,14 @@ def test_other_config_is_refused_field_by_field(uninterrupted, child_env, tmp_pa
 
 
 def test_continues_on_another_mesh(uninterrupted, child_env, tmp_path):
-    """Begun on eight devices, ended on one: the same examples under the same masks."""
+    """Begun on eight devices, continued on four, ended on one: the same examples under the same masks."""
     workdir = tmp_path / "run"
-    mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
-    kill_at_step(start(child_env(8), *ARGS, *mesh, f"--workdir={workdir}"), workdir, 16)
+    for devices, (data, fsdp, tensor), step in ((8, (2, 2, 2), 16), (4, (1, 4, 1), 40)):
+        mesh = (f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}")
+        kill_at_step(start(child_env(devices), *ARGS, *mesh, f"--workdir={workdir}"), workdir, step)
     code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
     assert code == 0, output
-    assert "Continuing with a changed field: mesh.fsdp: 2 -> 1" in output
+    assert "Continuing with a changed field: mesh.fsdp: 4 -> 1" in output
     ours, theirs = records(workdir), records(uninterrupted)
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-5)
