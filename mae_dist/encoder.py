@@ -58,8 +58,8 @@ def make_encode(
             **model.to_dict(), final_norm=not norm_in_head, constrain=constrain, rngs=rngs
         ).encoder
 
-    _, bind = tasks.functional(make_encoder)
-    _, bind_norm = tasks.functional(lambda rngs: nnx.LayerNorm(model.embed_dim, epsilon=model.norm_eps, rngs=rngs))
+    bind = tasks.functional(make_encoder).bind
+    bind_norm = tasks.functional(lambda rngs: nnx.LayerNorm(model.embed_dim, epsilon=model.norm_eps, rngs=rngs)).bind
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> dict[str, jax.Array]:
         encoder = bind(params["encoder"])

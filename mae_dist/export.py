@@ -76,7 +76,7 @@ def make_function(
 
 
 def _make_reconstruction(config: ConfigDict, params: Any) -> Function:
-    _, bind = tasks.functional(lambda rngs: MaskedAutoencoder(**config.model.to_dict(), rngs=rngs))
+    bind = tasks.functional(lambda rngs: MaskedAutoencoder(**config.model.to_dict(), rngs=rngs)).bind
 
     def reconstruct(images: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
         model = bind(params)

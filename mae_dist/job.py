@@ -227,8 +227,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
     eval_pieces = steps.num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
-    abstract_params = jax.eval_shape(task.init_params, jax.random.key(0))
-    trainable, _ = state.split_frozen(sharding.logical_axes(abstract_params), task.frozen)
+    trainable, _ = state.split_frozen(sharding.logical_axes(task.abstract_params), task.frozen)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
     tx, lr_fn = make_optimizer(
@@ -240,7 +239,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     )
     has_ema = config.ema_decay > 0
     init = state.make_init(task.init_params, tx, task.frozen, config.seed, has_ema)
-    abstract_state = state.abstract_state(abstract_params, tx, task.frozen, has_ema)
+    abstract_state = state.abstract_state(task.abstract_params, tx, task.frozen, has_ema)
     shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
     train_step = steps.make_train_step(
         task,

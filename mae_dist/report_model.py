@@ -124,7 +124,7 @@ def _make_forward(config: ConfigDict, num_classes: int) -> Any:
     if config.task == "pretrain":
         encode = encoder.make_encode(config, ("mean",))
         return lambda params, batch: encode(params, batch["image"])["mean"]
-    _, bind = tasks.functional(functools.partial(tasks.make_model, config, num_classes, unconstrained))
+    bind = tasks.functional(functools.partial(tasks.make_model, config, num_classes, unconstrained)).bind
 
     def forward(params: Any, batch: Any) -> jax.Array:
         model = bind(params)

@@ -8,7 +8,7 @@ Shapes: B batch, H W C image, L patches, P values of one patch, D encoder width,
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ Params = dict[str, Any]
 class Task:
     """Model, loss and metrics of one kind of training.
 
+    abstract_params: the shapes of the parameters, by group.
     init_params: key -> parameters.
     loss: (params, batch, keys (B,)) -> (loss of each example (B,), further per-example metrics (B,)); integers among
       them are summed, modulo their size, where others are averaged.
@@ -42,6 +43,7 @@ class Task:
     """
 
     name: str
+    abstract_params: Params
     init_params: Callable[[jax.Array], Params]
     loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     evaluate: Callable[[Params, Batch], dict[str, clu_metrics.Metric]]
@@ -76,16 +78,27 @@ def unscale_pixels(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
     return jnp.clip(x * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32), 0, 1)
 
 
-def functional(
-    make: Callable[[nnx.Rngs], nnx.Module],
-) -> tuple[Callable[[jax.Array], Params], Callable[[Params], Any]]:
-    """(init, bind): key -> parameters as a nested dict, and parameters -> the module to call."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
+class Functional(NamedTuple):
+    """A module taken apart.
+
+    abstract: the shapes of its parameters, a nested dict.
+    init: key -> its parameters.
+    bind: parameters -> the module to call.
+    """
+
+    abstract: Params
+    init: Callable[[jax.Array], Params]
+    bind: Callable[[Params], Any]
+
+
+def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
+    """Takes apart the module that `make` makes, without making it."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)), nnx.Param)[1])
 
-    return init, functools.partial(nnx.merge, graphdef)
+    return Functional(nnx.to_pure_dict(abstract), init, functools.partial(nnx.merge, graphdef))
 
 
 def make_model(config: ConfigDict, num_classes: int, constrain: Constrain, rngs: nnx.Rngs) -> Any:
@@ -108,8 +121,7 @@ def make_model(config: ConfigDict, num_classes: int, constrain: Constrain, rngs:
 
 def abstract_params(config: ConfigDict, num_classes: int) -> Params:
     """The shapes of the parameters of `config`'s model, by group."""
-    module = nnx.eval_shape(lambda: make_model(config, num_classes, unconstrained, nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return functional(functools.partial(make_model, config, num_classes, unconstrained)).abstract
 
 
 def make_task(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
@@ -121,7 +133,7 @@ def make_task(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
 
 def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
     mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
-    init, bind = functional(functools.partial(make_model, config, 0, constrain))
+    abstract, init, bind = functional(functools.partial(make_model, config, 0, constrain))
 
     def forward(params: Params, batch: Batch, mask_keys: jax.Array) -> Any:
         model = bind(params)
@@ -157,7 +169,13 @@ def _pretrain(config: ConfigDict, constrain: Constrain) -> Task:
         return make_pictures(config, *forward(params, batch, fixed_keys(batch)))
 
     return Task(
-        name="pretrain", init_params=init, loss=loss, evaluate=evaluate, features=features, reconstruct=reconstruct
+        name="pretrain",
+        abstract_params=abstract,
+        init_params=init,
+        loss=loss,
+        evaluate=evaluate,
+        features=features,
+        reconstruct=reconstruct,
     )
 
 
@@ -230,7 +248,7 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
     mean, std, options = config.data.mean, config.data.std, config.classify
     probe = config.task == "probe"
 
-    init, bind = functional(functools.partial(make_model, config, num_classes, constrain))
+    abstract, init, bind = functional(functools.partial(make_model, config, num_classes, constrain))
 
     def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
         return bind(params).features(scale_pixels(batch["image"], mean, std), keys)
@@ -271,6 +289,7 @@ def _classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Tas
 
     return Task(
         name=config.task,
+        abstract_params=abstract,
         init_params=init,
         loss=loss,
         evaluate=evaluate,

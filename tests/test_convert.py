@@ -175,7 +175,7 @@ def test_transformers_gives_the_same_loss(tmp_path, overrides):
     images, noise = rng.random((3, 16, 16, 3), np.float32), rng.random((3, 16), np.float32)
     output = theirs(torch.from_numpy(images).permute(0, 3, 1, 2), noise=torch.from_numpy(noise))
 
-    _, bind = tasks.functional(functools.partial(tasks.make_model, config, 0, unconstrained))
+    bind = tasks.functional(functools.partial(tasks.make_model, config, 0, unconstrained)).bind
 
     def loss(params: Any) -> jax.Array:
         ids_shuffle = jax.numpy.argsort(noise, axis=1).astype(np.int32)
@@ -246,7 +246,7 @@ def timm_classifier(tensors: dict[str, torch.Tensor], images: torch.Tensor, head
 
 def our_logits(config: ConfigDict, params: Any, images: np.ndarray) -> np.ndarray:
     """By the task that fine-tunes, for scaled images."""
-    _, bind = tasks.functional(functools.partial(tasks.make_model, config, NUM_CLASSES, unconstrained))
+    bind = tasks.functional(functools.partial(tasks.make_model, config, NUM_CLASSES, unconstrained)).bind
     return np.asarray(jax.jit(lambda p: bind(p)(images, None), compiler_options=QUICK)(params))
 
 
@@ -338,7 +338,7 @@ def test_channels(old, new):
         pred[name] = np.repeat(gray, old, -1).reshape(value.shape)
 
     def predict(config: ConfigDict, params: Any) -> np.ndarray:
-        _, bind = tasks.functional(functools.partial(tasks.make_model, config, 0, unconstrained))
+        bind = tasks.functional(functools.partial(tasks.make_model, config, 0, unconstrained)).bind
         ids = np.tile(np.arange(16, dtype=np.int32), (2, 1))
         x = np.repeat(images, config.model.channels, -1)
         pred = jax.jit(lambda p: bind(p)(x, ids, 4, None)[0], compiler_options=QUICK)(params)

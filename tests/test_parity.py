@@ -149,7 +149,7 @@ def their_output(theirs: ViTMAEForPreTraining, images: np.ndarray, noise: np.nda
 def make_forward(config: Any) -> Any:
     """(params, images, noise) -> (loss of the batch, (latent, pred, mask)) of our model."""
     model_fields = {**config.model.to_dict(), "scan": True}  # compiles faster
-    _, bind = tasks.functional(lambda rngs: models.MaskedAutoencoder(**model_fields, rngs=rngs))
+    bind = tasks.functional(lambda rngs: models.MaskedAutoencoder(**model_fields, rngs=rngs)).bind
 
     def forward(params: Any, images: jax.Array, noise: jax.Array) -> Any:
         model = bind(params)

@@ -39,8 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def abstract_params(config: ConfigDict) -> Any:
-    task = tasks.make_task(config, 10, layers.unconstrained)
-    return jax.eval_shape(task.init_params, jax.random.key(0))
+    return tasks.abstract_params(config, 10)
 
 
 @functools.cache
@@ -219,7 +218,7 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
     config = smoke.get_config()
     config.task = task_name
     task = tasks.make_task(config, 10, layers.unconstrained)
-    axes = sharding.logical_axes(jax.eval_shape(task.init_params, jax.random.key(0)))
+    axes = sharding.logical_axes(task.abstract_params)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
     trainable, _ = state.split_frozen(axes, task.frozen)
