@@ -13,6 +13,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as shells have it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
 EXIT_STALLED = 76  # no progress within a deadline; the same command continues
 EXIT_PEER_LOST = 77  # another process of the run is gone; the same command continues
+EXIT_UNREAD = 141  # nobody reads the output any more, as after `| head`; what shells make of SIGPIPE
 
 
 class UserError(ValueError):

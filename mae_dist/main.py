@@ -5,6 +5,7 @@ The same line again continues the run in its workdir. Exit codes: `mae_dist/erro
 
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -243,11 +244,25 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
         code = errors.EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _output_is_unread():
+            raise
+        code = errors.EXIT_UNREAD
     if code != errors.EXIT_DONE:
         # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
         # compilation under way does not survive the interpreter.
         sys.stdout.flush()
         os._exit(code)
+
+
+def _output_is_unread() -> bool:
+    """Whether the reader of our output has ended, as in `… | head`; the rest of it goes nowhere then."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # faults are told without being asked for
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

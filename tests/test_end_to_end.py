@@ -237,6 +237,21 @@ def test_help_is_quick_and_complete():
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(("is_read", "expected"), [(False, 141), (True, 1)])
+def test_output_that_nobody_reads(is_read, expected):
+    """Ends a command without a traceback, as other programs end; another pipe that broke is a fault."""
+    fault = "raise BrokenPipeError('to a worker')" if is_read else "print('a line', flush=True)"
+    program = f"from mae_dist import main\ndef entry(argv):\n    {fault}\nmain.run(entry)"
+    reader, writer = os.pipe()
+    if not is_read:
+        os.close(reader)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    for end in (reader, writer) if is_read else (writer,):
+        os.close(end)
+    assert (done.returncode, "Traceback" in done.stderr) == (expected, is_read), done.stderr
+
+
 def test_interrupt_from_the_keyboard_can_be_continued(child_env, tmp_path):
     """Ctrl-C ends the process; the same line goes on."""
     workdir = tmp_path / "run"
