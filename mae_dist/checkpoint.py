@@ -1,14 +1,12 @@
 """Checkpoints of a run: saved in the background by steps and minutes, verified, resumed from the newest good one.
 
-Layout: `<workdir>/checkpoints/<step>/state` (Orbax) and `…/meta` (JSON: the config, the data set's fingerprint and the
-digests of the arrays); `mae_dist/seals.py` adds the files' digests. `python -m mae_dist.checkpoint verify|list|
-rm-quarantine W` looks after those of a workdir.
+What lies where: `mae_dist/saved.py`. `python -m mae_dist.checkpoint verify|list|rm-quarantine W` looks after those of a
+workdir.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
-import json
 import math
 import sys
 import time
@@ -24,39 +22,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, integrity
+from mae_dist import distributed, errors, integrity, saved
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
 from mae_dist.state import TrainState
-from mae_dist.storage import absolute, naming_faults, write_text_atomically
+from mae_dist.storage import absolute, naming_faults
 
 _policy = ocp.checkpoint_managers
-# In the meta of converted weights: where they came from.
-WEIGHTS_ONLY = "weights_of"
-
-
-# What Orbax, tensorstore and json raise when files are short, missing or not what they should be.
-_UNREADABLE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, jax.errors.JaxRuntimeError)
-
-
-class _Damaged(Exception):
-    """A checkpoint is not what was saved; the arguments say in which way."""
-
-
-@contextlib.contextmanager
-def _naming_damage(path: epath.Path, workdir: epath.Path) -> Iterator[None]:
-    """As `naming_faults`, and for what Orbax and tensorstore raise when files are short, missing or not writable."""
-    try:
-        with naming_faults(path):
-            yield
-    except UserError:
-        raise
-    except _UNREADABLE as error:
-        raise StorageFault(
-            f"checkpoint {path} cannot be written or read: {error}\nIf the disk is full, free some space; if it is "
-            f"damaged (python -m mae_dist.checkpoint verify {workdir}), the training command puts it in "
-            "quarantine and continues from the one before."
-        ) from error
 
 
 class _EveryMinutes:
@@ -118,7 +90,7 @@ class Checkpoints:
                 _policy.BestN(get_metric_fn=metric, reverse=lowest, n=1, keep_checkpoints_without_metrics=False),
             )
         self.directory = workdir / "checkpoints"
-        with _naming_damage(self.directory, self.directory.parent):
+        with saved.naming_damage(self.directory, self.directory.parent):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
@@ -145,7 +117,7 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            with _naming_damage(self.directory, self.directory.parent):
+            with saved.naming_damage(self.directory, self.directory.parent):
                 self._manager.close()
                 self._seal(wait=True)
         except StorageFault as fault:
@@ -196,7 +168,7 @@ class Checkpoints:
         self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float], force: bool = False
     ) -> None:
         best = {name: value for name, value in metrics.items() if name == self._keep_best and math.isfinite(value)}
-        with _naming_damage(self.directory, self.directory.parent):
+        with saved.naming_damage(self.directory, self.directory.parent):
             self._manager.check_for_errors()
             self._seal()
             again = self._retry_at is not None and time.monotonic() >= self._retry_at
@@ -228,7 +200,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
-        with _naming_damage(self.directory, self.directory.parent):
+        with saved.naming_damage(self.directory, self.directory.parent):
             self._manager.wait_until_finished()
             self._seal(wait=True)
 
@@ -250,7 +222,7 @@ class Checkpoints:
             try:
                 state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint, default)
                 return state, step, meta.get("unfinished")
-            except _Damaged as damage:
+            except saved.Damaged as damage:
                 self._put_away(step, str(damage))
         reasons = self._seals.quarantined()
         if reasons:
@@ -286,13 +258,13 @@ class Checkpoints:
         path = self.directory / str(step)
         sealed = _check_files(self._seals, step, path)
         with _telling_damage(path, sealed):
-            meta = _read_meta(self._manager, step)
+            meta = saved.read_meta(self._manager, step)
             stored = config_lib.from_json(meta["config"], default)
-            stored_fingerprint = "" if WEIGHTS_ONLY in meta else meta["data_fingerprint"]
-        if WEIGHTS_ONLY in meta:
+            stored_fingerprint = "" if saved.WEIGHTS_ONLY in meta else meta["data_fingerprint"]
+        if saved.WEIGHTS_ONLY in meta:
             raise StorageFault(
-                f"{path} holds converted weights ({meta[WEIGHTS_ONLY]}), not a run to continue; start one from them in "
-                f"another --workdir with --config.init_from={self.directory.parent}"
+                f"{path} holds converted weights ({meta[saved.WEIGHTS_ONLY]}), not a run to continue; "
+                f"start one from them in another --workdir with --config.init_from={self.directory.parent}"
             )
         lines = config_lib.differences(stored, config)
         if stored_fingerprint != fingerprint:
@@ -305,20 +277,20 @@ class Checkpoints:
         for line in config_lib.differences(stored, config, ignore=()):
             logging.info("Continuing with a changed field: %s", line)
         with _telling_damage(path, sealed):
-            stored = _restore(self._manager, step, abstract.to_dict(), shardings.to_dict())
-        _check_values(meta.get("digests", {}), stored)
+            stored = saved.restore(self._manager, step, abstract.to_dict(), shardings.to_dict())
+        saved.check_values(meta.get("digests", {}), stored)
         return TrainState(**stored), meta
 
 
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
-    """Whether the files are known to be as they were written, to process 0; `_Damaged` if they are not."""
+    """Whether the files are known to be as they were written, to process 0; `saved.Damaged` if they are not."""
     lines: list[str] | None = None
     if distributed.is_primary():
         with naming_faults(path):
             lines = seals.damage(step)
     known, count = (int(x) for x in _from_first([int(lines is not None), len(lines or [])]))
     if count:
-        raise _Damaged("; ".join((lines or [f"{count} files"])[:5]))
+        raise saved.Damaged("; ".join((lines or [f"{count} files"])[:5]))
     return bool(known)
 
 
@@ -337,196 +309,10 @@ def _telling_damage(path: epath.Path, sealed: bool) -> Iterator[None]:
         raise
     except Exception as error:
         # Of an operating system's errors most are not the checkpoint's fault: permissions, a disk that is away.
-        if sealed or (isinstance(error, OSError) and not isinstance(error, _UNREADABLE)):
-            with _naming_damage(path, path.parent.parent):
+        if sealed or (isinstance(error, OSError) and not isinstance(error, saved.UNREADABLE)):
+            with saved.naming_damage(path, path.parent.parent):
                 raise
-        raise _Damaged(f"it cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _check_values(meant: dict[str, str], tree: Any) -> None:
-    """Raises `_Damaged` if an array is not what was meant when it was saved; older checkpoints do not say."""
-    if meant:
-        found = integrity.digests(tree)
-        lines = integrity.differences({name: value for name, value in meant.items() if name in found}, found)
-        if lines:
-            raise _Damaged("; ".join(lines[:5]))
-
-
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, abstract: Any, shardings: Any, partial: bool = False) -> Any:
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )
-    args = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial
-    )
-    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-
-
-def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
-    """The config of the run in `workdir`."""
-    path = workdir / "config.json"
-    if not path.exists():
-        raise StorageFault(
-            f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from"
-        )
-    with _naming_damage(path, workdir):
-        return config_lib.from_json(path.read_text(), default)
-
-
-@contextlib.contextmanager
-def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """The manager of an existing run's checkpoints and its newest step."""
-    directory = workdir / "checkpoints"
-    if not directory.exists():
-        raise StorageFault(f"{directory} does not exist; train that run first, or correct init_from or --workdir")
-    with _naming_damage(directory, workdir):
-        manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False))
-    try:
-        damaged = False
-        for step in sorted(manager.all_steps(), reverse=True):
-            damage = Seals(workdir).damage(step)
-            if damage:
-                damaged = True
-                logging.error("DAMAGED CHECKPOINT: %s (%s); reading the one before", directory / str(step), damage[0])
-                continue
-            with _naming_damage(directory / str(step), workdir):
-                yield manager, step
-            return
-        good = "good " if damaged else ""
-        raise StorageFault(
-            f"{directory} holds no {good}checkpoint; train that run first, or correct init_from or --workdir"
-        )
-    finally:
-        manager.close()
-
-
-def _stored_tree(workdir: epath.Path, step: int) -> dict[str, Any]:
-    """The shapes of all that a checkpoint holds; nothing of it is read."""
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        return handler.metadata(workdir / "checkpoints" / str(step) / "state").tree
-    finally:
-        handler.close()
-
-
-def param_shapes(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
-    """(step, shapes of the parameters by group) of the newest checkpoint in `workdir`; nothing of them is read."""
-    with _newest(workdir) as (_, step):
-        return step, _stored_tree(workdir, step)["params"]
-
-
-def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read.
-
-    Of a run with averages (`ema_decay`) these are read, where they exist: a frozen part has none.
-    """
-    with _newest(workdir) as (manager, step):
-        averaged = _stored_tree(workdir, step).get("ema", {})
-
-        def by_origin(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
-            parts = {
-                "ema": {group: value for group, value in tree.items() if group in averaged},
-                "params": {group: value for group, value in tree.items() if group not in averaged},
-            }
-            return {name: part for name, part in parts.items() if part}
-
-        state = _restore(manager, step, by_origin(abstract), by_origin(shardings), partial=True)
-        meta = _read_meta(manager, step)
-        try:
-            _check_values(meta.get("digests", {}), state)
-        except _Damaged as damage:
-            raise StorageFault(
-                f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged: {damage}. Repeat the command that "
-                "trained it: it puts it in quarantine and continues from the one before"
-            ) from damage
-        return step, {**state.get("params", {}), **state.get("ema", {})}
-
-
-def save_params(workdir: epath.Path, config: ConfigDict, params: dict[str, Any], origin: str) -> None:
-    """Writes trained parameters as a workdir of their own, at step 0 and without the state of an optimizer."""
-    directory = workdir / "checkpoints"
-    with _naming_damage(directory, workdir), ocp.CheckpointManager(directory) as manager:
-        meta = {"config": config_lib.to_json(config), WEIGHTS_ONLY: origin}
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}), meta=ocp.args.JsonSave(meta))
-        manager.save(0, args=args)
-        manager.wait_until_finished()
-    with naming_faults(workdir):
-        write_text_atomically(workdir / "config.json", config_lib.to_json(config) + "\n")
-
-
-# The fields that parameters depend on, by group; all must be equal to start from them.
-_SHARED = ("image_size", "channels", "patch_size", "cls_token", "pos_embed", "qkv_bias", "gelu", "norm_eps")
-FIELDS = {
-    "encoder": (
-        *(f"model.{name}" for name in (*_SHARED, "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale_init")),
-        "data.mean",
-        "data.std",
-    ),
-    "decoder": (
-        *(f"model.decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")),
-        "model.mask_token",
-        "pretrain.norm_pix_loss",
-    ),
-}
-
-
-def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) -> None:
-    """Raises `StorageFault` naming every field in which these groups of `source` differ from those of `config`."""
-    lines = []
-    for field in (field for group in groups for field in FIELDS[group]):
-        old, new = config_lib.get(source, field), config_lib.get(config, field)
-        if field == "model.layer_scale_init":  # the value is only where training starts; whether there is one matters
-            old, new = old > 0, new > 0
-        elif field.startswith("data.") and len(old) != len(new):  # one value stands for all channels
-            old, new = (value * config.model.channels if len(value) == 1 else value for value in (old, new))
-        if old != new:
-            lines.append(f"{field}: {old!r} -> {new!r}")
-    if lines:
-        raise StorageFault(
-            f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
-            + "\n  - ".join(lines)
-            + "\nSet these as they were, or convert the weights to another size first (python -m mae_dist.convert)."
-        )
-
-
-def saved_steps(workdir: epath.Path) -> list[int]:
-    """The steps of the complete checkpoints in `workdir`, ascending."""
-    directory = workdir / "checkpoints"
-    if not directory.exists():
-        return []
-    # In a bucket a save under way, or cut short, has the name already; only a last object says that it is complete.
-    complete = (path for path in directory.iterdir() if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path))
-    return sorted(int(path.name) for path in complete)
-
-
-def condition(workdir: epath.Path, step: int) -> list[str]:
-    """What is wrong with a checkpoint: its files against their seal, its arrays against their digests."""
-    path = workdir / "checkpoints" / str(step)
-    lines = Seals(workdir).damage(step)
-    if lines:
-        return lines
-    handler = ocp.PyTreeCheckpointer()
-    try:
-        meta = json.loads((path / "meta" / "metadata").read_text())
-        shapes: Any = handler.metadata(path / "state").item_metadata
-        shapes = shapes.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-        _check_values(meta.get("digests", {}), jax.device_put(handler.restore(path / "state", restore_args=as_numpy)))
-    except _Damaged as damage:
-        return [str(damage)]
-    except Exception as error:  # whatever a parser makes of garbage
-        return [f"it cannot be read: {_first_line(error)}"]
-    finally:
-        handler.close()
-    return []
+        raise saved.Damaged(f"it cannot be read: {saved.first_line(error)}") from error
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -544,7 +330,7 @@ def _command(argv: Sequence[str]) -> int:
         return errors.EXIT_DONE
     if not directory.exists():
         raise StorageFault(f"{directory} does not exist: {workdir} is not the workdir of a run that has saved")
-    steps = saved_steps(workdir)
+    steps = saved.steps(workdir)
     faults = 0
     for step in steps:
         path = directory / str(step)
@@ -554,7 +340,7 @@ def _command(argv: Sequence[str]) -> int:
             f"{step:>10}  {sum(file.stat().length for file in files) / 2**20:8.1f} MiB  {len(files):4} files  {sealed}"
         )
         if given.what == "verify":
-            lines = condition(workdir, step)
+            lines = saved.condition(workdir, step)
             faults += bool(lines)
             line += "  DAMAGED: " + "; ".join(lines[:5]) if lines else "  good"
         print(line, flush=True)

@@ -14,8 +14,8 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_dist import config as config_lib
 from mae_dist import (
-    checkpoint,
     distributed,
     errors,
     heads,
@@ -24,10 +24,10 @@ from mae_dist import (
     main,
     patches,
     pretrained,
+    saved,
     sharding,
     weights,
 )
-from mae_dist import config as config_lib
 from mae_dist.storage import absolute, appearing, naming_faults
 
 Params = dict[str, Any]
@@ -233,7 +233,7 @@ def _adapt(values: tuple[float, ...], old: int, channels: int) -> tuple[float, .
 def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin: str) -> None:
     """Writes parameters in a layout; `ConfigError` names what the layout cannot express."""
     if to == "mae_dist":
-        checkpoint.save_params(path, config, params, origin)
+        saved.save_params(path, config, params, origin)
         return
     faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
     if to == "hf":

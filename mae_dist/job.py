@@ -11,8 +11,8 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint, flops, patches, pretrained, sharding, state, steps, tasks
 from mae_dist import config as config_lib
+from mae_dist import flops, patches, pretrained, saved, sharding, state, steps, tasks
 from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
 from mae_dist.errors import ConfigError
 from mae_dist.optim import make_optimizer
@@ -80,7 +80,7 @@ class Job:
             return new
         source = pretrained.open_pretrained(absolute(self.config.init_from), default, self.config)
         groups = [group for group in ("encoder", "decoder") if group in new.params and group in source.abstract]
-        checkpoint.check_fits(source.config, self.config, groups)
+        saved.check_fits(source.config, self.config, groups)
         loaded = source.load({group: self.shardings.params[group] for group in groups})
         logging.info("%s from %s", " and ".join(groups), source.origin)
         # The averages start from the weights, in arrays of their own: an update overwrites both.

@@ -15,8 +15,8 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint, layouts, tasks, weights
 from mae_dist import config as config_lib
+from mae_dist import layouts, saved, tasks, weights
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.storage import naming_faults
 
@@ -100,14 +100,14 @@ def _read_json(path: epath.Path) -> dict[str, Any] | None:
 
 
 def _from_workdir(path: epath.Path, default: ConfigDict) -> Pretrained:
-    config = checkpoint.read_config(path, default)
-    step, shapes = checkpoint.param_shapes(path)
+    config = saved.read_config(path, default)
+    step, shapes = saved.param_shapes(path)
     num_classes = shapes["head"]["linear"]["bias"].shape[0] if "head" in shapes else 0
     abstract = tasks.abstract_params(config, num_classes)
     abstract = {group: tree for group, tree in abstract.items() if group in shapes}
 
     def load(shardings: Params) -> Params:
-        return checkpoint.load_params(path, _select(abstract, shardings, path), shardings)[1]
+        return saved.load_params(path, _select(abstract, shardings, path), shardings)[1]
 
     return Pretrained(config, f"{path}, step {step}", abstract, True, load)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from mae_dist import checkpoint, distributed, errors, job, main, pictures, train
 from mae_dist import config as config_lib
+from mae_dist import distributed, errors, job, main, pictures, saved, train
 from mae_dist.storage import absolute
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
@@ -28,7 +28,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     del argv
     workdir = absolute(main.required(_WORKDIR))
     distributed.quiet_unless_primary()
-    config = checkpoint.read_config(workdir, main.default_config())
+    config = saved.read_config(workdir, main.default_config())
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)
         config.accum_steps = 1
@@ -44,7 +44,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     dataset = getattr(built.data, _SPLIT.value)
     if dataset is None:
         raise errors.ConfigError(f"--split={_SPLIT.value}: the run has no such split (data.{_SPLIT.value}_split is '')")
-    step, params = checkpoint.load_params(workdir, built.abstract_state.params, built.shardings.params)
+    step, params = saved.load_params(workdir, built.abstract_state.params, built.shardings.params)
     with jax.set_mesh(built.mesh):
         grid = train.draw_reconstructions(built, params, dataset, step, _NUM_IMAGES.value)
     out = absolute(_OUT.value) if _OUT.value else workdir / "pictures" / f"{_SPLIT.value}_{step:08d}.png"

@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint, goodput, integrity, metrics
 from mae_dist import config as config_lib
+from mae_dist import goodput, integrity, metrics, saved
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
 from mae_dist.storage import absolute, naming_faults, read_text
@@ -166,7 +166,7 @@ def collect(workdirs: Sequence[epath.Path], default: ConfigDict) -> tuple[list[R
 
 
 def _read(workdir: epath.Path, default: ConfigDict) -> Run:
-    run = Run(workdir, checkpoint.read_config(workdir, default))
+    run = Run(workdir, saved.read_config(workdir, default))
 
     def tried(read: Any, otherwise: Any) -> Any:
         try:
@@ -275,10 +275,10 @@ def checkpoints(workdir: epath.Path, *, arrays: bool) -> tuple[list[SavedState],
     """
     seals, found = Seals(workdir), []
     with naming_faults(workdir):
-        for step in checkpoint.saved_steps(workdir):
+        for step in saved.steps(workdir):
             path = workdir / "checkpoints" / str(step)
             try:
-                faults = checkpoint.condition(workdir, step) if arrays else seals.damage(step) or []
+                faults = saved.condition(workdir, step) if arrays else seals.damage(step) or []
                 size = sum(file.stat().length for file in integrity.files(path)) / 2**20
             except FileNotFoundError:
                 if path.exists():

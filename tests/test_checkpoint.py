@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from mae_dist import checkpoint, job
+from mae_dist import job, saved
 from mae_dist.checkpoint import Checkpoints
 from mae_dist.errors import StorageFault
 from tests.runs import smoke_config
@@ -214,7 +214,7 @@ def test_weights_of_a_pretraining(workdir, task):
 def test_encoder_without_its_norm_is_refused(workdir):
     """A fine-tuned encoder with the norm in its head, where one is needed that has its own."""
     source = build(task="finetune", classify__norm_after_pool=True)
-    checkpoint.save_params(workdir, source.config, new_state(source).params, "a test")
+    saved.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="finetune", init_from=str(workdir))
     with pytest.raises(StorageFault, match=r"has no encoder/norm, .*norm_after_pool"):
         built.fresh_state(default.get_config())
@@ -223,7 +223,7 @@ def test_encoder_without_its_norm_is_refused(workdir):
 def test_converted_weights_are_not_continued(workdir):
     """They have no optimizer state: a run from them is a new one."""
     built = build()
-    checkpoint.save_params(workdir, built.config, new_state(built).params, "a test")
+    saved.save_params(workdir, built.config, new_state(built).params, "a test")
     with open_checkpoints(workdir) as checkpoints, pytest.raises(StorageFault, match=r"converted weights \(a test\)"):
         restore(checkpoints, built)
 
@@ -231,7 +231,7 @@ def test_converted_weights_are_not_continued(workdir):
 def test_encoder_that_does_not_fit_is_refused(workdir):
     """Field by field, before anything is read."""
     source = build()
-    checkpoint.save_params(workdir, source.config, new_state(source).params, "a test")
+    saved.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="probe", init_from=str(workdir), model__embed_dim=64, model__depth=3)
     with pytest.raises(StorageFault, match=r"model.embed_dim: 32 -> 64\n.*model.depth: 2 -> 3"):
         built.fresh_state(default.get_config())
@@ -242,17 +242,17 @@ def test_faults_advise_to_verify_the_workdir(workdir):
     built = build()
     unfit = {"encoder": {"kernel": object()}}
     with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/checkpoints cannot(.|\n)*verify {workdir}\)"):
-        checkpoint.save_params(workdir, built.config, unfit, "a test")
+        saved.save_params(workdir, built.config, unfit, "a test")
     (workdir / "config.json").write_text("{")
     with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/config.json cannot(.|\n)*verify {workdir}\)"):
-        checkpoint.read_config(workdir, default.get_config())
+        saved.read_config(workdir, default.get_config())
 
 
 def test_missing_workdir_and_missing_checkpoint_are_named(workdir):
     """What init_from or --workdir should have been."""
     with pytest.raises(StorageFault, match=r"no config\.json"):
-        checkpoint.read_config(workdir, default.get_config())
+        saved.read_config(workdir, default.get_config())
     (workdir / "checkpoints").mkdir(parents=True)
     built = build()
     with pytest.raises(StorageFault, match="holds no checkpoint"):
-        checkpoint.load_params(workdir, built.abstract_state.params, built.shardings.params)
+        saved.load_params(workdir, built.abstract_state.params, built.shardings.params)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTMAEModel
 
 from configs import default
-from mae_dist import checkpoint, convert, layouts, losses, patches, pretrained, tasks, weights
+from mae_dist import convert, layouts, losses, patches, pretrained, saved, tasks, weights
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.layers import unconstrained
 from tests import QUICK
@@ -57,7 +57,7 @@ def random_params(config: ConfigDict, seed: int = 0) -> Any:
 
 
 def run_dir(path: Path, config: ConfigDict, params: Any) -> epath.Path:
-    checkpoint.save_params(epath.Path(path), config, params, "a test")
+    saved.save_params(epath.Path(path), config, params, "a test")
     return epath.Path(path)
 
 
@@ -107,7 +107,7 @@ def test_ours_to_theirs_and_back(tmp_path, layout, name):
     back = opened(out, config)
     assert largest_difference(back.load_whole(), params) == 0
     groups = ["encoder"] if config.task == "finetune" else ["encoder", "decoder"]
-    checkpoint.check_fits(back.config, config, groups)
+    saved.check_fits(back.config, config, groups)
     assert back.config.classify == config.classify or config.task == "pretrain"
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 

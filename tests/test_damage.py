@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from mae_dist import checkpoint, integrity
+from mae_dist import integrity
 from mae_dist.errors import StorageFault
+from mae_dist.saved import load_params
 from mae_dist.seals import Seals
 from tests.runs import ONLY_UPDATES, records, run
 from tests.test_checkpoint import build, new_state, open_checkpoints
@@ -150,7 +151,7 @@ def test_intact_but_unreadable_is_no_damage(saved, tmp_path_factory, monkeypatch
     def fail(*args):
         raise ValueError("another tree")
 
-    monkeypatch.setattr(checkpoint, "_restore", fail)
+    monkeypatch.setattr("mae_dist.saved.restore", fail)
     with pytest.raises(StorageFault, match=r"checkpoints/2 cannot be .*another tree"):
         restore(workdir)
     assert not Seals(workdir).quarantined()
@@ -200,7 +201,7 @@ def test_readers_take_a_good_one(saved, tmp_path_factory):
     workdir = copy_of(saved, tmp_path_factory)
     shutil.rmtree(workdir / "checkpoints" / "2" / "meta")
     built = build()
-    step, _ = checkpoint.load_params(workdir, built.abstract_state.params, built.shardings.params)
+    step, _ = load_params(workdir, built.abstract_state.params, built.shardings.params)
     assert step == 1
     assert (workdir / "checkpoints" / "2").exists()
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mae_dist import checkpoint, pretrained, tasks
+from mae_dist import pretrained, saved, tasks
 from tests.runs import smoke_config
 
 NUM_CLASSES = 10
@@ -30,5 +30,5 @@ def in_memory(**overrides: Any) -> pretrained.Pretrained:
 
 def save(path: Path, source: pretrained.Pretrained) -> Path:
     """Stores a model in mae_dist's own layout."""
-    checkpoint.save_params(epath.Path(path), source.config, source.load_whole(), "a test")
+    saved.save_params(epath.Path(path), source.config, source.load_whole(), "a test")
     return path

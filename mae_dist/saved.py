@@ -1,0 +1,238 @@
+"""What saved checkpoints hold: read, judged and written without the run that they are of.
+
+Layout: `<workdir>/checkpoints/<step>/state` (Orbax) and `…/meta` (JSON: the config, the data set's fingerprint and the
+digests of the arrays); `mae_dist/seals.py` adds the files' digests.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist import integrity
+from mae_dist.errors import StorageFault, UserError
+from mae_dist.seals import Seals
+from mae_dist.storage import naming_faults, write_text_atomically
+
+# In the meta of converted weights: where they came from.
+WEIGHTS_ONLY = "weights_of"
+
+# What Orbax, tensorstore and json raise when files are short, missing or not what they should be.
+UNREADABLE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, jax.errors.JaxRuntimeError)
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved; the arguments say in which way."""
+
+
+@contextlib.contextmanager
+def naming_damage(path: epath.Path, workdir: epath.Path) -> Iterator[None]:
+    """As `naming_faults`, and for what Orbax and tensorstore raise when files are short, missing or not writable."""
+    try:
+        with naming_faults(path):
+            yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        raise StorageFault(
+            f"checkpoint {path} cannot be written or read: {error}\nIf the disk is full, free some space; if it is "
+            f"damaged (python -m mae_dist.checkpoint verify {workdir}), the training command puts it in "
+            "quarantine and continues from the one before."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for a list of faults."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_values(meant: dict[str, str], tree: Any) -> None:
+    """Raises `Damaged` if an array is not what was meant when it was saved; older checkpoints do not say."""
+    if meant:
+        found = integrity.digests(tree)
+        lines = integrity.differences({name: value for name, value in meant.items() if name in found}, found)
+        if lines:
+            raise Damaged("; ".join(lines[:5]))
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def restore(manager: ocp.CheckpointManager, step: int, abstract: Any, shardings: Any, partial: bool = False) -> Any:
+    """A checkpoint's arrays, each in its sharding; of a `partial` tree only what it names is read."""
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+    args = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial
+    )
+    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+
+def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
+    """The config of the run in `workdir`."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise StorageFault(
+            f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from"
+        )
+    with naming_damage(path, workdir):
+        return config_lib.from_json(path.read_text(), default)
+
+
+@contextlib.contextmanager
+def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """The manager of an existing run's checkpoints and its newest step."""
+    directory = workdir / "checkpoints"
+    if not directory.exists():
+        raise StorageFault(f"{directory} does not exist; train that run first, or correct init_from or --workdir")
+    with naming_damage(directory, workdir):
+        manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False))
+    try:
+        damaged = False
+        for step in sorted(manager.all_steps(), reverse=True):
+            damage = Seals(workdir).damage(step)
+            if damage:
+                damaged = True
+                logging.error("DAMAGED CHECKPOINT: %s (%s); reading the one before", directory / str(step), damage[0])
+                continue
+            with naming_damage(directory / str(step), workdir):
+                yield manager, step
+            return
+        good = "good " if damaged else ""
+        raise StorageFault(
+            f"{directory} holds no {good}checkpoint; train that run first, or correct init_from or --workdir"
+        )
+    finally:
+        manager.close()
+
+
+def _stored_tree(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """The shapes of all that a checkpoint holds; nothing of it is read."""
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return handler.metadata(workdir / "checkpoints" / str(step) / "state").tree
+    finally:
+        handler.close()
+
+
+def param_shapes(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
+    """(step, shapes of the parameters by group) of the newest checkpoint in `workdir`; nothing of them is read."""
+    with _newest(workdir) as (_, step):
+        return step, _stored_tree(workdir, step)["params"]
+
+
+def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read.
+
+    Of a run with averages (`ema_decay`) these are read, where they exist: a frozen part has none.
+    """
+    with _newest(workdir) as (manager, step):
+        averaged = _stored_tree(workdir, step).get("ema", {})
+
+        def by_origin(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+            parts = {
+                "ema": {group: value for group, value in tree.items() if group in averaged},
+                "params": {group: value for group, value in tree.items() if group not in averaged},
+            }
+            return {name: part for name, part in parts.items() if part}
+
+        state = restore(manager, step, by_origin(abstract), by_origin(shardings), partial=True)
+        meta = read_meta(manager, step)
+        try:
+            check_values(meta.get("digests", {}), state)
+        except Damaged as damage:
+            raise StorageFault(
+                f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged: {damage}. Repeat the command that "
+                "trained it: it puts it in quarantine and continues from the one before"
+            ) from damage
+        return step, {**state.get("params", {}), **state.get("ema", {})}
+
+
+def save_params(workdir: epath.Path, config: ConfigDict, params: dict[str, Any], origin: str) -> None:
+    """Writes trained parameters as a workdir of their own, at step 0 and without the state of an optimizer."""
+    directory = workdir / "checkpoints"
+    with naming_damage(directory, workdir), ocp.CheckpointManager(directory) as manager:
+        meta = {"config": config_lib.to_json(config), WEIGHTS_ONLY: origin}
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}), meta=ocp.args.JsonSave(meta))
+        manager.save(0, args=args)
+        manager.wait_until_finished()
+    with naming_faults(workdir):
+        write_text_atomically(workdir / "config.json", config_lib.to_json(config) + "\n")
+
+
+def steps(workdir: epath.Path) -> list[int]:
+    """The steps of the complete checkpoints in `workdir`, ascending."""
+    directory = workdir / "checkpoints"
+    if not directory.exists():
+        return []
+    # In a bucket a save under way, or cut short, has the name already; only a last object says that it is complete.
+    complete = (path for path in directory.iterdir() if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path))
+    return sorted(int(path.name) for path in complete)
+
+
+def condition(workdir: epath.Path, step: int) -> list[str]:
+    """What is wrong with a checkpoint: its files against their seal, its arrays against their digests."""
+    path = workdir / "checkpoints" / str(step)
+    lines = Seals(workdir).damage(step)
+    if lines:
+        return lines
+    handler = ocp.PyTreeCheckpointer()
+    try:
+        meta = json.loads((path / "meta" / "metadata").read_text())
+        shapes: Any = handler.metadata(path / "state").item_metadata
+        shapes = shapes.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        check_values(meta.get("digests", {}), jax.device_put(handler.restore(path / "state", restore_args=as_numpy)))
+    except Damaged as damage:
+        return [str(damage)]
+    except Exception as error:  # whatever a parser makes of garbage
+        return [f"it cannot be read: {first_line(error)}"]
+    finally:
+        handler.close()
+    return []
+
+
+# The fields that parameters depend on, by group; all must be equal to start from them.
+_SHARED = ("image_size", "channels", "patch_size", "cls_token", "pos_embed", "qkv_bias", "gelu", "norm_eps")
+FIELDS = {
+    "encoder": (
+        *(f"model.{name}" for name in (*_SHARED, "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale_init")),
+        "data.mean",
+        "data.std",
+    ),
+    "decoder": (
+        *(f"model.decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")),
+        "model.mask_token",
+        "pretrain.norm_pix_loss",
+    ),
+}
+
+
+def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) -> None:
+    """Raises `StorageFault` naming every field in which these groups of `source` differ from those of `config`."""
+    lines = []
+    for field in (field for group in groups for field in FIELDS[group]):
+        old, new = config_lib.get(source, field), config_lib.get(config, field)
+        if field == "model.layer_scale_init":  # the value is only where training starts; whether there is one matters
+            old, new = old > 0, new > 0
+        elif field.startswith("data.") and len(old) != len(new):  # one value stands for all channels
+            old, new = (value * config.model.channels if len(value) == 1 else value for value in (old, new))
+        if old != new:
+            lines.append(f"{field}: {old!r} -> {new!r}")
+    if lines:
+        raise StorageFault(
+            f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
+            + "\n  - ".join(lines)
+            + "\nSet these as they were, or convert the weights to another size first (python -m mae_dist.convert)."
+        )
