@@ -352,8 +352,4 @@ def _command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(_command(sys.argv[1:]))
-    except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        sys.exit(fault.exit_code)
+    sys.exit(errors.exit_code_of(lambda: _command(sys.argv[1:])))

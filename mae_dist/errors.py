@@ -1,7 +1,12 @@
-"""Faults a user can cause or cure, and the exit code each one ends a command with.
+"""Faults a user can cause or cure, the exit code each one ends a command with, and what makes the one of the other.
 
 Every message says what was wrong, the values, and the cure. Our own mistakes are `assert`s and end with code 1.
 """
+
+import os
+import select
+import sys
+from collections.abc import Callable
 
 EXIT_DONE = 0
 EXIT_INTERNAL = 1  # an unexpected Python exception: a bug, please report it
@@ -44,3 +49,35 @@ class StorageFault(UserError):
     """A workdir that cannot be read or written, or a checkpoint that does not fit the config."""
 
     exit_code = EXIT_STORAGE
+
+
+def exit_code_of(command: Callable[[], int]) -> int:
+    """Runs a command: a fault of the user is one message and its code; any other exception passes."""
+    try:
+        code = command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _output_is_unread():
+            raise
+        code = EXIT_UNREAD
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or EXIT_UNREAD
+        _output_is_unread()
+    return code
+
+
+def _output_is_unread() -> bool:
+    """Whether the reader of our output has ended, as in `… | head`; the rest of it goes nowhere then."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # faults are told without being asked for
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

@@ -5,7 +5,6 @@ The same line again continues the run in its workdir. Exit codes: `mae_dist/erro
 
 import json
 import os
-import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -229,40 +228,22 @@ def needed_config() -> ConfigDict:
 def run(entry: Callable[[Sequence[str]], int]) -> None:
     """Runs a command: faults of the user are one message and their exit code, anything else a traceback and 1."""
     if "--help" in sys.argv[1:]:
-        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
-        sys.exit(errors.EXIT_DONE)
+        sys.exit(errors.exit_code_of(_show_help))
     if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its updates; before and after them it would kill
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     cpu.use_huge_pages()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
-    try:
-        code = entry(parse_flags(sys.argv))
-    except errors.UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
-        code = errors.EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not _output_is_unread():
-            raise
-        code = errors.EXIT_UNREAD
+    code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
     if code != errors.EXIT_DONE:
         # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
         # compilation under way does not survive the interpreter.
-        sys.stdout.flush()
         os._exit(code)
 
 
-def _output_is_unread() -> bool:
-    """Whether the reader of our output has ended, as in `… | head`; the rest of it goes nowhere then."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # faults are told without being asked for
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+def _show_help() -> int:
+    print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+    return errors.EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -237,19 +237,29 @@ def test_help_is_quick_and_complete():
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize(("is_read", "expected"), [(False, 141), (True, 1)])
-def test_output_that_nobody_reads(is_read, expected):
+@pytest.mark.parametrize(
+    ("body", "is_read", "expected"),
+    [
+        ("print('a line', flush=True)", False, 141),
+        ("print('a line'); return 0", False, 141),
+        ("print('a line'); return 75", False, 75),
+        ("print('a line'); return 75", True, 75),
+        ("raise BrokenPipeError('to a worker')", True, 1),
+    ],
+)
+def test_output_that_nobody_reads(body, is_read, expected):
     """Ends a command without a traceback, as other programs end; another pipe that broke is a fault."""
-    fault = "raise BrokenPipeError('to a worker')" if is_read else "print('a line', flush=True)"
-    program = f"from mae_dist import main\ndef entry(argv):\n    {fault}\nmain.run(entry)"
+    program = f"from mae_dist import main\ndef entry(argv):\n    {body}\nmain.run(entry)"
     reader, writer = os.pipe()
     if not is_read:
         os.close(reader)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     for end in (reader, writer) if is_read else (writer,):
         os.close(end)
-    assert (done.returncode, "Traceback" in done.stderr) == (expected, is_read), done.stderr
+    assert done.returncode == expected, done.stderr
+    assert ("Traceback" in done.stderr, "ignored" in done.stderr) == (expected == 1, False), done.stderr
 
 
 def test_interrupt_from_the_keyboard_can_be_continued(child_env, tmp_path):
