@@ -39,9 +39,12 @@ def has_fused_kernel() -> bool:
 
 
 def _products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    # Queries are scaled, not scores, of which there are more; a factor on those the CPU's compiler writes out whole.
-    q = q * (q.shape[-1] ** -0.5)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    scale = q.shape[-1] ** -0.5
+    # Of scores there are more than of queries, and a factor on them the CPU's compiler writes out as an array; but a
+    # query of less than float32 would be rounded once more.
+    scale_first = q.dtype == jnp.float32
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * scale if scale_first else q, k, preferred_element_type=jnp.float32)
+    scores = scores if scale_first else scores * scale
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
