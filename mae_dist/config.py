@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -125,7 +126,6 @@ FREE = (
     "data.cache_dir",
     "data.stage",
     "data.num_workers",
-    "init_from",
     "eval",
     "online",
     "pictures",
@@ -170,6 +170,10 @@ def from_json(text: str, default: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
+def _last_name(path: str) -> str:
+    return os.path.basename(path.rstrip("/"))
+
+
 def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
     """One line `field: old -> new` for every leaf that differs, except below the fields in `ignore`."""
     before, after = dict(flatten(old)), dict(flatten(new))
@@ -177,6 +181,8 @@ def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
     for field in sorted(before.keys() | after.keys()):
         ignored = any(field == name or field.startswith(f"{name}.") for name in ignore)
         a, b = before.get(field, "(absent)"), after.get(field, "(absent)")
+        if field == "init_from" and _last_name(a) == _last_name(b):
+            continue  # the weights may have been moved since
         if not ignored and a != b:
             lines.append(f"{field}: {a!r} -> {b!r}")
     return lines

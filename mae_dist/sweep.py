@@ -43,7 +43,7 @@ _AGAIN = (errors.EXIT_PREEMPTED, errors.EXIT_STALLED, errors.EXIT_PEER_LOST)  # 
 _RETRIES = 3  # of one training
 _LOG = "log.txt"
 # What a finished training may have been carried out with otherwise: no result depends on it.
-_OF_THE_RESULT = ("total_steps", "total_epochs", "init_from", "eval", "online")
+_OF_THE_RESULT = ("total_steps", "total_epochs", "eval", "online")
 _HARMLESS = tuple(field for field in config_lib.FREE if field not in _OF_THE_RESULT)
 
 

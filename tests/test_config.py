@@ -474,6 +474,21 @@ def test_differences_ignore_how_and_where_a_run_is_done():
     assert config_lib.differences(stored, old) == ["model.gelu: '(absent)' -> 'exact'"]
 
 
+@pytest.mark.parametrize(
+    ("began", "given", "same"),
+    [
+        ("runs/random", "/moved/random/", True),
+        ("runs/random", "runs/grid", False),
+        ("", "runs/grid", False),
+        ("runs/random", "", False),
+    ],
+)
+def test_other_weights_to_begin_from_are_another_run(began, given, same):
+    """A probe of one encoder is not the result of another's; where the weights lie may change."""
+    lines = config_lib.differences(make(init_from=began), make(init_from=given))
+    assert lines == ([] if same else [f"init_from: {began!r} -> {given!r}"])
+
+
 def test_schedule_counts_epochs_in_updates():
     """A hundred epochs of 40,000 images in batches of 256 are 15,625 updates, not 100 times a rounded epoch."""
     plan = config_lib.schedule(make(eval__every_epochs=2.0, pictures__every_steps=70), 40_000)
