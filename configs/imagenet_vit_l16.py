@@ -4,8 +4,8 @@ Expected of its encoder after 800 to 1600 epochs, by the published code: fine-tu
 top-1; not run here.
 Mesh (batch 4096), from `python -m mae_dist.plan`:
   v5e-16      --config.model.remat=blocks --config.mesh.fsdp=16
-  v5e-32      two slices of 16: --config.model.remat=blocks, 9.3 of 16 GiB a chip
-  v5e-256     as it is: mesh.data=256, 10.3 of 16 GiB a chip
+  v5e-32      two slices of 16: --config.model.remat=blocks, 9.3 of 15.75 GiB a chip
+  v5e-256     as it is: mesh.data=256, 10.3 of 15.75 GiB a chip
   8 x H100    --config.model.remat=blocks --config.accum_steps=2 (not planned, for want of its compiler)
 
 python -m mae_dist.main --config configs/imagenet_vit_l16.py
