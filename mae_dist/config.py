@@ -170,7 +170,8 @@ def from_json(text: str, default: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
-def _last_name(path: str) -> str:
+def last_name(path: str) -> str:
+    """The name of a directory or file, by which weights are known when they were moved."""
     return os.path.basename(path.rstrip("/"))
 
 
@@ -181,7 +182,7 @@ def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
     for field in sorted(before.keys() | after.keys()):
         ignored = any(field == name or field.startswith(f"{name}.") for name in ignore)
         a, b = before.get(field, "(absent)"), after.get(field, "(absent)")
-        if field == "init_from" and _last_name(a) == _last_name(b):
+        if field == "init_from" and last_name(a) == last_name(b):
             continue  # the weights may have been moved since
         if not ignored and a != b:
             lines.append(f"{field}: {a!r} -> {b!r}")

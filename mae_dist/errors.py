@@ -69,15 +69,12 @@ def exit_code_of(command: Callable[[], int]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         code = code or EXIT_UNREAD
-        _output_is_unread()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, at the interpreter's end
     return code
 
 
 def _output_is_unread() -> bool:
-    """Whether the reader of our output has ended, as in `… | head`; the rest of it goes nowhere then."""
+    """Whether the reader of our output has ended, as in `… | head`."""
     poll = select.poll()
     poll.register(sys.stdout, 0)  # faults are told without being asked for
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+    return bool(poll.poll(0))

@@ -212,7 +212,7 @@ def _find_origins(init_from: str, workdir: epath.Path, default: ConfigDict) -> l
 
 def _find_origin(init_from: str, workdir: epath.Path, default: ConfigDict) -> Origin:
     """The weights at `init_from`, or beside the run if both were moved."""
-    places = [workdir.parent / os.path.basename(init_from.rstrip("/"))]
+    places = [workdir.parent / config_lib.last_name(init_from)]
     with contextlib.suppress(UserError):  # a bucket out of reach
         places.insert(0, absolute(init_from))
     for place in places:
