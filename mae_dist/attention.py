@@ -14,13 +14,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(hd)) v, softmax in float32: q (B, N, H, hd), k and v (B, M, H, hd) -> (B, N, H, hd).
 
     What computes it goes by the platform that a program is lowered for, whatever this process runs on: cuDNN's fused
-    kernel on an NVIDIA GPU where it can, else two products. On a CPU nothing tried was faster (`BUILD.md`). For a TPU
-    it is left to XLA, whose compiler fuses the softmax into the products: compared with a kernel written by hand it
-    was not, for want of a TPU. cuDNN's was lowered, but never run, for want of a GPU.
+    kernel on an NVIDIA GPU where it can, else two products; on a CPU these are laid out, and their gradient written,
+    for it. For a TPU it is left to XLA, whose compiler fuses the softmax into the products: compared with a kernel
+    written by hand it was not, for want of a TPU. cuDNN's was lowered, but never run, for want of a GPU.
     """
-    if not (fits_fused_kernel(q.dtype, q.shape[-1]) and has_fused_kernel()):
+    special = {}
+    if q.dtype == jnp.float32:
+        special["cpu"] = _heads_first
+    if fits_fused_kernel(q.dtype, q.shape[-1]) and has_fused_kernel():
+        special["cuda"] = IMPLEMENTATIONS["cudnn"]
+    if not special:
         return _products(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, cuda=IMPLEMENTATIONS["cudnn"], default=_products)
+    return jax.lax.platform_dependent(q, k, v, **special, default=_products)
 
 
 def fits_fused_kernel(dtype: Any, head_dim: int) -> bool:
@@ -39,13 +44,48 @@ def has_fused_kernel() -> bool:
 
 
 def _products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    scale = q.shape[-1] ** -0.5
-    # Of scores there are more than of queries, and a factor on them the CPU's compiler writes out as an array; but a
-    # query of less than float32 would be rounded once more.
-    scale_first = q.dtype == jnp.float32
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * scale if scale_first else q, k, preferred_element_type=jnp.float32)
-    scores = scores if scale_first else scores * scale
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def _swap_heads(x: jax.Array) -> jax.Array:
+    """(B, N, H, hd) <-> (B, H, N, hd)."""
+    return x.transpose(0, 2, 1, 3)
+
+
+def _matmul(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """The products of matrices a and b (B, H, ., .), summed over one of the last two axes of each."""
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((0, 1), (0, 1))))
+
+
+@jax.custom_vjp
+def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The two products, of float32, as a CPU takes the least time for them.
+
+    Heads come before tokens, so that nothing is transposed within a product. Queries are scaled, for there are fewer
+    of them than of scores. The gradient of the softmax subtracts the mean of each row's gradient, weighted by its
+    probabilities: that is found from the output (B, N, H, hd) instead of from the scores (B, H, N, M).
+    """
+    return _heads_first_forward(q, k, v)[0]
+
+
+def _heads_first_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    q, k, v = _swap_heads(q) * q.shape[-1] ** -0.5, _swap_heads(k), _swap_heads(v)  # (B, H, N, hd), 2 (B, H, M, hd)
+    share = jax.nn.softmax(_matmul(q, k, (3, 3)))  # (B, H, N, M)
+    out = _matmul(share, v, (3, 2))  # (B, H, N, hd)
+    return _swap_heads(out), (q, k, v, share, out)
+
+
+def _heads_first_backward(saved: Any, grad: jax.Array) -> Any:
+    q, k, v, share, out = saved
+    grad = _swap_heads(grad)  # (B, H, N, hd)
+    mean = (grad * out).sum(axis=3, keepdims=True)  # (B, H, N, 1)
+    scores = share * (_matmul(grad, v, (3, 3)) - mean)  # (B, H, N, M)
+    dq = _matmul(scores, k, (3, 2)) * q.shape[-1] ** -0.5
+    return _swap_heads(dq), _swap_heads(_matmul(scores, q, (2, 2))), _swap_heads(_matmul(share, grad, (2, 2)))
+
+
+_heads_first.defvjp(_heads_first_forward, _heads_first_backward)
 
 
 def _library(implementation: Literal["cudnn", "xla"], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -68,6 +108,7 @@ def _library(implementation: Literal["cudnn", "xla"], q: jax.Array, k: jax.Array
 # `library` is the same call as `cudnn` for any platform: its meaning can be tested without a GPU.
 IMPLEMENTATIONS = {
     "products": _products,
+    "heads_first": _heads_first,
     "cudnn": functools.partial(_library, "cudnn"),
     "library": functools.partial(_library, "xla"),
 }
