@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.cpu = ConfigDict()  # only where there is no accelerator; 0: chosen for this machine, and kept with the run
     config.cpu.devices = 0  # the cores are used as so many devices; 0: one per core, as far as batches divide
     config.cpu.pieces = 0  # a device's share of an update is computed in so many pieces; 0: as fit its cache
+    config.cpu.fold = True  # norms' scales and LayerScale go into the weights once an update, not into every token
 
     config.mesh = ConfigDict()  # devices = data x fsdp x tensor; one of them may be -1: whatever is left
     config.mesh.data = -1  # copies of the model, each with its share of the batch

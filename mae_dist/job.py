@@ -251,6 +251,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
         ema_decay=config.ema_decay,
+        fold=config.cpu.fold and mesh.devices.flat[0].platform == "cpu" and sharding.is_data_parallel(mesh),
     )
 
     def forward(fn: Any, per_example: bool, pieces: int = eval_pieces) -> Any:

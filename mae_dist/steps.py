@@ -11,12 +11,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import cpu, flops, patches, sharding
+from mae_dist import cpu, flops, folding, patches, sharding
 from mae_dist.optim import nonfinite_counts
 from mae_dist.state import TrainState, split_frozen
 from mae_dist.tasks import Batch, Task
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Gradient = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
 
 def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any:
@@ -84,10 +85,24 @@ def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Bat
     return to_features
 
 
-def _make_gradient(task: Task, mesh: Mesh, accum_steps: int) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+def _through_folded(gradient: Gradient) -> Gradient:
+    """From the gradient for folded parameters that for the parameters: folded once, and pulled back once."""
+
+    def compute(trainable: Any, *rest: Any) -> tuple[Any, dict[str, jax.Array]]:
+        folded, pull_back = jax.vjp(folding.fold, trainable)
+        grads, metrics = gradient(folded, *rest)
+        return pull_back(grads)[0], metrics
+
+    return compute
+
+
+def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Gradient:
     """(trainable, frozen, batch, keys (B,)) -> the gradient of the mean loss and the metrics, of all devices."""
+    shapes, _ = split_frozen(task.abstract_params, task.frozen)
 
     def loss_fn(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if fold:
+            trainable = folding.unfold(trainable, shapes)
         loss, metrics = task.loss({**trainable, **frozen}, batch, keys)
         metrics = {"loss": loss, **metrics}
         return loss.mean(), {name: _reduce(value) for name, value in metrics.items()}
@@ -101,14 +116,16 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int) -> Callable[..., tu
             return jax.tree.map(jnp.add, total, grad_fn(trainable, frozen, *micro)), None
 
         micros = _split_microbatches((batch, keys), accum_steps, task.rows_together)
-        shapes = jax.eval_shape(grad_fn, trainable, frozen, *jax.tree.map(lambda x: x[0], micros))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        sums = jax.eval_shape(grad_fn, trainable, frozen, *jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
         total, _ = jax.lax.scan(add, zeros, micros)
         return jax.tree.map(lambda x: x if _is_integer(x) else x / accum_steps, total)
 
     if task.statistics is not None:
         return grad_fn  # of features, all at once: over how many devices is the compiler's business
     compute = accumulated if accum_steps > 1 else grad_fn
+    if fold:
+        compute = _through_folded(compute)
     if sharding.is_data_parallel(mesh):
         compute = sharding.on_each_device(compute, mesh, num_whole=2, combine=_combine)
     return compute
@@ -125,15 +142,17 @@ def make_train_step(
     global_batch_size: int,
     accum_steps: int,
     ema_decay: float,
+    fold: bool,
 ) -> TrainStep:
     """Compiles on first call: (state, batch) -> (state, metrics), the old state donated.
 
+    With `fold`, on a data-parallel mesh, gradients are computed with folded parameters (`folding`).
     Every example has its own key, derived from (seed, step, row): masks and dropout do not depend on the number of
     devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further means of the task,
     lr, grad_norm (before clipping), param_norm, skipped_steps (in all) and skipped_run (in a row).
     """
 
-    gradient = _make_gradient(task, mesh, accum_steps)
+    gradient = _make_gradient(task, mesh, accum_steps, fold)
     to_features = _make_to_features(task, mesh, accum_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -150,9 +150,9 @@ def test_more_devices_than_cores(machine, tmp_path):
 
 @pytest.mark.parametrize("masking", ["random", "grid"])
 def test_pieces_and_devices_change_nothing(masking):
-    """Two devices in four pieces each, and one device in one piece: the same losses to float tolerance."""
-    options = {"total_steps": 3, "model__masking": masking}
-    whole, _ = losses(smoke_config(**options, cpu__pieces=1), 1)
+    """Two devices in four pieces each with folded weights, and the plain step: the same losses to float tolerance."""
+    options = {"total_steps": 3, "model__masking": masking, "model__layer_scale_init": 0.1}
+    whole, _ = losses(smoke_config(**options, cpu__pieces=1, cpu__fold=False), 1)
     pieces, _ = losses(smoke_config(**options, cpu__pieces=4), 2)
     np.testing.assert_allclose(pieces, whole, rtol=2e-6)
 
@@ -225,6 +225,7 @@ def test_gradients_of_products_and_norms():
             (x, kernel),
         ),
         (lambda x: (gelu(x, False) * x).sum(), lambda x: (x * x * jax.scipy.stats.norm.cdf(x)).sum(), (x,)),
+        (lambda x: gelu(3 * x, False).sum(), lambda x: jax.nn.gelu(3 * x, approximate=False).sum(), (x,)),
         (lambda x: gelu(x, True).sum(), lambda x: jax.nn.gelu(x).sum(), (x,)),
         (
             lambda *a: (normalize(*a, 1e-6) ** 2 * x).sum(),
@@ -241,6 +242,15 @@ def test_gradients_of_products_and_norms():
         for got, wanted, own in zip(a, b, c, strict=True):
             np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
             np.testing.assert_allclose(own, wanted, rtol=2e-5, atol=1e-5)
+
+
+def test_gelu_far_out():
+    """x on one side and zero on the other, with the slopes of both, up to where squares overflow."""
+    x = jnp.asarray([-1e30, -100.0, -6.0, 0.0, 6.0, 100.0, 1e30])
+    gelu: Any = layers.gelu
+    value, slope = gelu(x, False), jax.grad(lambda x: gelu(x, False).sum())(x)
+    np.testing.assert_allclose(value, jnp.maximum(x, 0), atol=1e-6)
+    np.testing.assert_allclose(slope, [0, 0, 0, 0.5, 1, 1, 1], atol=1e-6)
 
 
 def test_one_compilation():

@@ -16,6 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "attention"),
     (
         "patches",
+        "folding",
         "heads",
         "layers",
         "losses",
