@@ -9,6 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from mae_dist.onednn import matmul
+
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(hd)) v, softmax in float32: q (B, N, H, hd), k and v (B, M, H, hd) -> (B, N, H, hd).
@@ -53,11 +55,6 @@ def _swap_heads(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 1, 3)
 
 
-def _matmul(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The products of matrices a and b (B, H, ., .), summed over one of the last two axes of each."""
-    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((0, 1), (0, 1))))
-
-
 @jax.custom_vjp
 def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """The two products, of float32, as a CPU takes the least time for them.
@@ -71,8 +68,8 @@ def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def _heads_first_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
     q, k, v = _swap_heads(q) * q.shape[-1] ** -0.5, _swap_heads(k), _swap_heads(v)  # (B, H, N, hd), 2 (B, H, M, hd)
-    share = jax.nn.softmax(_matmul(q, k, (3, 3)))  # (B, H, N, M)
-    out = _matmul(share, v, (3, 2))  # (B, H, N, hd)
+    share = jax.nn.softmax(matmul(q, k, (False, True)))  # (B, H, N, M)
+    out = matmul(share, v)  # (B, H, N, hd)
     return _swap_heads(out), (q, k, v, share, out)
 
 
@@ -80,9 +77,10 @@ def _heads_first_backward(saved: Any, grad: jax.Array) -> Any:
     q, k, v, share, out = saved
     grad = _swap_heads(grad)  # (B, H, N, hd)
     mean = (grad * out).sum(axis=3, keepdims=True)  # (B, H, N, 1)
-    scores = share * (_matmul(grad, v, (3, 3)) - mean)  # (B, H, N, M)
-    dq = _matmul(scores, k, (3, 2)) * q.shape[-1] ** -0.5
-    return _swap_heads(dq), _swap_heads(_matmul(scores, q, (2, 2))), _swap_heads(_matmul(share, grad, (2, 2)))
+    scores = share * (matmul(grad, v, (False, True)) - mean)  # (B, H, N, M)
+    dq = matmul(scores, k) * q.shape[-1] ** -0.5
+    dk, dv = matmul(scores, q, (True, False)), matmul(share, grad, (True, False))
+    return _swap_heads(dq), _swap_heads(dk), _swap_heads(dv)
 
 
 _heads_first.defvjp(_heads_first_forward, _heads_first_backward)

@@ -13,11 +13,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_dist import augment, layers, patches, profiler, transforms
+from mae_dist import augment, layers, onednn, patches, profiler, transforms
 from mae_dist.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("pretrain", "probe", "finetune"),
+    "cpu.products": ("", *onednn.BACKENDS),
     "model.masking": patches.STRATEGIES,
     "model.cls_token": layers.CLS_TOKENS,
     "model.mask_token": layers.MASK_TOKENS,

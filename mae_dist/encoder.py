@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import models, patches, pretrained, sharding, steps, tasks
+from mae_dist import models, onednn, patches, pretrained, sharding, steps, tasks
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.layers import Constrain, unconstrained
 from mae_dist.storage import absolute
@@ -87,6 +87,8 @@ def make_feature_step(
     `shardings` are those of the parameters it is given, `batch_size` the images of all devices together.
     """
     encode = make_encode(config, kinds, block, sharding.make_constrain(mesh))
+    if mesh.devices.flat[0].platform == "cpu":
+        onednn.use(onednn.choose())
     return steps.make_eval_step(
         lambda params, batch: encode(params, batch["image"]),
         mesh=mesh,

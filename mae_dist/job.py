@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import flops, patches, pretrained, saved, sharding, state, steps, tasks
+from mae_dist import flops, onednn, patches, pretrained, saved, sharding, state, steps, tasks
 from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
 from mae_dist.errors import ConfigError
 from mae_dist.optim import make_optimizer
@@ -210,8 +210,12 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     pretrain = config.task == "pretrain"
     task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     encoder_passes = _encoder_passes(config)
+    config = config.copy_and_resolve_references()
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    if on_cpu:
+        config.cpu.products = config.cpu.products or onednn.choose()
+        onednn.use(config.cpu.products)
     if not config.cpu.pieces:
-        config = config.copy_and_resolve_references()
         images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
         config.cpu.pieces = 1
         if encoder_passes:
@@ -224,7 +228,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
                 update=config.task != "probe",
                 rows_together=task.rows_together,
             )
-        config.lock()
+    config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
     eval_pieces = steps.num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
     trainable, _ = state.split_frozen(sharding.logical_axes(task.abstract_params), task.frozen)
@@ -251,7 +255,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
         ema_decay=config.ema_decay,
-        fold=config.cpu.fold and mesh.devices.flat[0].platform == "cpu" and sharding.is_data_parallel(mesh),
+        fold=config.cpu.fold and on_cpu and sharding.is_data_parallel(mesh),
     )
 
     def forward(fn: Any, per_example: bool, pieces: int = eval_pieces) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mae_dist.attention import attention
+from mae_dist.onednn import computes_for_itself, matmul
 
 CLS_TOKENS = ("learned", "zero", "none")
 MASK_TOKENS = ("learned", "zero")
@@ -72,11 +73,6 @@ def _sum_rows(x: jax.Array, rows: int) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(axis=tuple(range(rows))))
 
 
-def _computes_for_itself() -> bool:
-    """Whether this is within a program for each device's own examples: no axis of an array is split over devices."""
-    return jax.sharding.get_abstract_mesh().are_all_axes_manual
-
-
 def _contract(a: jax.Array, b: jax.Array, num: int, sides: tuple[str, str]) -> jax.Array:
     """The product of a and b summed over `num` axes of each, the `first` or `last` ones: (*rest of a, *rest of b).
 
@@ -98,11 +94,10 @@ def _contract(a: jax.Array, b: jax.Array, num: int, sides: tuple[str, str]) -> j
             x.reshape((-1, math.prod(rest(x, side))) if side == "first" else (math.prod(rest(x, side)), -1))
             for x, side in zip((a, b), sides, strict=True)
         )
-        contracted = [(0,) if side == "first" else (1,) for side in sides]
-        product = jax.lax.dot_general(first, second, ((contracted[0], contracted[1]), ((), ())))
+        product = matmul(first, second, (sides[0] == "first", sides[1] == "last"))
         return product.reshape(*rest(a, sides[0]), *rest(b, sides[1]))
 
-    if not _computes_for_itself():
+    if not computes_for_itself():
         return as_it_is(a, b)
     return jax.lax.platform_dependent(a, b, cpu=as_matrices, default=as_it_is)
 
@@ -181,7 +176,7 @@ def layer_norm(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
         return as_it_is(x.reshape(-1, x.shape[-1]), scale, bias).reshape(x.shape)
 
     args: Any = (x.astype(jnp.float32), norm.scale[...], norm.bias[...])
-    if _computes_for_itself():  # in the shape in which the product that follows takes it, one array serves both
+    if computes_for_itself():  # in the shape in which the product that follows takes it, one array serves both
         return jax.lax.platform_dependent(*args, cpu=as_matrix, default=as_it_is).astype(x.dtype)
     return as_it_is(*args).astype(x.dtype)
 

@@ -109,6 +109,7 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
         stored = _stored_choices(workdir)
         if not config.cpu.devices and 0 < stored.get("devices", 0) <= cpu.num_cores():
             config.cpu.update(devices=stored["devices"], pieces=config.cpu.pieces or stored.get("pieces", 0))
+        config.cpu.products = config.cpu.products or stored.get("products", "")
         share_of_update = config_lib.rows_together(config) * max(1, config.cpu.pieces)
         batches = (
             (config.global_batch_size // config.accum_steps, share_of_update),
@@ -135,7 +136,7 @@ def _may_split_cores(config: ConfigDict | None) -> bool:
     return _COORDINATOR.value is None and (config is None or config.mesh.fsdp == config.mesh.tensor == 1)
 
 
-def _stored_choices(workdir: str) -> dict[str, int]:
+def _stored_choices(workdir: str) -> dict[str, Any]:
     try:
         with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
             return dict(json.load(file)["cpu"])

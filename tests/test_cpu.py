@@ -104,7 +104,7 @@ def test_libtpu_is_no_tpu(machine, tmp_path, chips, devices):
 
 def test_a_run_keeps_its_choices(machine, tmp_path):
     """Results depend on them in the last bits; what the config says goes first, and fewer cores end it."""
-    (tmp_path / "config.json").write_text(json.dumps({"cpu": {"devices": 2, "pieces": 4}}))
+    (tmp_path / "config.json").write_text(json.dumps({"cpu": {"devices": 2, "pieces": 4, "products": "xla"}}))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(coordinator_address=None):
@@ -118,7 +118,7 @@ def test_a_run_keeps_its_choices(machine, tmp_path):
             machine.delenv("XLA_FLAGS", raising=False)
             config = smoke_config(**overrides)
             main.use_cores(config, str(tmp_path))
-            assert (config.cpu.devices, config.cpu.pieces) == found
+            assert (config.cpu.devices, config.cpu.pieces, config.cpu.products) == (*found, "xla")
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_more_devices_than_cores(machine, tmp_path):
 
 @pytest.mark.parametrize("masking", ["random", "grid"])
 def test_pieces_and_devices_change_nothing(masking):
-    """Two devices in four pieces each with folded weights, and the plain step: the same losses to float tolerance."""
+    """Two devices in four pieces each with all choices, and the plain step: the same losses to float tolerance."""
     options = {"total_steps": 3, "model__masking": masking, "model__layer_scale_init": 0.1}
-    whole, _ = losses(smoke_config(**options, cpu__pieces=1, cpu__fold=False), 1)
+    whole, _ = losses(smoke_config(**options, cpu__pieces=1, cpu__fold=False, cpu__products="xla"), 1)
     pieces, _ = losses(smoke_config(**options, cpu__pieces=4), 2)
     np.testing.assert_allclose(pieces, whole, rtol=2e-6)
 

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mae_dist"
 # A module imports only from floors below its own. A package stands as one.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "attention"),
+    ("errors", "onednn"),
     (
+        "attention",
         "patches",
         "folding",
         "heads",
-        "layers",
         "losses",
         "mixing",
         "optim",
@@ -42,8 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "hlo",
     ),
     (
-        "config",
-        "models",
+        "layers",
         "state",
         "data",
         "metrics",
@@ -56,7 +55,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "topology",
         "report_plot",
     ),
-    ("tasks", "pictures", "saved", "evaluate", "points", "results", "report_page"),
+    ("config", "models", "pictures", "evaluate", "report_page"),
+    ("tasks", "saved", "points", "results"),
     ("steps", "checkpoint", "pretrained", "sweep_table", "report_runs"),
     ("job", "encoder", "report_groups"),
     ("train", "input_speed", "extract", "planning", "report_figures", "report_model", "report_tables"),

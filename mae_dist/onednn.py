@@ -1,0 +1,94 @@
+"""Matrix products of float32 by oneDNN, which JAX's library for CPUs holds and XLA does not use of its own accord.
+
+On cores with AVX-512 its products are a tenth faster than XLA's where the first operand is as it is, a fifth where it
+is transposed, and half as fast again where they are as small as attention's (`BUILD.md`). XLA has it under the name of
+a custom call, without promises: so it is used only where it was tried, with versions of jaxlib that are known to have
+it, after one product has come out right.
+"""
+
+import functools
+import json
+import platform
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+from absl import logging
+
+BACKENDS = ("onednn", "xla")
+_TARGET = "__onednn$matmul"
+_KNOWN = ((0, 10), (0, 11))  # first and first not any more: a version that does not know the fields would abort
+_CPUINFO = Path("/proc/cpuinfo")
+_use = False
+
+
+def choose() -> str:
+    """What computes products of float32 fastest here: one of `BACKENDS`."""
+    return "onednn" if _is_faster() and has_onednn() else "xla"
+
+
+def use(backend: str) -> None:
+    """From now on programs for this process's cores are traced with products by `backend`."""
+    global _use
+    _use = backend == "onednn" and has_onednn()
+    if backend == "onednn" and not _use:
+        logging.warning("This machine or this jaxlib has no oneDNN: products are computed by XLA, to other last bits.")
+
+
+def _is_faster() -> bool:
+    """Whether the cores have AVX-512: with AVX2 nothing was measured."""
+    try:
+        return "avx512f" in _CPUINFO.read_text().split()
+    except OSError:
+        return False
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this process can call it, found out by one product."""
+    version = tuple(int(part) for part in jaxlib.version.__version__.split(".")[:2])
+    known = _KNOWN[0] <= version < _KNOWN[1] and sys.platform == "linux" and platform.machine() == "x86_64"
+    if not known or jax.default_backend() != "cpu":
+        return False
+    a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.float32).reshape(4, 3)
+    try:
+        with jax.default_device(jax.devices("cpu")[0]):
+            return np.array_equal(jax.jit(functools.partial(_call, transposed=(False, True)))(a, b), a @ b.T)
+    except jax.errors.JaxRuntimeError as error:
+        logging.warning("oneDNN cannot be called: %s", error)
+        return False
+
+
+def _call(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool]) -> jax.Array:
+    rows, columns = a.shape[-1 if transposed[0] else -2], b.shape[-2 if transposed[1] else -1]
+    options = {"transpose_a": transposed[0], "transpose_b": transposed[1]}
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        jax.ShapeDtypeStruct((*a.shape[:-2], rows, columns), a.dtype),
+        custom_call_api_version=1,
+        legacy_backend_config=json.dumps({"onednn_matmul_config": options}),
+    )
+    return call(a, b)
+
+
+def computes_for_itself() -> bool:
+    """Whether this is within a program for each device's own examples: no axis of an array is split over devices."""
+    return jax.sharding.get_abstract_mesh().are_all_axes_manual
+
+
+def matmul(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool] = (False, False)) -> jax.Array:
+    """The products (*batch, M, N) of matrices a (*batch, M, K) and b (*batch, K, N), on a CPU.
+
+    Args:
+      a: matrices, (*batch, K, M) where they are transposed.
+      b: matrices, (*batch, N, K) where they are transposed.
+      transposed: whether a is, whether b is.
+    """
+    if _use and computes_for_itself() and a.dtype == b.dtype == jnp.float32:
+        return _call(a, b, transposed)
+    batch = tuple(range(a.ndim - 2))
+    contracted = (a.ndim - (2 if transposed[0] else 1), b.ndim - (1 if transposed[1] else 2))
+    return jax.lax.dot_general(a, b, (((contracted[0],), (contracted[1],)), (batch, batch)))

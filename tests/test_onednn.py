@@ -1,0 +1,106 @@
+"""Products by oneDNN: equal to those by XLA, called where they should be, and only where they are known to work."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from mae_dist import onednn
+from tests import QUICK
+
+CALL = "__onednn$matmul"
+
+
+def per_device(fn: Any) -> Any:
+    """`fn` as a device computes it for itself."""
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), compiler_options=QUICK)
+
+
+@pytest.fixture
+def used():
+    """oneDNN where this machine has it; skipped, by name, where it has not."""
+    if not onednn.has_onednn():
+        pytest.skip("no oneDNN here: another architecture, system or version of jaxlib")
+    onednn.use("onednn")
+    yield
+    onednn.use("xla")
+
+
+@given(
+    sizes=st.tuples(*(st.integers(1, 70),) * 3),
+    batch=st.sampled_from([(), (3,), (2, 3)]),
+    transposed=st.tuples(st.booleans(), st.booleans()),
+)
+@settings(max_examples=30, deadline=None)
+def test_equals_numpy(sizes, batch, transposed):
+    """Any sizes, batches and transpositions, by whatever computes them here."""
+    m, k, n = sizes
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(*batch, *shape)).astype(np.float32) for shape in ((m, k), (k, n)))
+    wanted = a.astype(np.float64) @ b
+    given_a, given_b = (x.swapaxes(-1, -2) if t else x for x, t in zip((a, b), transposed, strict=True))
+    for backend in onednn.BACKENDS:
+        if backend == "xla" or onednn.has_onednn():
+            onednn.use(backend)
+            got = per_device(lambda a, b: onednn.matmul(a, b, transposed))(given_a, given_b)
+            onednn.use("xla")
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.sqrt(k))
+
+
+def test_called_only_per_device_and_for_float32(used):
+    """An array that is split over devices is none that another library could see."""
+    x = jnp.ones((4, 4))
+    assert CALL in per_device(lambda x: onednn.matmul(x, x)).lower(x).as_text()
+    assert CALL not in jax.jit(lambda x: onednn.matmul(x, x)).lower(x).as_text()
+    half = x.astype(jnp.bfloat16)
+    assert CALL not in per_device(lambda x: onednn.matmul(x, x)).lower(half).as_text()
+
+
+@pytest.mark.parametrize("what", ["version", "system", "machine"])
+def test_not_where_it_is_unknown(monkeypatch, what):
+    """A version of jaxlib that does not know the call's fields would abort, so nothing is tried there."""
+    monkeypatch.setattr(onednn, "_call", lambda *args: pytest.fail("it was called"))
+    if what == "version":
+        monkeypatch.setattr(jaxlib.version, "__version__", "0.99.1")
+    else:
+        monkeypatch.setattr(
+            *(
+                (onednn.sys, "platform", "darwin")
+                if what == "system"
+                else (onednn.platform, "machine", lambda: "aarch64")
+            )
+        )
+    onednn.has_onednn.cache_clear()
+    assert not onednn.has_onednn()
+    assert onednn.choose() == "xla"
+    onednn.has_onednn.cache_clear()
+
+
+def test_a_fault_is_no_crash(monkeypatch):
+    """A library without it says so when the product is compiled; products are XLA's then."""
+
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such call")
+
+    monkeypatch.setattr(onednn, "_call", missing)
+    onednn.has_onednn.cache_clear()
+    onednn.use("onednn")
+    x = jnp.ones((4, 4))
+    assert CALL not in per_device(lambda x: onednn.matmul(x, x)).lower(x).as_text()
+    onednn.has_onednn.cache_clear()
+
+
+@pytest.mark.parametrize(("flags", "faster"), [("fpu avx2 avx512f", True), ("fpu avx2", False), (None, False)])
+def test_chosen_with_avx512(monkeypatch, tmp_path, flags, faster):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr(onednn, "_CPUINFO", cpuinfo)
+    assert onednn.choose() == ("onednn" if faster and onednn.has_onednn() else "xla")
