@@ -9,7 +9,6 @@ threads (extra `parity`). `--scaling` measures one change after another, each in
 """
 
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cpu, encoder, errors, flops, hugging_face, input_speed, job, main, patches, steps
+from mae_dist import cpu, encoder, errors, flops, hugging_face, input_speed, job, main, steps
 from mae_dist.data import local_rows, to_global
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
@@ -146,6 +145,7 @@ class _Ours:
             "device_kind": device.device_kind,
             "devices": built.mesh.size,
             "pieces": built.config.cpu.pieces,
+            "products": built.config.cpu.products,
         }
         self._rows = local_rows(built.batch_sharding, self.batch_size)
         self._batches = built.train_batches(built.data.train, 0, self._rows)
@@ -168,13 +168,9 @@ class _Ours:
                 return metrics
 
             return update
-        model = config.model
-        shape = {name: model[name] for name in ("patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
-        num_patches = math.prod(patches.grid_size(model.image_size, model.patch_size))
-        self.flops_per_image = flops.encoder_forward_flops(
-            **shape, num_patches=num_patches, cls_token=model.cls_token != "none"
-        )
+        self.flops_per_image = encoder.forward_flops(config)
         self.choices["pieces"] = steps.num_pieces(config, built.mesh, self.batch_size)
+        self.choices["products"] = encoder.choose_products(config, built.mesh)
         step = encoder.make_feature_step(config, built.mesh, built.shardings.params, self.batch_size, ("mean",))
         return lambda batch: step(self._state.params, batch)
 

@@ -3,6 +3,7 @@
 Shapes: B images, H W C image, (gh, gw) grid of patches, N tokens, D width.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import models, onednn, patches, pretrained, sharding, steps, tasks
+from mae_dist import flops, models, onednn, patches, pretrained, sharding, steps, tasks
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.layers import Constrain, unconstrained
 from mae_dist.storage import absolute
@@ -87,14 +88,32 @@ def make_feature_step(
     `shardings` are those of the parameters it is given, `batch_size` the images of all devices together.
     """
     encode = make_encode(config, kinds, block, sharding.make_constrain(mesh))
-    if mesh.devices.flat[0].platform == "cpu":
-        onednn.use(onednn.choose())
     return steps.make_eval_step(
         lambda params, batch: encode(params, batch["image"]),
         mesh=mesh,
         params=shardings,
         per_example=True,
         pieces=steps.num_pieces(config, mesh, batch_size),
+        products=choose_products(config, mesh),
+    )
+
+
+def choose_products(config: ConfigDict, mesh: Mesh) -> str:
+    """What computes the encoder's products on `mesh`."""
+    return onednn.choose(forward_flops(config)) if mesh.devices.flat[0].platform == "cpu" else "xla"
+
+
+def forward_flops(config: ConfigDict) -> float:
+    """Of the encoder on all patches of an image."""
+    model = config.model
+    return flops.encoder_forward_flops(
+        patch_size=model.patch_size,
+        channels=model.channels,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        mlp_ratio=model.mlp_ratio,
+        num_patches=math.prod(patches.grid_size(model.image_size, model.patch_size)),
+        cls_token=model.cls_token != "none",
     )
 
 

@@ -210,11 +210,11 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     pretrain = config.task == "pretrain"
     task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     encoder_passes = _encoder_passes(config)
+    flops_per_image = _flops_per_image(config, data.train.num_classes)
     config = config.copy_and_resolve_references()
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     if on_cpu:
-        config.cpu.products = config.cpu.products or onednn.choose()
-        onednn.use(config.cpu.products)
+        config.cpu.products = config.cpu.products or onednn.choose(flops_per_image)
     if not config.cpu.pieces:
         images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
         config.cpu.pieces = 1
@@ -255,6 +255,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
         ema_decay=config.ema_decay,
+        products=config.cpu.products,
         fold=config.cpu.fold and on_cpu and sharding.is_data_parallel(mesh),
     )
 
@@ -279,5 +280,5 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         batch_sharding=sharding.batch_sharding(mesh),
         eval_batch_size=eval_batch_size,
         encoder_passes=encoder_passes,
-        flops_per_image=_flops_per_image(config, data.train.num_classes),
+        flops_per_image=flops_per_image,
     )

@@ -3,14 +3,19 @@
 On cores with AVX-512 its products are a tenth faster than XLA's where the first operand is as it is, a fifth where it
 is transposed, and half as fast again where they are as small as attention's (`BUILD.md`). XLA has it under the name of
 a custom call, without promises: so it is used only where it was tried, with versions of jaxlib that are known to have
-it, after one product has come out right.
+it, after one product has come out right. Programs with such calls cannot be stored, so every start compiles them again,
+which takes ten seconds: small models, whose products matter less, do without, and so does evaluation within a run.
 """
 
+import contextvars
 import functools
 import json
 import platform
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +26,33 @@ from absl import logging
 BACKENDS = ("onednn", "xla")
 _TARGET = "__onednn$matmul"
 _KNOWN = ((0, 10), (0, 11))  # first and first not any more: a version that does not know the fields would abort
+_WORTH = 1e8  # FLOPs an image: an update of cifar_small has 6e7, of cifar_medium 3e8
 _CPUINFO = Path("/proc/cpuinfo")
-_use = False
+_use = contextvars.ContextVar("onednn", default=False)
 
 
-def choose() -> str:
-    """What computes products of float32 fastest here: one of `BACKENDS`."""
-    return "onednn" if _is_faster() and has_onednn() else "xla"
+def choose(flops_per_image: float) -> str:
+    """What computes products of float32 best here, for a program of so many FLOPs an image: one of `BACKENDS`."""
+    return "onednn" if flops_per_image >= _WORTH and _is_faster() and has_onednn() else "xla"
 
 
-def use(backend: str) -> None:
-    """From now on programs for this process's cores are traced with products by `backend`."""
-    global _use
-    _use = backend == "onednn" and has_onednn()
-    if backend == "onednn" and not _use:
+def using(backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, traced with products by `backend` where a device of this process's cores computes for itself."""
+    if backend != "onednn":
+        return fn
+    if not has_onednn():
         logging.warning("This machine or this jaxlib has no oneDNN: products are computed by XLA, to other last bits.")
+        return fn
+
+    @functools.wraps(fn)
+    def traced(*args: Any) -> Any:
+        token = _use.set(True)
+        try:
+            return fn(*args)
+        finally:
+            _use.reset(token)
+
+    return traced
 
 
 def _is_faster() -> bool:
@@ -53,6 +70,8 @@ def has_onednn() -> bool:
     known = _KNOWN[0] <= version < _KNOWN[1] and sys.platform == "linux" and platform.machine() == "x86_64"
     if not known or jax.default_backend() != "cpu":
         return False
+    # JAX tries to store programs with such calls all the same.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry .*std::bad_alloc", UserWarning)
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.float32).reshape(4, 3)
     try:
         with jax.default_device(jax.devices("cpu")[0]):
@@ -87,7 +106,7 @@ def matmul(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool] = (False, F
       b: matrices, (*batch, N, K) where they are transposed.
       transposed: whether a is, whether b is.
     """
-    if _use and computes_for_itself() and a.dtype == b.dtype == jnp.float32:
+    if _use.get() and computes_for_itself() and a.dtype == b.dtype == jnp.float32:
         return _call(a, b, transposed)
     batch = tuple(range(a.ndim - 2))
     contracted = (a.ndim - (2 if transposed[0] else 1), b.ndim - (1 if transposed[1] else 2))

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import cpu, flops, folding, patches, sharding
+from mae_dist import cpu, flops, folding, onednn, patches, sharding
 from mae_dist.optim import nonfinite_counts
 from mae_dist.state import TrainState, split_frozen
 from mae_dist.tasks import Batch, Task
@@ -65,7 +65,7 @@ def _average(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
     return jax.tree.map(lambda average, value: average + rate * (value - average), ema, new)
 
 
-def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Batch], Batch]:
+def _make_to_features(task: Task, mesh: Mesh, pieces: int, products: str) -> Callable[[Any, Batch], Batch]:
     """(params, batch) -> the batch with `features` of a frozen encoder in the place of images, computed in pieces."""
 
     def compute(params: Any, images: Batch) -> jax.Array:
@@ -74,7 +74,7 @@ def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Bat
         return _join_microbatches(jax.lax.map(functools.partial(task.features, params), split), task.rows_together)
 
     if sharding.is_data_parallel(mesh):
-        compute = sharding.on_each_device(compute, mesh, num_whole=1, combine=None)
+        compute = sharding.on_each_device(onednn.using(products, compute), mesh, num_whole=1, combine=None)
 
     def to_features(params: Any, batch: Batch) -> Batch:
         if "features" in batch:  # computed once, before the run
@@ -96,7 +96,7 @@ def _through_folded(gradient: Gradient) -> Gradient:
     return compute
 
 
-def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Gradient:
+def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, products: str, fold: bool) -> Gradient:
     """(trainable, frozen, batch, keys (B,)) -> the gradient of the mean loss and the metrics, of all devices."""
     shapes, _ = split_frozen(task.abstract_params, task.frozen)
 
@@ -127,7 +127,7 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Grad
     if fold:
         compute = _through_folded(compute)
     if sharding.is_data_parallel(mesh):
-        compute = sharding.on_each_device(compute, mesh, num_whole=2, combine=_combine)
+        compute = sharding.on_each_device(onednn.using(products, compute), mesh, num_whole=2, combine=_combine)
     return compute
 
 
@@ -142,18 +142,21 @@ def make_train_step(
     global_batch_size: int,
     accum_steps: int,
     ema_decay: float,
+    products: str,
     fold: bool,
 ) -> TrainStep:
     """Compiles on first call: (state, batch) -> (state, metrics), the old state donated.
 
-    With `fold`, on a data-parallel mesh, gradients are computed with folded parameters (`folding`).
+    On a data-parallel mesh of CPU devices `products` says what computes them (`onednn.BACKENDS`); with `fold` gradients
+    are computed with folded parameters (`folding`).
+
     Every example has its own key, derived from (seed, step, row): masks and dropout do not depend on the number of
     devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further means of the task,
     lr, grad_norm (before clipping), param_norm, skipped_steps (in all) and skipped_run (in a row).
     """
 
-    gradient = _make_gradient(task, mesh, accum_steps, fold)
-    to_features = _make_to_features(task, mesh, accum_steps)
+    gradient = _make_gradient(task, mesh, accum_steps, products, fold)
+    to_features = _make_to_features(task, mesh, accum_steps, products)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -234,7 +237,13 @@ def num_pieces(
 
 
 def make_eval_step(
-    fn: Callable[[Any, Batch], Any], *, mesh: Mesh, params: Any, per_example: bool = False, pieces: int = 1
+    fn: Callable[[Any, Batch], Any],
+    *,
+    mesh: Mesh,
+    params: Any,
+    per_example: bool = False,
+    pieces: int = 1,
+    products: str = "xla",
 ) -> Any:
     """Compiles (params, batch) -> outputs: whole on every device, or split over examples like the batch.
 
@@ -244,6 +253,7 @@ def make_eval_step(
       params: the shardings of the parameters it is given.
       per_example: which of the two `fn` returns.
       pieces: each device computes its examples in so many pieces, one after another; needs a data-parallel mesh.
+      products: what computes them on such a mesh of CPU devices, of `onednn.BACKENDS`.
     """
 
     def in_pieces(params: Any, batch: Batch) -> Any:
@@ -255,7 +265,9 @@ def make_eval_step(
 
     compute = in_pieces
     if sharding.is_data_parallel(mesh):
-        compute = sharding.on_each_device(in_pieces, mesh, 1, combine=None if per_example else jax.lax.psum)
+        compute = sharding.on_each_device(
+            onednn.using(products, in_pieces), mesh, 1, combine=None if per_example else jax.lax.psum
+        )
     return jax.jit(
         compute,
         in_shardings=(params, sharding.batch_sharding(mesh)),

@@ -17,20 +17,14 @@ from tests import QUICK
 CALL = "__onednn$matmul"
 
 
-def per_device(fn: Any) -> Any:
-    """`fn` as a device computes it for itself."""
+def per_device(fn: Any, backend: str = "onednn") -> Any:
+    """`fn` as a device computes it for itself, with products by `backend`."""
+    fn = onednn.using(backend, fn)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), compiler_options=QUICK)
 
 
-@pytest.fixture
-def used():
-    """oneDNN where this machine has it; skipped, by name, where it has not."""
-    if not onednn.has_onednn():
-        pytest.skip("no oneDNN here: another architecture, system or version of jaxlib")
-    onednn.use("onednn")
-    yield
-    onednn.use("xla")
+needs_onednn = pytest.mark.skipif(not onednn.has_onednn(), reason="another architecture, system or version of jaxlib")
 
 
 @given(
@@ -48,17 +42,17 @@ def test_equals_numpy(sizes, batch, transposed):
     given_a, given_b = (x.swapaxes(-1, -2) if t else x for x, t in zip((a, b), transposed, strict=True))
     for backend in onednn.BACKENDS:
         if backend == "xla" or onednn.has_onednn():
-            onednn.use(backend)
-            got = per_device(lambda a, b: onednn.matmul(a, b, transposed))(given_a, given_b)
-            onednn.use("xla")
+            got = per_device(lambda a, b: onednn.matmul(a, b, transposed), backend)(given_a, given_b)
             np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.sqrt(k))
 
 
-def test_called_only_per_device_and_for_float32(used):
+@needs_onednn
+def test_called_only_per_device_and_for_float32():
     """An array that is split over devices is none that another library could see."""
     x = jnp.ones((4, 4))
     assert CALL in per_device(lambda x: onednn.matmul(x, x)).lower(x).as_text()
-    assert CALL not in jax.jit(lambda x: onednn.matmul(x, x)).lower(x).as_text()
+    assert CALL not in per_device(lambda x: onednn.matmul(x, x), "xla").lower(x).as_text()
+    assert CALL not in jax.jit(onednn.using("onednn", lambda x: onednn.matmul(x, x))).lower(x).as_text()
     half = x.astype(jnp.bfloat16)
     assert CALL not in per_device(lambda x: onednn.matmul(x, x)).lower(half).as_text()
 
@@ -79,7 +73,7 @@ def test_not_where_it_is_unknown(monkeypatch, what):
         )
     onednn.has_onednn.cache_clear()
     assert not onednn.has_onednn()
-    assert onednn.choose() == "xla"
+    assert onednn.choose(1e12) == "xla"
     onednn.has_onednn.cache_clear()
 
 
@@ -91,7 +85,6 @@ def test_a_fault_is_no_crash(monkeypatch):
 
     monkeypatch.setattr(onednn, "_call", missing)
     onednn.has_onednn.cache_clear()
-    onednn.use("onednn")
     x = jnp.ones((4, 4))
     assert CALL not in per_device(lambda x: onednn.matmul(x, x)).lower(x).as_text()
     onednn.has_onednn.cache_clear()
@@ -103,4 +96,5 @@ def test_chosen_with_avx512(monkeypatch, tmp_path, flags, faster):
     if flags is not None:
         cpuinfo.write_text(f"flags\t\t: {flags}\n")
     monkeypatch.setattr(onednn, "_CPUINFO", cpuinfo)
-    assert onednn.choose() == ("onednn" if faster and onednn.has_onednn() else "xla")
+    assert onednn.choose(3e8) == ("onednn" if faster and onednn.has_onednn() else "xla")
+    assert onednn.choose(6e7) == "xla"  # a start that finds its programs compiled is worth more
