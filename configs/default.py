@@ -27,12 +27,10 @@ def get_config() -> ConfigDict:
     config.profile_steps = ""  # "10:15": a profiler's trace of updates 10 to 15, in profile/; SIGUSR1: of the next five
     config.max_skipped_steps = 20  # stop ("diverged") after this many updates in a row with a non-finite gradient
 
-    config.cpu = (
-        ConfigDict()
-    )  # only where there is no accelerator; 0, "": chosen for this machine, and kept with the run
+    config.cpu = ConfigDict()  # without an accelerator; 0, auto: chosen for this machine, and kept with the run
     config.cpu.devices = 0  # the cores are used as so many devices; 0: one per core, as far as batches divide
     config.cpu.pieces = 0  # a device's share of an update is computed in so many pieces; 0: as fit its cache
-    config.cpu.products = ""  # "onednn" or "xla" computes products of float32; "": whichever is faster here
+    config.cpu.products = "auto"  # "onednn" or "xla" computes products of float32; auto: what suits model and cores
     config.cpu.fold = True  # norms' scales and LayerScale go into the weights once an update, not into every token
 
     config.mesh = ConfigDict()  # devices = data x fsdp x tensor; one of them may be -1: whatever is left

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mae_dist.onednn import matmul
+from mae_dist.onednn import in_use, matmul
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -22,7 +22,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """
     special = {}
     if q.dtype == jnp.float32:
-        special["cpu"] = _heads_first
+        special["cpu"] = functools.partial(_heads_first, by_onednn=in_use())
     if fits_fused_kernel(q.dtype, q.shape[-1]) and has_fused_kernel():
         special["cuda"] = IMPLEMENTATIONS["cudnn"]
     if not special:
@@ -55,31 +55,32 @@ def _swap_heads(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 1, 3)
 
 
-@jax.custom_vjp
-def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array, by_onednn: bool = False) -> jax.Array:
     """The two products, of float32, as a CPU takes the least time for them.
 
     Heads come before tokens, so that nothing is transposed within a product. Queries are scaled, for there are fewer
     of them than of scores. The gradient of the softmax subtracts the mean of each row's gradient, weighted by its
     probabilities: that is found from the output (B, N, H, hd) instead of from the scores (B, H, N, M).
     """
-    return _heads_first_forward(q, k, v)[0]
+    return _heads_first_forward(q, k, v, by_onednn)[0]
 
 
-def _heads_first_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+def _heads_first_forward(q: jax.Array, k: jax.Array, v: jax.Array, by_onednn: bool) -> Any:
     q, k, v = _swap_heads(q) * q.shape[-1] ** -0.5, _swap_heads(k), _swap_heads(v)  # (B, H, N, hd), 2 (B, H, M, hd)
-    share = jax.nn.softmax(matmul(q, k, (False, True)))  # (B, H, N, M)
-    out = matmul(share, v)  # (B, H, N, hd)
+    share = jax.nn.softmax(matmul(q, k, (False, True), by_onednn))  # (B, H, N, M)
+    out = matmul(share, v, (False, False), by_onednn)  # (B, H, N, hd)
     return _swap_heads(out), (q, k, v, share, out)
 
 
-def _heads_first_backward(saved: Any, grad: jax.Array) -> Any:
+def _heads_first_backward(by_onednn: bool, saved: Any, grad: jax.Array) -> Any:
     q, k, v, share, out = saved
     grad = _swap_heads(grad)  # (B, H, N, hd)
     mean = (grad * out).sum(axis=3, keepdims=True)  # (B, H, N, 1)
-    scores = share * (matmul(grad, v, (False, True)) - mean)  # (B, H, N, M)
-    dq = matmul(scores, k) * q.shape[-1] ** -0.5
-    dk, dv = matmul(scores, q, (True, False)), matmul(share, grad, (True, False))
+    scores = share * (matmul(grad, v, (False, True), by_onednn) - mean)  # (B, H, N, M)
+    dq = matmul(scores, k, (False, False), by_onednn) * q.shape[-1] ** -0.5
+    dk = matmul(scores, q, (True, False), by_onednn)
+    dv = matmul(share, grad, (True, False), by_onednn)
     return _swap_heads(dq), _swap_heads(dk), _swap_heads(dv)
 
 

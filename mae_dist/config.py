@@ -18,7 +18,7 @@ from mae_dist.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("pretrain", "probe", "finetune"),
-    "cpu.products": ("", *onednn.BACKENDS),
+    "cpu.products": ("auto", *onednn.BACKENDS),
     "model.masking": patches.STRATEGIES,
     "model.cls_token": layers.CLS_TOKENS,
     "model.mask_token": layers.MASK_TOKENS,

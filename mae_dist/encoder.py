@@ -99,8 +99,12 @@ def make_feature_step(
 
 
 def choose_products(config: ConfigDict, mesh: Mesh) -> str:
-    """What computes the encoder's products on `mesh`."""
-    return onednn.choose(forward_flops(config)) if mesh.devices.flat[0].platform == "cpu" else "xla"
+    """What computes the encoder's products on `mesh`: what its config says, or what suits this machine."""
+    by_cores = mesh.devices.flat[0].platform == "cpu" and sharding.is_data_parallel(mesh)
+    if not by_cores or config.model.dtype != "float32":
+        return "xla"
+    products = config.cpu.get("products", "auto")
+    return onednn.choose(forward_flops(config)) if products == "auto" else products
 
 
 def forward_flops(config: ConfigDict) -> float:

@@ -212,9 +212,10 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     encoder_passes = _encoder_passes(config)
     flops_per_image = _flops_per_image(config, data.train.num_classes)
     config = config.copy_and_resolve_references()
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    if on_cpu:
-        config.cpu.products = config.cpu.products or onednn.choose(flops_per_image)
+    # A CPU whose devices share nothing but examples: each computes in the way that suits a core.
+    by_cores = mesh.devices.flat[0].platform == "cpu" and sharding.is_data_parallel(mesh)
+    if by_cores and config.model.dtype == "float32" and config.cpu.products == "auto":
+        config.cpu.products = onednn.choose(flops_per_image)
     if not config.cpu.pieces:
         images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
         config.cpu.pieces = 1
@@ -256,7 +257,8 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         accum_steps=config.accum_steps * config.cpu.pieces,
         ema_decay=config.ema_decay,
         products=config.cpu.products,
-        fold=config.cpu.fold and on_cpu and sharding.is_data_parallel(mesh),
+        # A scanned stack would have its blocks put together in every piece.
+        fold=by_cores and config.cpu.fold and not config.model.scan and task.statistics is None,
     )
 
     def forward(fn: Any, per_example: bool, pieces: int = eval_pieces) -> Any:

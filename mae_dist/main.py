@@ -109,7 +109,9 @@ def use_cores(config: ConfigDict, workdir: str) -> None:
         stored = _stored_choices(workdir)
         if not config.cpu.devices and 0 < stored.get("devices", 0) <= cpu.num_cores():
             config.cpu.update(devices=stored["devices"], pieces=config.cpu.pieces or stored.get("pieces", 0))
-        config.cpu.products = config.cpu.products or stored.get("products", "")
+        if config.cpu.products == "auto":
+            config.cpu.products = stored.get("products", "auto")
+        config.cpu.fold = config.cpu.fold and stored.get("fold", True)
         share_of_update = config_lib.rows_together(config) * max(1, config.cpu.pieces)
         batches = (
             (config.global_batch_size // config.accum_steps, share_of_update),

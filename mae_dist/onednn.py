@@ -27,13 +27,18 @@ BACKENDS = ("onednn", "xla")
 _TARGET = "__onednn$matmul"
 _KNOWN = ((0, 10), (0, 11))  # first and first not any more: a version that does not know the fields would abort
 _WORTH = 1e8  # FLOPs an image: an update of cifar_small has 6e7, of cifar_medium 3e8
+_NOT_STORED = "Error writing persistent compilation cache entry .*std::bad_alloc"
 _CPUINFO = Path("/proc/cpuinfo")
 _use = contextvars.ContextVar("onednn", default=False)
 
 
 def choose(flops_per_image: float) -> str:
-    """What computes products of float32 best here, for a program of so many FLOPs an image: one of `BACKENDS`."""
-    return "onednn" if flops_per_image >= _WORTH and _is_faster() and has_onednn() else "xla"
+    """What computes products of float32 best here, for a program of so many FLOPs an image: one of `BACKENDS`.
+
+    Several processes run one program, and their cores may differ: XLA.
+    """
+    worth = flops_per_image >= _WORTH and jax.process_count() == 1
+    return "onednn" if worth and _is_faster() and has_onednn() else "xla"
 
 
 def using(backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +48,8 @@ def using(backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     if not has_onednn():
         logging.warning("This machine or this jaxlib has no oneDNN: products are computed by XLA, to other last bits.")
         return fn
+    # JAX tries to store programs with such calls all the same.
+    warnings.filterwarnings("ignore", _NOT_STORED, UserWarning)
 
     @functools.wraps(fn)
     def traced(*args: Any) -> Any:
@@ -70,15 +77,18 @@ def has_onednn() -> bool:
     known = _KNOWN[0] <= version < _KNOWN[1] and sys.platform == "linux" and platform.machine() == "x86_64"
     if not known or jax.default_backend() != "cpu":
         return False
-    # JAX tries to store programs with such calls all the same.
-    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry .*std::bad_alloc", UserWarning)
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.float32).reshape(4, 3)
     try:
-        with jax.default_device(jax.devices("cpu")[0]):
-            return np.array_equal(jax.jit(functools.partial(_call, transposed=(False, True)))(a, b), a @ b.T)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _NOT_STORED, UserWarning)
+            found = np.asarray(jax.jit(functools.partial(_call, transposed=(False, True)))(a, b))
     except jax.errors.JaxRuntimeError as error:
         logging.warning("oneDNN cannot be called: %s", error)
         return False
+    if not np.array_equal(found, a @ b.T):
+        logging.warning("oneDNN finds %s where %s is right, and is not used.", found, a @ b.T)
+        return False
+    return True
 
 
 def _call(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool]) -> jax.Array:
@@ -98,15 +108,25 @@ def computes_for_itself() -> bool:
     return jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
-def matmul(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool] = (False, False)) -> jax.Array:
+def in_use() -> bool:
+    """Whether products that are traced now should be oneDNN's.
+
+    To be asked where a function is traced that JAX will not take for one that it has traced before: it knows functions
+    by identity and shapes, and nothing of `using`.
+    """
+    return _use.get() and computes_for_itself()
+
+
+def matmul(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool], by_onednn: bool) -> jax.Array:
     """The products (*batch, M, N) of matrices a (*batch, M, K) and b (*batch, K, N), on a CPU.
 
     Args:
       a: matrices, (*batch, K, M) where they are transposed.
       b: matrices, (*batch, N, K) where they are transposed.
       transposed: whether a is, whether b is.
+      by_onednn: what `in_use` said; of other types than float32 products are XLA's.
     """
-    if _use.get() and computes_for_itself() and a.dtype == b.dtype == jnp.float32:
+    if by_onednn and a.dtype == b.dtype == jnp.float32:
         return _call(a, b, transposed)
     batch = tuple(range(a.ndim - 2))
     contracted = (a.ndim - (2 if transposed[0] else 1), b.ndim - (1 if transposed[1] else 2))

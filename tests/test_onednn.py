@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from mae_dist import onednn
+from mae_dist import layers, onednn
+from mae_dist.attention import attention
 from tests import QUICK
 
 CALL = "__onednn$matmul"
@@ -22,6 +23,18 @@ def per_device(fn: Any, backend: str = "onednn") -> Any:
     fn = onednn.using(backend, fn)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), compiler_options=QUICK)
+
+
+def product(x: Any) -> Any:
+    return onednn.matmul(x, x, (False, False), onednn.in_use())
+
+
+@pytest.fixture
+def unknown():
+    """Whether there is one is found out anew, before and after."""
+    onednn.has_onednn.cache_clear()
+    yield
+    onednn.has_onednn.cache_clear()
 
 
 needs_onednn = pytest.mark.skipif(not onednn.has_onednn(), reason="another architecture, system or version of jaxlib")
@@ -42,7 +55,7 @@ def test_equals_numpy(sizes, batch, transposed):
     given_a, given_b = (x.swapaxes(-1, -2) if t else x for x, t in zip((a, b), transposed, strict=True))
     for backend in onednn.BACKENDS:
         if backend == "xla" or onednn.has_onednn():
-            got = per_device(lambda a, b: onednn.matmul(a, b, transposed), backend)(given_a, given_b)
+            got = per_device(lambda a, b: onednn.matmul(a, b, transposed, onednn.in_use()), backend)(given_a, given_b)
             np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.sqrt(k))
 
 
@@ -50,15 +63,34 @@ def test_equals_numpy(sizes, batch, transposed):
 def test_called_only_per_device_and_for_float32():
     """An array that is split over devices is none that another library could see."""
     x = jnp.ones((4, 4))
-    assert CALL in per_device(lambda x: onednn.matmul(x, x)).lower(x).as_text()
-    assert CALL not in per_device(lambda x: onednn.matmul(x, x), "xla").lower(x).as_text()
-    assert CALL not in jax.jit(onednn.using("onednn", lambda x: onednn.matmul(x, x))).lower(x).as_text()
+    assert CALL in per_device(lambda x: product(x)).lower(x).as_text()
+    assert CALL not in per_device(lambda x: product(x), "xla").lower(x).as_text()
+    assert CALL not in jax.jit(onednn.using("onednn", lambda x: product(x))).lower(x).as_text()
     half = x.astype(jnp.bfloat16)
-    assert CALL not in per_device(lambda x: onednn.matmul(x, x)).lower(half).as_text()
+    assert CALL not in per_device(lambda x: product(x)).lower(half).as_text()
+
+
+@needs_onednn
+@pytest.mark.parametrize("first", onednn.BACKENDS)
+def test_traces_are_not_mixed_up(first):
+    """JAX knows a function that it traced before by its identity and shapes; not by what computes its products."""
+    q, kernel = jnp.ones((2, 5, 3, 8)), jnp.ones((3, 8, 24))
+
+    def loss(q: Any, kernel: Any) -> Any:
+        affine: Any = layers._affine
+        return affine(attention(q, q, q), kernel, None, 2).sum()
+
+    gradient = jax.grad(loss, argnums=(0, 1))
+    backends = (first, *(backend for backend in onednn.BACKENDS if backend != first))
+    for fn, calls in ((loss, 3), (gradient, 8)):
+        for backend in backends:
+            text = per_device(fn, backend).lower(q, kernel).as_text()
+            # Forward: two of attention, one affine; in the gradient four and two more, without the last one's value.
+            assert text.count(CALL) == (calls if backend == "onednn" else 0)
 
 
 @pytest.mark.parametrize("what", ["version", "system", "machine"])
-def test_not_where_it_is_unknown(monkeypatch, what):
+def test_not_where_it_is_unknown(monkeypatch, unknown, what):
     """A version of jaxlib that does not know the call's fields would abort, so nothing is tried there."""
     monkeypatch.setattr(onednn, "_call", lambda *args: pytest.fail("it was called"))
     if what == "version":
@@ -71,23 +103,19 @@ def test_not_where_it_is_unknown(monkeypatch, what):
                 else (onednn.platform, "machine", lambda: "aarch64")
             )
         )
-    onednn.has_onednn.cache_clear()
     assert not onednn.has_onednn()
     assert onednn.choose(1e12) == "xla"
-    onednn.has_onednn.cache_clear()
 
 
-def test_a_fault_is_no_crash(monkeypatch):
+def test_a_fault_is_no_crash(monkeypatch, unknown):
     """A library without it says so when the product is compiled; products are XLA's then."""
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such call")
 
     monkeypatch.setattr(onednn, "_call", missing)
-    onednn.has_onednn.cache_clear()
     x = jnp.ones((4, 4))
-    assert CALL not in per_device(lambda x: onednn.matmul(x, x)).lower(x).as_text()
-    onednn.has_onednn.cache_clear()
+    assert CALL not in per_device(lambda x: product(x)).lower(x).as_text()
 
 
 @pytest.mark.parametrize(("flags", "faster"), [("fpu avx2 avx512f", True), ("fpu avx2", False), (None, False)])
