@@ -170,7 +170,7 @@ class _Ours:
             return update
         self.flops_per_image = encoder.forward_flops(config)
         self.choices["pieces"] = steps.num_pieces(config, built.mesh, self.batch_size)
-        self.choices["products"] = encoder.choose_products(config, built.mesh)
+        self.choices["products"] = steps.choose_products(config, built.mesh, self.flops_per_image)
         step = encoder.make_feature_step(config, built.mesh, built.shardings.params, self.batch_size, ("mean",))
         return lambda batch: step(self._state.params, batch)
 

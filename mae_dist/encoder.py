@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import flops, models, onednn, patches, pretrained, sharding, steps, tasks
+from mae_dist import flops, models, patches, pretrained, sharding, steps, tasks
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.layers import Constrain, unconstrained
 from mae_dist.storage import absolute
@@ -94,17 +94,8 @@ def make_feature_step(
         params=shardings,
         per_example=True,
         pieces=steps.num_pieces(config, mesh, batch_size),
-        products=choose_products(config, mesh),
+        products=steps.choose_products(config, mesh, forward_flops(config)),
     )
-
-
-def choose_products(config: ConfigDict, mesh: Mesh) -> str:
-    """What computes the encoder's products on `mesh`: what its config says, or what suits this machine."""
-    by_cores = mesh.devices.flat[0].platform == "cpu" and sharding.is_data_parallel(mesh)
-    if not by_cores or config.model.dtype != "float32":
-        return "xla"
-    products = config.cpu.get("products", "auto")
-    return onednn.choose(forward_flops(config)) if products == "auto" else products
 
 
 def forward_flops(config: ConfigDict) -> float:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import flops, onednn, patches, pretrained, saved, sharding, state, steps, tasks
+from mae_dist import flops, patches, pretrained, saved, sharding, state, steps, tasks
 from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
 from mae_dist.errors import ConfigError
 from mae_dist.optim import make_optimizer
@@ -212,10 +212,9 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     encoder_passes = _encoder_passes(config)
     flops_per_image = _flops_per_image(config, data.train.num_classes)
     config = config.copy_and_resolve_references()
-    # A CPU whose devices share nothing but examples: each computes in the way that suits a core.
-    by_cores = mesh.devices.flat[0].platform == "cpu" and sharding.is_data_parallel(mesh)
-    if by_cores and config.model.dtype == "float32" and config.cpu.products == "auto":
-        config.cpu.products = onednn.choose(flops_per_image)
+    by_cores, products = sharding.is_by_cores(mesh), steps.choose_products(config, mesh, flops_per_image)
+    if by_cores:
+        config.cpu.products = products
     if not config.cpu.pieces:
         images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
         config.cpu.pieces = 1
@@ -256,7 +255,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
         ema_decay=config.ema_decay,
-        products=config.cpu.products,
+        products=products,
         # A scanned stack would have its blocks put together in every piece.
         fold=by_cores and config.cpu.fold and not config.model.scan and task.statistics is None,
     )

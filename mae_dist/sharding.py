@@ -212,6 +212,11 @@ def is_data_parallel(mesh: Mesh) -> bool:
     return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
 
 
+def is_by_cores(mesh: Mesh) -> bool:
+    """Whether the devices are a CPU's and share nothing but examples: each can compute in the way that suits a core."""
+    return mesh.devices.flat[0].platform == "cpu" and is_data_parallel(mesh)
+
+
 def on_each_device(
     fn: Callable[..., Any], mesh: Mesh, num_whole: int, combine: Callable[[Any, Any], Any] | None
 ) -> Callable[..., Any]:

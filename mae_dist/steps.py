@@ -217,7 +217,7 @@ def num_pieces(
       update: whether gradients are computed.
       rows_together: see `tasks.Task`; a piece holds whole groups of them.
     """
-    if mesh.devices.flat[0].platform != "cpu" or not sharding.is_data_parallel(mesh):
+    if not sharding.is_by_cores(mesh):
         return 1
     model, has_cls = config.model, int(config.model.cls_token != "none")
     length = math.prod(patches.grid_size(model.image_size, model.patch_size))
@@ -234,6 +234,13 @@ def num_pieces(
         largest * rows_together,
         (seen + has_cls) * rows_together if update else 0,
     )
+
+
+def choose_products(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str:
+    """What computes a program's products on `mesh`, of `onednn.BACKENDS`: what the config says, or what suits here."""
+    if not sharding.is_by_cores(mesh) or config.model.dtype != "float32":
+        return "xla"
+    return onednn.choose(flops_per_image) if config.cpu.products == "auto" else config.cpu.products
 
 
 def make_eval_step(

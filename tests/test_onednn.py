@@ -108,7 +108,7 @@ def test_not_where_it_is_unknown(monkeypatch, unknown, what):
 
 
 def test_a_fault_is_no_crash(monkeypatch, unknown):
-    """A library without it says so when the product is compiled; products are XLA's then."""
+    """A library without it raises where the one product is tried; products are XLA's then."""
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such call")
