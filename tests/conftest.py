@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, and a clean environment for the processes that tests start."""
 
+import faulthandler
 import gc
 import mmap
 import os
@@ -7,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -14,6 +16,7 @@ from etils import epath
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_DEVICES = 8
+_STDERR = pytest.StashKey[int]()
 
 
 def _xla_knows(flag: str) -> bool:
@@ -61,6 +64,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps the standard error output from what captures it during tests."""
+    config.stash[_STDERR] = os.dup(2)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: Any) -> None:
+    """Starts the watchdog again, which pytest stops at a failure for the sake of debuggers.
+
+    What a failed test tears down can hang as well, and with it the last test that waits for the same worker.
+    """
+    secs = float(node.config.getini("faulthandler_timeout") or 0)
+    if secs and not node.config.getoption("usepdb"):
+        faulthandler.dump_traceback_later(secs, exit=True, file=node.config.stash[_STDERR])
 
 
 def pytest_collection_finish() -> None:

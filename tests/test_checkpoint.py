@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import time
 
 import jax
@@ -238,11 +239,13 @@ def test_encoder_that_does_not_fit_is_refused(workdir):
 
 
 def test_faults_advise_to_verify_the_workdir(workdir):
-    """Whatever is unreadable or cannot be written: a file, or the directory of the checkpoints."""
+    """Whatever is unreadable or cannot be written: a file, or a checkpoint."""
     built = build()
-    unfit = {"encoder": {"kernel": object()}}
-    with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/checkpoints cannot(.|\n)*verify {workdir}\)"):
-        saved.save_params(workdir, built.config, unfit, "a test")
+    saved.save_params(workdir, built.config, {"encoder": {"kernel": np.zeros(3)}}, "a test")
+    shutil.rmtree(workdir / "seals", ignore_errors=True)  # a checkpoint that an older version wrote has none
+    (workdir / "checkpoints" / "0" / "state" / "_METADATA").write_text("{")
+    with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/checkpoints/0 cannot(.|\n)*verify {workdir}\)"):
+        saved.load_params(workdir, built.abstract_state.params, built.shardings.params)
     (workdir / "config.json").write_text("{")
     with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/config.json cannot(.|\n)*verify {workdir}\)"):
         saved.read_config(workdir, default.get_config())

@@ -19,11 +19,8 @@ from mae_dist.seals import Seals
 from tests.runs import ONLY_UPDATES, records, run
 from tests.test_checkpoint import build, new_state, open_checkpoints
 
-# After a read that failed, Orbax leaves coroutines that nobody awaits, and tensorstore complains at its own time.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
-]
+# After a read that failed, tensorstore complains at its own time.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)

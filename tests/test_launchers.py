@@ -1,5 +1,6 @@
 """The launchers, each run for real against a cloud, a Slurm or a machine that is played by `tests/cloud_stub.py`."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -80,9 +81,10 @@ def start(tmp_path: Path, binaries: Path) -> Iterator[Callable[..., subprocess.P
 
     yield start
     for process in started:
-        if process.poll() is None:
+        # Also what a script has left in its group: it holds the output open, so that nobody would see its end.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=20)
     for number, handler in before.items():
         signal.signal(number, handler)
 
