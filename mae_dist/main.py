@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -238,10 +239,18 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
-    if code != errors.EXIT_DONE:
+    if code != errors.EXIT_DONE or _saves_are_waiting():
         # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
         # compilation under way does not survive the interpreter.
         os._exit(code)
+
+
+def _saves_are_waiting() -> bool:
+    """Whether a save that failed, and then succeeded, has left Orbax's threads waiting for each other.
+
+    They do so for five minutes, and the interpreter's end for them.
+    """
+    return any(type(thread).__module__.startswith("orbax.") and not thread.daemon for thread in threading.enumerate())
 
 
 def _show_help() -> int:
