@@ -3,6 +3,7 @@
 The same line again continues the run in its workdir. Exit codes: `mae_dist/errors.py`.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -239,7 +240,10 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
-    if code != errors.EXIT_DONE or _saves_are_waiting():
+    waiting = code == errors.EXIT_DONE and _saves_are_waiting()
+    if waiting:
+        atexit._run_exitfuncs()  # JAX takes leave of its peers
+    if waiting or code != errors.EXIT_DONE:
         # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
         # compilation under way does not survive the interpreter.
         os._exit(code)
