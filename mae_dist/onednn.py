@@ -1,7 +1,8 @@
 """Matrix products of float32 by oneDNN, which JAX's library for CPUs holds and XLA does not use of its own accord.
 
 On cores with AVX-512 its products are a tenth faster than XLA's where the first operand is as it is, a fifth where it
-is transposed, and half as fast again where they are as small as attention's (`BUILD.md`). XLA has it under the name of
+is transposed, and half as fast again where they are as small as attention's; with AVX2 only attention's over hundreds
+of tokens, and then those with a transposed first operand (`BUILD.md`). XLA has it under the name of
 a custom call, without promises: so it is used only where it was tried, with versions of jaxlib that are known to have
 it, after one product has come out right. Programs with such calls cannot be stored, so every start compiles them again,
 which takes ten seconds: small models, whose products matter less, do without, and so does evaluation within a run.
@@ -10,6 +11,7 @@ which takes ten seconds: small models, whose products matter less, do without, a
 import contextvars
 import functools
 import json
+import math
 import platform
 import sys
 import warnings
@@ -26,7 +28,7 @@ from absl import logging
 BACKENDS = ("onednn", "xla")
 _TARGET = "__onednn$matmul"
 _KNOWN = ((0, 10), (0, 11))  # first and first not any more: a version that does not know the fields would abort
-_WORTH = 1e8  # FLOPs an image: an update of cifar_small has 6e7, of cifar_medium 3e8
+_WORTH = {"avx512f": 1e8, "avx2": 2e9}  # FLOPs an image: an update of cifar_small 6e7, cifar_medium 3e8, vit_tiny 6e9
 _NOT_STORED = "Error writing persistent compilation cache entry .*std::bad_alloc"
 _CPUINFO = Path("/proc/cpuinfo")
 _use = contextvars.ContextVar("onednn", default=False)
@@ -37,8 +39,8 @@ def choose(flops_per_image: float) -> str:
 
     Several processes run one program, and their cores may differ: XLA.
     """
-    worth = flops_per_image >= _WORTH and jax.process_count() == 1
-    return "onednn" if worth and _is_faster() and has_onednn() else "xla"
+    worth = flops_per_image >= _least_worth() and jax.process_count() == 1
+    return "onednn" if worth and has_onednn() else "xla"
 
 
 def using(backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,12 +64,13 @@ def using(backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def _is_faster() -> bool:
-    """Whether the cores have AVX-512: with AVX2 nothing was measured."""
+def _least_worth() -> float:
+    """FLOPs an image from which it is faster on cores such as these."""
     try:
-        return "avx512f" in _CPUINFO.read_text().split()
+        has = set(_CPUINFO.read_text().split())
     except OSError:
-        return False
+        has = set()
+    return min((least for feature, least in _WORTH.items() if feature in has), default=math.inf)
 
 
 @functools.cache
