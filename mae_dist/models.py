@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from mae_dist import patches
+from mae_dist.functional import dropout, fold_in, layer_norm, linear
 from mae_dist.heads import BatchNorm, Head
-from mae_dist.layers import Constrain, Stack, dropout, fold_in, layer_norm, linear, normal02, unconstrained, xavier
+from mae_dist.layers import Constrain, Stack, normal02, unconstrained, xavier
 
 
 class Positions(nnx.Module):

@@ -15,7 +15,6 @@ from absl import flags
 from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec as P
 
 from mae_dist import cpu, flops, job, layers, main, onednn, tasks
 from mae_dist.data import local_rows, to_global
@@ -201,60 +200,6 @@ def test_training_loss_is_that_of_the_whole_prediction(overrides):
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-
-
-def test_gradients_of_products_and_norms():
-    """Written by hand, so compared with those JAX derives."""
-    x = jax.random.normal(jax.random.key(0), (3, 5, 2, 4))
-    kernel = jax.random.normal(jax.random.key(1), (2, 4, 3, 6))
-    bias, weights = jnp.ones((3, 6)), jax.random.normal(jax.random.key(2), (3, 5, 3, 6))
-    scale, shift = jnp.linspace(0.5, 2, 4), jnp.linspace(-1, 1, 4)
-    affine: Any = layers._affine
-    normalize: Any = layers._normalize
-    gelu: Any = layers.gelu
-
-    def norm(x, scale, shift):
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) * scale + shift
-
-    pairs = (
-        (
-            lambda x, k, b: (affine(x, k, b, 2) * weights).sum(),
-            lambda x, k, b: ((jnp.einsum("rshd,hdef->rsef", x, k) + b) * weights).sum(),
-            (x, kernel, bias),
-        ),
-        (
-            lambda x, k: (affine(x, k, None, 2) * weights).sum(),
-            lambda x, k: (jnp.einsum("rshd,hdef->rsef", x, k) * weights).sum(),
-            (x, kernel),
-        ),
-        (lambda x: (gelu(x, False) * x).sum(), lambda x: (x * x * jax.scipy.stats.norm.cdf(x)).sum(), (x,)),
-        (lambda x: gelu(3 * x, False).sum(), lambda x: jax.nn.gelu(3 * x, approximate=False).sum(), (x,)),
-        (lambda x: gelu(x, True).sum(), lambda x: jax.nn.gelu(x).sum(), (x,)),
-        (
-            lambda *a: (normalize(*a, 1e-6) ** 2 * x).sum(),
-            lambda *a: (norm(*a) ** 2 * x).sum(),
-            (x, scale, shift),
-        ),
-    )
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    for ours, derived, arguments in pairs:
-        derivatives = [jax.grad(f, argnums=range(len(arguments))) for f in (ours, derived)]
-        # Where a device computes for itself products take another form.
-        local = jax.shard_map(derivatives[0], mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-        a, b, c = (jax.jit(f, compiler_options=QUICK)(*arguments) for f in (*derivatives, local))
-        for got, wanted, own in zip(a, b, c, strict=True):
-            np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-5)
-            np.testing.assert_allclose(own, wanted, rtol=2e-5, atol=1e-5)
-
-
-def test_gelu_far_out():
-    """x on one side and zero on the other, with the slopes of both, up to where squares overflow."""
-    x = jnp.asarray([-1e30, -100.0, -6.0, 0.0, 6.0, 100.0, 1e30])
-    gelu: Any = layers.gelu
-    value, slope = gelu(x, False), jax.grad(lambda x: gelu(x, False).sum())(x)
-    np.testing.assert_allclose(value, jnp.maximum(x, 0), atol=1e-6)
-    np.testing.assert_allclose(slope, [0, 0, 0, 0.5, 1, 1, 1], atol=1e-6)
 
 
 def test_one_compilation():

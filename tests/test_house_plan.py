@@ -16,6 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "onednn"),
     (
         "attention",
+        "functional",
         "patches",
         "folding",
         "heads",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from mae_dist import layers, onednn
+from mae_dist import functional, onednn
 from mae_dist.attention import attention
 from tests import QUICK
 
@@ -77,7 +77,7 @@ def test_traces_are_not_mixed_up(first):
     q, kernel = jnp.ones((2, 5, 3, 8)), jnp.ones((3, 8, 24))
 
     def loss(q: Any, kernel: Any) -> Any:
-        affine: Any = layers._affine
+        affine: Any = functional.affine
         return affine(attention(q, q, q), kernel, None, 2).sum()
 
     gradient = jax.grad(loss, argnums=(0, 1))
