@@ -107,7 +107,8 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, products: str, fold
         metrics = {"loss": loss, **metrics}
         return loss.mean(), {name: _reduce(value) for name, value in metrics.items()}
 
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+    # Under jit of its own so that the shapes of the sums and the loop over pieces take one trace, which takes seconds.
+    grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True), inline=True)
 
     def accumulated(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         """The mean gradient and metrics over `accum_steps` microbatches, one at a time in memory."""

@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_dist import cpu, flops, job, layers, main, onednn, tasks
+from mae_dist import cpu, flops, job, layers, main, models, onednn, tasks
 from mae_dist.data import local_rows, to_global
 from mae_dist.errors import ConfigError
 from tests import QUICK
@@ -200,6 +200,22 @@ def test_training_loss_is_that_of_the_whole_prediction(overrides):
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_take_one_trace(monkeypatch):
+    """The shapes of what pieces sum up come from the trace that computes them: a model's takes seconds of a start."""
+    traced = []
+    forward = models.MaskedAutoencoder.removed_patches
+    monkeypatch.setattr(
+        models.MaskedAutoencoder, "removed_patches", lambda *args, **kw: traced.append(1) or forward(*args, **kw)
+    )
+    config = smoke_config(accum_steps=2)
+    built = job.build(config, jax.devices()[:2], job.open_data(config))
+    traced.clear()
+    batch = {"image": jax.ShapeDtypeStruct((config.global_batch_size, *config.model.image_size, 3), jnp.uint8)}
+    with jax.set_mesh(built.mesh):
+        built.train_step.trace(built.abstract_state, batch)
+    assert len(traced) == 1
 
 
 def test_one_compilation():
