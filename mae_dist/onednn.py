@@ -1,11 +1,12 @@
 """Matrix products of float32 by oneDNN, which JAX's library for CPUs holds and XLA does not use of its own accord.
 
 On cores with AVX-512 its products are a tenth faster than XLA's where the first operand is as it is, a fifth where it
-is transposed, and half as fast again where they are as small as attention's; with AVX2 only attention's over hundreds
-of tokens, and then those with a transposed first operand (`BUILD.md`). XLA has it under the name of
-a custom call, without promises: so it is used only where it was tried, with versions of jaxlib that are known to have
-it, after one product has come out right. Programs with such calls cannot be stored, so every start compiles them again,
-which takes ten seconds: small models, whose products matter less, do without, and so does evaluation within a run.
+is transposed, and half as fast again where they are as small as attention's; with AVX2 only those of attention over
+hundreds of tokens are, by a quarter, with a transposed first operand by three (`BUILD.md`). XLA has it under the name
+of a custom call, without promises: so it is used only where it was tried, with versions of jaxlib that are known to
+have it, after one product has come out right. Programs with such calls cannot be stored, so every start compiles them
+again, which takes ten seconds: small models, whose products matter less, do without, and so does evaluation within a
+run.
 """
 
 import contextvars
