@@ -240,13 +240,13 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
-    waiting = code == errors.EXIT_DONE and _saves_are_waiting()
-    if waiting:
+    if code == errors.EXIT_DONE:
+        if not _saves_are_waiting():
+            return
         atexit._run_exitfuncs()  # JAX takes leave of its peers
-    if waiting or code != errors.EXIT_DONE:
-        # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
-        # compilation under way does not survive the interpreter.
-        os._exit(code)
+    # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
+    # compilation under way does not survive the interpreter.
+    os._exit(code)
 
 
 def _saves_are_waiting() -> bool:
