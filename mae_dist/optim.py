@@ -31,14 +31,16 @@ def make_schedule(
 
 
 def decay_mask(logical_axes: Any) -> Any:
-    """Which parameters weight decay touches: those with more than one axis besides the stacked `layers` one.
+    """Which parameters weight decay touches: but for biases those with more than one axis besides the stacked `layers`.
 
     Biases, normalisation and LayerScale vectors are left alone. Counting the array's own axes would be wrong here: a
-    stacked bias is two-dimensional.
+    stacked vector is two-dimensional, and the bias of queries, keys and values has an axis for each of their heads.
     """
-    return jax.tree.map(
-        lambda axes: sum(axis != "layers" for axis in axes) > 1, logical_axes, is_leaf=lambda x: isinstance(x, tuple)
-    )
+
+    def is_decayed(path: Any, axes: tuple[str | None, ...]) -> bool:
+        return path[-1].key != "bias" and sum(axis != "layers" for axis in axes) > 1
+
+    return jax.tree_util.tree_map_with_path(is_decayed, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def _scale_by_trust_ratio(logical_axes: Any, trust_coefficient: float) -> optax.GradientTransformation:

@@ -13,22 +13,33 @@ from mae_dist import optim, sharding, tasks
 from tests import QUICK
 from tests.runs import smoke_config
 
-# A matrix, a stack of matrices, a stack of biases, a norm: what decays is the first two.
+# A matrix, stacks of matrices and of vectors, a norm, tokens and positions.
 AXES: dict[str, Any] = {
     "kernel": ("embed", "mlp"),
-    "blocks": {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", None), "scale1": ("layers", None)},
+    "blocks": {
+        "kernel": ("layers", "embed", "mlp"),
+        "bias": ("layers", None),
+        "scale1": ("layers", None),
+        "qkv": {"bias": ("layers", None, "heads", None)},
+    },
     "norm": (None,),
     "cls_token": (None, None, None),
     "positions": (None, "embed"),
 }
 SHAPES: dict[str, Any] = {
     "kernel": (3, 4),
-    "blocks": {"kernel": (2, 3, 4), "bias": (2, 4), "scale1": (2, 4)},
+    "blocks": {"kernel": (2, 3, 4), "bias": (2, 4), "scale1": (2, 4), "qkv": {"bias": (2, 3, 2, 2)}},
     "norm": (3,),
     "cls_token": (1, 1, 3),
     "positions": (5, 3),
 }
-DECAYED = {"kernel": 1, "blocks": {"kernel": 1, "bias": 0, "scale1": 0}, "norm": 0, "cls_token": 1, "positions": 1}
+DECAYED = {
+    "kernel": 1,
+    "blocks": {"kernel": 1, "bias": 0, "scale1": 0, "qkv": {"bias": 0}},
+    "norm": 0,
+    "cls_token": 1,
+    "positions": 1,
+}
 OPTIONS: dict[str, Any] = {
     "name": "adamw",
     "base_lr": 0.1,
@@ -109,7 +120,7 @@ def test_peak_grows_with_the_batch(batch):
 
 
 def test_decay_touches_kernels_tokens_and_positions_only():
-    """A stacked bias has two axes: counting axes would decay it."""
+    """A stacked bias has two axes, that of queries, keys and values has four: counting axes would decay them."""
     assert jax.tree.map(int, optim.decay_mask(AXES)) == DECAYED
     params, zero = random_tree(0), jax.tree.map(jnp.zeros_like, random_tree(0))
     init, update, _ = make(schedule="constant", warmup_steps=0)

@@ -212,8 +212,11 @@ def compare_steps(pair: Pair) -> float:
         for name, p in theirs.named_parameters()
         if p.requires_grad
     ]
+    decays = {name: p.ndim > 1 and not name.endswith(".bias") for name, p in trained}  # as the paper's code has it
+    for name, wanted in decays.items():
+        assert (tensors[name] == wanted).all(), name
     groups = [
-        {"params": [p for name, p in trained if tensors[name].any() == decay], "weight_decay": 0.05 * decay}
+        {"params": [p for name, p in trained if decays[name] == decay], "weight_decay": 0.05 * decay}
         for decay in (True, False)
     ]
     assert all(group["params"] for group in groups)
