@@ -211,6 +211,15 @@ def test_non_finite_gradient_changes_nothing_and_is_counted(bad):
     assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
 
 
+def test_a_gradient_without_a_finite_norm_is_skipped():
+    """Each number is finite and the sum of their squares is not, in float32."""
+    init, update, _ = make(warmup_steps=0)
+    params = random_tree(0)
+    updates, state = update(jax.tree.map(lambda p: jnp.full_like(p, 1e20), params), init(params), params)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
+    assert tuple(int(count) for count in optim.nonfinite_counts(state)) == (1, 1)
+
+
 def test_schedule_follows_the_step_number_over_skipped_steps():
     """Otherwise the rate that is logged and the rate that is used would part after the first skip."""
     init, update, _ = make(name="sgd", momentum=0.0, weight_decay=0.0)
