@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mae_dist.onednn import in_use, matmul
+from mae_dist.platforms import by_platform
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -27,7 +28,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         special["cuda"] = IMPLEMENTATIONS["cudnn"]
     if not special:
         return _products(q, k, v)
-    return jax.lax.platform_dependent(q, k, v, **special, default=_products)
+    return by_platform(q, k, v, **special, default=_products)
 
 
 def fits_fused_kernel(dtype: Any, head_dim: int) -> bool:

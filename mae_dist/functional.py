@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mae_dist.onednn import computes_for_itself, in_use, matmul
+from mae_dist.platforms import by_platform
 
 
 def fold_in(keys: jax.Array | None, data: Any) -> jax.Array | None:
@@ -51,7 +52,7 @@ def _sum_rows(x: jax.Array, rows: int) -> jax.Array:
         axes = tuple(range(rows))
         return jax.lax.dot_general(jnp.ones(x.shape[:rows], x.dtype), x, ((axes, axes), ((), ())))
 
-    return jax.lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(axis=tuple(range(rows))))
+    return by_platform(x, cpu=product, default=lambda x: x.sum(axis=tuple(range(rows))))
 
 
 def _contract(a: jax.Array, b: jax.Array, num: int, sides: tuple[str, str]) -> jax.Array:
@@ -82,7 +83,7 @@ def _contract(a: jax.Array, b: jax.Array, num: int, sides: tuple[str, str]) -> j
 
     if not computes_for_itself():
         return as_it_is(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=as_matrices, default=as_it_is)
+    return by_platform(a, b, cpu=as_matrices, default=as_it_is)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -161,7 +162,7 @@ def layer_norm(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
 
     args: Any = (x.astype(jnp.float32), norm.scale[...], norm.bias[...])
     if computes_for_itself():  # in the shape in which the product that follows takes it, one array serves both
-        return jax.lax.platform_dependent(*args, cpu=as_matrix, default=as_it_is).astype(x.dtype)
+        return by_platform(*args, cpu=as_matrix, default=as_it_is).astype(x.dtype)
     return as_it_is(*args).astype(x.dtype)
 
 
