@@ -50,9 +50,9 @@ def _reduce(x: jax.Array) -> jax.Array:
     return x.sum(dtype=x.dtype) if _is_integer(x) else x.mean()
 
 
-def _combine(tree: Any, axes: Any) -> Any:
-    """What devices found for equally many examples each, together."""
-    return jax.tree.map(lambda x: jax.lax.psum(x, axes) if _is_integer(x) else jax.lax.pmean(x, axes), tree)
+def _divide(sums: Any, count: int) -> Any:
+    """Means of what was summed over `count` equal shares; of integers the sums."""
+    return sums if count == 1 else jax.tree.map(lambda x: x if _is_integer(x) else x / count, sums)
 
 
 def _average(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
@@ -111,7 +111,7 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, products: str, fold
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True), inline=True)
 
     def accumulated(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        """The mean gradient and metrics over `accum_steps` microbatches, one at a time in memory."""
+        """The sums of gradients and metrics over `accum_steps` microbatches, one at a time in memory."""
 
         def add(total: Any, micro: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(trainable, frozen, *micro)), None
@@ -119,17 +119,17 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, products: str, fold
         micros = _split_microbatches((batch, keys), accum_steps, task.rows_together)
         sums = jax.eval_shape(grad_fn, trainable, frozen, *jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
-        total, _ = jax.lax.scan(add, zeros, micros)
-        return jax.tree.map(lambda x: x if _is_integer(x) else x / accum_steps, total)
+        return jax.lax.scan(add, zeros, micros)[0]
 
     if task.statistics is not None:
         return grad_fn  # of features, all at once: over how many devices is the compiler's business
-    compute = accumulated if accum_steps > 1 else grad_fn
+    compute, shares = accumulated if accum_steps > 1 else grad_fn, accum_steps
     if fold:
         compute = _through_folded(compute)
     if sharding.is_data_parallel(mesh):
-        compute = sharding.on_each_device(onednn.using(products, compute), mesh, num_whole=2, combine=_combine)
-    return compute
+        compute = sharding.on_each_device(onednn.using(products, compute), mesh, num_whole=2, combine=jax.lax.psum)
+        shares *= mesh.size
+    return lambda *args: _divide(compute(*args), shares)  # once, in the operations that take the gradient
 
 
 def make_train_step(
@@ -194,6 +194,7 @@ def make_train_step(
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=cpu.options_to_train() if sharding.is_by_cores(mesh) else None,
     )
 
 

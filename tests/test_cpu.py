@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 import pytest
 from absl import flags
@@ -232,6 +233,22 @@ def test_one_compilation():
         batches.close()
     step: Any = built.train_step
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("numbers", [1000, 10**9])
+def test_options_are_known_to_this_jaxlib(machine, numbers):
+    """XLA refuses a program with an option that it does not know."""
+    for options in (cpu.options_to_train(), cpu.options_to_run_once(jaxlib.version.__version__, numbers)):
+        assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+
+
+def test_options_of_later_versions_and_of_the_user(machine):
+    """What may be gone is not set, nor what the user has set."""
+    assert "xla_cpu_use_fusion_emitters" in cpu.options_to_run_once("0.10.9", 1)
+    assert "xla_cpu_use_fusion_emitters" not in cpu.options_to_run_once("0.11.0", 1)
+    machine.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+    assert cpu.options_to_train() == {}
+    assert list(cpu.options_to_run_once("0.10.9", 1)) == ["xla_cpu_use_fusion_emitters"]
 
 
 @pytest.mark.parametrize("given", ["", "glibc.malloc.arena_max=2"])
