@@ -66,6 +66,18 @@ class Job:
         """What a checkpoint remembers besides the state."""
         return {"config": config_lib.to_json(self.config), "data_fingerprint": self.fingerprint}
 
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of one global batch of updates, in its shards."""
+        model = self.config.model
+        rows = {"label": ((), jnp.int32), "image": ((*model.image_size, model.channels), jnp.uint8)}
+        if self.caches_features:
+            rows = {"label": rows["label"], "features": ((model.embed_dim,), jnp.float32)}
+        return {
+            name: jax.ShapeDtypeStruct((self.config.global_batch_size, *shape), dtype, sharding=self.batch_sharding)
+            for name, (shape, dtype) in rows.items()
+        }
+
     def overview(self) -> str:
         return sharding.overview(self.mesh, self.abstract_state, self.shardings)
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -239,7 +240,11 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     cpu.use_huge_pages()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
-    code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
+    try:
+        code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
+    except Exception as error:
+        traceback.print_exception(error)
+        code = 1
     if code == errors.EXIT_DONE:
         if not _saves_are_waiting():
             return

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_dist import chips, errors, flops, hlo, job, models, roofline, sharding, topology
@@ -40,20 +39,10 @@ def described_data(config: ConfigDict) -> job.Data:
     return job.Data(train, val, test)
 
 
-def abstract_batch(built: job.Job) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of one global batch of `built`'s updates."""
-    config = built.config
-    size, model = config.global_batch_size, config.model
-    batch = {"label": jax.ShapeDtypeStruct((size,), jnp.int32)}
-    if built.caches_features:
-        return {**batch, "features": jax.ShapeDtypeStruct((size, model.embed_dim), jnp.float32)}
-    return {**batch, "image": jax.ShapeDtypeStruct((size, *model.image_size, model.channels), jnp.uint8)}
-
-
 def examine(config: ConfigDict, place: topology.Topology, data: job.Data) -> Report:
     """Compiles the update of `config` for the devices of `place`: everything the tables say, as plain values."""
     built = job.build(config, place.devices, data)
-    batch, started = abstract_batch(built), time.monotonic()
+    batch, started = built.abstract_batch, time.monotonic()
     compiled = topology.compile_step(built.train_step, built.mesh, built.abstract_state, batch)
     report = _outline(built, place)
     report["compile_secs"] = time.monotonic() - started

@@ -266,6 +266,13 @@ class _Row:
     bytes_per_device: int
 
 
+def placed(abstract: Any, shardings: Any) -> Any:
+    """Shapes (a tree of them) that say where the arrays lie."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
 def bytes_per_device(tree: Any, shardings: Any) -> int:
     """Bytes one device holds of `tree` (arrays or shapes) laid out by `shardings`."""
     sizes = jax.tree.map(

@@ -16,7 +16,7 @@ from mae_dist.optim import nonfinite_counts
 from mae_dist.state import TrainState, split_frozen
 from mae_dist.tasks import Batch, Task
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, dict of scalars)
 Gradient = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -114,19 +114,21 @@ def _tpu_devices(name: str, shape: tuple[int, ...], num_slices: int) -> Sequence
         raise ConfigError(f"--topology={name} --num_slices={num_slices}: libtpu knows no such slice: {said}") from error
 
 
-def compile_step(step: Callable[..., Any], mesh: Mesh, *args: Any) -> Compiled:
+def compile_step(step: jax.stages.Wrapped, mesh: Mesh, *args: Any) -> Compiled:
     """Compiles a jitted step for the devices of `mesh`, given the shapes of its arguments; nothing runs."""
     with jax.set_mesh(mesh):
-        lowered = step.lower(*args)  # pyright: ignore[reportFunctionMemberAccess]
+        lowered = step.lower(*args)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return _refused(str(error))
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None  # what the backends say that have no such figures
+    assert text is not None
     return Compiled(
-        text=compiled.as_text(),
+        text=text,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

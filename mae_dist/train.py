@@ -4,6 +4,7 @@ import contextlib
 import math
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, evaluate, flops, goodput, metrics, pictures, readout
+from mae_dist import distributed, errors, evaluate, flops, goodput, metrics, pictures, readout, sharding
 from mae_dist.checkpoint import Checkpoints
 from mae_dist.clu_without_tf import periodic_actions
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
@@ -49,6 +50,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
     ):
+        compilation = _compile_ahead(job, checkpoints)
         with watch.during("restore"), notices.interrupting():
             state, start, unfinished = _restore_or_begin(job, checkpoints, default)
         logging.info("%s", job.overview())
@@ -57,7 +59,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
                 return finish(job, workdir, start)
             _write_config(job, workdir)
             notices.check()
-            run = _Run(job, workdir, recorder, state.params, watch, notices, start)
+            run = _Run(job, workdir, recorder, state.params, watch, notices, start, compilation)
             with run, run.profiler, watch.during("step"):
                 if unfinished is not None and not run.conclude_again(start, state, unfinished):
                     return run.preempted(start)
@@ -78,6 +80,24 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
                     return run.preempted(run.step)
                 run.ended = "done"
     return finish(job, workdir, total_steps)
+
+
+def _compile_ahead(job: Job, checkpoints: Checkpoints) -> threading.Thread:
+    """Begins to compile the update, if there is one to come, while the state is created or restored.
+
+    The first call of the update finds it in JAX's caches. A fault is left to that call, which meets it again.
+    """
+
+    wanted = (checkpoints.latest_step() or 0) < job.schedule.total_steps
+
+    def compile_update() -> None:
+        if wanted:
+            with contextlib.suppress(Exception), jax.set_mesh(job.mesh):
+                job.train_step.lower(sharding.placed(job.abstract_state, job.shardings), job.abstract_batch).compile()
+
+    thread = threading.Thread(target=compile_update, daemon=True)
+    thread.start()
+    return thread
 
 
 def _warn_of_bad_records(data: Data) -> None:
@@ -138,6 +158,7 @@ class _Run:
         watch: Watch,
         notices: Notices,
         start: int,
+        compilation: threading.Thread,
     ):
         self.job, self.workdir, self.recorder, self.watch, self.notices = job, workdir, recorder, watch, notices
         self.meta = job.meta  # written anew at every call of it, and needed after every update
@@ -160,6 +181,7 @@ class _Run:
         self.skipped_runs: list[jax.Array] = []  # of the updates since the last log step, still on the device
         self.longest_skipped_run = 0
         self.bar: Any = None
+        self._compilation = compilation
         self._compiled = False
         self._waited = 0.0  # seconds for the batch of the current update
 
@@ -211,6 +233,7 @@ class _Run:
         """One update, dispatched; (new state, metrics on the device)."""
         compiling = contextlib.nullcontext() if self._compiled else self.watch.during("compile")
         with compiling, self.profiler.annotate(step):
+            self._compilation.join()
             out = self.job.train_step(state, batch)
         if self.profiler.ends_with(step):
             jax.block_until_ready(out)

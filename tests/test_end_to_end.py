@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -236,6 +237,40 @@ def test_a_failed_save_does_not_hold_up_the_end(child_env, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=child_env(), capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.startswith("threads: ")) == (0, True), done.stderr
     assert int(done.stdout.split()[1]) > 1  # as long as Orbax leaves some, or this test says nothing
+
+
+def test_update_is_compiled_while_the_state_is_created(child_env, tmp_path):
+    """Once, in a thread of its own: compiled twice, a start would take twice as long and nobody would know."""
+    env = {**child_env(devices=2), "JAX_LOG_COMPILES": "1"}
+    code, output = run(
+        env, "--config=configs/smoke.py", "--config.total_steps=2", *ONLY_UPDATES, f"--workdir={tmp_path / 'run'}"
+    )
+    assert code == 0, output
+    lines = re.findall(
+        r"^\w+ [\d:.]+ (\d+) .*Finished XLA compilation of jit\((init|train_step)\)", output, re.MULTILINE
+    )
+    threads = {program: thread for thread, program in lines}
+    assert sorted(program for _, program in lines) == ["init", "train_step"], output
+    assert threads["init"] != threads["train_step"]
+
+
+def test_a_fault_of_ours_while_the_update_is_compiled(child_env, tmp_path):
+    """A traceback and code 1: an interpreter that ends beside a compilation would crash, and tell of that instead."""
+    program = """if True:
+        from mae_dist import job, main
+
+        def broken(self, default):
+            raise RuntimeError("a bug")
+
+        job.Job.fresh_state = broken
+        main.run(main.main)
+    """
+    command = [sys.executable, "-c", program, "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}"]
+    env = {name: value for name, value in child_env().items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("RuntimeError: a bug\n"), done.stderr
+    assert done.stderr.count("Traceback") == 1
 
 
 def test_data_fault_has_its_own_code(child_env, tmp_path):
