@@ -4,6 +4,7 @@ The same line again continues the run in its workdir. Exit codes: `mae_dist/erro
 """
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -50,6 +51,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
+    gc.disable()  # of what is imported and built nothing is garbage, and looking for it takes a fifth of the time
+    try:
+        return _train(argv)
+    finally:
+        gc.enable()
+
+
+def _train(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; options are --config.field=value")
     config = needed_config()
@@ -73,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
                 logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), kind)
                 job.check_mesh(config, jax.device_count())  # before any data is fetched
                 built = job.build(config, jax.devices(), job.open_data(config))
+            gc.freeze()
+            gc.enable()
             return train.train(built, workdir, default_config(), watching, notices)
         except preemption.Preempted:
             logging.warning("Preempted before there was anything to save; the same command begins or continues.")

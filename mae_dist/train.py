@@ -50,7 +50,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
     ):
-        compilation = _compile_ahead(job, checkpoints)
+        compilation = _compile_ahead(job, checkpoints, watch)
         with watch.during("restore"), notices.interrupting():
             state, start, unfinished = _restore_or_begin(job, checkpoints, default)
         logging.info("%s", job.overview())
@@ -82,20 +82,22 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
     return finish(job, workdir, total_steps)
 
 
-def _compile_ahead(job: Job, checkpoints: Checkpoints) -> threading.Thread:
-    """Begins to compile the update, if there is one to come, while the state is created or restored.
+def _compile_ahead(job: Job, checkpoints: Checkpoints, watch: Watch) -> threading.Thread:
+    """Begins to compile the update, if there is one to come, in a thread that ends when that is done.
 
-    The first call of the update finds it in JAX's caches. A fault is left to that call, which meets it again.
+    The first call of the update finds it in JAX's caches. A fault of the compiler is left to that call, which meets it
+    again. Tracing comes first: it would only take turns with that of what creates the state.
     """
+    thread = threading.Thread(daemon=True)
+    if (checkpoints.latest_step() or 0) < job.schedule.total_steps:
+        with watch.during("compile"):
+            lowered = job.train_step.lower(sharding.placed(job.abstract_state, job.shardings), job.abstract_batch)
 
-    wanted = (checkpoints.latest_step() or 0) < job.schedule.total_steps
+        def compile_update() -> None:
+            with contextlib.suppress(Exception):
+                lowered.compile()
 
-    def compile_update() -> None:
-        if wanted:
-            with contextlib.suppress(Exception), jax.set_mesh(job.mesh):
-                job.train_step.lower(sharding.placed(job.abstract_state, job.shardings), job.abstract_batch).compile()
-
-    thread = threading.Thread(target=compile_update, daemon=True)
+        thread = threading.Thread(target=compile_update, daemon=True)
     thread.start()
     return thread
 
