@@ -142,13 +142,29 @@ class Checkpoints:
         """The newest saved step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Called after every update; saves where a policy says so, in the background.
+    def is_due(self, step: int, metrics: dict[str, float]) -> bool:
+        """True if this step is to be saved; called after every update, by all processes.
 
         `metrics` are those of an evaluation after this very update, or empty. With `keep_best` each evaluated step is
-        saved, for the best is kept among what was evaluated. A failure of an earlier background save surfaces here; it
-        is tried again after a while, in the end a `StorageFault`.
+        saved, for the best is kept among what was evaluated. A failure of an earlier background save surfaces here or
+        in `save`; it is tried again after a while, in the end a `StorageFault`.
         """
+        try:
+            with saved.naming_damage(self.directory, self.directory.parent):
+                self._manager.check_for_errors()
+                self._seal()
+                again = self._retry_at is not None and time.monotonic() >= self._retry_at
+                return bool(self._best(metrics)) or again or self._manager.should_save(step)
+        except StorageFault as fault:
+            self._count_failure(fault)
+            return False
+
+    def _best(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metric of `keep_best`, where it is known."""
+        return {name: value for name, value in metrics.items() if name == self._keep_best and math.isfinite(value)}
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Saves in the background, whether or not `is_due`; `metrics` as there."""
         try:
             self._attempt(step, state, meta, metrics)
         except StorageFault as fault:
@@ -158,27 +174,23 @@ class Checkpoints:
         """Saves, and returns when all that was begun is on disk."""
         while True:
             try:
-                self._attempt(step, state, meta, metrics, force=True)
+                self._attempt(step, state, meta, metrics)
                 return self.wait()
             except StorageFault as fault:
                 self._count_failure(fault)
                 time.sleep(max(0.0, (self._retry_at or 0.0) - time.monotonic()))
 
-    def _attempt(
-        self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float], force: bool = False
-    ) -> None:
-        best = {name: value for name, value in metrics.items() if name == self._keep_best and math.isfinite(value)}
+    def _attempt(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
         with saved.naming_damage(self.directory, self.directory.parent):
             self._manager.check_for_errors()
             self._seal()
-            again = self._retry_at is not None and time.monotonic() >= self._retry_at
-            if not (force or best or again or self._manager.should_save(step)) or self.latest_step() == step:
+            if self.latest_step() == step:
                 return
             self._manager.wait_until_finished()  # as Orbax does; then the one before can be sealed
             self._seal()
             meta = {**meta, "digests": integrity.digests(state.to_dict())}
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state.to_dict()), meta=ocp.args.JsonSave(meta))
-            self._manager.save(step, args=args, metrics=best or None, force=True)
+            self._manager.save(step, args=args, metrics=self._best(metrics) or None, force=True)
             self._unsealed, self._retry_at = step, None
 
     def _count_failure(self, fault: StorageFault) -> None:

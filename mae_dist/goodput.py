@@ -24,6 +24,7 @@ class Ledger:
     Args:
       workdir: the run's directory.
       from_step: the update that this start continues from.
+      total_steps: the update that the run is to end with.
       began: when this process started, seconds since 1970.
       is_primary: whether this process writes.
       clock: seconds since 1970.
@@ -34,12 +35,13 @@ class Ledger:
         workdir: epath.Path,
         *,
         from_step: int,
+        total_steps: int,
         began: float,
         is_primary: bool,
         clock: Callable[[], float] = time.time,
     ):
         self._path = workdir / GOODPUT_FILE
-        self._from_step, self._began = from_step, began
+        self._from_step, self._total_steps, self._began = from_step, total_steps, began
         self._clock = clock
         self._written = -_EVERY_SECS
         self._is_primary = is_primary
@@ -66,6 +68,7 @@ class Ledger:
             "time": round(now, 3),
             "from_step": self._from_step,
             "step": step,
+            "total_steps": self._total_steps,
             "end": end,
             "secs": {name: round(value, 3) for name, value in secs.items()},
         }
@@ -116,6 +119,14 @@ def span(workdir: epath.Path) -> tuple[float, float] | None:
     return (runs[0]["began"], runs[-1]["time"]) if runs else None
 
 
+def total_steps(workdir: epath.Path) -> int | None:
+    """The update that the run is to end with; None without a ledger, or with one of an older version."""
+    path = workdir / GOODPUT_FILE
+    with naming_faults(path):
+        runs = _runs(_parse(read_text(path), path))
+    return runs[-1]["total_steps"] if runs else None
+
+
 def _parse(text: str, path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
     """The lines of goodput.jsonl with the entry in each."""
     return parse_lines(text, path, _entry, "entry of the ledger")
@@ -125,6 +136,7 @@ def _entry(value: Any) -> dict[str, Any]:
     return {
         **{name: float(value[name]) for name in ("began", "time")},
         **{name: int(value[name]) for name in ("run", "from_step", "step")},
+        "total_steps": int(value["total_steps"]) if "total_steps" in value else None,
         "secs": {str(name): float(secs) for name, secs in value["secs"].items()},
     }
 

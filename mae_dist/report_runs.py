@@ -51,7 +51,7 @@ class Run:
     label: its name, told apart from the other runs' if need be.
     records: of metrics.jsonl, in order.
     summary: summary.json, {} until the run has ended.
-    ledger: `goodput.summarize`; span: `goodput.span`.
+    ledger: `goodput.summarize`; span: `goodput.span`; planned_steps: `goodput.total_steps`.
     masking: None for a training that begins from nothing, or from weights that do not say.
     origins: what it began from, nearest first, as far back as can be followed.
     faults: what could not be read, each in a sentence.
@@ -64,6 +64,7 @@ class Run:
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
     ledger: dict[str, Any] = dataclasses.field(default_factory=dict)
     span: tuple[float, float] | None = None
+    planned_steps: int | None = None
     masking: Masking | None = None
     origins: list[Origin] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -85,7 +86,10 @@ class Run:
             return self.config.total_steps
         if self.summary.get("total_steps"):
             return int(self.summary["total_steps"])
+        if self.planned_steps:
+            return self.planned_steps
         for record in reversed(self.records):
+            # Of an older version, whose estimate was of the updates alone.
             if record.get("step_secs") and math.isfinite(record.get("eta_secs", math.nan)):
                 return int(record["step"]) + round(record["eta_secs"] / record["step_secs"])
         return None
@@ -178,6 +182,7 @@ def _read(workdir: epath.Path, default: ConfigDict) -> Run:
     run.records = tried(metrics.read_metrics, [])
     run.ledger = tried(goodput.summarize, {})
     run.span = tried(goodput.span, None)
+    run.planned_steps = tried(goodput.total_steps, None)
     run.summary = tried(_read_summary, {})
     run.origins = _find_origins(run.config.init_from, workdir, default)
     run.masking = _masking(run)

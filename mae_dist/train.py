@@ -167,7 +167,13 @@ class _Run:
         self.step = watch.step = start
         self.ended = "by a fault"  # unless told otherwise
         began = time.time() - sum(watch.account().values())
-        self.ledger = Ledger(workdir, from_step=start, began=began, is_primary=distributed.is_primary())
+        self.ledger = Ledger(
+            workdir,
+            from_step=start,
+            total_steps=job.schedule.total_steps,
+            began=began,
+            is_primary=distributed.is_primary(),
+        )
         with watch.during("evaluate"):
             self.data = _with_features(job, params) if job.caches_features else job.data
         device = job.mesh.devices.flat[0]
@@ -177,6 +183,7 @@ class _Run:
             total_steps=job.schedule.total_steps,
             flops_per_image=job.flops_per_image,
             peak_flops=peak and peak * job.mesh.size,
+            account=watch.account,
         )
         self.profiler = Profiler(workdir / "profile" / f"process_{jax.process_index()}", job.config.profile_steps)
         self.evaluated: dict[str, float] = {}  # what was evaluated after the current update
@@ -185,7 +192,6 @@ class _Run:
         self.bar: Any = None
         self._compilation = compilation
         self._compiled = False
-        self._waited = 0.0  # seconds for the batch of the current update
 
     def __enter__(self) -> "_Run":
         return self
@@ -215,14 +221,12 @@ class _Run:
         ):
             for step in range(start + 1, total + 1):
                 self.profiler.before(step)
-                began = time.monotonic()
                 try:
                     with self.watch.during("data"), self.notices.interrupting():
                         host_batch = next(self.host_batches)
                 except Preempted:
                     self.host_batches.abandon()
                     return
-                self._waited = time.monotonic() - began
                 self.evaluated = {}
                 batch = to_global(host_batch, job.batch_sharding, job.config.global_batch_size, rows)
                 with jax.transfer_guard("disallow"):
@@ -233,26 +237,32 @@ class _Run:
 
     def update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update, dispatched; (new state, metrics on the device)."""
-        compiling = contextlib.nullcontext() if self._compiled else self.watch.during("compile")
-        with compiling, self.profiler.annotate(step):
-            self._compilation.join()
-            out = self.job.train_step(state, batch)
+        with self.profiler.annotate(step):
+            out = self.job.train_step(state, batch) if self._compiled else self._first_update(step, state, batch)
         if self.profiler.ends_with(step):
-            jax.block_until_ready(out)
-            with self.throughput.pause():
+            with self._pause(out[0], "profile"):
                 self.profiler.stop()
-        self._compiled = True
         self.step = self.watch.step = step
         self.notices.after_update(step)
+        return out
+
+    def _first_update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The update that is compiled first; finished when this returns, for rates are of those after it."""
+        with self.watch.during("compile"):
+            self._compilation.join()
+            out = jax.block_until_ready(self.job.train_step(state, batch))
+        self._compiled = True
+        self.throughput.start(step)
         return out
 
     def save(
         self, checkpoints: Checkpoints, step: int, state: TrainState, pending: dict[str, float] | None, last: bool
     ) -> None:
         """Saves if that is due; the `last` time whatever is due, and waits until it is on disk."""
-        meta = {**self.meta, "unfinished": pending}
-        with self.watch.during("checkpoint"), jax.transfer_guard("allow"):  # an accelerator's state is copied
-            (checkpoints.save_and_wait if last else checkpoints.save)(step, state, meta, self.evaluated)
+        if last or checkpoints.is_due(step, self.evaluated):
+            meta = {**self.meta, "unfinished": pending}
+            with self._pause(state, "checkpoint"):  # which copies the state from the device, so it waits anyway
+                (checkpoints.save_and_wait if last else checkpoints.save)(step, state, meta, self.evaluated)
 
     def conclude(self, step: int, state: TrainState) -> dict[str, float] | None:
         """Evaluates, draws and records what is due; on disk before the checkpoint, so a resumed run continues after it.
@@ -260,13 +270,12 @@ class _Run:
         Returns:
           None, or what is left to be recorded when a preemption notice cut the evaluation short.
         """
-        with self.watch.during("evaluate"):
-            try:
-                self.evaluate(step, state)
-            except Preempted:
-                self.evaluated = {}
-                return self.recorder.withdraw()
-            self.draw(step, state)
+        try:
+            self.evaluate(step, state)
+        except Preempted:
+            self.evaluated = {}
+            return self.recorder.withdraw()
+        self.draw(step, state)
         self.recorder.commit(step)
         return None
 
@@ -278,7 +287,6 @@ class _Run:
 
     def log(self, step: int, on_device: dict[str, jax.Array]) -> None:
         """Fetches and records the metrics of this update when they are due, and waits for the device to do so."""
-        self.throughput.observe(self._waited)
         self.skipped_runs.append(on_device["skipped_run"])
         if not config_lib.is_time(step, self.job.config.log_every_steps, self.job.schedule.total_steps):
             return
@@ -320,7 +328,7 @@ class _Run:
         if dataset is None:
             return
         job = self.job
-        with self._pause(state):
+        with self._pause(state, "evaluate"):
             batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size)
             self.evaluated |= evaluate.evaluate(
                 job.eval_step, state.averaged, batches, prefix, dataset.class_names, self._after_batch
@@ -338,7 +346,7 @@ class _Run:
         present = {prefix: dataset for prefix, dataset in splits.items() if dataset is not None}
         if not present:
             return
-        with self._pause(state):
+        with self._pause(state, "evaluate"):
             train = features(FirstExamples(job.data.train, options.num_train))
             for prefix, dataset in present.items():
                 found = readout.top1(
@@ -359,10 +367,10 @@ class _Run:
             raise Preempted
 
     @contextlib.contextmanager
-    def _pause(self, state: TrainState) -> Iterator[None]:
-        """Time that is not the updates': waits first for those under way, which are."""
+    def _pause(self, state: TrainState, phase: str) -> Iterator[None]:
+        """A phase that is not the updates': waits first for those under way, whose time would count as its own."""
         jax.block_until_ready(state.step)
-        with self.throughput.pause(), jax.transfer_guard("allow"):
+        with self.watch.during(phase), jax.transfer_guard("allow"):
             yield
 
     def draw(self, step: int, state: TrainState) -> None:
@@ -376,7 +384,7 @@ class _Run:
             or not config_lib.is_time(step, every, job.schedule.total_steps)
         ):
             return
-        with self._pause(state):
+        with self._pause(state, "evaluate"):
             grid = draw_reconstructions(job, state.averaged, dataset, step, job.config.pictures.num_images)
             if distributed.is_primary():
                 pictures.write_png(self.workdir / "pictures" / f"step_{step:08d}.png", grid)

@@ -32,6 +32,7 @@ _DEADLINES = {
     "compile": "start_secs",
     "data": "data_secs",
     "step": "step_secs",
+    "profile": "step_secs",
     "checkpoint": "checkpoint_secs",
     "evaluate": "evaluate_secs",
 }
@@ -48,7 +49,7 @@ class Watch:
 
     Args:
       start_secs: joining the others, opening data, restoring, compiling: each.
-      step_secs: an update.
+      step_secs: an update, or the writing of a profile.
       data_secs: waiting for a batch.
       checkpoint_secs: what a save keeps the loop waiting for.
       evaluate_secs: a batch of an evaluation, or a picture.

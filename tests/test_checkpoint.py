@@ -41,8 +41,9 @@ def open_checkpoints(workdir, **options):
 
 
 def save(checkpoints, built, state, step, metrics=None):
-    """Saves and waits, so that nothing is skipped for a save in progress."""
-    checkpoints.save(step, state, built.meta, metrics or {})
+    """Saves if that is due and waits, so that nothing is skipped for a save in progress."""
+    if checkpoints.is_due(step, metrics or {}):
+        checkpoints.save(step, state, built.meta, metrics or {})
     checkpoints.wait()
 
 

@@ -1,18 +1,26 @@
 """The ledger: where the time of a run went, over kills and restarts."""
 
 import json
+import statistics
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs import default
+from mae_dist import job, train
 from mae_dist.errors import StorageFault
-from mae_dist.goodput import GOODPUT_FILE, Ledger, span, summarize
+from mae_dist.goodput import GOODPUT_FILE, Ledger, span, summarize, total_steps
+from mae_dist.metrics import read_metrics
+from mae_dist.preemption import Notices
+from mae_dist.watch import Watch
+from tests.runs import smoke_config
 
 
 def start(workdir, from_step, began, now):
     """A ledger whose clock is `now[0]`."""
-    return Ledger(workdir, from_step=from_step, began=began, is_primary=True, clock=lambda: now[0])
+    return Ledger(workdir, from_step=from_step, total_steps=100, began=began, is_primary=True, clock=lambda: now[0])
 
 
 def test_killed_and_continued(workdir):
@@ -33,6 +41,7 @@ def test_killed_and_continued(workdir):
         "secs": {"start": 20.0, "step": 100.0, "replayed": 20.0, "away": 30.0},
     }
     assert span(workdir) == (0.0, 280.0)
+    assert total_steps(workdir) == 100
 
 
 def test_notes_are_rare_but_for_the_end(workdir):
@@ -77,5 +86,55 @@ def test_a_line_cut_short_is_dropped(workdir):
 
 def test_without_a_ledger(workdir):
     """An older run has none; other processes than the first write none."""
-    Ledger(workdir, from_step=0, began=0.0, is_primary=False).note(1, {"step": 1.0}, "done")
+    Ledger(workdir, from_step=0, total_steps=1, began=0.0, is_primary=False).note(1, {"step": 1.0}, "done")
     assert summarize(workdir) == {}
+    assert total_steps(workdir) is None
+
+
+def test_a_line_of_an_older_version(workdir):
+    """It does not say how long the run is."""
+    start(workdir, 0, 0.0, [5.0]).note(3, {"step": 5.0}, "killed")
+    path = workdir / GOODPUT_FILE
+    path.write_text(path.read_text().replace('"total_steps": 100, ', ""))
+    assert total_steps(workdir) is None
+    assert summarize(workdir)["runs"] == 1
+
+
+def test_the_figures_of_a_run_agree_with_its_ledger(workdir):
+    """Those of speed with the time of the updates, all phases with the time that passed; saving is slow here, for real.
+
+    Two accounts of one process are compared, and the tolerance is a share of what must not be in a rate: a machine
+    that is busy with other things slows both.
+    """
+    config = smoke_config(
+        total_steps=12,
+        log_every_steps=3,
+        checkpoint__every_steps=1,
+        model__depth=1,
+        eval__every_steps=6,
+        eval__test_at_end=False,
+        pictures__every_steps=0,
+        pictures__every_epochs=0.0,
+    )
+    built = job.build(config, jax.devices()[:1], job.open_data(config))
+    with Watch(**config.deadlines) as watch:
+        assert train.train(built, workdir, default.get_config(), watch, Notices()) == 0
+    records = [record for record in read_metrics(workdir) if "step_secs" in record]
+    line = json.loads((workdir / GOODPUT_FILE).read_text().splitlines()[-1])
+    secs = line["secs"]
+    assert sum(secs.values()) == pytest.approx(line["time"] - line["began"], abs=0.05)  # it has two clocks
+
+    training, saving, evaluating = secs["step"] + secs["data"], secs["checkpoint"], secs["evaluate"]
+    assert [record["step"] for record in records] == [3, 6, 9, 12]
+    steps = [2, 3, 3, 3]  # the first update is compiled, and in no rate
+    summed = sum(count * record["step_secs"] for count, record in zip(steps, records, strict=True))
+    assert summed == pytest.approx(training, abs=0.5 * min(saving, evaluating))
+    waited = sum(count * r["step_secs"] * r["data_wait"] for count, r in zip(steps, records, strict=True))
+    assert waited <= secs["data"] + 0.001
+
+    rates = [record["images_per_sec"] for record in records]
+    assert rates == pytest.approx([config.global_batch_size / record["step_secs"] for record in records])
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["images_per_sec"] == statistics.median(rates)
+    assert summary["goodput"]["productive_share"] == pytest.approx(secs["step"] / sum(secs.values()), abs=0.001)
+    assert records[1]["eta_secs"] > 6 * (records[1]["step_secs"] + 0.25 * saving / 12)  # it counts what saving takes

@@ -24,6 +24,7 @@ from mae_dist import metrics, storage, train
 from mae_dist.clu_without_tf import TensorBoardWriter
 from mae_dist.errors import StorageFault
 from mae_dist.metrics import Recorder, Throughput, read_metrics
+from mae_dist.watch import Watch
 
 
 def _record(workdir: epath.Path, start_step: int, steps: range, loss: float = 0.5) -> None:
@@ -250,30 +251,42 @@ class _Clock:
         return self.now
 
 
-def test_throughput_leaves_out_compilation_and_pauses():
+def test_rates_are_of_the_training_steps_alone():
+    """In a run whose phases last as the clock here says; the remaining time counts the pauses there were so far."""
     clock = _Clock()
-    throughput = Throughput(images_per_step=64, total_steps=100, flops_per_image=1e9, peak_flops=1e12, clock=clock)
-    clock.now += 30  # the first step compiles
-    throughput.observe(5.0)
+    watch = Watch(**smoke.get_config().deadlines, clock=clock)
+    throughput = Throughput(
+        images_per_step=64, total_steps=100, flops_per_image=1e9, peak_flops=1e12, account=watch.account
+    )
+
+    def spend(phase: str, secs: float) -> None:
+        with watch.during(phase):
+            clock.now += secs
+
+    for phase in ("start", "restore", "data", "compile"):
+        spend(phase, 30)
+    throughput.start(1)
     assert throughput.log(1) == {}
     for _ in range(4):
-        clock.now += 0.5
-        throughput.observe(0.125)
-    with throughput.pause():
-        clock.now += 60
+        spend("data", 0.125)
+        spend("step", 0.375)
     rates = throughput.log(5)
     assert rates == pytest.approx(
         {"images_per_sec": 128.0, "step_secs": 0.5, "data_wait": 0.25, "eta_secs": 47.5, "mfu": 0.128}
     )
-    clock.now += 1.0
-    throughput.observe(0.0)
-    assert throughput.log(6)["step_secs"] == pytest.approx(1.0)  # each window starts anew
+    for phase in ("evaluate", "checkpoint", "profile", "step"):
+        spend(phase, 1.0)
+    rates = throughput.log(6)
+    assert (rates["step_secs"], rates["data_wait"]) == pytest.approx((1.0, 0.0))  # each window starts anew
+    assert rates["eta_secs"] == pytest.approx(94 * (1.0 + 3 / 5))
 
 
 def test_throughput_of_an_unknown_device_has_no_mfu():
-    throughput = Throughput(images_per_step=1, total_steps=2, flops_per_image=1e9, peak_flops=None)
-    throughput.observe(0.0)
-    throughput.observe(0.0)
+    account = {"step": 1.0, "data": 1.0}
+    throughput = Throughput(
+        images_per_step=1, total_steps=2, flops_per_image=1e9, peak_flops=None, account=lambda: account
+    )
+    throughput.start(1)
     assert throughput.log(2).keys() == {"images_per_sec", "step_secs", "data_wait", "eta_secs"}
 
 

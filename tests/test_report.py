@@ -439,12 +439,14 @@ def test_wrong_arguments(tmp_path):
 
 
 def test_steps_and_epochs():
-    """A run under way knows its length from its own estimate."""
+    """A run under way knows its length from its ledger, or of an older version from its own estimate."""
     run_now = report_runs.Run(workdir=None, config=default.get_config())  # pyright: ignore[reportArgumentType]
     assert run_now.total_steps is None
     run_now.records = [{"step": 100, "step_secs": 0.5, "eta_secs": 450.0}]
     assert run_now.total_steps == 1000
     assert run_now.steps_per_epoch == 10
+    run_now.planned_steps = 2000
+    assert run_now.total_steps == 2000
     assert not run_now.finished
 
 
