@@ -178,8 +178,8 @@ class Throughput:
         Returns:
           step_secs: seconds per training step, images_per_sec: the global batch size by it. data_wait: the fraction of
           that time (0..1) in which the loop waited for a batch. eta_secs: seconds until the last step at this rate,
-          with as much saving and evaluating per step as there was since `start`. mfu (0..1): on devices with a known peak.
-          Nothing if no step was completed since.
+          with as much saving and evaluating per step as there was since `start`. mfu (0..1): on devices with a known
+          peak. Nothing if no step was completed since.
         """
         if step == self._last.step:
             return {}

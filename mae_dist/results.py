@@ -14,7 +14,8 @@ from mae_dist.errors import StorageFault
 from mae_dist.metrics import SUMMARY_FILE
 from mae_dist.storage import naming_faults, read_text
 
-# Of a summary, in the order of tables. An accuracy is a share, 0 to 1.
+# Of a summary, in the order of tables: figures of whole splits only (`top1` is of the last training batch alone). An
+# accuracy is a share, 0 to 1.
 METRICS = (
     "val_loss",
     "test_loss",
@@ -22,7 +23,7 @@ METRICS = (
     "test_knn_top1",
     "val_ridge_top1",
     "test_ridge_top1",
-    "top1",
+    "train_top1",
     "val_top1",
     "test_top1",
 )

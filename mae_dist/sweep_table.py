@@ -12,7 +12,7 @@ from mae_dist.results import METRICS, Result, Spread, spread
 from mae_dist.storage import naming_faults, read_text, write_bytes_atomically, write_text_atomically
 
 _SWEEP_FILE = "sweep.json"
-_CLASSIFIED = ("top1", "val_top1", "test_top1")  # what the trainings that follow the first are for
+_CLASSIFIED = ("train_top1", "val_top1", "test_top1")  # what the trainings that follow the first are for
 
 
 def describe(out: epath.Path, fields: Sequence[str], then: Sequence[str], points: Sequence[Mapping[str, Any]]) -> None:
@@ -59,7 +59,9 @@ class Table:
             row["of"] += 1
             row["seeds"] += result is not None
             for then in description["then"]:
-                if result := read(point["follow"][then]):
+                # An older sweep.json names no workdirs of these: they lay beside the first, each under its name.
+                follow = point.get("follow", {}).get(then, f"{point['name']},{then}")
+                if result := read(follow):
                     found |= {f"{then}_{name}": result.metrics[name] for name in _CLASSIFIED if name in result.metrics}
             for name, value in found.items():
                 row["values"].setdefault(name, []).append(value)

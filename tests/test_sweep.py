@@ -339,8 +339,13 @@ def finished(workdir, *, step: float = 5, **metrics: float | None):
     (workdir / "summary.json").write_text(json.dumps({"step": step, "total_steps": 5, **metrics}))
 
 
-def test_table_over_seeds(tmp_path, capsys):
-    """Mean and sample deviation of what is finished, as text, CSV, JSON and figures, from the directory alone."""
+@pytest.mark.parametrize("older", [False, True])
+def test_table_over_seeds(tmp_path, capsys, older):
+    """Mean and sample deviation of what is finished, as text, CSV, JSON and figures, from the directory alone.
+
+    Of whole splits: the accuracy of the last training batch is none of its figures. An older sweep.json does not say
+    where what follows lies.
+    """
     out = epath.Path(tmp_path / "sweep")
     described = []
     losses = {"0.25": [0.5, 0.7, 0.3], "0.5": [0.1, 0.2, 0.9]}
@@ -352,18 +357,21 @@ def test_table_over_seeds(tmp_path, capsys):
             done = (ratio, seed) != ("0.5", 2)
             finished(tmp_path / "sweep" / name, step=5 if done else 4, val_loss=loss, val_knn_top1=None)
             if ratio == "0.25":
-                finished(tmp_path / "sweep" / f"{name},probe", test_top1=loss + 0.1, val_loss=9)
+                figures = {"top1": 0.99, "train_top1": loss + 0.2, "test_top1": loss + 0.1, "val_loss": 9}
+                finished(tmp_path / "sweep" / f"{name},probe", **figures)
     fields, follow = {"model.mask_ratio": 1.5}, {"probe": "none,probe"}
     described.append({"name": "none", "fields": fields, "seed": 0, "fault": "keeps nothing", "follow": follow})
+    if older:
+        described = [{name: value for name, value in point.items() if name != "follow"} for point in described]
     sweep_table.describe(out, ["model.mask_ratio"], ["probe"], described)
     assert sweep.show_table(out) == EXIT_DONE
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
     std = statistics.stdev(losses["0.25"])
     assert lines[:4] == [
-        ["mask_ratio", "seeds", "val_loss", "probe_test_top1"],
-        ["0.25", "3/3", f"0.5000 ± {std:.4f}", f"0.6000 ± {std:.4f}"],
-        ["0.5", "2/3", f"0.1500 ± {statistics.stdev([0.1, 0.2]):.4f}", "-"],
-        ["1.5", "cannot work", "-", "-"],
+        ["mask_ratio", "seeds", "val_loss", "probe_train_top1", "probe_test_top1"],
+        ["0.25", "3/3", f"0.5000 ± {std:.4f}", f"0.7000 ± {std:.4f}", f"0.6000 ± {std:.4f}"],
+        ["0.5", "2/3", f"0.1500 ± {statistics.stdev([0.1, 0.2]):.4f}", "-", "-"],
+        ["1.5", "cannot work", "-", "-", "-"],
     ]
     with open(out / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
