@@ -1,6 +1,7 @@
 """Optimiser and learning-rate schedule from the fields of `config.optim`."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -120,6 +121,21 @@ def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
+def _chain(parts: Sequence[optax.GradientTransformation], order: Sequence[int]) -> optax.GradientTransformation:
+    """`optax.chain` that applies its parts in another order than their states are stored in."""
+
+    def init(params: Any) -> Any:
+        return tuple(part.init(params) for part in parts)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        new = list(state)
+        for i in order:
+            updates, new[i] = parts[i].update(updates, state[i], params)
+        return updates, tuple(new)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     logical_axes: Any,
     *,
@@ -167,7 +183,12 @@ def make_optimizer(
         parts += [optax.scale_by_adam(b1=b1, b2=b2, eps=eps), *decay]
     if layer_decay < 1:
         parts.append(_scale_by_layer(layer_decay))
-    guarded = _skip_nonfinite(optax.chain(*parts))
+    order = list(range(len(parts)))
+    if name == "sgd" and decay:
+        # Decay is part of the gradient that momentum sums, as in PyTorch. Checkpoints have its state behind momentum's.
+        last = parts.index(decay[0])
+        order[last - 1 : last + 1] = last, last - 1
+    guarded = _skip_nonfinite(_chain(parts, order))
     return optax.chain(guarded, optax.scale_by_learning_rate(lr_fn)), lr_fn
 
 

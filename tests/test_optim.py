@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 from mae_dist import optim, sharding, tasks
 from tests import QUICK
@@ -154,16 +155,31 @@ def test_adamw_of_ten_steps():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
-def test_sgd_with_momentum():
-    """v = momentum v + g; p = p - lr v."""
-    init, update, _ = make(name="sgd", weight_decay=0.0, schedule="constant", warmup_steps=0)
-    params = random_tree(0)
-    one, two = random_tree(1), random_tree(2)
-    state = update(one, init(params), params)[1]
-    updates, _ = update(two, state, params)
-    jax.tree.map(
-        lambda u, a, b: np.testing.assert_allclose(u, -0.05 * (0.9 * a + b), rtol=1e-5, atol=1e-7), updates, one, two
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_sgd_is_that_of_pytorch(weight_decay, clip_norm):
+    """Three steps with momentum; decay is part of the gradient, after clipping, and biases and norms have none."""
+    init, update, _ = make(
+        name="sgd", weight_decay=weight_decay, clip_norm=clip_norm, schedule="constant", warmup_steps=0
     )
+    params = random_tree(0)
+    theirs = [torch.nn.Parameter(torch.tensor(np.array(leaf))) for leaf in jax.tree.leaves(params)]
+    decays = [weight_decay * decayed for decayed in jax.tree.leaves(DECAYED)]
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(theirs, decays, strict=True)]
+    there = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+    state = init(params)
+    assert isinstance(state[0].inner_state[int(clip_norm > 0)], optax.TraceState), "where older checkpoints have it"
+    for seed in (1, 2, 3):
+        grads = random_tree(seed)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for p, grad in zip(theirs, jax.tree.leaves(grads), strict=True):
+            p.grad = torch.tensor(np.array(grad))
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(theirs, clip_norm)
+        there.step()
+    for ours, p in zip(jax.tree.leaves(params), theirs, strict=True):
+        np.testing.assert_allclose(ours, p.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def sgd_step(grads: Any, **clip: float) -> Any:
