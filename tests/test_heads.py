@@ -1,11 +1,13 @@
-"""BatchNorm of the linear probe: PyTorch's numbers, over the whole batch of any number of devices and pieces."""
+"""Heads as they begin, and BatchNorm of the linear probe: PyTorch's numbers, over the whole batch of any devices."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
+from flax import nnx
 
 from mae_dist import heads, job
 from tests.runs import compile_quickly, first_batch, smoke_config
@@ -24,6 +26,17 @@ PROBE: dict[str, Any] = {
     "optim__warmup_epochs": 0.0,
     "ema_decay": 0.9,
 }
+
+
+@pytest.mark.parametrize("std", [0.01, 2e-5])
+def test_initial_weights_have_the_deviation_that_is_asked_for(std):
+    """As timm's `trunc_normal_`, whose bounds are no multiples of the deviation: it is normal, far tails included."""
+    head = heads.Head(300, 300, kind="linear", hidden_dim=0, norm_eps=0.0, init_std=std, rngs=nnx.Rngs(0))
+    ours = np.asarray(head.linear.kernel[...]) / std
+    there = torch.nn.init.trunc_normal_(torch.empty(300, 300), std=std).numpy() / std
+    for kernel in (ours, there):
+        assert kernel.std() == pytest.approx(1, rel=0.02)
+        assert np.abs(kernel).max() > 3
 
 
 def test_batch_norm_is_that_of_pytorch():
