@@ -89,7 +89,8 @@ def _own_weight(
     sides = jnp.floor(jnp.sqrt(1 - share) * jnp.array(size, jnp.float32)).astype(jnp.int32)
     start = jax.random.randint(place_key, (2,), 0, jnp.array(size)) - sides // 2
     top, left = jnp.maximum(start, 0)
-    bottom, right = start + sides // 2 * 2  # as timm: half a side on either hand, so even
+    # Even sides, as those of timm's box, which the paper used, up to its version 1.0.28; in 1.0.30 a side may be odd.
+    bottom, right = start + sides // 2 * 2
     own = jnp.where(is_cutmix, 1 - _box(size, top, left, bottom, right).astype(jnp.float32), share)
     return jnp.where(jax.random.uniform(whether) < prob, own, 1.0)
 
