@@ -259,7 +259,9 @@ class _Run:
         self, checkpoints: Checkpoints, step: int, state: TrainState, pending: dict[str, float] | None, last: bool
     ) -> None:
         """Saves if that is due; the `last` time whatever is due, and waits until it is on disk."""
-        if last or checkpoints.is_due(step, self.evaluated):
+        with jax.transfer_guard("allow"):  # several processes ask the first
+            due = last or checkpoints.is_due(step, self.evaluated)
+        if due:
             meta = {**self.meta, "unfinished": pending}
             with self._pause(state, "checkpoint"):  # which copies the state from the device, so it waits anyway
                 (checkpoints.save_and_wait if last else checkpoints.save)(step, state, meta, self.evaluated)
