@@ -8,6 +8,7 @@ decoded the folder's files, once more.
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,24 +55,40 @@ def prepare(argv: Sequence[str]) -> int:
         )
     counts = ", ".join(f"{name} {split.num_examples}" for name, split in builder.info.splits.items())
     print(f"{builder.data_path}: {counts}")
-    print(f"use it with --config.data.name={builder.name} --config.data.data_dir={builder.data_dir_root}")
+    print(f"use it with {shlex.join(_flags_of(builder))}")
     return errors.EXIT_DONE
+
+
+def _flags_of(builder: Any) -> list[str]:
+    """Returns the flags by which a config trains on this data set, with the splits that it has."""
+    splits = builder.info.splits
+    has_validation = "validation" in splits
+    fields = {
+        "source": "tfds",
+        "name": builder.name,
+        "data_dir": Path(builder.data_path).parent.parent,  # of name and version
+        "train_split": "train" if has_validation else "train[:80%]",
+        "val_split": "validation" if has_validation else "train[80%:]",
+        "test_split": "test" if "test" in splits else "",
+    }
+    return [f"--config.data.{field}={value}" for field, value in fields.items()]
 
 
 def _prepare_imagenet(root: str | None) -> Any:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
-    allow_incomplete = _ALLOW_INCOMPLETE.value or _LIMIT.value > 0  # a limit is as explicit as that
     if builder.is_prepared():
         counts = {name: split.num_examples for name, split in builder.info.splits.items()}
-        if not allow_incomplete and any(counts.get(name, 0) < n for name, n in archives.IMAGENET_COUNTS.items()):
+        wanted = {name: min(_LIMIT.value or n, n) for name, n in archives.IMAGENET_COUNTS.items()}
+        if counts != wanted and not _ALLOW_INCOMPLETE.value:
             raise errors.DataFault(
-                f"{builder.data_path} was prepared with a part of ImageNet ({counts}); delete it to prepare all, or "
-                "give --allow_incomplete if that is meant"
+                f"{builder.data_path} was prepared with a part of ImageNet ({counts}), and {wanted} are asked for; "
+                "delete it to prepare these, or give --allow_incomplete to use it as it is"
             )
         logging.info("%s is prepared already", builder.data_path)
         return builder
+    allow_incomplete = _ALLOW_INCOMPLETE.value or _LIMIT.value > 0  # a limit is as explicit as that
     splits = archives.imagenet_images(Path(main.required(_MANUAL_DIR)).expanduser(), allow_incomplete)
     write_dataset(builder.info, Path(builder.data_path), _limited(splits))
     return tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
@@ -87,15 +104,20 @@ def _prepare_folder(folder: Path, name: str, root: str | None) -> Any:
         )
     data_dir = Path(root or constants.DATA_DIR)
     directory = data_dir / name / "1.0.0"
-    description = f"Images of {folder.absolute()}{f', at most {_LIMIT.value} of a split' if _LIMIT.value else ''}."
+    limit = f", at most {_LIMIT.value} of a split" if _LIMIT.value else ""
+    of_older = f"Images of {folder.absolute()}{limit}."  # versions that did not record the files
+    description = f"Images of {folder.absolute()}{limit}: {archives.folder_contents(folder)}."
     if is_prepared(directory):
         builder = tfds.builder_from_directory(str(directory))
-        if builder.info.description != description:
+        stored = builder.info.description
+        if stored not in (description, of_older):
             raise errors.DataFault(
-                f"{directory} holds something else: {builder.info.description!r}, not {description!r}; delete it, or "
-                "choose another --name"
+                f"{directory} was prepared from something else: {stored!r}, which is now {description!r}; delete it "
+                "and repeat the command to prepare that, or choose another --name"
             )
-        logging.info("%s is prepared already; delete it to prepare it again", directory)
+        if stored == of_older:
+            logging.warning("%s does not record its files: if they have changed since, delete it", directory)
+        logging.info("%s is prepared already, from the same files", directory)
         return builder
     splits, classes = archives.folder_images(folder, _SKIP_UNDECODABLE.value)
     identity = dataset_info.DatasetIdentity(

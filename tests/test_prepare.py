@@ -2,24 +2,32 @@
 
 import io
 import os
+import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
 
+from mae_dist import job
+from mae_dist import prepare as prepare_module
 from mae_dist.data import archives, open_split, records
 from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, DataFault
+from tests import commands
 from tests.conftest import ROOT
 
 _LABELS = Path(tfds.core.tfds_path("datasets/imagenet2012"))
@@ -75,6 +83,28 @@ def prepare(child_env: Callable[..., dict[str, str]]) -> Callable[..., subproces
     return run
 
 
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command in this process; returns what it prints."""
+
+    def run(*names: str, **given: object) -> str:
+        for name in ("manual_dir", "data_dir", "from_folder", "name", "limit", "allow_incomplete", "skip_undecodable"):
+            flag = SimpleNamespace(name=name, value=given.get(name) and str(given[name]))
+            monkeypatch.setattr(prepare_module, f"_{name.upper()}", flag)
+        assert prepare_module.prepare(["prepare", *names]) == EXIT_DONE
+        return capsys.readouterr().out
+
+    return run
+
+
+def _config_of(printed: str) -> ConfigDict:
+    """configs/smoke.py with the flags that the command printed."""
+    line = shlex.split(printed.splitlines()[-1].removeprefix("use it with "))
+    config = commands.parse("main", ["--config", "configs/smoke.py", *line])
+    assert config is not None
+    return config
+
+
 def _open(data_dir: Path, name: str, split: str) -> Any:
     return open_split(
         split,
@@ -100,7 +130,8 @@ def test_imagenet_is_what_tfds_reads(
     done = prepare("imagenet2012", f"--manual_dir={manual_dir}", f"--data_dir={tmp_path}", "--allow_incomplete")
     assert done.returncode == EXIT_DONE, done.stderr
     assert "train 11, validation 9" in done.stdout
-    assert "--config.data.name=imagenet2012" in done.stdout
+    opened = job.open_data(_config_of(done.stdout))
+    assert (opened.train.num_examples, opened.val and opened.val.num_examples, opened.test) == (11, 9, None)
     builder: Any = tfds.builder("imagenet2012", data_dir=tmp_path)
     assert builder.is_prepared()
     assert builder.info.features["label"].names == _SYNSETS
@@ -119,7 +150,7 @@ def test_imagenet_is_what_tfds_reads(
         assert example["label"] == _SYNSETS.index(_VALIDATION[number - 1])
     again = prepare("imagenet2012", f"--data_dir={tmp_path}")
     assert again.returncode == EXIT_DATA
-    assert "prepared with a part of ImageNet ({'train': 11, 'validation': 9}); delete it" in again.stderr
+    assert "prepared with a part of ImageNet ({'train': 11, 'validation': 9}), and {'train': 1281167" in again.stderr
     train = _open(tmp_path, "imagenet2012", "train")
     assert isinstance(train, TfdsDataset)
     stored, _, _ = train._read_files(np.arange(11))
@@ -225,7 +256,8 @@ def test_a_folder_becomes_a_data_set(
         archives.folder_images(folder, skip_undecodable=False)
     done = prepare(f"--from_folder={folder}", "--name=my_set", f"--data_dir={tmp_path}", "--skip_undecodable")
     assert done.returncode == EXIT_DONE, done.stderr
-    assert "--config.data.name=my_set" in done.stdout
+    opened = job.open_data(_config_of(done.stdout))
+    assert (opened.train.num_examples, opened.val and opened.val.num_examples, opened.test) == (4, 1, None)
     train, validation = _open(tmp_path, "my_set", "train"), _open(tmp_path, "my_set", "validation")
     assert train.class_names == ("cat", "dog")
     assert validation.examples(np.arange(1))["label"].tolist() == [1]
@@ -239,9 +271,47 @@ def test_a_folder_becomes_a_data_set(
     assert (again.returncode, again.stdout) == (EXIT_DONE, done.stdout), again.stderr
     other = prepare(f"--from_folder={folder}", "--name=my_set", f"--data_dir={tmp_path}", "--limit=2")
     assert other.returncode == EXIT_DATA
-    assert "at most 2 of a split.'; delete it, or choose another --name" in other.stderr
+    assert "at most 2 of a split: train 5 files" in other.stderr
     names = {example["file_name"].decode() for example in builder.as_data_source(split="train")}
     assert names == {"cat/a.jpg", "cat/b.PNG", "dog/deep/c.webp", "dog/d.bmp"}
+
+
+@pytest.mark.parametrize(
+    ("change", "now"),
+    [
+        (lambda folder: (folder / "train/dog/more.jpg").write_bytes(_image(9)), "train 5 files"),
+        (lambda folder: (folder / "train/dog/d.bmp").unlink(), "train 3 files"),
+        (lambda folder: (folder / "train/dog/d.bmp").rename(folder / "train/cat/d.bmp"), "train 4 files"),
+        (lambda folder: (folder / "train/cat/a.jpg").write_bytes(_image(1, "PNG")), "train 4 files"),
+    ],
+)
+def test_a_folder_that_changed_is_not_prepared_already(
+    folder: Path, tmp_path: Path, command: Callable[..., Any], change: Callable[[Path], Any], now: str
+) -> None:
+    """It is named, nothing is deleted, and the cure that the message gives works."""
+    given = {"from_folder": folder, "name": "my_set", "data_dir": tmp_path / "data"}
+    command(**given)
+    first = command(**given)
+    change(folder)
+    with pytest.raises(DataFault, match=rf"train 4 files.*{now}.*delete it and repeat the command") as refused:
+        command(**given)
+    shutil.rmtree(str(refused.value).split()[0])
+    again = command(**given)
+    assert again.splitlines()[1] == first.splitlines()[1]
+    assert job.open_data(_config_of(again)).train.num_examples == int(now.split()[1])
+
+
+def test_a_folder_prepared_by_an_earlier_version(
+    folder: Path, tmp_path: Path, command: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stays in use: its files were not recorded, which is said."""
+    given = {"from_folder": folder, "name": "my_set", "data_dir": tmp_path / "data"}
+    printed = command(**given)
+    info = tmp_path / "data" / "my_set" / "1.0.0" / "dataset_info.json"
+    info.write_text(re.sub(r": train 4 files[^\"]*", ".", info.read_text()))
+    with caplog.at_level("WARNING"):
+        assert command(**given) == printed
+    assert "does not record its files" in caplog.text
 
 
 def test_a_folder_is_checked_in_parts(

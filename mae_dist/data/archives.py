@@ -1,11 +1,12 @@
 """Where images lie that are not a TFDS data set yet: ImageNet's official archives, and directories of image files."""
 
 import contextlib
+import hashlib
 import io
 import logging
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -179,28 +180,57 @@ def folder_images(root: Path, skip_undecodable: bool) -> tuple[dict[str, Images]
       ConfigError: no such tree.
       DataFault: files that do not decode, or classes that training does not have.
     """
-    folders = {
-        split: next((root / name for name in names if (root / name).is_dir()), None)
-        for split, names in _SPLIT_FOLDERS.items()
-    }
-    train = folders["train"]
-    classes = sorted(path.name for path in train.iterdir() if path.is_dir()) if train else []
-    if not classes:
-        raise ConfigError(f"--from_folder={root} needs train/<class>/<images>, and validation/ and test/ if there are")
+    folders = _split_folders(root)
+    classes = _subfolders(folders["train"])
     splits = {}
     for split, folder in folders.items():
-        if folder is None:
-            continue
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        found = _subfolders(folder)
         if set(found) - set(classes):
-            raise DataFault(f"{folder} has the classes {sorted(set(found) - set(classes))[:10]}, which {train} has not")
+            raise DataFault(
+                f"{folder} has the classes {sorted(set(found) - set(classes))[:10]}, which {folders['train']} has "
+                "not; remove or rename them there, or add them to train"
+            )
         splits[split] = _folder_split(folder, {name: classes.index(name) for name in found}, skip_undecodable)
     return splits, classes
 
 
+def folder_contents(root: Path) -> str:
+    """Describes the files of such a tree, by which a change of it is found: number and digest for each split.
+
+    Of names and sizes: nothing is read.
+    """
+    parts = []
+    for split, folder in _split_folders(root).items():
+        paths = _files(folder, _subfolders(folder))
+        listing = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in paths)
+        digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
+        parts.append(f"{split} {len(paths)} files, digest {digest[:16]}")
+    return "; ".join(parts)
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits that there are; a `ConfigError` where none is of training."""
+    folders = {}
+    for split, names in _SPLIT_FOLDERS.items():
+        found = [root / name for name in names if (root / name).is_dir()]
+        folders.update({split: found[0]} if found else {})
+    if "train" not in folders or not _subfolders(folders["train"]):
+        raise ConfigError(f"--from_folder={root} needs train/<class>/<images>, and validation/ and test/ if there are")
+    return folders
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def _files(folder: Path, classes: Iterable[str]) -> list[Path]:
+    """The files in the folders of the classes, in order; hidden ones are none of the images."""
+    paths = [path for name in classes for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    return [path for path in paths if not path.name.startswith(".")]
+
+
 def _folder_split(folder: Path, labels: dict[str, int], skip_undecodable: bool) -> Images:
-    paths = [path for name in labels for path in sorted((folder / name).rglob("*")) if path.is_file()]
-    paths = [path for path in paths if not path.name.startswith(".")]
+    paths = _files(folder, labels)
     _LOG.info("decoding the %d files of %s", len(paths), folder)
     sizes = {path: path.stat().st_size for path in paths}
     progress, good = Progress("files", len(paths), sum(sizes.values())), []
