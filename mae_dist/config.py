@@ -300,6 +300,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         )
     if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
+    yield from _retention_faults(config.checkpoint)
     if config.task == "probe" and not config.init_from:
         yield "task='probe' needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
     pools = config.task != "pretrain" or config.online.every_epochs or config.online.every_steps
@@ -341,6 +342,24 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         values = math.prod(config.model.patch_size) * config.model.channels
         if values == 1:
             yield "pretrain.norm_pix_loss needs more than one value in a patch: model.patch_size is 1x1 of one channel"
+
+
+def _retention_faults(options: ConfigDict) -> Iterator[str]:
+    """`keep_every_steps` keeps what is saved; with `keep_best` also evaluated steps are, which may be those."""
+    kept, saved = options.keep_every_steps, options.every_steps
+    if kept <= 0 or saved < 0 or options.keep_best:
+        return
+    if saved == 0:
+        yield (
+            f"checkpoint.keep_every_steps={kept} and checkpoint.every_steps=0: saves by the minute meet its multiples "
+            f"by chance alone, so nothing would be kept; set checkpoint.every_steps={kept}"
+        )
+    elif kept % saved and saved % kept:
+        nearest_multiple = max(saved, round(kept / saved) * saved)
+        yield (
+            f"checkpoint.keep_every_steps={kept} is no multiple of checkpoint.every_steps={saved}: only "
+            f"multiples of {math.lcm(kept, saved)} would be kept; nearest that is: {nearest_multiple}"
+        )
 
 
 def _augment_faults(config: ConfigDict) -> Iterator[str]:

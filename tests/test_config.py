@@ -263,6 +263,14 @@ def test_choices(field):
             {"checkpoint__every_steps": 0, "checkpoint__every_minutes": 0.0},
             "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved",
         ),
+        (
+            {"checkpoint__every_steps": 200, "checkpoint__keep_every_steps": 350},
+            "only multiples of 1400 would be kept; nearest that is: 400",
+        ),
+        (
+            {"checkpoint__every_steps": 0, "checkpoint__keep_every_steps": 300},
+            "nothing would be kept; set checkpoint.every_steps=300",
+        ),
         ({"task": "probe"}, "task='probe' needs init_from=<workdir of a pretraining>"),
         (
             {"task": "probe", "init_from": "runs/x", "classify__norm_after_pool": True},
@@ -344,6 +352,9 @@ def test_all_faults_are_listed_at_once():
         {"data__mean": (0.1, 0.2, 0.3), "data__std": (0.1,)},
         {"total_steps": 7},
         {"checkpoint__every_steps": 0},
+        {"checkpoint__every_steps": 200, "checkpoint__keep_every_steps": 600},
+        {"checkpoint__every_steps": 200, "checkpoint__keep_every_steps": 50},
+        {"checkpoint__every_steps": 0, "checkpoint__keep_every_steps": 300, "checkpoint__keep_best": "val_loss"},
         {"checkpoint__keep_best": "val_ridge_top1", "eval__every_epochs": 0.0},
         {"classify__pool": "cls", "model__cls_token": "none", "online__every_epochs": 0.0},
     ],
