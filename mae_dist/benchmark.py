@@ -9,6 +9,7 @@ threads (extra `parity`). `--scaling` measures one change after another, each in
 """
 
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cpu, encoder, errors, flops, hugging_face, input_speed, job, main, steps
+from mae_dist import cpu, encoder, errors, flops, hugging_face, input_speed, job, main, patches, steps
 from mae_dist.data import local_rows, to_global
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
@@ -55,7 +56,9 @@ def benchmark(argv: Sequence[str]) -> int:
     ours = _Ours(config, _WHAT.value)
     others = {}
     if _AGAINST.value:
-        others = {name: _Theirs(config, _WHAT.value, name == "compiled") for name in ("eager", "compiled")}
+        others = {
+            name: _Theirs(config, _WHAT.value, name == "compiled", ours.job.num_kept) for name in ("eager", "compiled")
+        }
     _show(_measure(ours, others))
     return errors.EXIT_DONE
 
@@ -219,8 +222,11 @@ class _Ours:
 class _Theirs:
     """Hugging Face's model in a process of its own, idle until it is its turn."""
 
-    def __init__(self, config: ConfigDict, what: str, compiled: bool):
+    def __init__(self, config: ConfigDict, what: str, compiled: bool, num_kept: int):
         model = config.model
+        length = math.prod(patches.grid_size(model.image_size, model.patch_size))
+        # Theirs are drawn at random: of as many patches as ours keep, whatever mask says so; it rounds down.
+        mask_ratio = max(0.0, 1 - (num_kept + 0.5) / length) if what == "train" else 0.0
         options = {
             "what": what,
             "compiled": compiled,
@@ -229,7 +235,7 @@ class _Theirs:
             "image_shape": [model.channels, *model.image_size],
             "config": {
                 **hugging_face.describe(model, config.pretrain.norm_pix_loss),
-                "mask_ratio": model.mask_ratio if what == "train" else 0.0,
+                "mask_ratio": mask_ratio,
             },
         }
         self._process = subprocess.Popen(

@@ -49,6 +49,7 @@ class Job:
     batch_sharding: NamedSharding
     eval_batch_size: int
     encoder_passes: int  # of an update, in forward passes: 3 with gradients, 1 frozen, 0 where features are cached
+    num_kept: int  # patches that the encoder sees of an image in an update
     flops_per_image: float
 
     @property
@@ -184,9 +185,12 @@ def _num_kept(config: ConfigDict) -> int:
     rows, columns = patches.grid_size(model.image_size, model.patch_size)
     if config.task != "pretrain":
         return rows * columns
-    if model.masking == "user":
-        return rows * columns - int(patches.load_user_mask(model.mask_file, (rows, columns)).sum())
-    return patches.num_keep(rows * columns, model.mask_ratio)
+    return patches.count_kept(
+        strategy=model.masking,
+        grid=(rows, columns),
+        mask_ratio=model.mask_ratio,
+        user_mask=patches.load_user_mask(model.mask_file, (rows, columns)) if model.masking == "user" else None,
+    )
 
 
 def _encoder_passes(config: ConfigDict) -> int:
@@ -196,7 +200,7 @@ def _encoder_passes(config: ConfigDict) -> int:
     return 0 if config.data.augment == "none" else 1
 
 
-def _flops_per_image(config: ConfigDict, num_classes: int) -> float:
+def _flops_per_image(config: ConfigDict, num_classes: int, num_kept: int) -> float:
     model = config.model
     shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
     shape["cls_token"] = model.cls_token != "none"
@@ -206,7 +210,7 @@ def _flops_per_image(config: ConfigDict, num_classes: int) -> float:
             **shape, num_classes=num_classes, head_hidden_dims=hidden, encoder_passes=_encoder_passes(config)
         )
     decoder = {name: model[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
-    return flops.mae_train_flops_per_image(**shape, **decoder, num_keep=_num_kept(config))
+    return flops.mae_train_flops_per_image(**shape, **decoder, num_keep=num_kept)
 
 
 def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
@@ -225,20 +229,20 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     pretrain = config.task == "pretrain"
     task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     encoder_passes = _encoder_passes(config)
-    flops_per_image = _flops_per_image(config, data.train.num_classes)
+    num_kept = _num_kept(config)
+    flops_per_image = _flops_per_image(config, data.train.num_classes, num_kept)
     config = config.copy_and_resolve_references()
     by_cores, products = sharding.is_by_cores(mesh), steps.choose_products(config, mesh, flops_per_image)
     if by_cores:
         config.cpu.products = products
     if not config.cpu.pieces:
-        images, kept = config.global_batch_size // config.accum_steps, _num_kept(config)
         config.cpu.pieces = 1
         if encoder_passes:
             config.cpu.pieces = steps.num_pieces(
                 config,
                 mesh,
-                images,
-                kept,
+                config.global_batch_size // config.accum_steps,
+                num_kept,
                 decoder=pretrain,
                 update=config.task != "probe",
                 rows_together=task.rows_together,
@@ -296,5 +300,6 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         batch_sharding=sharding.batch_sharding(mesh),
         eval_batch_size=eval_batch_size,
         encoder_passes=encoder_passes,
+        num_kept=num_kept,
         flops_per_image=flops_per_image,
     )

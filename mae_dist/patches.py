@@ -136,7 +136,7 @@ def draw_ids_shuffle(
       `ids_shuffle` (B, L) int32, patch indices with the kept ones first, and K, how many are kept.
     """
     length = grid[0] * grid[1]
-    kept = num_keep(length, mask_ratio)
+    kept = count_kept(strategy=strategy, grid=grid, mask_ratio=mask_ratio, user_mask=user_mask)
     if strategy == "random":
         noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)  # (B, L)
     elif strategy == "block":
@@ -144,7 +144,6 @@ def draw_ids_shuffle(
     else:
         mask = grid_mask(grid, mask_ratio) if strategy == "grid" else user_mask
         assert mask is not None, strategy
-        kept = int(length - mask.sum())
         noise = jnp.broadcast_to(jnp.asarray(mask, jnp.float32), (keys.shape[0], length))
     return jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32), kept
 
@@ -163,6 +162,12 @@ def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
             f"{grid} or ({length},), values 0 (keep) and 1 (remove), at least one of each"
         )
     return flat
+
+
+def count_kept(*, strategy: str, grid: tuple[int, int], mask_ratio: float, user_mask: np.ndarray | None = None) -> int:
+    """Returns K, how many patches `draw_ids_shuffle` keeps of an image; its arguments."""
+    mask = grid_mask(grid, mask_ratio) if strategy == "grid" else user_mask if strategy == "user" else None
+    return num_keep(grid[0] * grid[1], mask_ratio) if mask is None else int(mask.size - mask.sum())
 
 
 def restore_ids(ids_shuffle: jax.Array) -> jax.Array:

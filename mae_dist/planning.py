@@ -77,6 +77,7 @@ def _expected(built: job.Job, place: topology.Topology) -> dict[str, Any]:
         built.mesh,
         built.config,
         place.num_slices,
+        num_kept=built.num_kept,
         frozen=built.task.frozen,
         encoder_passes=built.encoder_passes,
         at_once=built.task.statistics is not None,

@@ -38,6 +38,7 @@ def expected_exchange(
     config: ConfigDict,
     num_slices: int,
     *,
+    num_kept: int,
     frozen: tuple[str, ...] = (),
     encoder_passes: int = 3,
     at_once: bool = False,
@@ -61,6 +62,7 @@ def expected_exchange(
       mesh: of the job.
       config: validated.
       num_slices: that the data axis spans.
+      num_kept: see `job.Job`.
       frozen: parameter groups without gradients.
       encoder_passes: see `job.Job`.
       at_once: whether gradients are made of all examples at once, whatever config.accum_steps (`Task.statistics`).
@@ -85,7 +87,8 @@ def expected_exchange(
         group = data_within if over_fsdp else data_within * fsdp
         within += 2 * (group - 1) / group * grad
         across += 2 * (num_slices - 1) / num_slices * grad / group
-    within += _tensor_bytes(config, tensor, config.global_batch_size // (data * fsdp), width, encoder_passes)
+    images = config.global_batch_size // (data * fsdp)
+    within += _tensor_bytes(config, tensor, images, num_kept, width, encoder_passes)
     parts = [
         "float32 gradients summed once"
         if fsdp == tensor == 1
@@ -100,13 +103,14 @@ def expected_exchange(
 _SUMS = {3: 4, 1: 2, 0: 0}  # encoder_passes -> sums of a block's activations: after attention and MLP, back likewise
 
 
-def _tensor_bytes(config: ConfigDict, tensor: int, images: int, width: int, encoder_passes: int) -> float:
+def _tensor_bytes(
+    config: ConfigDict, tensor: int, images: int, num_kept: int, width: int, encoder_passes: int
+) -> float:
     model = config.model
     patches_in = math.prod(patches.grid_size(model.image_size, model.patch_size))
     cls = int(model.cls_token != "none")
     pretrain = config.task == "pretrain"
-    kept = patches.num_keep(patches_in, model.mask_ratio) if pretrain else patches_in
-    tokens = model.depth * (kept + cls) * model.embed_dim
+    tokens = model.depth * (num_kept + cls) * model.embed_dim
     tokens += model.decoder_depth * (patches_in + cls) * model.decoder_embed_dim if pretrain else 0
     return _SUMS[encoder_passes] * 2 * (tensor - 1) / tensor * images * tokens * width
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -278,6 +279,27 @@ def test_why_it_does_not_fit(monkeypatch):
     assert first.startswith("parameters + optimizer state")
     assert f"are split over 4: raise mesh.fsdp ({state / 8:.2f} GiB over a whole slice)" in first
     assert "gradients" not in second
+
+
+@pytest.mark.parametrize("masking", ["user", "grid"])
+def test_what_a_mask_keeps(tmp_path, masking):
+    """FLOPs and exchanges are those of random masks that keep as many, whatever ratio stands beside a user's mask.
+
+    Of a regular grid the ratio is rounded as it is written: 36 (1 - .888889) is less than the 4 patches that stay.
+    """
+    mask = np.zeros((6, 6), np.int32)
+    mask[:, 1:] = 1
+    np.save(tmp_path / "mask.npy", mask)
+    changes = {
+        "user": {"model__mask_ratio": 0.5, "model__mask_file": str(tmp_path / "mask.npy")},
+        "grid": {"model__mask_ratio": 0.888889},
+    }
+    kept = {"user": 6, "grid": 4}[masking]
+    size = {"model__image_size": (24, 24), "model__patch_size": (4, 4)}
+    found = foreseen(**size, model__masking=masking, **changes[masking])[2, 1, 2]
+    expected = foreseen(**size, model__mask_ratio=1 - (kept + 0.5) / 36)[2, 1, 2]
+    assert found["flops_per_image"] == expected["flops_per_image"]
+    assert found["expected"]["ICI"] == expected["expected"]["ICI"]
 
 
 def test_accumulation_repeats_exchanges():
