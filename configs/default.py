@@ -148,9 +148,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_steps = 500  # and always at the end; 0: by minutes only
     config.checkpoint.every_minutes = 10.0  # at the first log step this long after the last; 0: by steps only
     config.checkpoint.keep_latest = 2
-    config.checkpoint.keep_every_steps = (
-        0  # > 0: also keep those at multiples of this, a multiple of every_steps, for ever
-    )
+    config.checkpoint.keep_every_steps = 0  # > 0, a multiple of every_steps: also keep its multiples for ever
     config.checkpoint.keep_best = ""  # save every evaluated step, keep the best by val_loss, val_top1, val_knn_top1, …
     config.checkpoint.retries = 3  # of a save that failed, after 1, 4 and 16 s; of several processes: by a restart
 
