@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from mae_dist.errors import ConfigError
+from mae_dist.resample import Box, resize_box
 
 # The data pipeline already runs one image per thread or process; OpenCV's own pool would only fight XLA for the cores.
 cv2.setNumThreads(0)
@@ -22,14 +23,10 @@ AUGMENT_KINDS = ("none", "flip", "crop_flip")
 CROP_TRIES = 10  # as torchvision.transforms.RandomResizedCrop
 CROP_UNIFORMS = 2 * CROP_TRIES + 2  # per try an area and an aspect ratio, then one position (top, left)
 
-# Images that shrink to at least this many pixels a side do so by the rules for photographs: decoded at a fraction of
-# their size where that is enough, and smoothed as fitted below. Smaller ones cost too little to be worth it.
+# From this many pixels a side on, a JPEG is decoded at a fraction of its size where that is enough. Smaller ones cost
+# too little to be worth it.
 PHOTOGRAPH_FROM = 64
-# OpenCV's cubic kernel does not widen where an image shrinks, as Pillow's does, and would alias. Smoothed before by
-# five taps (outer, inner, middle, inner, outer), fitted to photographs, it comes within half a grey level of it.
-_SHRINK = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5)
-_OUTER_TAP = (0.0, -0.019, -0.039, -0.046, -0.045, -0.035, 0.007)
-_INNER_TAP = (0.0, 0.092, 0.172, 0.228, 0.268, 0.3, 0.309)
+_ROUNDING = 1e-6  # of a box's edges, in pixels
 
 # Added to the flag of the colours, which replaces the "GRAYSCALE" of their names.
 _REDUCTIONS = {
@@ -37,8 +34,6 @@ _REDUCTIONS = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
-
-Box = tuple[int, int, int, int]
 
 
 class UndecodableImage(ValueError):
@@ -145,43 +140,59 @@ def decode_image(data: bytes, channels: int, reduction: int = 1) -> np.ndarray:
     return image.reshape(*image.shape[:2], channels)
 
 
-def decode_box(data: bytes, box: Box | np.ndarray, out: np.ndarray) -> None:
+def decode_box(data: bytes, box: Box, out: np.ndarray, *, margin: bool = False) -> None:
     """Decodes a file and resizes `box` of it into `out`. # -> out (H', W', C) uint8, C-contiguous
 
     A JPEG of whose box no more than every second, fourth or eighth pixel is needed is decoded at that fraction of its
-    size, and the box's edges are rounded to whole pixels of that.
+    size.
+
+    Args:
+      data: the file.
+      box: in pixels of the file's image.
+      out: the result.
+      margin: as for `resize_box`.
 
     Raises:
       UndecodableImage: as `decode_image`.
     """
-    top, left, height, width = (int(edge) for edge in box)
+    top, left, height, width = box
     reduction = 1
     if min(out.shape[:2]) >= PHOTOGRAPH_FROM and out.shape[2] != 4 and is_jpeg(data):
         shrink = min(height / out.shape[0], width / out.shape[1])
         reduction = next((known for known in (8, 4, 2) if shrink >= known), 1)
     image = decode_image(data, out.shape[2], reduction)
-    bottom, right = (top + height) // reduction, (left + width) // reduction
-    top, left = top // reduction, left // reduction
-    if bottom > image.shape[0] or right > image.shape[1]:
+    if reduction > 1:
+        top, left, height, width = (edge / reduction for edge in (top, left, height, width))
+    if top + height > image.shape[0] + _ROUNDING or left + width > image.shape[1] + _ROUNDING:
         raise UndecodableImage(f"an image of {image.shape[0]} x {image.shape[1]} pixels, where its header says more")
-    crop_resize(image, (top, left, bottom - top, right - left), out)
+    resize_box(image, (top, left, height, width), out, margin=margin)
 
 
-def center_box(height: int, width: int, size: tuple[int, int], zoom: float = 1.0) -> Box:
-    """The centred box that becomes an image of `size`.
+def center_box(height: int, width: int, size: tuple[int, int], zoom: float = 1.0) -> tuple[float, float, float, float]:
+    """The box of an image that "resize the short side to zoom * size, crop the centre" leaves, its edges within pixels.
 
-    Taking it and resizing is "resize the short side to zoom * size, crop the centre" in one resampling instead of two.
+    Resized with a margin it gives what torchvision's Resize and CenterCrop give, in one resampling of the box alone:
+    they round the size of the whole resized image and the place of the crop in it, which is done here, too.
 
     Args:
       height: of the image, in pixels.
       width: of the image, in pixels.
-      size: (height, width) of the result; only its aspect ratio matters here.
+      size: (height, width) of the result.
       zoom: 1 keeps all of the short side; 256 / 224 is the usual evaluation crop.
     """
-    scale = min(height / size[0], width / size[1]) / zoom
-    box_height = min(height, max(1, round(size[0] * scale)))
-    box_width = min(width, max(1, round(size[1] * scale)))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+    if height * size[1] <= width * size[0]:  # the height is what limits
+        resized_height = round(zoom * size[0])
+        resized_width = resized_height * width // height
+    else:
+        resized_width = round(zoom * size[1])
+        resized_height = resized_width * height // width
+    top, left = round((resized_height - size[0]) / 2), round((resized_width - size[1]) / 2)
+    return (
+        top * height / resized_height,
+        left * width / resized_width,
+        size[0] * height / resized_height,
+        size[1] * width / resized_width,
+    )
 
 
 def random_crop_boxes(
@@ -215,41 +226,12 @@ def random_crop_boxes(
     return boxes
 
 
-def _fallback_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
+def _fallback_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
     """The largest centred box whose aspect ratio is allowed."""
     aspect = min(max(width / height, ratio[0]), ratio[1])
     box_height = min(height, max(1, round(width / aspect)))
     box_width = min(width, max(1, round(height * aspect)))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
-
-
-def crop_resize(image: np.ndarray, box: Box | np.ndarray, out: np.ndarray) -> None:
-    """Cuts `box` from `image` and resizes it into `out`. # (H, W, C) uint8 -> out (H', W', C) uint8, C-contiguous
-
-    Bicubic, antialiased where the image shrinks: to `PHOTOGRAPH_FROM` pixels or more by smoothing it first (the box
-    alone, without what surrounds it), to fewer, or by more than 2.5, by area averaging instead.
-    """
-    top, left, height, width = (int(edge) for edge in box)
-    crop = image[top : top + height, left : left + width]
-    if crop.shape == out.shape:
-        out[...] = crop
-        return
-    shrink_y, shrink_x = height / out.shape[0], width / out.shape[1]
-    interpolation = cv2.INTER_CUBIC
-    if min(out.shape[:2]) < PHOTOGRAPH_FROM or max(shrink_y, shrink_x) > _SHRINK[-1]:
-        if min(shrink_y, shrink_x) >= 1:
-            interpolation = cv2.INTER_AREA
-    elif max(shrink_y, shrink_x) > 1:
-        crop = cv2.sepFilter2D(crop, -1, _taps(shrink_x), _taps(shrink_y))
-    # OpenCV drops a single channel's axis, so it is given views without one.
-    target = out[:, :, 0] if out.shape[2] == 1 else out
-    cv2.resize(crop, out.shape[1::-1], dst=target, interpolation=interpolation)
-
-
-def _taps(shrink: float) -> np.ndarray:
-    """The smoothing along one axis; where it grows, none. # -> (5,)"""
-    outer, inner = np.interp(shrink, _SHRINK, _OUTER_TAP), np.interp(shrink, _SHRINK, _INNER_TAP)
-    return np.array([outer, inner, 1 - 2 * (outer + inner), inner, outer])
 
 
 def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -259,7 +241,7 @@ def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     box = center_box(images.shape[1], images.shape[2], size)
     out = np.empty((len(images), *size, images.shape[3]), np.uint8)
     for image, target in zip(images, out, strict=True):
-        crop_resize(image, box, target)
+        resize_box(image, box, target, margin=True)
     return out
 
 
@@ -268,8 +250,8 @@ def crop_images(images: np.ndarray, crops: RandomCrops) -> np.ndarray:
     count, height, width = images.shape[:3]
     boxes = crops.boxes(np.full(count, height), np.full(count, width))
     out = np.empty(images.shape, np.uint8)
-    for image, box, target in zip(images, boxes, out, strict=True):
-        crop_resize(image, box, target)
+    for image, box, target in zip(images, boxes.tolist(), out, strict=True):
+        resize_box(image, box, target)
     return out
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mae_dist"
 # A module imports only from floors below its own. A package stands as one.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "onednn", "platforms"),
+    ("errors", "onednn", "platforms", "resample"),
     (
         "attention",
         "functional",

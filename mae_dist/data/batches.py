@@ -37,7 +37,7 @@ _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
 _SHARE_OVER = 1000  # the share of unreadable records is taken over at least so many, so that one early one is not 3 %
 _WORKER_BUFFER = 2  # batches that a worker holds ready
 _SHARED_MEMORY = "/dev/shm"
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _BAD = "bad"  # column of dataset positions found unreadable; `Batches` takes it out
 _LOG = logging.getLogger(__name__)
 
@@ -321,10 +321,13 @@ def _keep_memory_level() -> None:
     """Has glibc map every block from 1 MiB on by itself, and give it back when it is freed; elsewhere nothing happens.
 
     Left alone it raises that size to the largest block freed so far, and decoded photographs of all sizes then break up
-    its heap: a worker grew by 2 MiB a minute, without end.
+    its heap: a worker grew by 2 MiB a minute, without end. Smaller blocks stay in the heap when they are freed: else
+    each buffer of a crop would be fresh memory, and filling it cost as much as the crop.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 2**24)
 
 
 def _exit_with_parent() -> None:

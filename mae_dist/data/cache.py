@@ -23,6 +23,7 @@ from mae_dist.errors import ConfigError, DataFault
 
 _CHUNK = 1024  # records decoded at a time
 _COLUMNS = ("image", "label")
+_RESIZED_VERSION = 2  # of entries whose images were resized: raise it when resizing changes any pixel
 _LOG = logging.getLogger(__name__)
 
 
@@ -78,7 +79,8 @@ def decode_once(dataset: TfdsDataset, *, cache_dir: str, max_bad_share: float) -
 def _entry_path(dataset: TfdsDataset, identity: dict[str, Any], cache_dir: str) -> Path:
     files = sorted({shard.filename for shard in dataset.shards})
     stats = [(Path(name).name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
-    key = digest(identity | {"files": stats, "entry_version": 1})
+    version = _RESIZED_VERSION if "resized" in identity else 1
+    key = digest(identity | {"files": stats, "entry_version": version})
     title = re.sub(r"[^\w.-]+", "_", dataset.title.replace(" split ", "-")).strip("_")
     return cache_root(cache_dir) / f"{title}-{key[:16]}"
 

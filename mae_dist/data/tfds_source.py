@@ -28,7 +28,8 @@ from mae_dist.transforms import (
 _OPEN_THREADS = 16
 _READ_RECORDS = 32  # held at a time, as files: those of a whole batch are as large as the batch
 _EVALUATION_ZOOM = 256 / 224  # resize the short side to 256, crop 224: ImageNet's usual evaluation
-# Parts of the fingerprint: raise one when decoding changes what an example looks like.
+# Parts of the fingerprint: raise one when decoding changes what an example shows, and runs must not go on over that. A
+# better resampling, a few grey levels here and there, is not that.
 _DECODE_RULES = 1  # of small images, which have nothing to spare at the border either
 _DECODE_RULES_PHOTOGRAPHS = 2  # of those that are resized to PHOTOGRAPH_FROM pixels or more
 
@@ -111,14 +112,14 @@ class TfdsDataset(Dataset):
             files, labels[rows], sizes = self._read_files(indices[rows])
             check_labels(labels[rows], self.num_classes, lambda row, at=start: self.record_name(int(indices[at + row])))
             if crops is None:
-                boxes = np.array([center_box(h or 1, w or 1, self.image_size, zoom) for h, w in sizes.tolist()])
+                boxes = [center_box(h or 1, w or 1, self.image_size, zoom) for h, w in sizes.tolist()]
             else:
-                boxes = crops.take(rows).boxes(*np.maximum(sizes, 1).T)
+                boxes = crops.take(rows).boxes(*np.maximum(sizes, 1).T).tolist()
             for row, data, box in zip(rows, files, boxes, strict=True):
                 try:
                     if data is None:
                         raise UndecodableImage("no image")
-                    decode_box(data, box, images[row])  # one at a time, into its place
+                    decode_box(data, box, images[row], margin=crops is None)  # one at a time, into its place
                 except UndecodableImage:
                     bad[row] = True
         return {"image": images, "label": labels}, bad

@@ -1,0 +1,109 @@
+"""Bicubic resampling, antialiased along each axis by itself: the pixels of Pillow's `Image.resize`, in half the time.
+
+Where an axis shrinks, the kernel (Keys 1981, a = -1/2) is as much wider; where it grows, the kernel is itself. As in
+Pillow, the width is resampled first, and the result rounded to whole grey levels before the height is. Both are
+matmuls: the rows of weights are nearly all zero, so a matmul computes a few neighbouring rows of the result from the
+rows of the image that these need.
+
+Legend: H, W size of the image, H', W' of the result, C channels, n a length along one axis, N values beside each other.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+_REACH = 2.0  # of the kernel to either side, in pixels of the result or of the image, whichever are larger
+# OpenBLAS computes a matmul of no more multiplications than this in the thread that calls it. For larger ones it wakes
+# threads of its own, which would fight XLA and the other readers for the cores.
+_MATMUL_SIZE = 2**18
+_CALL_COST = 2**16  # multiplications in the time that it takes to call a matmul
+_CHUNK = 2**18 - 2**12  # values that are computed at once: just below the MiB from which a reader maps memory anew
+
+# (top, left, height, width) in pixels; whole numbers or fractions.
+Box = Sequence[float]
+
+
+class _Rows(NamedTuple):
+    """Neighbouring rows of the result, from `first` on: weights @ image rows start .. stop - 1."""
+
+    first: int
+    start: int
+    stop: int
+    weights: np.ndarray  # float32 (rows, stop - start)
+
+
+def resize_box(image: np.ndarray, box: Box, out: np.ndarray, *, margin: bool = False) -> None:
+    """Resizes `box` of an image into `out`. # (H, W, C) uint8 -> out (H', W', C) uint8, C-contiguous
+
+    Args:
+      image: where the box is cut from.
+      box: its edges may lie within pixels.
+      out: the result.
+      margin: pixels around the box count where the kernel reaches beyond its edge, as if the whole image were resized
+        and then cropped. Otherwise the box is cropped first, to the whole pixels that it touches.
+    """
+    height, width, channels = out.shape
+    top, left, box_height, box_width = box
+    rows = _needed(top, box_height, image.shape[0], height, margin)
+    columns = _needed(left, box_width, image.shape[1], width, margin)
+    cut = image[rows, columns]
+    num_rows, num_columns = cut.shape[:2]
+    if (box_height, box_width, num_rows, num_columns) == (height, width, height, width):
+        out[...] = cut
+        return
+    turned = cv2.transpose(cut).reshape(num_columns, num_rows * channels)
+    narrow = np.empty((width, num_rows * channels), np.uint8)
+    _resample(turned, left - columns.start, box_width, narrow)
+    upright = cv2.transpose(narrow.reshape(width, num_rows, channels)).reshape(num_rows, width * channels)
+    _resample(upright, top - rows.start, box_height, out.reshape(height, width * channels))
+
+
+def _needed(start: float, length: float, size: int, out: int, margin: bool) -> slice:
+    """The pixels along an axis of `size` that are resampled to `out`."""
+    beyond = _REACH * max(1.0, length / out) if margin else 0.0
+    return slice(max(0, math.floor(start - beyond)), min(size, math.ceil(start + length + beyond)))
+
+
+def _resample(image: np.ndarray, start: float, length: float, out: np.ndarray) -> None:
+    """Resamples start .. start + length of the first axis. # (n, N) uint8 -> out (n', N) uint8"""
+    chunk = min(image.shape[1], max(1, _CHUNK // max(len(image), len(out))))
+    # More rows in a matmul are more weights that are zero, fewer are more calls.
+    cost_of_row = chunk * max(1.0, length / len(out))
+    rows = 2 ** max(1, round(math.log2(_CALL_COST / cost_of_row) / 2))
+    blocks = _weights(start, length, len(image), len(out), rows)
+    chunk = min(chunk, max(1, _MATMUL_SIZE // blocks[0].weights.size))
+    for left in range(0, image.shape[1], chunk):
+        source = image[:, left : left + chunk].astype(np.float32)
+        result = np.empty((len(out), source.shape[1]), np.float32)
+        for first, low, high, weights in blocks:
+            np.matmul(weights, source[low:high], out=result[first : first + rows])
+        np.maximum(result, 0, out=result)  # the conversion takes the absolute value
+        cv2.convertScaleAbs(result, dst=out[:, left : left + chunk])
+
+
+@functools.lru_cache(512)  # crops of photographs have a few hundred lengths
+def _weights(start: float, length: float, size: int, out: int, at_once: int) -> list[_Rows]:
+    """The weights of `out` results from start .. start + length of `size` pixels, `at_once` results in a matmul."""
+    scale = length / out
+    widen = max(1.0, scale)
+    centers = start + (np.arange(out) + 0.5) * scale  # (n',), from the corner of the first pixel
+    # Pixels whose centres are in the kernel's reach.
+    lowest = np.maximum(np.trunc(centers - _REACH * widen + 0.5), 0)
+    beyond = np.minimum(np.trunc(centers + _REACH * widen + 0.5), size)
+    firsts = np.arange(0, out, at_once)
+    lasts = np.minimum(firsts + at_once, out) - 1
+    span = int((beyond[lasts] - lowest[firsts]).max())  # one for all, so that the matmuls are of one size
+    starts = np.minimum(lowest[firsts], size - span).astype(int)
+    pixels = np.repeat(starts, at_once)[:out, None] + np.arange(span)  # (n', span)
+    x = np.abs(pixels + 0.5 - centers[:, None]) / widen
+    kernel = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    kernel *= (pixels >= lowest[:, None]) & (pixels < beyond[:, None])
+    weights = (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
+    return [
+        _Rows(first, low, low + span, weights[first : first + at_once])
+        for first, low in zip(firsts.tolist(), starts.tolist(), strict=True)
+    ]
