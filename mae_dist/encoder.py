@@ -4,6 +4,7 @@ Shapes: B images, H W C image, (gh, gw) grid of patches, N tokens, D width.
 """
 
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,8 +46,7 @@ def make_encode(
     """
     model = config.model
     for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(f"there are no {kind!r} features; choose of {', '.join(KINDS)}")
+        _check_kind(kind)
     if "cls" in kinds and model.cls_token == "none":
         raise ConfigError("'cls' features need a class token and the model has none; choose 'mean' or 'patches'")
     if block is not None and not 0 <= block <= model.depth:
@@ -96,6 +96,19 @@ def make_feature_step(
         pieces=steps.num_pieces(config, mesh, batch_size),
         products=steps.choose_products(config, mesh, forward_flops(config)),
     )
+
+
+def _check_kind(kind: Any) -> None:
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ConfigError(f"there are no {kind!r} features; choose of {', '.join(KINDS)}")
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of any integer type; a `ConfigError` for anything else, 1.0 included."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name}={value!r} is no whole number; give an int") from error
 
 
 def forward_flops(config: ConfigDict) -> float:
@@ -179,11 +192,14 @@ class Encoder:
           float32, (B, D) or for `patches` (B, gh, gw, D), on the host.
 
         Raises:
-          ConfigError: a kind or block that the model does not have, or a batch size below 1.
+          ConfigError: a kind or block that the model does not have, or a batch size that is no whole number above 0.
           DataFault: images of another shape, type or range.
         """
+        # Before they name a compiled step: 1.0 and 1 are the same key there.
+        batch_size, block = _whole("batch_size", batch_size), block if block is None else _whole("block", block)
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size}: at least one image has to be computed at once")
+        _check_kind(kind)
         images = self._checked(np.asarray(images))
         # Few different sizes, for each is compiled: powers of two up to the batch's.
         size = min(batch_size, 1 << max(0, len(images) - 1).bit_length())

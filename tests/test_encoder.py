@@ -1,6 +1,7 @@
 """A trained encoder as a function of images: the right numbers, for any batch, from every layout; clear refusals."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -213,6 +214,14 @@ def test_wrong_choices_are_refused(source, encoder):
         for batch_size in (0, -1):
             with pytest.raises(ConfigError, match=f"batch_size {batch_size}"):
                 encoder.features(images, batch_size=batch_size)
+        for name in ("block", "batch_size"):
+            for value in (1.0, 2.5, "1", [1], np.float32(1)):
+                with pytest.raises(ConfigError, match=rf"{name}={re.escape(repr(value))} is no whole number"):
+                    encoder.features(images, **{name: value})
+        with pytest.raises(ConfigError, match=r"no \['mean'\] features"):
+            encoder.features(images, ["mean"])
+    whole = encoder.features(draw(source), block=np.int64(1), batch_size=np.int32(3))
+    np.testing.assert_array_equal(whole, encoder.features(draw(source), block=1, batch_size=3))
 
 
 def test_a_head_that_is_missing_is_named():
