@@ -364,4 +364,5 @@ def _command(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    errors.open_closed_streams()
     sys.exit(errors.exit_code_of(lambda: _command(sys.argv[1:])))

@@ -196,6 +196,22 @@ def nearest(value: str, choices: Sequence[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def field_faults(config: ConfigDict, default: ConfigDict) -> dict[str, str]:
+    """Dotted path -> what is wrong, of every field that `default` does not have, that is missing or of another type."""
+    found, known = dict(flatten(config)), dict(flatten(default))
+    faults = {}
+    for field in found.keys() - known.keys():
+        section, _, name = field.rpartition(".")
+        beside = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+        faults[field] = f"{field} does not exist.{nearest(name, beside)}"
+    faults |= {field: f"{field} is missing; its default is {known[field]!r}" for field in known.keys() - found.keys()}
+    for field in found.keys() & known.keys():
+        value, usual = found[field], known[field]
+        if not isinstance(value, (type(usual), int) if isinstance(usual, float) else type(usual)):
+            faults[field] = f"{field}={value!r} is of type {type(value).__name__}, not {type(usual).__name__}"
+    return dict(sorted(faults.items()))
+
+
 def validate(config: ConfigDict) -> None:
     """Raises one `ConfigError` that lists everything in `config` that cannot work, each with the cure."""
     faults = list(_faults(config))

@@ -5,7 +5,7 @@ import logging as python_logging
 import math
 import os
 import signal
-import sys
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from mae_dist.errors import ConfigError
+from mae_dist.errors import ConfigError, say
 
 
 def initialize(
@@ -35,6 +35,10 @@ def initialize(
       process_id: which of them this one is.
       join_secs: JAX aborts this process when not all have come by then.
       heartbeat_secs: JAX aborts all processes when one has been silent for so long.
+
+    Raises:
+      ConfigError: arguments that cannot work, or a cluster that cannot be joined.
+      DevicesInUse: JAX's devices were used already.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM: see `preemption`
     secs: dict[str, Any] = {
@@ -44,7 +48,7 @@ def initialize(
     given = (coordinator_address, num_processes, process_id)
     if all(value is None for value in given):
         try:
-            jax.distributed.initialize(**secs)
+            _join(secs)
         except ValueError as error:
             if "coordinator_address should be defined" not in str(error):  # JAX's word for "no cluster found"
                 raise ConfigError(
@@ -57,7 +61,31 @@ def initialize(
         raise ConfigError(f"{flags}: give all three (the address is host:port of process 0), or none")
     if not 0 <= process_id < num_processes or not coordinator_address.rpartition(":")[2].isdigit():
         raise ConfigError(f"{flags}: the address is host:port, and process ids are 0 to num_processes - 1")
-    jax.distributed.initialize(coordinator_address, num_processes, process_id, **secs)
+    if process_id == 0:
+        _check_port(coordinator_address)
+    _join(secs, coordinator_address, num_processes, process_id)
+
+
+def _check_port(address: str) -> None:
+    """Raises a `ConfigError` if process 0 cannot listen at host:port, for JAX dies of that by a signal."""
+    port = int(address.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--coordinator_address={address}: port {port} cannot be used: {error}") from error
+
+
+def _join(secs: dict[str, Any], *where: Any) -> None:
+    try:
+        jax.distributed.initialize(*where, **secs)
+    except RuntimeError as error:
+        if "before any JAX calls" not in str(error):
+            raise
+        raise DevicesInUse(str(error)) from error
+
+
+class DevicesInUse(RuntimeError):
+    """JAX has looked for its devices before the processes have joined."""
 
 
 @contextlib.contextmanager
@@ -72,7 +100,7 @@ def interrupted_between_steps() -> Iterator[Callable[[], None]]:
         del number, frame
         pending.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("interrupted: stopping after this update; once more to stop at once", file=sys.stderr, flush=True)
+        say("interrupted: stopping after this update; once more to stop at once")
 
     def stop() -> None:
         if pending:

@@ -3,6 +3,7 @@
 Every message says what was wrong, the values, and the cure. Our own mistakes are `assert`s and end with code 1.
 """
 
+import contextlib
 import os
 import select
 import sys
@@ -56,25 +57,69 @@ def exit_code_of(command: Callable[[], int]) -> int:
     try:
         code = command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        say("interrupted: the same command continues from the last checkpoint")
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        if not _output_is_unread():
+    except OSError as error:
+        if not _is_of_the_output(error):
             raise
-        code = EXIT_UNREAD
+        code = _unwritten(error)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        code = code or EXIT_UNREAD
+    except OSError as error:
+        code = code or _unwritten(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, at the interpreter's end
     return code
 
 
+def say(message: str) -> None:
+    """Prints to the standard error output, whether or not anything can be written there any more.
+
+    For signal handlers and threads too: unlike `print` it waits for no lock, and nothing is raised amid other work.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
+
+
+def open_closed_streams() -> None:
+    """Starts this process once more if a standard stream is closed (`>&-`), with the null device in its place.
+
+    Else the next file that is opened gets its number, and what libraries print. Before anything else: loggers keep the
+    stream that they find.
+    """
+    closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
+    if closed:
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in closed:
+            os.dup2(null, number)
+            os.set_inheritable(number, True)  # `null` may be that number itself
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _unwritten(error: OSError) -> int:
+    """The exit code after the standard output could not be written."""
+    if _output_is_unread():
+        return EXIT_UNREAD
+    say(f"error: the output cannot be written: {error}. Free some space, or send it elsewhere")
+    return EXIT_STORAGE
+
+
+def _is_of_the_output(error: OSError) -> bool:
+    """Whether the standard output is what could not be written: an empty line more is tried."""
+    if isinstance(error, BrokenPipeError):
+        return _output_is_unread()
+    try:
+        if error.filename is None:
+            print(flush=True)
+    except OSError as again:
+        return again.errno == error.errno
+    return False
+
+
 def _output_is_unread() -> bool:
-    """Whether the reader of our output has ended, as in `… | head`."""
+    """Whether the reader of our output has ended, as in `… | head`, or its terminal was closed."""
     poll = select.poll()
     poll.register(sys.stdout, 0)  # faults are told without being asked for
     return bool(poll.poll(0))

@@ -7,8 +7,10 @@ import atexit
 import gc
 import json
 import os
+import re
 import signal
 import sys
+import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -35,18 +37,76 @@ _SIMULATE_PREEMPTION = flags.DEFINE_integer(
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; what is wrong with it, or with an override of the config, is a `ConfigError`."""
+    """Parses the command line; what is wrong with it, the config's file or an override of it is a `ConfigError`."""
     try:
         rest = flags.FLAGS(list(argv))
         if _CONFIG.value is not None:
-            _CONFIG.value.get("name")  # a file that could not be loaded is an error only when it is first read
-        return rest
-    except (AttributeError, KeyError) as error:
-        cause = error.args[0]  # what ConfigDict said, a KeyError, inside the AttributeError of config_flags
-        said = cause.args[0] if isinstance(cause, KeyError) else cause
-        raise errors.ConfigError(f"the config has no such field: {said}") from error
-    except (flags.Error, TypeError, ValueError, OSError) as error:
-        raise errors.ConfigError(f"{error}".strip()) from error
+            getattr(_CONFIG.value, "name", None)  # a file that is not there is an error only when it is first read
+    except (Exception, SystemExit) as error:
+        raise errors.ConfigError(_fault_in_config(error) or _fault_on_command_line(error)) from error
+    if _CONFIG.value is not None:
+        _check_fields(_CONFIG.value)
+    return rest
+
+
+def _fault_on_command_line(error: BaseException) -> str:
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"{getattr(error.obj, '__file__', 'the config')} has no function get_config"
+    if isinstance(error, AttributeError | KeyError):
+        return f"the config has no such field: {_said(error)}"
+    return f"{error}".strip()
+
+
+def _said(error: BaseException) -> Any:
+    """The message of an exception; ConfigDict's is that of a KeyError inside an AttributeError."""
+    while isinstance(error, AttributeError | KeyError) and error.args:
+        error = error.args[0]
+    return error.msg if isinstance(error, SyntaxError) else error
+
+
+def _fault_in_config(error: BaseException | None) -> str:
+    """Names the lines of the user's files that raised `error`, or what it was raised from; "" if none did."""
+    found = ""
+    while error is not None:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+        lines = [(frame.filename, frame.lineno, frame.line) for frame in frames]
+        if isinstance(error, SyntaxError) and error.filename:
+            lines.append((error.filename, error.lineno, error.text))
+        if lines:
+            places = ", from ".join(f"{file}, line {number}" for file, number, _ in reversed(lines))
+            found = f"{places}: {type(error).__name__}: {_said(error)}\n    {(lines[-1][2] or '').strip()}"
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _is_users(file: str) -> bool:
+    """True if a source file is neither Python's, nor a library's, nor this package's."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not file.startswith(("<", os.path.dirname(os.path.abspath(__file__)), *libraries))
+
+
+def _check_fields(config: Any) -> None:
+    """Raises a `ConfigError` if --config gives fields that do not exist, or lacks some."""
+    from mae_dist import config as config_lib
+
+    if not isinstance(config, ConfigDict):
+        raise errors.ConfigError(f"{_config_file()}: get_config() returns {config!r}; it must be a ConfigDict")
+    faults = config_lib.field_faults(config, default_config())
+    if faults:
+        lines = [f"{fault} ({_line_with(field)})" for field, fault in faults.items()]
+        raise errors.ConfigError("the config is not as configs/default.py has it:\n  - " + "\n  - ".join(lines))
+
+
+def _config_file() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+
+
+def _line_with(words: str) -> str:
+    """The config's file, and the last line in it that has the last of these words."""
+    word = re.compile(rf"\b{re.escape(words.rpartition('.')[2])}\b")
+    with open(_config_file(), encoding="utf-8", errors="replace") as file:
+        numbers = [number for number, line in enumerate(file, start=1) if word.search(line)]
+    return f"{_config_file()}, line {numbers[-1]}" if numbers else _config_file()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -191,20 +251,34 @@ def join_processes(watching: Any = None, notices: Any = None) -> None:
     """
     from mae_dist import distributed
 
-    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if watching is None:
-        distributed.initialize(*given)
+        _initialize()
         distributed.quiet_unless_primary()
     else:
         import jax
 
-        watching.expect_peers()
+        watching.expect_peers(lambda: distributed.coordination()[1])
         with watching.during("join"):
-            distributed.initialize(*given, **watching.join_options())
+            _initialize(**watching.join_options())
             client, address = distributed.coordination()
             distributed.quiet_unless_primary()
         watching.join(client, address, jax.process_index(), jax.process_count())
         notices.join(client, jax.process_index(), jax.process_count())
+
+
+def _initialize(**options: float) -> None:
+    from mae_dist import distributed
+
+    try:
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, **options)
+    except distributed.DevicesInUse as error:
+        if _CONFIG.value is None:
+            raise
+        raise errors.ConfigError(
+            f"{_line_with('jax')}: the config, or what it imports, has used JAX's devices (jax.device_count(), "
+            "jax.devices(), an array): they are not known yet when it is read, for the processes have not joined and "
+            "a CPU's cores are not split. Write the number down; mesh.data=-1 takes whatever devices there are"
+        ) from error
 
 
 def required(flag: flags.FlagHolder[Any]) -> str:
@@ -249,13 +323,14 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its updates; before and after them it would kill
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     cpu.use_huge_pages()
+    errors.open_closed_streams()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     try:
         code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
     except Exception as error:
-        traceback.print_exception(error)
-        code = 1
+        errors.say("".join(traceback.format_exception(error)).rstrip())
+        code = errors.EXIT_INTERNAL
     if code == errors.EXIT_DONE:
         if not _saves_are_waiting():
             return

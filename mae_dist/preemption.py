@@ -1,4 +1,4 @@
-"""Notices that the machine will be taken away: SIGTERM, or what Google's metadata server says.
+"""Notices that the machine will be taken away: SIGTERM, a closed terminal, or what Google's metadata server says.
 
 All processes of a run end after the same update. JAX has such a service too; Orbax asks it from background threads with
 other steps than the loop's, and it cannot be asked within an evaluation, so the run brings its own.
@@ -9,7 +9,6 @@ import ctypes
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import urllib.request
@@ -20,7 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from mae_dist.errors import ConfigError
+from mae_dist.errors import ConfigError, say
 
 _KEYS = "mae_dist/preemption"
 _ASK_EVERY_SECS = 1.0
@@ -56,7 +55,9 @@ class Notices:
 
     @contextlib.contextmanager
     def handling(self, metadata_server: str | None) -> Iterator[None]:
-        """Takes SIGTERM, and asks the metadata server in the background, until it is left.
+        """Takes SIGTERM and SIGHUP, and asks the metadata server in the background, until it is left.
+
+        SIGHUP, the end of a terminal or a connection, is left alone where it is ignored, as under `nohup`.
 
         Args:
           metadata_server: host or host:port; "" asks none, None finds out whether this machine has one.
@@ -67,7 +68,8 @@ class Notices:
         server = find_metadata_server() if metadata_server is None else metadata_server
         read, write = socket.socketpair()
         write.setblocking(False)
-        before = signal.signal(signal.SIGTERM, self._handle)
+        taken = [signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP])]
+        before = {number: signal.signal(number, self._handle) for number in taken}
         # The handler in Python waits until a compilation or a collective returns; this byte does not.
         before_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         self._handler_in_c = _handler_in_c()
@@ -83,7 +85,8 @@ class Notices:
         finally:
             self._closing.set()
             signal.set_wakeup_fd(before_fd)
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             write.close()
             listener.join()
 
@@ -136,21 +139,21 @@ class Notices:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self._note("SIGTERM")
+        del frame
+        self._note(signal.Signals(number).name)
         if self._interrupting:
             raise Preempted
 
     def _note(self, source: str) -> None:
         if not self._noticed.is_set():
             self._noticed.set()
-            print(f"preempted ({source}): saving after this update", file=sys.stderr, flush=True)
+            say(f"preempted ({source}): saving after this update")
 
     def _listen(self, read: socket.socket) -> None:
         with read:
             while data := read.recv(64):
-                if signal.SIGTERM in data:
-                    self._note("SIGTERM")
+                for number in {signal.SIGTERM, signal.SIGHUP} & set(data):
+                    self._note(signal.Signals(number).name)
 
     def _ask(self, server: str) -> None:
         """Asks the metadata server every second; a notice is as a signal, which also interrupts."""

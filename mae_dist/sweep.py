@@ -2,9 +2,9 @@
 
 Each combination and seed is a run of `mae_dist.main` in a workdir of its own under --out, with `--then probe,finetune`
 followed by those of configs/recipes.py; `scratch`, which no masking changes, is trained once for all. The same line
-again skips what is finished and continues the rest; a failure takes along what begins from it and nothing else. SIGTERM
-and Ctrl-C are passed on to the runs, which save. `--out D --table` shows what there is so far. --config.a.b=x is for
-all.
+again skips what is finished and continues the rest; a failure takes along what begins from it and nothing else.
+SIGTERM, SIGHUP and Ctrl-C are passed on to the runs, which save. `--out D --table` shows what there is so far.
+--config.a.b=x is for all.
 """
 
 import contextlib
@@ -248,8 +248,11 @@ class Runner:
 
     @contextlib.contextmanager
     def _taking_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C are noted; whatever else ends this takes the trainings along."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Notes SIGTERM, SIGHUP (unless ignored, as by `nohup`) and Ctrl-C; another end takes the trainings along."""
+        taken = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            taken.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._note) for number in taken}
         try:
             yield
         finally:
@@ -322,7 +325,8 @@ class Runner:
         self._free.append(work.cores)
 
     def _tell(self, event: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {self._ended}/{self._count} {event}", flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more: no reason to end the trainings
+            print(f"{time.strftime('%H:%M:%S')} {self._ended}/{self._count} {event}", flush=True)
 
     @staticmethod
     def _figures(stage: Stage) -> str:

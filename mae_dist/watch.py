@@ -15,10 +15,11 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from mae_dist.errors import EXIT_PEER_LOST, EXIT_STALLED
+from mae_dist.errors import EXIT_PEER_LOST, EXIT_STALLED, say
 
 _KEYS = "mae_dist/alive"
 _PULSE_SECS = 1.0
@@ -35,13 +36,44 @@ _DEADLINES = {
     "profile": "step_secs",
     "checkpoint": "checkpoint_secs",
     "evaluate": "evaluate_secs",
+    "end": "checkpoint_secs",
 }
+_WORKER_NAME = "grain-"  # grain's processes are called so; a test sees that ours are found by it
+
+
+class Workers:
+    """The processes that one data loader starts, so that these can be killed and no others.
+
+    The program that we are part of may have children of its own. grain starts the workers in threads of its own, when
+    it is first asked for a batch, and hands none of them out: they are the first `count` to appear after this.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._before = set(multiprocessing.active_children()) if count else set()
+        self._found: list[Any] = []
+        _all_workers.add(self)
+
+    def look(self) -> None:
+        """Takes note of those started since; called from time to time until all are there."""
+        if len(self._found) < self._count:
+            new = [child for child in multiprocessing.active_children() if child not in self._before]
+            self._found = [child for child in new if child.name.startswith(_WORKER_NAME)][: self._count]
+
+    def kill(self) -> None:
+        """Kills them: one that hangs would outlive this process."""
+        self.look()
+        for child in set(multiprocessing.active_children()) & set(self._found):
+            child.kill()
+
+
+_all_workers: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
 def kill_workers() -> None:
-    """Kills the processes that this one started to read data: one that hangs would outlive it."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    """Kills the workers of every data loader."""
+    for workers in list(_all_workers):
+        workers.kill()
 
 
 class Watch:
@@ -79,6 +111,7 @@ class Watch:
         self._start_secs, self._peer_secs = start_secs, peer_secs
         self._clock = clock
         self.phase, self.step = "start", 0
+        self._failed_in = ""  # the phase that an exception has left, until the next phase is entered
         self.secs = dict.fromkeys(_DEADLINES, 0.0)  # spent in each phase
         self._since = self._progress = clock()
         self._client: Any = None
@@ -113,10 +146,18 @@ class Watch:
         """What the main thread does inside; the time inside an inner phase is the inner one's alone."""
         outer = self.phase
         self._enter(phase)
+        self._failed_in = ""
         try:
             yield
+        except Exception:
+            self._failed_in = self._failed_in or phase
+            raise
         finally:
             self._enter(outer)
+
+    def end(self) -> None:
+        """The last update is done: from here on files are closed and results written."""
+        self._enter("end")
 
     def _enter(self, phase: str) -> None:
         self.account()
@@ -141,10 +182,15 @@ class Watch:
             "heartbeat_secs": max(100.0, 3 * self._peer_secs),
         }
 
-    def expect_peers(self) -> None:
-        """Before the processes join: JAX aborts a process whose coordinator is gone, which becomes an exit code."""
+    def expect_peers(self, joining: Callable[[], str]) -> None:
+        """Before the processes join: JAX aborts a process whose coordinator is gone, which becomes an exit code.
+
+        Args:
+          joining: returns host:port of process 0 as soon as it is known, "" in a run of one process.
+        """
         c_library = ctypes.CDLL(None)
-        self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._on_abort(c_library))
+        handler = lambda number: self._on_abort(self._address or joining(), c_library)  # noqa: E731
+        self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
         c_library.signal(int(signal.SIGABRT), self._abort_handler)
         faulthandler.enable()  # prints the stacks, then lets the handler that was there before have the signal
 
@@ -173,7 +219,7 @@ class Watch:
             beat += 1
             doing = {
                 "beat": beat,
-                "phase": self.phase,
+                "phase": self._failed_in or self.phase,
                 "step": self.step,
                 "secs": round(self._clock() - self._progress),
             }
@@ -236,27 +282,32 @@ class Watch:
     def _report(self, message: str) -> None:
         now = self._clock()
         lines = [f"error: {message}. The same command continues from the last checkpoint. Last known:"]
-        mine = f"phase {self.phase}, update {self.step}, since {now - self._progress:.0f} s"
+        mine = f"phase {self._failed_in or self.phase}, update {self.step}, since {now - self._progress:.0f} s"
         states = {self._index: mine}
         for index, (said, when) in self._peers.items():
             states[index] = f"{_readable(said)}, heard {now - when:.0f} s ago"
-        lines += [f"  process {index}: {states[index]}" for index in sorted(states)]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        joining = self.phase == "join"  # when JAX has not said yet which process this is
+        lines += [f"  {'this process' if joining else f'process {index}'}: {states[index]}" for index in sorted(states)]
+        say("\n".join(lines))
 
-    def _on_abort(self, c_library: Any) -> None:
-        """In whatever thread aborts. Only the end of another process gets its own code; anything else is a bug."""
-        message = self._never_came() if self.phase == "join" else ""
+    def _on_abort(self, address: str, c_library: Any) -> None:
+        """In whatever thread aborts: the end of another process gets its own code; anything else is this one's death.
+
+        Args:
+          address: host:port of process 0, "" in a run of one process.
+          c_library: to die by.
+        """
         deadline = self._clock() + 2 * _SILENT_SECS  # a connection may break before the process is quite gone
-        while self._peers and not message and self._clock() < deadline:
+        while address and self._clock() < deadline:
             silent = self._silent(_SILENT_SECS)
-            if self._index and not _answers(self._address):
+            if not _answers(address):
                 silent = "process 0, which coordinates the others"
-            message = f"lost {silent}" if silent else ""
+            if silent:
+                self._report(f"lost {silent}")
+                os._exit(EXIT_PEER_LOST)
             time.sleep(_PULSE_SECS / 4)
-        if message:
-            self._report(message)
-            os._exit(EXIT_PEER_LOST)
         c_library.signal(int(signal.SIGABRT), None)
+        os.kill(os.getpid(), signal.SIGABRT)  # again: whoever was sent the signal, rather than aborting, would go on
 
 
 def _readable(said: str) -> str:

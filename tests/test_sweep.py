@@ -304,10 +304,15 @@ def test_faults_of_one_point_leave_the_others_alone(scripted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)], ids=["TERM", "INT"]
+    ("number", "code"),
+    [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGHUP, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)],
+    ids=["TERM", "HUP", "INT"],
 )
-def test_signals_are_passed_on(scripted, tmp_path, number, code, capsys):
+def test_signals_are_passed_on(scripted, tmp_path, number, code, capsys, request):
     """To every run once; the sweep waits for them, begins none after, and gives back the handlers."""
+    if number == signal.SIGHUP:  # ignored where these tests run under nohup
+        ignored = signal.signal(number, signal.SIG_DFL)
+        request.addfinalizer(lambda: signal.signal(number, ignored))
     before = signal.getsignal(number)
     wait = f"trap 'echo told; sleep 0.2; exit 75' {number}; echo ready; while :; do sleep 0.02; done"
     runner = scripted(wait, wait, "exit 0", jobs=2)

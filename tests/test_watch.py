@@ -1,11 +1,14 @@
 """Phases and deadlines. Ends of processes by it: tests/test_preemption.py."""
 
+import contextlib
+import multiprocessing
+import signal
 import subprocess
 import sys
 import time
 
 from mae_dist.errors import EXIT_PEER_LOST, EXIT_STALLED
-from mae_dist.watch import Watch
+from mae_dist.watch import Watch, Workers, kill_workers
 from tests.runs import free_port, start_processes
 from tests.test_preemption import LONG
 
@@ -76,3 +79,44 @@ def test_a_process_that_never_comes(child_env, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == EXIT_PEER_LOST, output
     assert "not all processes came within 8 s" in output
+
+
+def test_a_failure_is_reported_in_its_phase(capfd):
+    """What has failed has left all phases when it is reported; what goes on afterwards is in the next one."""
+    watch = Watch(**NONE, clock=time.monotonic)
+    watch.step = 57
+    with contextlib.suppress(OSError), watch.during("step"), watch.during("checkpoint"):
+        raise OSError
+    watch._report("lost process 1")
+    assert "process 0: phase checkpoint, update 57" in capfd.readouterr().err
+    with watch.during("data"):
+        watch._report("lost process 1")
+    assert "process 0: phase data, update 57" in capfd.readouterr().err
+    watch.end()
+    watch._report("lost process 1")
+    assert "process 0: phase end, update 57" in capfd.readouterr().err
+
+
+def child(name):
+    """A started process that does nothing."""
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), name=name, daemon=True)
+    process.start()
+    return process
+
+
+def test_only_workers_of_the_loader_are_killed():
+    """Not other children of the program, nor what it reads itself with grain, before or after."""
+    earlier = child("grain-process-prefetch of the program")
+    workers = Workers(1)
+    other, own = child("the program's"), child("grain-process-prefetch")
+    workers.look()
+    later = child("grain-process-prefetch of the program")
+    try:
+        kill_workers()
+        own.join(timeout=20)
+        assert own.exitcode == -signal.SIGKILL
+        assert all(process.is_alive() for process in (earlier, other, later))
+    finally:
+        for process in (earlier, other, own, later):
+            process.kill()
+            process.join()

@@ -30,7 +30,7 @@ from mae_dist.data import draws
 from mae_dist.data.dataset import Dataset
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import CROP_UNIFORMS, Augment, RandomCrops, flip_images
-from mae_dist.watch import kill_workers
+from mae_dist.watch import Workers
 
 _MAX_THREADS = 16
 _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
@@ -125,7 +125,7 @@ class Batches:
       bad_records: names of the unreadable records met so far, in this process and its workers.
     """
 
-    def __init__(self, batches: grain.IterDataset[HostBatch], dataset: Dataset, num_batches: int, *, copy: bool):
+    def __init__(self, batches: grain.IterDataset[HostBatch], dataset: Dataset, num_batches: int, *, num_workers: int):
         self.bad_records: list[str] = []
         self._dataset = dataset
         self._num_left = num_batches
@@ -133,7 +133,8 @@ class Batches:
         self._num_bad = 0
         # A batch of a worker lies in shared memory, which must be given back before the iterator is closed, while JAX
         # may hold on to the batch for longer.
-        self._own = np.array if copy else np.asarray
+        self._own = np.array if num_workers else np.asarray
+        self._workers = Workers(num_workers)
         self._iterator = iter(batches)
 
     def __iter__(self) -> Iterator[HostBatch]:
@@ -147,6 +148,7 @@ class Batches:
             raise StopIteration
         self._num_left -= 1
         batch = {name: self._own(column) for name, column in next(self._iterator).items()}
+        self._workers.look()
         bad = batch.pop(_BAD)
         self._num_read += len(batch["label"])
         if len(bad):
@@ -178,7 +180,7 @@ class Batches:
     def abandon(self) -> None:
         """Instead of `close` when the process is to end now: a worker that hangs is not waited for."""
         self._iterator = None
-        kill_workers()
+        self._workers.kill()
 
     def __enter__(self) -> "Batches":
         return self
@@ -277,7 +279,7 @@ def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_worke
         _check_shared_memory(dataset, len(make_batch.rows), num_workers)
         processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_WORKER_BUFFER)
         batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
-    return Batches(batches, dataset, stop - start, copy=num_workers > 0)
+    return Batches(batches, dataset, stop - start, num_workers=num_workers)
 
 
 def _check_shared_memory(dataset: Dataset, rows: int, num_workers: int) -> None:
