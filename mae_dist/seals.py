@@ -43,6 +43,10 @@ class Seals:
         """Whether there is a seal of this checkpoint."""
         return self._path(step).exists()
 
+    def steps(self) -> list[int]:
+        """The sealed steps, ascending, whether or not their checkpoints are still there."""
+        return sorted(int(path.stem) for path in self._seals.glob("*.json") if path.stem.isdigit())
+
     def damage(self, step: int) -> list[str] | None:
         """What is not as it was written: nothing for a good checkpoint, None for one without a seal.
 

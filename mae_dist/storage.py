@@ -1,6 +1,7 @@
 """Text files of a run's directory, on a disk or in a bucket: written whole, with faults that name the file."""
 
 import contextlib
+import datetime
 import functools
 import importlib.util
 import json
@@ -101,6 +102,15 @@ def write_bytes_atomically(path: epath.Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def set_aside(path: epath.Path) -> None:
+    """Gives a file, if it is there, a name with the time in it, so that another can be written in its place."""
+    if path.exists():
+        now = datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m%dT%H%M%S")
+        kept = path.parent / f"{path.stem}_{now}{path.suffix}"
+        path.rename(kept)
+        logging.getLogger(__name__).warning("%s is kept as %s", path, kept.name)
 
 
 @contextlib.contextmanager

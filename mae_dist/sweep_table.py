@@ -9,17 +9,23 @@ from typing import Any
 from etils import epath
 
 from mae_dist.results import METRICS, Result, Spread, spread
-from mae_dist.storage import naming_faults, read_text, write_bytes_atomically, write_text_atomically
+from mae_dist.storage import naming_faults, read_text, set_aside, write_bytes_atomically, write_text_atomically
 
 _SWEEP_FILE = "sweep.json"
 _CLASSIFIED = ("train_top1", "val_top1", "test_top1")  # what the trainings that follow the first are for
 
 
 def describe(out: epath.Path, fields: Sequence[str], then: Sequence[str], points: Sequence[Mapping[str, Any]]) -> None:
-    """Writes sweep.json, from which alone the table can be made: what is swept and where each point is."""
+    """Writes sweep.json, from which alone the table can be made: what is swept and where each point is.
+
+    One that has points which are not of this sweep is kept beside it.
+    """
     text = json.dumps({"fields": list(fields), "then": list(then), "points": list(points)}, indent=2)
     with naming_faults(out):
         out.mkdir(parents=True, exist_ok=True)
+        before = read_text(out / _SWEEP_FILE)
+        if before and not {point["name"] for point in json.loads(before)["points"]} <= {p["name"] for p in points}:
+            set_aside(out / _SWEEP_FILE)
         write_text_atomically(out / _SWEEP_FILE, text + "\n")
 
 

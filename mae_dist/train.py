@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, evaluate, flops, goodput, metrics, pictures, readout, sharding
+from mae_dist import distributed, errors, evaluate, flops, goodput, history, metrics, pictures, readout, sharding
 from mae_dist.checkpoint import Checkpoints
 from mae_dist.clu_without_tf import periodic_actions
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
@@ -26,7 +26,7 @@ from mae_dist.lock import sole_user
 from mae_dist.preemption import Notices, Preempted
 from mae_dist.profiler import Profiler
 from mae_dist.state import TrainState
-from mae_dist.storage import naming_faults, write_text_atomically
+from mae_dist.storage import naming_faults, set_aside, write_text_atomically
 from mae_dist.watch import Watch
 
 
@@ -54,9 +54,11 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
         with watch.during("restore"), notices.interrupting():
             state, start, unfinished = _restore_or_begin(job, checkpoints, default)
         logging.info("%s", job.overview())
+        if distributed.is_primary():
+            history.check_start(workdir, job.config, default, start, total_steps)
+        if start >= total_steps and unfinished is None:
+            return finish(job, workdir, start)
         with _recorder(workdir, start) as recorder:
-            if start >= total_steps and unfinished is None:
-                return finish(job, workdir, start)
             _write_config(job, workdir)
             notices.check()
             run = _Run(job, workdir, recorder, state.params, watch, notices, start, compilation)
@@ -144,7 +146,7 @@ def _write_config(job: Job, workdir: epath.Path) -> None:
         path = workdir / "config.json"
         with naming_faults(path):
             workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / metrics.SUMMARY_FILE).unlink(missing_ok=True)  # of a run that was shorter
+            set_aside(workdir / metrics.SUMMARY_FILE)  # of a run that was shorter
             write_text_atomically(path, config_lib.to_json(job.config) + "\n")
 
 
@@ -197,6 +199,7 @@ class _Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.watch.end()
         try:
             self.ledger.note(self.step, self.watch.account(), self.ended)
         except errors.StorageFault:
@@ -424,13 +427,28 @@ def _with_features(job: Job, params: Any) -> Data:
 
 
 def finish(job: Job, workdir: epath.Path, step: int) -> int:
-    """Writes summary.json from metrics.jsonl and prints the one line of result."""
+    """Writes summary.json from metrics.jsonl, unless it is there, and prints the one line of result."""
     if not distributed.is_primary():
         return errors.EXIT_DONE
+    summary = history.finished_summary(workdir, step)
+    if summary is None:
+        summary = _summary(job, workdir, step)
+        with naming_faults(workdir):
+            set_aside(workdir / metrics.SUMMARY_FILE)
+        metrics.write_summary(workdir, summary)
+    accuracies = ("val_top1", "test_top1", *config_lib.ONLINE, "test_knn_top1", "test_ridge_top1")
+    shown = ("loss", "val_loss", "test_loss", *accuracies, "images_per_sec")
+    values = ", ".join(f"{name} {summary[name]:.4g}" for name in shown if summary.get(name) is not None)
+    print(f"{job.config.name}: step {step} of {job.schedule.total_steps}, {values} ({workdir})", flush=True)
+    return errors.EXIT_DONE
+
+
+def _summary(job: Job, workdir: epath.Path, step: int) -> dict[str, Any]:
+    """What summary.json says of the run."""
     records = metrics.read_metrics(workdir)
     rates = [record["images_per_sec"] for record in records if math.isfinite(record.get("images_per_sec", math.nan))]
     timing = ("step_secs", "eta_secs", "images_per_sec", "data_wait", "mfu")
-    summary = {
+    return {
         "name": job.config.name,
         "task": job.config.task,
         "step": step,
@@ -440,9 +458,3 @@ def finish(job: Job, workdir: epath.Path, step: int) -> int:
         "goodput": goodput.summarize(workdir),
         "environment": metrics.environment(),
     }
-    metrics.write_summary(workdir, summary)
-    accuracies = ("val_top1", "test_top1", *config_lib.ONLINE, "test_knn_top1", "test_ridge_top1")
-    shown = ("loss", "val_loss", "test_loss", *accuracies, "images_per_sec")
-    values = ", ".join(f"{name} {summary[name]:.4g}" for name in shown if summary.get(name) is not None)
-    print(f"{job.config.name}: step {step} of {job.schedule.total_steps}, {values} ({workdir})", flush=True)
-    return errors.EXIT_DONE

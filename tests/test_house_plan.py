@@ -57,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "report_plot",
     ),
     ("config", "models", "pictures", "evaluate", "report_page"),
-    ("tasks", "saved", "points", "results"),
+    ("tasks", "saved", "points", "results", "history"),
     ("steps", "checkpoint", "pretrained", "sweep_table", "report_runs"),
     ("job", "encoder", "report_groups"),
     ("train", "input_speed", "extract", "planning", "report_figures", "report_model", "report_tables"),

@@ -168,12 +168,13 @@ def test_preempted_before_the_first_update(uninterrupted, child_env, tmp_path):
 
 
 def test_finished_run_is_left_alone(uninterrupted, child_env):
-    """The same line once more reports the result and changes nothing but summary.json's environment."""
-    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    """The same line once more reports the result and changes nothing."""
+    names = ("metrics.jsonl", "summary.json")
+    before = [(uninterrupted / name).read_bytes() for name in names]
     code, output = run(child_env(), *ARGS, f"--workdir={uninterrupted}")
     assert code == 0, output
     assert "smoke: step 60 of 60" in output
-    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    assert [(uninterrupted / name).read_bytes() for name in names] == before
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["step"] == 60
     assert summary["test_loss"] == records(uninterrupted)[-1]["test_loss"]

@@ -1,0 +1,105 @@
+"""What a run has recorded is never replaced by less: checked before a start writes anything.
+
+A run that was killed before its first save begins anew by the same line, for it records the same again. Wherever
+records would be lost for good the start is refused, and the result of a shorter run is kept beside that of the longer.
+"""
+
+import json
+from typing import Any
+
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist import metrics
+from mae_dist.errors import StorageFault
+from mae_dist.seals import Seals
+from mae_dist.storage import naming_faults, read_text
+
+
+def check_start(workdir: epath.Path, config: ConfigDict, default: ConfigDict, start: int, total_steps: int) -> None:
+    """Raises a `StorageFault` where a start would replace what is recorded by less, and logs what is missing.
+
+    Args:
+      workdir: the run's directory.
+      config: of this start.
+      default: the fields that a stored config may lack.
+      start: the step of the checkpoint that it continues from, 0 for none.
+      total_steps: where it is to end.
+    """
+    if start > total_steps:
+        raise StorageFault(
+            f"{workdir} is trained to step {start} already, beyond total_steps={total_steps}: nothing is done or "
+            f"changed. Set total_steps={start} or more (or total_epochs accordingly), or choose another --workdir"
+        )
+    with naming_faults(workdir):
+        if start == 0:
+            _check_beginning(workdir, config, default)
+        elif _last_step(workdir) < start - start % config.log_every_steps:
+            logging.warning(
+                "%s ends at step %d and the checkpoint is of step %d: the records between them are lost",
+                *(workdir / metrics.METRICS_FILE, _last_step(workdir), start),
+            )
+
+
+def _check_beginning(workdir: epath.Path, config: ConfigDict, default: ConfigDict) -> None:
+    """As `check_start`, where there is no checkpoint."""
+    cure = (
+        f"choose another --workdir for a new run; to begin anew in this one, move {workdir} away or delete it, records "
+        "and all"
+    )
+    saved, summary = Seals(workdir).steps(), workdir / metrics.SUMMARY_FILE
+    evidence = [f"saved step {step}" for step in saved[-1:]] + [f"left {summary.name}"] * summary.exists()
+    if evidence:
+        raise StorageFault(
+            f"{workdir / 'checkpoints'} is empty, but the run there has {' and '.join(evidence)}: it would be replaced "
+            f"by one from the beginning. Restore the checkpoints from a copy and repeat the command; or {cure}"
+        )
+    last = _last_step(workdir)
+    if not last:
+        return
+    try:
+        stored = config_lib.from_json(read_text(workdir / "config.json"), default)
+        lines = config_lib.differences(stored, config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        lines = [f"its config.json cannot be read: {error}"]
+    if lines:
+        raise StorageFault(
+            f"{workdir} holds the records of another configuration, to step {last}, which has not saved yet:\n  - "
+            + "\n  - ".join(lines)
+            + f"\nSet these back to begin that run anew; or {cure}"
+        )
+    logging.warning("The run here was ended at step %d, before its first save: it begins anew, by the same steps", last)
+
+
+def finished_summary(workdir: epath.Path, step: int) -> dict[str, Any] | None:
+    """summary.json, if it is of a run that ended at `step`: there is no other way to what it says.
+
+    Without it it has to be made of the records.
+
+    Raises:
+      StorageFault: there is none, and the records do not reach `step`.
+    """
+    path = workdir / metrics.SUMMARY_FILE
+    with naming_faults(path):
+        text = read_text(path)
+    try:
+        summary = json.loads(text)
+        if summary["step"] == summary["total_steps"] == step:
+            return summary
+    except (ValueError, KeyError, TypeError):
+        pass  # damaged, or not there
+    if _last_step(workdir) < step:
+        raise StorageFault(
+            f"{workdir} is trained to step {step}, but {metrics.METRICS_FILE} ends at step {_last_step(workdir)}, so "
+            f"its result cannot be written. Restore {metrics.METRICS_FILE} or {path.name} from a copy; the checkpoint "
+            "is whole, and other commands can use it"
+        )
+    return None
+
+
+def _last_step(workdir: epath.Path) -> int:
+    """The last step in metrics.jsonl, 0 without records."""
+    records = metrics.read_metrics(workdir)
+    return int(records[-1]["step"]) if records else 0
