@@ -1,7 +1,8 @@
 """One run at a time in a workdir: a lock that dies with its process, whatever kills it.
 
 On a disk the kernel holds it (`<workdir>/.lock`). In a bucket it is a lease, an object that its holder keeps changing:
-who finds one watches it, and takes it over when it stays as it is. No clock of another machine is believed.
+only one can create it, who finds one watches it, and takes it over when it stays as it is. No clock of another machine
+is believed.
 """
 
 import contextlib
@@ -11,11 +12,14 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 from etils import epath
 
+from mae_dist import names
 from mae_dist.errors import StorageFault
 from mae_dist.storage import is_local, naming_faults
 
@@ -24,8 +28,22 @@ _RENEW_SECS = 10.0
 _WATCH_SECS = 35.0  # longer than a holder may take to renew
 
 
+class Held:
+    """A workdir that is locked for this run."""
+
+    taken_by = ""  # another run, after this one was silent for too long
+
+    def check(self) -> None:
+        """Raises `StorageFault` if another run has taken the workdir over: nothing more may be written there."""
+        if self.taken_by:
+            raise StorageFault(
+                f"this run was silent for so long that another took its workdir over: {self.taken_by}. Let that one "
+                "go on"
+            )
+
+
 @contextlib.contextmanager
-def sole_user(workdir: epath.Path) -> Iterator[None]:
+def sole_user(workdir: epath.Path) -> Iterator[Held]:
     """Holds the workdir's lock.
 
     Raises:
@@ -34,14 +52,14 @@ def sole_user(workdir: epath.Path) -> Iterator[None]:
     path = workdir / _FILE
     with naming_faults(path):
         workdir.mkdir(parents=True, exist_ok=True)
-    with _held_file(path) if is_local(path) else _lease(path):
-        yield
+    with _held_file(path) if is_local(path) else _lease(path) as held:
+        yield held
 
 
-def _holder(beat: int = 0) -> str:
+def _holder(**more: object) -> str:
     """Who holds it, for the message to the other."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return json.dumps({"host": socket.gethostname(), "process": os.getpid(), "written": since, "beat": beat})
+    return json.dumps({"host": socket.gethostname(), "process": os.getpid(), "written": since, **more})
 
 
 def _refuse(path: epath.Path, holder: str) -> StorageFault:
@@ -52,7 +70,7 @@ def _refuse(path: epath.Path, holder: str) -> StorageFault:
 
 
 @contextlib.contextmanager
-def _held_file(path: epath.Path) -> Iterator[None]:
+def _held_file(path: epath.Path) -> Iterator[Held]:
     with naming_faults(path), contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "a+", encoding="utf-8"))
         try:
@@ -67,39 +85,103 @@ def _held_file(path: epath.Path) -> Iterator[None]:
         file.flush()
         keep = stack.pop_all()
     with keep:
-        yield
+        yield Held()
+
+
+class _Object:
+    """The lease of one holder. Each write of an object gives it a new generation, and a deletion can name the old."""
+
+    def __init__(self, path: epath.Path):
+        import fsspec
+
+        self._bucket: Any = fsspec.filesystem("gcs", version_aware=True)
+        self._name = os.fspath(path).removeprefix(names.BUCKET)
+        self._holder = uuid.uuid4().hex
+        self._beat = 0
+
+    def create(self) -> bool:
+        """Makes the object, if there is none: True for only one of all who try at the same time."""
+        try:
+            self._write("create")
+        except FileExistsError:  # or an answer was lost, and the request repeated
+            return self.wrote(self.read())
+        return True
+
+    def renew(self) -> None:
+        """Changes the object, so that it looks alive."""
+        self._beat += 1
+        self._write("overwrite" if self.generation() else "create")  # somebody may have deleted it
+
+    def _write(self, mode: str) -> None:
+        text = _holder(beat=self._beat, holder=self._holder)
+        self._bucket.pipe_file(self._name, text.encode(), mode=mode)
+
+    def generation(self) -> str:
+        """Returns that of the object as it is now; "" if there is none."""
+        try:
+            return self._bucket.info(self._name)["generation"]
+        except FileNotFoundError:
+            return ""
+
+    def read(self) -> str:
+        """Returns what the holder wrote; "" if there is none."""
+        try:
+            return self._bucket.cat_file(self._name).decode()
+        except FileNotFoundError:
+            return ""
+
+    def wrote(self, text: str) -> bool:
+        """True if `text` is this holder's."""
+        return self._holder in text
+
+    def delete(self, generation: str) -> None:
+        """Deletes the object, if it is still of this generation."""
+        with contextlib.suppress(FileNotFoundError):
+            self._bucket.rm_file(f"{self._name}#{generation}")
+
+
+def _take(lease: _Object, path: epath.Path, renew_secs: float, watch_secs: float) -> None:
+    """Creates the lease; one that is there already is deleted first, when nobody has renewed it for `watch_secs`."""
+    while not lease.create():
+        generation, found = lease.generation(), lease.read()
+        logging.warning("%s: another run is, or was, here (%s); watching it for %g s", path, found, watch_secs)
+        deadline = time.monotonic() + watch_secs
+        while time.monotonic() < deadline and (now := lease.generation()):
+            if now != generation:
+                raise _refuse(path, lease.read() or found)
+            time.sleep(min(1.0, renew_secs))
+        if generation:
+            lease.delete(generation)
 
 
 @contextlib.contextmanager
-def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float = _WATCH_SECS) -> Iterator[None]:
+def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float = _WATCH_SECS) -> Iterator[Held]:
+    held, ended = Held(), threading.Event()
     with naming_faults(path):
-        if path.exists():
-            found = path.read_text()
-            logging.warning("%s: another run is, or was, here (%s); watching it for %g s", path, found, watch_secs)
-            deadline = time.monotonic() + watch_secs
-            while time.monotonic() < deadline and path.exists():
-                if path.read_text() != found:
-                    raise _refuse(path, found)
-                time.sleep(min(1.0, renew_secs))
-        path.write_text(_holder())
-    ended = threading.Event()
+        lease = _Object(path)
+        _take(lease, path, renew_secs, watch_secs)
 
     def renew() -> None:
-        beat = 0
         while not ended.wait(renew_secs):
-            beat += 1
             try:
                 with naming_faults(path):
-                    path.write_text(_holder(beat))
+                    found = lease.read()
+                    if found and not lease.wrote(found):
+                        held.taken_by = found
+                        logging.error("%s was taken over by another run: %s", path, found)
+                        return
+                    lease.renew()
             except StorageFault as fault:
                 logging.warning("%s", fault)
 
-    thread = threading.Thread(target=renew, daemon=True)
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield held
     finally:
         ended.set()
         thread.join(timeout=renew_secs)
         with contextlib.suppress(StorageFault), naming_faults(path):
-            path.unlink(missing_ok=True)
+            generation = lease.generation()
+            if lease.wrote(lease.read()):
+                lease.delete(generation)

@@ -22,7 +22,7 @@ from mae_dist.clu_without_tf import periodic_actions
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
 from mae_dist.goodput import Ledger
 from mae_dist.job import Data, Job
-from mae_dist.lock import sole_user
+from mae_dist.lock import Held, sole_user
 from mae_dist.preemption import Notices, Preempted
 from mae_dist.profiler import Profiler
 from mae_dist.state import TrainState
@@ -45,7 +45,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
     _warn_of_bad_records(job.data)
     total_steps = job.schedule.total_steps
     with (
-        sole_user(workdir) if distributed.is_primary() else contextlib.nullcontext(),
+        sole_user(workdir) if distributed.is_primary() else contextlib.nullcontext(Held()) as held,
         distributed.interrupted_between_steps() as stop_if_interrupted,
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
@@ -66,6 +66,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
                 if unfinished is not None and not run.conclude_again(start, state, unfinished):
                     return run.preempted(start)
                 for step, batch in run.batches(start):
+                    held.check()
                     state, on_device = run.update(step, state, batch)
                     run.log(step, on_device)
                     pending = run.conclude(step, state)

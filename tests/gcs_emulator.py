@@ -146,6 +146,8 @@ class GcsEmulator(ThreadingHTTPServer):
 def _check_generation(blob: Blob | None, query: dict[str, str]) -> None:
     """A generation of 0 stands for an object that does not exist."""
     generation = str(blob.generation if blob is not None else 0)
+    if query.get("generation", generation) != generation:
+        raise Refused(404, f"No such generation: {query['generation']}")  # buckets here keep no versions
     if query.get("ifGenerationMatch", generation) != generation:
         raise Refused(412, "At least one of the pre-conditions you specified did not hold.")
     if query.get("ifGenerationNotMatch") == generation:
