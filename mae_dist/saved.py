@@ -17,10 +17,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import integrity, sharding
+from mae_dist import integrity, os_errors, sharding
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
-from mae_dist.storage import naming_faults, write_text_atomically
+from mae_dist.storage import check_checkpoints, naming_faults, write_text_atomically
 
 # In the meta of converted weights: where they came from.
 WEIGHTS_ONLY = "weights_of"
@@ -42,11 +42,11 @@ def naming_damage(path: epath.Path, workdir: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise StorageFault(
-            f"checkpoint {path} cannot be written or read: {error}\nIf the disk is full, free some space; if it is "
-            f"damaged (python -m mae_dist.checkpoint verify {workdir}), the training command puts it in "
-            "quarantine and continues from the one before."
-        ) from error
+        cure = os_errors.cure(error) or (
+            f"If it is damaged (python -m mae_dist.checkpoint verify {workdir}), the training command puts it in "
+            "quarantine and continues from the one before"
+        )
+        raise StorageFault(f"checkpoint {path} cannot be written or read: {error}\n{cure}.") from error
 
 
 def first_line(error: Exception) -> str:
@@ -84,8 +84,16 @@ def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
         raise StorageFault(
             f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from"
         )
-    with naming_damage(path, workdir):
-        return config_lib.from_json(path.read_text(), default)
+    check_checkpoints(workdir, saving=False)
+    with naming_faults(path):
+        text = path.read_bytes()
+    try:
+        return config_lib.from_json(text.decode(), default)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageFault(
+            f"{path} is damaged: {first_line(error)}. Restore it from a copy, or "
+            "continue the run: its command writes it again"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from mae_dist import os_errors
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -92,9 +93,8 @@ def write_tensors(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise StorageFault(
-            f"cannot write {path}: {error}. Free some space, make its directory and make it writable, or name another"
-        ) from error
+        cure = os_errors.cure(error) or "See whether its directory can be written, or name another file"
+        raise StorageFault(f"cannot write {path}: {error}. {cure}") from error
 
 
 def _save_safetensors(file: Path, arrays: dict[str, np.ndarray]) -> None:

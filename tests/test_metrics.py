@@ -169,7 +169,7 @@ def test_full_disk_is_a_storage_fault(workdir: epath.Path):
     with Recorder(workdir, start_step=0, is_primary=True) as recorder:
         Path(workdir / "metrics.jsonl").symlink_to("/dev/full")
         recorder.write_scalars(1, {"loss": 1.0})
-        with pytest.raises(StorageFault, match=r"metrics\.jsonl: .*No space left.*Free some space"):
+        with pytest.raises(StorageFault, match=r"metrics\.jsonl: .*No space left.*free some space"):
             recorder.commit(1)
 
 

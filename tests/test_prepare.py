@@ -227,7 +227,7 @@ def test_a_disk_that_fills_up_is_a_data_fault(folder: Path, tmp_path: Path, monk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # of a file: the plan has room, a shard has not
     try:
-        with pytest.raises(DataFault, match=r"preparing many .* failed: .*Free some space"):
+        with pytest.raises(DataFault, match=r"preparing many .* failed: .*File too large.*ulimit -f"):
             begin(folder, directory, monkeypatch)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
