@@ -22,11 +22,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, integrity, saved
+from mae_dist import console, distributed, errors, integrity, saved
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
 from mae_dist.state import TrainState
-from mae_dist.storage import absolute, naming_faults
+from mae_dist.storage import absolute, check_checkpoints, naming_faults
 
 _policy = ocp.checkpoint_managers
 
@@ -334,14 +334,18 @@ def _command(argv: Sequence[str]) -> int:
     )
     parser.add_argument("what", choices=("verify", "list", "rm-quarantine"))
     parser.add_argument("workdir", help="of the run; its processes may be running")
+    console.check_arguments(argv)
     given = parser.parse_args(argv)
     workdir = absolute(given.workdir)
+    check_checkpoints(workdir, saving=False)
     seals, directory = Seals(workdir), workdir / "checkpoints"
+    if not (directory.exists() or (given.what == "rm-quarantine" and seals.quarantined())):
+        raise StorageFault(
+            f"{directory} does not exist: {workdir} is not the workdir of a run that has saved; correct it"
+        )
     if given.what == "rm-quarantine":
         print(f"{seals.empty_quarantine()} checkpoints deleted from quarantine")
         return errors.EXIT_DONE
-    if not directory.exists():
-        raise StorageFault(f"{directory} does not exist: {workdir} is not the workdir of a run that has saved")
     steps = saved.steps(workdir)
     faults = 0
     for step in steps:
@@ -365,4 +369,5 @@ def _command(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     errors.open_closed_streams()
+    console.set_up()
     sys.exit(errors.exit_code_of(lambda: _command(sys.argv[1:])))

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import augment, layers, onednn, patches, profiler, transforms
 from mae_dist.errors import ConfigError
+from mae_dist.storage import absolute_name
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("pretrain", "probe", "finetune"),
@@ -108,6 +109,9 @@ SHARES = (
 PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob")
 # What a pretraining's features are worth, by `online`.
 ONLINE = ("val_knn_top1", "val_ridge_top1")
+
+# Names of files and directories; "": none, or a default.
+PATHS = ("init_from", "model.mask_file", "data.data_dir", "data.cache_dir")
 
 # What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
 # it computes.
@@ -234,6 +238,12 @@ def _faults(config: ConfigDict) -> Iterator[str]:
             value = get(config, field)
             if not (math.isfinite(value) and test(value)):
                 yield f"{field}={value} {needed}"
+    for field in PATHS:
+        if value := get(config, field):
+            try:
+                absolute_name(value)
+            except ConfigError as error:
+                yield f"{field}: {error}"
     yield from _model_faults(config.model, config.task)
     yield from _run_faults(config)
 

@@ -28,7 +28,7 @@ from mae_dist import (
     sharding,
     weights,
 )
-from mae_dist.storage import absolute, appearing, naming_faults
+from mae_dist.storage import absolute, appearing, check_checkpoints, naming_faults
 
 Params = dict[str, Any]
 
@@ -87,6 +87,8 @@ def convert_weights(
     """
     if to == "timm" and out.suffix not in (".safetensors", ".pth"):
         raise errors.ConfigError(f"--out={out}: a state dict is a file; end it in .safetensors or .pth")
+    if to == "mae_dist":
+        check_checkpoints(out, saving=True)
     config, params = source.config, source.load_whole()
     with config.unlocked():
         if encoder_only:

@@ -250,4 +250,4 @@ def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None)
     """
     from configs import default
 
-    return Encoder(pretrained.open_pretrained(absolute(os.fspath(path)), default.get_config(), config))
+    return Encoder(pretrained.open_pretrained(absolute(path), default.get_config(), config))

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mae_dist import cpu, errors
+from mae_dist import console, cpu, errors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives (default runs/<config.name>); may be gs://….")
@@ -38,6 +38,7 @@ _SIMULATE_PREEMPTION = flags.DEFINE_integer(
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; what is wrong with it, the config's file or an override of it is a `ConfigError`."""
+    console.check_arguments(argv)
     try:
         rest = flags.FLAGS(list(argv))
         if _CONFIG.value is not None:
@@ -122,16 +123,18 @@ def _train(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; options are --config.field=value")
     config = needed_config()
-    workdir_name = _WORKDIR.value or f"runs/{config.name}"
-    use_cores(config, workdir_name)
 
-    from mae_dist import preemption, watch
+    from mae_dist import preemption, storage, watch
+
+    workdir_name = storage.absolute_name(_WORKDIR.value or f"runs/{config.name}")
+    storage.check_checkpoints(workdir_name, saving=True)
+    use_cores(config, workdir_name)
 
     notices = preemption.Notices(_SIMULATE_PREEMPTION.value)
     with watch.Watch(**config.deadlines) as watching, notices.handling(_METADATA_SERVER.value):
         import jax
 
-        from mae_dist import job, storage, train
+        from mae_dist import job, train
 
         join_processes(watching, notices)
         try:
@@ -230,7 +233,7 @@ def keep_compilations(workdir: str) -> None:
 
     if "://" in workdir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    directory = os.path.join(os.path.dirname(os.path.abspath(os.path.expanduser(workdir))), ".compiled")
+    directory = os.path.join(os.path.dirname(workdir), ".compiled")
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         found = os.stat(directory)
@@ -292,9 +295,7 @@ def new_local_path(value: str) -> Any:
     """Where a command shall write what is not there yet; a `ConfigError` for a bucket or something that exists."""
     from mae_dist import storage
 
-    if "://" in value:
-        raise errors.ConfigError(f"--out={value}: write to a local path and copy the result to the bucket")
-    path = storage.absolute(value)
+    path = storage.local(value, "--out", "write to a local path and copy the result to the bucket")
     if path.exists():
         raise errors.ConfigError(f"--out={path} exists already; remove it or choose another")
     return path
@@ -326,6 +327,7 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     errors.open_closed_streams()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
+    console.set_up()
     try:
         code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
     except Exception as error:

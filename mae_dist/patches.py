@@ -5,6 +5,7 @@ A `mask` is 0 where a patch is kept and 1 where it is removed (He et al. 2021, s
 """
 
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def draw_ids_shuffle(
 def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
     """Reads a user's own mask, a `.npy` of shape (gh, gw) or (L,) with 1 (or True) where a patch is removed."""
     try:
-        mask = np.load(path, allow_pickle=False)
+        mask = np.load(os.path.expanduser(path), allow_pickle=False)
         flat = mask.astype(np.int32).reshape(-1)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"model.mask_file {path!r} cannot be read as a .npy array: {error}") from error

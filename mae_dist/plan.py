@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from mae_dist import chips, errors, main, planning, topology
+from mae_dist.storage import local
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "What to plan for, as v5e:16x16, v4:4x4x4, v5p:2x2x2 or cpu:8.")
 _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "How many such slices.")
@@ -41,7 +42,7 @@ def plan(argv: Sequence[str]) -> int:
     if config is not None and _BATCH.value is not None:
         config.global_batch_size = _BATCH.value
     config = main.needed_config()
-    _check_json(_JSON.value)
+    out = _new_json(_JSON.value) if _JSON.value else None
     place = topology.describe(main.required(_TOPOLOGY), _NUM_SLICES.value)
     data = planning.described_data(config)
     if _SWEEP.value:
@@ -53,17 +54,19 @@ def plan(argv: Sequence[str]) -> int:
         if _FIT.value or (_FIT.value is None and not report["fits"]):
             report["fit"] = list(planning.search_fit(config, place, data, report))
             print(fit_text(report["fit"]))
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return errors.EXIT_DONE if report["fits"] else _NOT_FITTING
 
 
-def _check_json(path: str | None) -> None:
-    """Raises `ConfigError` where no file can be written: better than after minutes of compiling."""
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+def _new_json(path: str) -> Path:
+    """Returns where to write; a `ConfigError` where no file can be: better than after minutes of compiling."""
+    out = Path(local(path, "--json", "write to a local path"))
+    if out.is_dir() or not out.parent.is_dir():
         raise errors.ConfigError(
             f"--json={path}: a file in a directory that exists is needed; mkdir -p it, or name another"
         )
+    return out
 
 
 def gib(size: float | None) -> str:

@@ -18,6 +18,7 @@ from absl import flags, logging
 from mae_dist import errors, main
 from mae_dist.data import archives, cifar
 from mae_dist.data.records import is_prepared, write_dataset
+from mae_dist.storage import local
 
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Where the archives of ImageNet are.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps data sets (default $TFDS_DATA_DIR or its own).")
@@ -35,11 +36,11 @@ def prepare(argv: Sequence[str]) -> int:
         raise errors.ConfigError(
             f"got {names}; name one data set (imagenet2012, cifar10, cifar100), or give --from_folder and --name"
         )
-    root = os.path.abspath(os.path.expanduser(_DATA_DIR.value)) if _DATA_DIR.value else None
-    if root and "://" in _DATA_DIR.value:
-        raise errors.ConfigError(f"--data_dir={_DATA_DIR.value}: prepare on a disk, then copy the directory there")
+    root = None
+    if _DATA_DIR.value:
+        root = os.fspath(local(_DATA_DIR.value, "--data_dir", "prepare on a disk, then copy the directory there"))
     if _FROM_FOLDER.value:
-        builder = _prepare_folder(Path(_FROM_FOLDER.value).expanduser(), main.required(_NAME), root)
+        builder = _prepare_folder(_source(_FROM_FOLDER), main.required(_NAME), root)
     elif names[0] == "imagenet2012":
         builder = _prepare_imagenet(root)
     elif names[0] in cifar.BUILDERS:
@@ -74,6 +75,13 @@ def _flags_of(builder: Any) -> list[str]:
     return [f"--config.data.{field}={value}" for field, value in fields.items()]
 
 
+def _source(flag: flags.FlagHolder[str | None]) -> Path:
+    """Returns where the images are that a flag names."""
+    value = main.required(flag)
+    local(value, f"--{flag.name}", "copy it to a disk first")
+    return Path(value).expanduser()
+
+
 def _prepare_imagenet(root: str | None) -> Any:
     import tensorflow_datasets as tfds
 
@@ -89,7 +97,7 @@ def _prepare_imagenet(root: str | None) -> Any:
         logging.info("%s is prepared already", builder.data_path)
         return builder
     allow_incomplete = _ALLOW_INCOMPLETE.value or _LIMIT.value > 0  # a limit is as explicit as that
-    splits = archives.imagenet_images(Path(main.required(_MANUAL_DIR)).expanduser(), allow_incomplete)
+    splits = archives.imagenet_images(_source(_MANUAL_DIR), allow_incomplete)
     write_dataset(builder.info, Path(builder.data_path), _limited(splits))
     return tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
 

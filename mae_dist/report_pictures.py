@@ -30,8 +30,10 @@ _PICTURE_WIDTH = 1000  # pixels in the page
 
 def some_pictures(workdir: epath.Path, most: int = 4) -> list[epath.Path]:
     """The pictures that training drew: the first, some between, the last."""
-    with naming_faults(workdir / "pictures"):
-        paths = sorted((workdir / "pictures").glob("step_*.png"))
+    directory = workdir / "pictures"
+    with naming_faults(directory):
+        found = directory.iterdir() if directory.is_dir() else ()
+        paths = sorted(path for path in found if path.name.startswith("step_") and path.suffix == ".png")
     if len(paths) <= most:
         return paths
     return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]

@@ -17,7 +17,7 @@ from mae_dist import config as config_lib
 from mae_dist import goodput, integrity, metrics, saved
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
-from mae_dist.storage import absolute, naming_faults, read_text
+from mae_dist.storage import absolute, children_of, naming_faults, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ def find_workdirs(paths: Iterable[str]) -> list[epath.Path]:
     for given in paths:
         path = absolute(given)
         with naming_faults(path):
-            children = [path] if (path / "config.json").exists() else sorted(path.iterdir()) if path.is_dir() else []
+            children = [path] if (path / "config.json").exists() else children_of(path)
             runs = [child for child in children if (child / "config.json").exists()]
         if not runs:
             raise StorageFault(

@@ -75,7 +75,8 @@ class Seals:
         """Why, by name."""
         if not self._quarantine.exists():
             return {}
-        return {path.stem: path.read_text().strip() for path in sorted(self._quarantine.glob("*.txt"))}
+        reasons = (path for path in sorted(self._quarantine.iterdir()) if path.suffix == ".txt")
+        return {path.stem: path.read_text().strip() for path in reasons}
 
     def empty_quarantine(self) -> int:
         """Deletes what is in quarantine; returns how many checkpoints that were."""

@@ -7,12 +7,14 @@ import importlib.util
 import json
 import logging
 import os
+import posixpath
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from clu import asynclib
 from etils import epath
 
+from mae_dist import names, os_errors
 from mae_dist.errors import ConfigError, StorageFault
 
 # Read by epath when it first opens anything: it would go to buckets through TensorFlow wherever that is installed.
@@ -36,7 +38,7 @@ def naming_faults(path: epath.Path) -> Iterator[None]:
         if not (isinstance(error, OSError | asynclib.AsyncError) or of_client):
             raise
         cure = (
-            "Free some space or make it writable, or choose another place"
+            os_errors.cure(error) or "See whether the place can be read and written, or choose another"
             if is_local(path)
             else "See to the network, the credentials (gcloud auth application-default login) and their permissions"
         )
@@ -46,18 +48,54 @@ def naming_faults(path: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def absolute(path: str) -> epath.Path:
-    """A path of the command line or a config, made absolute unless it is a bucket's, which must be within reach.
+def absolute_name(path: str | os.PathLike[Any]) -> str:
+    """Returns a path of the command line or a config as an absolute one, `~` expanded, unless it is a bucket's.
+
+    Looks at the name alone, not at what is there.
 
     Raises:
-      ConfigError: nothing is installed that reads buckets.
+      ConfigError: a name that a library would read as another; the message says which character is to blame.
+    """
+    given = os.fsdecode(path)
+    if fault := names.scheme_fault(given):
+        raise ConfigError(fault)
+    if given.startswith(names.BUCKET):
+        full = names.BUCKET + posixpath.normpath(given.removeprefix(names.BUCKET))
+    else:
+        try:
+            full = os.path.abspath(os.path.expanduser(given))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{given!r} is relative to a directory that was deleted; cd to another") from error
+    if fault := names.path_fault(full):
+        raise ConfigError(fault)
+    return full
+
+
+def absolute(path: str | os.PathLike[Any]) -> epath.Path:
+    """Returns `absolute_name(path)` as a path; a bucket must be within reach.
+
+    Raises:
+      ConfigError: as `absolute_name`; or nothing is installed that reads buckets.
       StorageFault: there is no such bucket, or it may not be read.
     """
-    if "://" not in path:
-        return epath.Path(os.path.abspath(os.path.expanduser(path)))
-    if path.startswith("gs://"):
-        _reach(path.removeprefix("gs://").partition("/")[0])
-    return epath.Path(path)
+    full = absolute_name(path)
+    if full.startswith(names.BUCKET):
+        _reach(full.removeprefix(names.BUCKET).partition("/")[0])
+    return epath.Path(full)
+
+
+def local(path: str, flag: str, instead: str) -> epath.Path:
+    """Returns `absolute(path)`; a `ConfigError` that names the flag or field, and the cure, if it is in a bucket."""
+    full = absolute_name(path)
+    if full.startswith(names.BUCKET):
+        raise ConfigError(f"{flag}={path}: {instead}")
+    return epath.Path(full)
+
+
+def check_checkpoints(path: str | epath.Path, *, saving: bool) -> None:
+    """Raises `ConfigError` if checkpoints below an absolute path could not be read, or after `saving` not read back."""
+    if fault := names.checkpoint_fault(os.fspath(path), saving=saving):
+        raise ConfigError(fault)
 
 
 @functools.cache
@@ -82,9 +120,16 @@ def _reach(bucket: str) -> None:
             ) from error
 
 
+def children_of(directory: epath.Path) -> list[epath.Path]:
+    """Returns what is in a directory, sorted, [] if it is none; epath alone would leave out names that end in ~."""
+    if is_local(directory):
+        return [directory / name for name in sorted(os.listdir(directory))] if directory.is_dir() else []
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
 def write_text_atomically(path: epath.Path, text: str) -> None:
-    """`write_bytes_atomically` of text in UTF-8."""
-    write_bytes_atomically(path, text.encode())
+    """`write_bytes_atomically` of text in UTF-8; of a name's bytes that are none it shows the numbers."""
+    write_bytes_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes_atomically(path: epath.Path, data: bytes) -> None:
@@ -120,10 +165,10 @@ def appearing(path: epath.Path) -> Iterator[epath.Path]:
     If making it fails, nothing is left of it.
     """
     temporary = path.parent / f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
-    _remove(temporary)  # of a killed process with the same number
+    with naming_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a killed process with the same number
     try:
-        with naming_faults(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with naming_faults(path):
             os.rename(temporary, path)

@@ -27,7 +27,7 @@ from mae_dist import config as config_lib
 from mae_dist import errors, main, points, results, sweep_table, workers
 from mae_dist.lock import sole_user
 from mae_dist.points import Point, Stage
-from mae_dist.storage import absolute
+from mae_dist.storage import check_checkpoints, local
 
 _OVER = flags.DEFINE_multi_string("over", [], "config.section.field=value,value,…; repeat it for further fields.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "How many seeds, from the config's own on.", lower_bound=1)
@@ -55,6 +55,7 @@ def sweep(argv: Sequence[str]) -> int:
         return show_table(_local(main.required(_OUT)))
     base = _base()
     out = _local(_OUT.value or f"runs/sweep_{base.name}")
+    check_checkpoints(out, saving=True)
     todo = _points(base, out)
     workable = [point for point in todo if not point.fault]
     faults = {point.name: f"cannot work: {point.fault}" for point in todo if point.fault}
@@ -85,9 +86,7 @@ def _described(point: Point) -> dict[str, Any]:
 
 
 def _local(value: str) -> epath.Path:
-    if "://" in value:
-        raise errors.ConfigError(f"--out={value}: a sweep is kept on a disk; write to a local path")
-    return absolute(value)
+    return local(value, "--out", "a sweep is kept on a disk; write to a local path")
 
 
 def _base() -> ConfigDict:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mae_dist"
 # A module imports only from floors below its own. A package stands as one.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "onednn", "platforms", "resample"),
+    ("errors", "names", "onednn", "os_errors", "platforms", "resample"),
     (
         "attention",
         "functional",
@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "distributed",
         "flops",
         "storage",
+        "console",
         "clu_without_tf",
         "weights",
         "cpu",

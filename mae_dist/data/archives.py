@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mae_dist import names
 from mae_dist.data.records import Images, Progress
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.transforms import UndecodableImage, decode_image
@@ -127,16 +128,16 @@ def _validation_images(path: Path, labels: list[int]) -> Images:
 
 def _in_archive(path: Path, found: list[tuple[str, int, int, int]]) -> Images:
     found.sort()
-    names, labels, offsets, sizes = zip(*found, strict=True) if found else ((), (), (), ())
+    inside, labels, offsets, sizes = zip(*found, strict=True) if found else ((), (), (), ())
     end = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
-    if len(set(names)) != len(names) or end > path.stat().st_size:
+    if len(set(inside)) != len(inside) or end > path.stat().st_size:
         raise DataFault(f"{path} is damaged: it ends within an image, or names one twice; download it again")
     return Images(
         files=(str(path),),
-        file=np.zeros(len(names), np.int32),
+        file=np.zeros(len(inside), np.int32),
         offset=np.array(offsets, np.int64),
         size=np.array(sizes, np.int64),
-        names=names,
+        names=inside,
         labels=np.array(labels, np.int32),
         mended=_mended,
     )
@@ -182,6 +183,8 @@ def folder_images(root: Path, skip_undecodable: bool) -> tuple[dict[str, Images]
     """
     folders = _split_folders(root)
     classes = _subfolders(folders["train"])
+    if faults := [fault for name in classes if (fault := names.label_fault(name))]:
+        raise DataFault(f"{folders['train']}: the class {'; '.join(faults[:10])}")
     splits = {}
     for split, folder in folders.items():
         found = _subfolders(folder)
@@ -251,14 +254,14 @@ def _folder_split(folder: Path, labels: dict[str, int], skip_undecodable: bool) 
     paths = [path for path, decodes in zip(paths, good, strict=True) if decodes]
     if not paths:
         raise DataFault(f"{folder} holds no image in its folders")
-    names = [path.relative_to(folder) for path in paths]
+    inside = [path.relative_to(folder) for path in paths]
     return Images(
         files=tuple(map(str, paths)),
         file=np.arange(len(paths), dtype=np.int32),
         offset=np.zeros(len(paths), np.int64),
         size=np.array([sizes[path] for path in paths], np.int64),
-        names=tuple(map(str, names)),
-        labels=np.array([labels[name.parts[0]] for name in names], np.int32),
+        names=tuple(map(str, inside)),
+        labels=np.array([labels[path.parts[0]] for path in inside], np.int32),
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from mae_dist.data.dataset import AUTO_CACHE_BYTES, ArrayDataset, digest, map_array
 from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
+from mae_dist.storage import local
 
 _CHUNK = 1024  # records decoded at a time
 _COLUMNS = ("image", "label")
@@ -86,8 +87,9 @@ def _entry_path(dataset: TfdsDataset, identity: dict[str, Any], cache_dir: str) 
 
 
 def cache_root(cache_dir: str) -> Path:
-    root = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mae_dist"
-    return root.expanduser()
+    """Returns the directory of what is kept for the next start."""
+    name = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mae_dist")
+    return Path(local(name, "data.cache_dir", "the cache is on a disk of each host; name a local path"))
 
 
 def _open_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Path]] | None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mae_dist import names, os_errors
 from mae_dist.data import draws
 from mae_dist.errors import DataFault
 
@@ -55,6 +56,11 @@ class Images:
     names: tuple[str, ...]
     labels: np.ndarray
     mended: Callable[[str, bytes], bytes] = lambda name, data: data
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if fault := names.text_fault(name):
+                raise DataFault(f"the image {name!r} has {fault}: TFDS stores the name beside the image")
 
     def read(self, index: int) -> bytes:
         path, size = self.files[self.file[index]], int(self.size[index])
@@ -150,8 +156,9 @@ def write_dataset(info: Any, directory: Path, splits: Mapping[str, Images]) -> N
             (directory / _PLAN).unlink()  # not before: without it the shards would be made again
     except OSError as error:
         raise DataFault(
-            f"preparing {info.name} in {directory} failed: {error}. Free some space or make it writable; the same "
-            "command then goes on where it stopped"
+            f"preparing {info.name} in {directory} failed: {error}. "
+            f"{os_errors.cure(error) or 'See whether the place can be written'}; the same command then goes on where "
+            "it stopped"
         ) from error
 
 

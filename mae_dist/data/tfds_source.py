@@ -15,6 +15,7 @@ import numpy as np
 from mae_dist.data.dataset import Dataset, check_labels, digest
 from mae_dist.data.staging import Staging
 from mae_dist.errors import ConfigError, DataFault
+from mae_dist.storage import absolute_name
 from mae_dist.transforms import (
     PHOTOGRAPH_FROM,
     RandomCrops,
@@ -261,7 +262,7 @@ def is_prepared(name: str, data_dir: str) -> bool:
 def _find_builder(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
-    root = str(Path(data_dir).expanduser()) if data_dir else None
+    root = absolute_name(data_dir) if data_dir else None
     try:
         return tfds.builder(name, data_dir=root, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
