@@ -214,8 +214,8 @@ def folder_contents(root: Path) -> str:
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folders of the splits that there are; a `ConfigError` where none is of training."""
     folders = {}
-    for split, names in _SPLIT_FOLDERS.items():
-        found = [root / name for name in names if (root / name).is_dir()]
+    for split, choices in _SPLIT_FOLDERS.items():
+        found = [root / name for name in choices if (root / name).is_dir()]
         folders.update({split: found[0]} if found else {})
     if "train" not in folders or not _subfolders(folders["train"]):
         raise ConfigError(f"--from_folder={root} needs train/<class>/<images>, and validation/ and test/ if there are")
