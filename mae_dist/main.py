@@ -342,6 +342,22 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     os._exit(code)
 
 
+def end_when_told() -> None:
+    """Makes SIGTERM and SIGHUP end this process as preempted, wherever `Notices` does not take them.
+
+    Before it does there is nothing to save, and afterwards all is saved: a second signal must not change the code.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        del frame
+        errors.say(f"preempted ({signal.Signals(number).name}): nothing is left to save")
+        os._exit(errors.EXIT_PREEMPTED)
+
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, end)
+
+
 def _saves_are_waiting() -> bool:
     """Whether a save that failed, and then succeeded, has left Orbax's threads waiting for each other.
 
@@ -356,4 +372,5 @@ def _show_help() -> int:
 
 
 if __name__ == "__main__":
+    end_when_told()
     run(main)

@@ -51,6 +51,10 @@ def outcome(body: str, redirect: str = "", **env: str) -> tuple[int, str]:
         (FAULT.format("DataFault"), errors.EXIT_DATA, "^error: what is wrong$"),
         (FAULT.format("Diverged"), errors.EXIT_DIVERGED, "^error: what is wrong$"),
         (FAULT.format("StorageFault"), errors.EXIT_STORAGE, "^error: what is wrong$"),
+        *[
+            (f"import os; main.end_when_told(); os.kill(os.getpid(), {int(number)})", errors.EXIT_PREEMPTED, "nothing")
+            for number in (signal.SIGTERM, signal.SIGHUP)  # to a training before and after it listens
+        ],
         ("raise KeyboardInterrupt", errors.EXIT_INTERRUPTED, "^interrupted: the same command continues"),
         *[
             (f"import os; os.kill(os.getpid(), {int(number)}); import time; time.sleep(9)", -number, "")
