@@ -7,10 +7,11 @@ workdir.
 import argparse
 import concurrent.futures
 import contextlib
+import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from mae_dist.state import TrainState
 from mae_dist.storage import absolute, check_checkpoints, naming_faults
 
 _policy = ocp.checkpoint_managers
+_MANIFEST_SECS = 600.0  # to hear from every process; one that is lost the watchdog finds before
 
 
 class _EveryMinutes:
@@ -91,22 +93,23 @@ class Checkpoints:
             )
         self.directory = workdir / "checkpoints"
         with saved.naming_damage(self.directory, self.directory.parent):
-            self._manager = ocp.CheckpointManager(
+            self._manager = saved.open_manager(
                 self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    save_decision_policy=_policy.AnySavePolicy(save),
-                    preservation_policy=_policy.AnyPreservationPolicy(keep),
-                    # The policy above decides; without this Orbax would not store the metric for the next process.
-                    best_fn=metric if keep_best else None,
-                    best_mode="min" if lowest else "max",
-                    cleanup_tmp_directories=True,
-                    enable_async_checkpointing=True,
-                ),
+                self._check_readable,
+                save_decision_policy=_policy.AnySavePolicy(save),
+                preservation_policy=_policy.AnyPreservationPolicy(keep),
+                # The policy above decides; without this Orbax would not store the metric for the next process.
+                best_fn=metric if keep_best else None,
+                best_mode="min" if lowest else "max",
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
             )
         self._keep_best = keep_best
         self._seals = Seals(workdir)
         self._sealing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
-        self._unsealed: int | None = None  # the step whose save is under way
+        self._unsealed: int | None = None  # the step whose manifest is to be written
+        self._under_way: int | None = None  # as `_unsealed`, from before Orbax begins
+        self._names: Collection[str] = ()  # of its arrays
         self._sealed: concurrent.futures.Future[None] | None = None
         self._retries = retries
         self._failures = 0  # in a row
@@ -116,27 +119,39 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        alone = error is not None and jax.process_count() > 1  # the others may never answer
         try:
             with saved.naming_damage(self.directory, self.directory.parent):
                 self._manager.close()
-                self._seal(wait=True)
+                if not alone:
+                    self._seal(wait=True)
         except StorageFault as fault:
             if error is None:
                 raise
             logging.error("%s", fault)  # what ended the run is the error to report
         finally:
-            self._sealing.shutdown()
+            self._sealing.shutdown(wait=not alone)
+
+    def _check_readable(self) -> None:
+        """Called by Orbax, in its thread, when a save is written and has not got its name yet."""
+        assert self._under_way is not None
+        saved.check_readable(saved.written(self.directory, self._under_way), self._names)
 
     def _seal(self, wait: bool = False) -> None:
-        """Digests the files of a save that has ended, in the background; a failure of it surfaces in the next call."""
+        """Has the manifest of a save that has ended written in the background; a failure surfaces in the next call."""
         if self._unsealed is not None and (wait or not self._manager.is_saving_in_progress()):
-            if distributed.is_primary():
-                self._sealed = self._sealing.submit(self._seals.seal, self._unsealed)
-            self._unsealed = None
+            self._sealed, self._unsealed = self._sealing.submit(self._write_manifest, self._unsealed), None
         if self._sealed is not None and (wait or self._sealed.done()):
             self._sealed, sealed = None, self._sealed
             sealed.result()
             self._failures = 0
+
+    def _write_manifest(self, step: int) -> None:
+        """Digests the files that this process wrote; process 0 writes the manifest, when it has heard from all."""
+        own = self._seals.digest_own(step, jax.process_index(), jax.process_count())
+        texts = distributed.send_to_first(f"mae_dist/manifest/{step}", json.dumps(own), _MANIFEST_SECS)
+        if texts is not None:
+            self._seals.write(step, [json.loads(text) for text in texts])
 
     def latest_step(self) -> int | None:
         """The newest saved step, or None."""
@@ -188,7 +203,8 @@ class Checkpoints:
                 return
             self._manager.wait_until_finished()  # as Orbax does; then the one before can be sealed
             self._seal()
-            meta = {**meta, "digests": integrity.digests(state.to_dict())}
+            digests = integrity.digests(state.to_dict())
+            meta, self._under_way, self._names = {**meta, "digests": digests}, step, digests.keys()
             args = ocp.args.Composite(state=ocp.args.PyTreeSave(state.to_dict()), meta=ocp.args.JsonSave(meta))
             self._manager.save(step, args=args, metrics=self._best(metrics) or None, force=True)
             self._unsealed, self._retry_at = step, None
@@ -295,15 +311,22 @@ class Checkpoints:
 
 
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
-    """Whether the files are known to be as they were written, to process 0; `saved.Damaged` if they are not."""
-    lines: list[str] | None = None
-    if distributed.is_primary():
-        with naming_faults(path):
-            lines = seals.damage(step)
-    known, count = (int(x) for x in _from_first([int(lines is not None), len(lines or [])]))
-    if count:
-        raise saved.Damaged("; ".join((lines or [f"{count} files"])[:5]))
-    return bool(known)
+    """True if the files are known to be as they were written; `saved.Damaged`, in all processes, if they are not.
+
+    Each process reads some of the files.
+    """
+    with naming_faults(path):
+        lines = seals.damage(step, jax.process_index(), jax.process_count())
+    known, count = _from_all([int(lines is not None), len(lines or [])]).T
+    if count.any():
+        raise saved.Damaged("; ".join((lines or [f"{count.sum()} files, found by another process"])[:5]))
+    return bool(known.all())
+
+
+def _from_all(values: list[int]) -> Any:
+    """Returns what each process says, a row of numbers for each."""
+    rows = np.asarray(values)[None]
+    return rows if jax.process_count() == 1 else multihost_utils.process_allgather(rows[0])
 
 
 def _from_first(values: list[int]) -> Any:

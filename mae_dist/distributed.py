@@ -126,6 +126,33 @@ def coordination() -> tuple[Any, str]:
     return internal.global_state.client, internal.global_state.coordinator_address or ""
 
 
+def send_to_first(key: str, text: str, timeout_secs: float) -> list[str] | None:
+    """Returns in process 0 the text of every process, in their order; None in the others, which do not wait for it.
+
+    May be called from any thread: it runs nothing on the devices.
+
+    Args:
+      key: that no other use has; the same in all processes.
+      text: of this process, at most a few MB.
+      timeout_secs: after which process 0 raises a `TimeoutError` for one that has sent nothing.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return [text]
+    client, _ = coordination()
+    if not is_primary():
+        client.key_value_set(f"{key}/{jax.process_index()}", text)
+        return None
+    texts = [text]
+    for index in range(1, count):
+        try:
+            texts.append(client.blocking_key_value_get(f"{key}/{index}", math.ceil(1000 * timeout_secs)))
+        except jax.errors.JaxRuntimeError as error:
+            raise TimeoutError(f"process {index} has not sent {key} within {timeout_secs:.0f} s") from error
+    client.key_value_delete(f"{key}/")
+    return texts
+
+
 def is_primary() -> bool:
     """Whether this process writes metrics, pictures and log lines."""
     return jax.process_index() == 0

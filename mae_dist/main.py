@@ -3,7 +3,6 @@
 The same line again continues the run in its workdir. Exit codes: `mae_dist/errors.py`.
 """
 
-import atexit
 import gc
 import json
 import os
@@ -11,7 +10,6 @@ import re
 import signal
 import sys
 import sysconfig
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -334,9 +332,7 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
         errors.say("".join(traceback.format_exception(error)).rstrip())
         code = errors.EXIT_INTERNAL
     if code == errors.EXIT_DONE:
-        if not _saves_are_waiting():
-            return
-        atexit._run_exitfuncs()  # JAX takes leave of its peers
+        return
     # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
     # compilation under way does not survive the interpreter.
     os._exit(code)
@@ -356,14 +352,6 @@ def end_when_told() -> None:
     signal.signal(signal.SIGTERM, end)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, end)
-
-
-def _saves_are_waiting() -> bool:
-    """Whether a save that failed, and then succeeded, has left Orbax's threads waiting for each other.
-
-    They do so for five minutes, and the interpreter's end for them.
-    """
-    return any(type(thread).__module__.startswith("orbax.") and not thread.daemon for thread in threading.enumerate())
 
 
 def _show_help() -> int:

@@ -5,13 +5,15 @@ digests of the arrays); `mae_dist/seals.py` adds the files' digests.
 """
 
 import contextlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
@@ -20,13 +22,16 @@ from mae_dist import config as config_lib
 from mae_dist import integrity, os_errors, sharding
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
-from mae_dist.storage import check_checkpoints, naming_faults, write_text_atomically
+from mae_dist.storage import check_checkpoints, is_local, naming_faults, write_text_atomically
 
 # In the meta of converted weights: where they came from.
 WEIGHTS_ONLY = "weights_of"
 
 # What Orbax, tensorstore and json raise when files are short, missing or not what they should be.
 UNREADABLE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, jax.errors.JaxRuntimeError)
+
+# Replicas share the writing of an array only where each of them has so much of it to write.
+_MIN_SLICE_BYTES = 2**20
 
 
 class Damaged(Exception):
@@ -61,6 +66,92 @@ def check_values(meant: dict[str, str], tree: Any) -> None:
         lines = integrity.differences({name: value for name, value in meant.items() if name in found}, found)
         if lines:
             raise Damaged("; ".join(lines[:5]))
+
+
+def open_manager(
+    directory: epath.Path, before_commit: Callable[[], None] | None = None, **options: Any
+) -> ocp.CheckpointManager:
+    """Opens Orbax's manager of the checkpoints in a directory.
+
+    Args:
+      directory: of the checkpoints.
+      before_commit: is called in process 0, in the background, when all processes have written a checkpoint but it has
+        not got its name yet. If it raises, that save has failed.
+      options: fields of Orbax's CheckpointManagerOptions.
+    """
+    types = ocp.type_handlers
+    # Orbax compiles a program to slice each array of which every replica writes a part: not worth it in one process.
+    arrays = types.ArrayHandler(
+        use_replica_parallel=jax.process_count() > 1, min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES
+    )
+    others = ((kind, types.get_type_handler(kind)) for kind in types.supported_types() if kind is not jax.Array)
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=types.create_type_handler_registry(*others, (jax.Array, arrays))
+    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.PyTreeSave, handler)
+    registry.add("state", ocp.args.PyTreeRestore, handler)
+    asynchronously = ocp.AsyncOptions(
+        # Made in the background, a directory that cannot be made leaves threads that wait five minutes for it.
+        create_directories_asynchronously=False,
+        post_finalization_callback=before_commit,
+    )
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(async_options=asynchronously, **options),
+        handler_registry=registry,
+    )
+
+
+def written(directory: epath.Path, step: int) -> epath.Path:
+    """Returns where a checkpoint lies that has been written but not committed: in a bucket it has its name already."""
+    temporary = directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}"
+    return temporary if temporary.exists() else directory / str(step)
+
+
+def check_readable(path: epath.Path, names: Collection[str]) -> None:
+    """Raises `StorageFault` unless a checkpoint has its meta and, whole, the arrays with these names.
+
+    Opens every array and reads the last byte of every chunk: so a chunk is there, and not cut short. What the bytes
+    are, the digests say.
+    """
+    try:
+        lines = _missing(path, names)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a parser makes of garbage
+        lines = [first_line(error)]
+    if lines:
+        raise StorageFault(f"checkpoint {path} was written but cannot be read back: {'; '.join(lines[:5])}")
+
+
+def _missing(path: epath.Path, names: Collection[str]) -> list[str]:
+    """Returns a line for every array that is not there, and for every chunk of those that are."""
+    json.loads((path / "meta" / "metadata").read_text())
+    arrays = {array.name: array for array in jax.tree.leaves(_stored_tree(path))}
+    lines = [f"array {name} is missing" for name in sorted(set(names) - arrays.keys())]
+    store = ts.KvStore.open({"driver": "ocdbt", "base": _tensorstore_spec(path / "state")}).result()
+    last_bytes = {}
+    for name, array in arrays.items():
+        counts = [-(-size // chunk) for size, chunk in zip(array.shape, array.storage.chunk_shape, strict=True)]
+        for index in itertools.product(*map(range, counts)):
+            key = f"{name}/{'.'.join(map(str, index)) or 0}"
+            last_bytes[key] = store.read(key, byte_range=slice(-1, None))
+    for key, reading in last_bytes.items():
+        try:
+            if len(reading.result().value) != 1:  # none: the chunk is not known, or its file is gone
+                lines.append(f"chunk {key} is missing")
+        except ValueError as error:
+            lines.append(f"chunk {key}: {first_line(error)}")
+    return lines
+
+
+def _tensorstore_spec(directory: epath.Path) -> dict[str, str]:
+    """Returns how tensorstore calls a directory on a disk or in a bucket; not by a URL, which would need escapes."""
+    if is_local(directory):
+        return {"driver": "file", "path": f"{directory}/"}
+    bucket, _, path = str(directory).removeprefix("gs://").partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -103,7 +194,7 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     if not directory.exists():
         raise StorageFault(f"{directory} does not exist; train that run first, or correct init_from or --workdir")
     with naming_damage(directory, workdir):
-        manager = ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False))
+        manager = open_manager(directory, create=False)
     try:
         damaged = False
         for step in sorted(manager.all_steps(), reverse=True):
@@ -123,11 +214,11 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
         manager.close()
 
 
-def _stored_tree(workdir: epath.Path, step: int) -> dict[str, Any]:
+def _stored_tree(path: epath.Path) -> dict[str, Any]:
     """The shapes of all that a checkpoint holds; nothing of it is read."""
     handler = ocp.PyTreeCheckpointHandler()
     try:
-        return handler.metadata(workdir / "checkpoints" / str(step) / "state").tree
+        return handler.metadata(path / "state").tree
     finally:
         handler.close()
 
@@ -135,7 +226,7 @@ def _stored_tree(workdir: epath.Path, step: int) -> dict[str, Any]:
 def param_shapes(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
     """(step, shapes of the parameters by group) of the newest checkpoint in `workdir`; nothing of them is read."""
     with _newest(workdir) as (_, step):
-        return step, _stored_tree(workdir, step)["params"]
+        return step, _stored_tree(workdir / "checkpoints" / str(step))["params"]
 
 
 def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -144,7 +235,7 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
     Of a run with averages (`ema_decay`) these are read, where they exist: a frozen part has none.
     """
     with _newest(workdir) as (manager, step):
-        averaged = _stored_tree(workdir, step).get("ema", {})
+        averaged = _stored_tree(workdir / "checkpoints" / str(step)).get("ema", {})
 
         def by_origin(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
             parts = {
@@ -168,9 +259,15 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
 def save_params(workdir: epath.Path, config: ConfigDict, params: dict[str, Any], origin: str) -> None:
     """Writes trained parameters as a workdir of their own, at step 0 and without the state of an optimizer."""
     directory = workdir / "checkpoints"
-    with naming_damage(directory, workdir), ocp.CheckpointManager(directory) as manager:
+    state = {"params": params}
+    names = [integrity.array_name(path) for path, _ in jax.tree.leaves_with_path(state)]
+
+    def check() -> None:
+        check_readable(written(directory, 0), names)
+
+    with naming_damage(directory, workdir), open_manager(directory, check) as manager:
         meta = {"config": config_lib.to_json(config), WEIGHTS_ONLY: origin}
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         manager.save(0, args=args)
         manager.wait_until_finished()
     with naming_faults(workdir):

@@ -1,21 +1,33 @@
 """Seals of checkpoints: what was written, file by file, and the quarantine for what is not as it was.
 
-Layout, beside `<workdir>/checkpoints/<step>/`: `<workdir>/seals/<step>.json` (SHA-256 of each file, written when the
-checkpoint is complete) and `<workdir>/quarantine/<step>_<time>/` with `<step>_<time>.txt`, which says why.
+Layout, beside `<workdir>/checkpoints/<step>/`: its manifest `<workdir>/seals/<step>.json` (SHA-256 of each file,
+written when the checkpoint is complete), and for a corrupted one `<workdir>/quarantine/<step>_<time>/` with
+`<step>_<time>.txt`, which says why.
 """
 
 import datetime
 import json
+import re
+from collections.abc import Sequence
 
 from absl import logging
 from etils import epath
 
 from mae_dist import integrity
-from mae_dist.storage import write_text_atomically
+from mae_dist.storage import children_of, write_text_atomically
+
+# Orbax's names of what one process alone writes; its checkpoint as a whole is put together by process 0.
+_WRITER = re.compile(r"(?:^|/)(?:ocdbt\.|array_metadatas/)process_(\d+)(?:/|$)")
+
+
+def _writer(name: str, num_processes: int) -> int:
+    """Returns which of so many processes wrote a file of a checkpoint."""
+    found = _WRITER.search(name)
+    return int(found[1]) if found and int(found[1]) < num_processes else 0
 
 
 class Seals:
-    """The seals and the quarantine of one workdir; one process at a time writes them."""
+    """The seals and the quarantine of one workdir; process 0 alone writes them."""
 
     def __init__(self, workdir: epath.Path):
         self._checkpoints = workdir / "checkpoints"
@@ -23,21 +35,32 @@ class Seals:
         self._quarantine = workdir / "quarantine"
 
     def seal(self, step: int) -> None:
-        """Notes the files of a complete checkpoint, forgets those of ones that are gone; an `OSError` if it cannot."""
+        """Writes the manifest of a complete checkpoint, all files digested here; an `OSError` if it cannot."""
+        self.write(step, [self.digest_own(step, 0, 1)])
+
+    def digest_own(self, step: int, process: int, num_processes: int) -> dict[str, str] | None:
+        """Digests those files of a complete checkpoint that one of the processes wrote; None if it is gone."""
         checkpoint = self._checkpoints / str(step)
         try:
-            found = integrity.file_digests(checkpoint)
+            return integrity.file_digests(checkpoint, lambda name: _writer(name, num_processes) == process)
         except FileNotFoundError:
             if checkpoint.exists():
                 raise
-            found = {}
-        if not found:
-            return  # superseded and deleted meanwhile
+            return None
+
+    def write(self, step: int, shares: Sequence[dict[str, str] | None]) -> None:
+        """Writes the manifest of a checkpoint, put together from what all processes digested.
+
+        Nothing is written for one that is gone: superseded and deleted meanwhile. Manifests of such are removed.
+        """
+        found = {name: digest for share in shares for name, digest in (share or {}).items()}
+        if not found or None in shares:
+            return
         self._seals.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self._path(step), json.dumps(found, indent=0) + "\n")
-        for path in self._seals.glob("*.json"):
-            if not (self._checkpoints / path.stem).exists():
-                path.unlink(missing_ok=True)
+        write_text_atomically(self._path(step), json.dumps(dict(sorted(found.items())), indent=0) + "\n")
+        for known in self.steps():
+            if not (self._checkpoints / str(known)).exists():
+                self._path(known).unlink(missing_ok=True)
 
     def has(self, step: int) -> bool:
         """Whether there is a seal of this checkpoint."""
@@ -45,12 +68,14 @@ class Seals:
 
     def steps(self) -> list[int]:
         """The sealed steps, ascending, whether or not their checkpoints are still there."""
-        return sorted(int(path.stem) for path in self._seals.glob("*.json") if path.stem.isdigit())
+        files = children_of(self._seals)  # not by a glob, to which the whole path would be a pattern
+        return sorted(int(path.stem) for path in files if path.suffix == ".json" and path.stem.isdigit())
 
-    def damage(self, step: int) -> list[str] | None:
+    def damage(self, step: int, process: int = 0, num_processes: int = 1) -> list[str] | None:
         """What is not as it was written: nothing for a good checkpoint, None for one without a seal.
 
-        One has none if the process was killed between the end of the save and the seal.
+        One has none if the process was killed between the end of the save and the seal. Several processes that share
+        the reading find it together, whichever wrote the files.
         """
         try:
             meant = dict(json.loads(self._path(step).read_text()))
@@ -59,7 +84,13 @@ class Seals:
         except (ValueError, TypeError):
             logging.warning("%s is damaged: the checkpoint's own digests decide", self._path(step))
             return None
-        return integrity.differences(meant, integrity.file_digests(self._checkpoints / str(step)))
+        shares = {name: index % num_processes for index, name in enumerate(sorted(meant))}
+
+        def is_mine(name: str) -> bool:
+            return shares.get(name, 0) == process  # process 0 finds what should not be there
+
+        found = integrity.file_digests(self._checkpoints / str(step), is_mine)
+        return integrity.differences({name: value for name, value in meant.items() if is_mine(name)}, found)
 
     def quarantine(self, step: int, reason: str) -> epath.Path:
         """Moves a damaged checkpoint away, where it is never read again; returns the place."""

@@ -1,7 +1,10 @@
 """Damaged checkpoints: always noticed, put away, and the newest good one goes on."""
 
 import gc
+import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +13,15 @@ import pytest
 from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import default
 from mae_dist import integrity
 from mae_dist.errors import StorageFault
-from mae_dist.saved import load_params
+from mae_dist.saved import check_readable, load_params
 from mae_dist.seals import Seals
 from tests.runs import ONLY_UPDATES, records, run
-from tests.test_checkpoint import build, new_state, open_checkpoints
+from tests.test_checkpoint import build, new_state, open_checkpoints, save
 
 # After a read that failed, tensorstore complains at its own time.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
@@ -169,6 +173,61 @@ def test_wrong_from_the_start(saved, tmp_path_factory):
     assert "damaged" in next(iter(Seals(workdir).quarantined().values()))
 
 
+def _without(name):
+    return lambda path: next(path.rglob(name)).unlink()
+
+
+@pytest.mark.parametrize(
+    ("breaks", "says"),
+    [
+        (lambda path: (path / "state" / "manifest.ocdbt").unlink(), "array|chunk|NOT_FOUND|Metadata"),
+        (lambda path: [file.unlink() for file in path.rglob("d/*")], "chunk|NOT_FOUND"),
+        (lambda path: [os.truncate(file, file.stat().st_size // 2) for file in path.rglob("d/*")], "chunk|DATA_LOSS|."),
+        (_without("_METADATA"), "."),
+        (lambda path: os.truncate(path / "state" / "_METADATA", 100), "."),
+        (lambda path: (path / "meta" / "metadata").unlink(), "metadata"),
+    ],
+)
+def test_what_cannot_be_read_back(saved, tmp_path_factory, breaks, says):
+    """A checkpoint is good only when every chunk of every array is there."""
+    path = copy_of(saved, tmp_path_factory) / "checkpoints" / "2"
+    names = json.loads((path / "meta" / "metadata").read_text())["digests"].keys()
+    check_readable(path, names)
+    with pytest.raises(StorageFault, match=r"cannot be read back: array params\.none is missing"):
+        check_readable(path, [*names, "params.none"])
+    breaks(Path(path))
+    with pytest.raises(StorageFault, match=f"cannot be read back: .*({says})"):
+        check_readable(path, names)
+
+
+def test_a_save_that_cannot_be_read_back_has_failed(workdir):
+    """Orbax finds nothing to merge below such a name, and goes on: no manifest vouches for what is left."""
+    workdir = workdir / "lr=[1e-3]"
+    built = build()
+    with pytest.raises(StorageFault, match="written but cannot be read back"), open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, built, new_state(built), 1)
+    assert not Seals(workdir).steps()
+    assert not [name for name in os.listdir(workdir / "checkpoints") if name.isdigit()]
+
+
+def test_each_process_digests_what_it_wrote(saved, tmp_path_factory):
+    """Together all files, none of them twice; and each reads its part of them back."""
+    workdir = copy_of(saved, tmp_path_factory)
+    state = workdir / "checkpoints" / "2" / "state"
+    shutil.copytree(state / "ocdbt.process_0", state / "ocdbt.process_1")
+    seals = Seals(workdir)
+    own = [seals.digest_own(2, process, 2) for process in range(2)]
+    assert all(name.startswith("state/ocdbt.process_1/") for name in own[1] or "?")
+    assert not own[0].keys() & own[1].keys()
+    assert own[0] | own[1] == integrity.file_digests(workdir / "checkpoints" / "2")
+    seals.write(2, own)
+    assert [seals.damage(2, process, 2) for process in range(2)] == [[], []]
+    flip = Path(state / "ocdbt.process_1" / "manifest.ocdbt")
+    flip.write_bytes(flip.read_bytes()[:-1])
+    assert sorted(seals.damage(2, 0, 2) + seals.damage(2, 1, 2)) == seals.damage(2)
+    assert len(seals.damage(2)) == 1
+
+
 def test_sealing_what_is_deleted_meanwhile(saved, tmp_path_factory, monkeypatch):
     """Retention may delete a checkpoint while its files are read: no fault; a file that goes alone is one."""
     workdir = copy_of(saved, tmp_path_factory)
@@ -210,6 +269,27 @@ def test_digests_do_not_depend_on_the_mesh():
     assert integrity.digests(jax.device_put(state, build((2, 2, 2)).shardings)) == wanted
     assert len(set(wanted.values())) > 20  # the moments are all zero yet
     assert all(name.startswith(("params.", "opt_state.", "step")) for name in wanted)
+
+
+def test_a_first_save_compiles_one_small_program(workdir, caplog):
+    """One for each shape, and for each array that replicas would share the writing of, took seconds."""
+    built = build((2, 1, 1))
+    state = new_state(built)
+    integrity._chunk_program.cache_clear()
+    with jax.log_compiles(), caplog.at_level("WARNING"), open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, built, state, 1)
+    compiled = [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
+    assert len(compiled) <= 1, compiled
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_digests_take_no_memory_to_speak_of(dtype):
+    """On an accelerator a state fills the device: nothing of its size fits beside it."""
+    mesh = build((2, 2, 2)).mesh
+    for spec in (PartitionSpec(), PartitionSpec("fsdp", "tensor")):
+        sharding = NamedSharding(mesh, spec)
+        program = integrity._array_program((1024, 2048), jnp.dtype(dtype), sharding)
+        assert program.memory_analysis().temp_size_in_bytes < 1024
 
 
 @given(
