@@ -31,7 +31,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     config = saved.read_config(workdir, main.default_config())
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)
-        config.accum_steps = 1
+        config.accum_steps = config.cpu.pieces = 1
         # Only the picture's own batch is computed: any size that splits over the devices will do.
         config.global_batch_size = config.eval.batch_size = jax.device_count()
         config.data.data_dir = _DATA_DIR.value or config.data.data_dir

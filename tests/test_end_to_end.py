@@ -55,8 +55,12 @@ def test_pretraining_learns_and_reports(quickstart):
 
 
 def test_reconstruct(quickstart, child_env, tmp_path):
-    """A picture of any split and size, where asked; other numbers of devices than trained on."""
-    workdir, _ = quickstart
+    """A picture of any split and size, where asked; other devices and pieces than in training."""
+    workdir = tmp_path / "run"
+    shutil.copytree(quickstart[0], workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["cpu"]["pieces"] = 4  # as a larger batch would have it
+    (workdir / "config.json").write_text(json.dumps(config))
     out = tmp_path / "a" / "picture.png"
     code, output = run(
         child_env(8), f"--workdir={workdir}", f"--out={out}", "--num_images=3", "--split=train", module="reconstruct"
