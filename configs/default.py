@@ -143,6 +143,9 @@ def get_config() -> ConfigDict:
     config.pictures.every_epochs = 10.0  # and always at the end; 0: never
     config.pictures.every_steps = 0  # > 0: this many updates instead
     config.pictures.num_images = 8  # the first of the test split
+    # With norm_pix_loss the model does not predict the means and deviations of removed patches. The pictures take these
+    # from the removed patches themselves ("true", which flatters the model) or from visible ones near by ("visible").
+    config.pictures.pix_stats = "true"
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500  # and always at the end; 0: by minutes only

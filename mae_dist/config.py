@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": ("tfds", "digits", "synthetic"),
     "data.augment": transforms.AUGMENT_KINDS,
     "data.cache": ("auto", "memory", "stream"),
+    "pictures.pix_stats": ("true", "visible"),
 }
 POSITIVE = (
     "global_batch_size",

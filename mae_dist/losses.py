@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _EPS = 1e-6
 
@@ -19,9 +20,27 @@ def normalize_patches(patches: jax.Array) -> jax.Array:
     return (patches - mean) / std
 
 
-def denormalize_patches(pred: jax.Array, patches: jax.Array) -> jax.Array:
-    """Turns a normalised prediction (B, L, P) back into pixels with the moments of the true `patches`."""
+def visible_moments(patches: jax.Array, mask: jax.Array, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Estimates the mean and standard deviation of each patch from the visible patches alone, both (B, L, 1).
+
+    They are averages over the visible patches, weighted by the inverse square of the distance (Shepard 1968); a visible
+    patch keeps its own.
+
+    Args:
+      patches: (B, L, P).
+      mask: (B, L), 1 where a patch was removed.
+      grid: the number of patches down and across, of product L.
+    """
+    places = np.indices(grid).reshape(2, -1)  # (2, L)
+    squares = np.square(places[:, :, None] - places[:, None]).sum(axis=0)  # (L, L)
+    weights = (1 - mask)[:, None] / np.maximum(squares, _EPS).astype(np.float32)  # (B, L, L)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
     mean, std = patch_moments(patches)
+    return weights @ mean, weights @ std
+
+
+def denormalize_patches(pred: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """Turns a normalised prediction (B, L, P) back into pixels with the moments (B, L, 1) of the patches."""
     return pred * std + mean
 
 

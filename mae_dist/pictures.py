@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from mae_dist.data import Dataset, local_rows, to_global
 from mae_dist.errors import DataFault
@@ -42,6 +43,15 @@ def reconstruct(
     )
     names = [dataset.class_names[label] for label in examples["label"][good]]
     return {name: images[name][: len(good)] for name in COLUMNS}, names
+
+
+def note_on_moments(config: ConfigDict) -> str:
+    """Returns whence pictures of a pretraining take what `norm_pix_loss` does not predict; "" without it."""
+    if not config.pretrain.norm_pix_loss:
+        return ""
+    if config.pictures.pix_stats == "visible":
+        return "with the mean and deviation of removed patches estimated from the visible ones"
+    return "with the true mean and deviation of removed patches, which the model does not predict"
 
 
 def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -> np.ndarray:

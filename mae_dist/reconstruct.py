@@ -18,6 +18,14 @@ _SPLIT = flags.DEFINE_enum("split", "test", ["train", "val", "test"], "Which spl
 _OUT = flags.DEFINE_string(
     "out", None, "Where to write the PNG (default <workdir>/pictures/<split>_<step>.png).", allow_override=True
 )
+_PIX_STATS = flags.DEFINE_enum(
+    "pix_stats",
+    None,
+    list(config_lib.CHOICES["pictures.pix_stats"]),
+    "Of a model trained with norm_pix_loss: where mean and deviation of removed patches are from, themselves or the "
+    "visible patches (default: as the run has it).",
+    allow_override=True,
+)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where TFDS keeps data sets, if not where the run had it.", allow_override=True
 )
@@ -35,6 +43,7 @@ def reconstruct(argv: Sequence[str]) -> int:
         # Only the picture's own batch is computed: any size that splits over the devices will do.
         config.global_batch_size = config.eval.batch_size = jax.device_count()
         config.data.data_dir = _DATA_DIR.value or config.data.data_dir
+        config.pictures.pix_stats = _PIX_STATS.value or config.pictures.pix_stats
     if config.task != "pretrain":
         raise errors.ConfigError(
             f"{workdir} is a {config.task}: it has no decoder; give the workdir of its pretraining"

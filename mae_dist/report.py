@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags, logging
 from etils import epath
 
-from mae_dist import errors, main, report_figures, report_pictures, report_tables
+from mae_dist import errors, main, pictures, report_figures, report_pictures, report_tables
 from mae_dist.report_groups import Group, group, scalar_names
 from mae_dist.report_model import Viewer, embed
 from mae_dist.report_page import Content, Html, document, figure, legend, picture, plots, section, tag, warning
@@ -221,7 +221,9 @@ def _pictures(run: Run) -> Html | None:
             continue
         alt = f"{run.label}, update {step}: originals, masked, reconstructions, and these with the visible patches"
         shown.append(picture(uri, caption, alt))
-    return plots(shown, wide=True) if shown else None
+    note = pictures.note_on_moments(run.config)
+    about = tag("p", f"Drawn {note}.", class_="soft") if note else ""
+    return tag("div", about, plots(shown, wide=True)) if shown else None
 
 
 def _made() -> Html:

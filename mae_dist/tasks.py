@@ -188,7 +188,7 @@ def make_pictures(config: ConfigDict, pred: jax.Array, true: jax.Array, mask: ja
     """Turns a prediction into pictures.
 
     Args:
-      config: of the pretraining.
+      config: of the pretraining; `pictures.pix_stats` says whence the moments of normalised patches are.
       pred: predictions (B, L, P), normalised per patch where the loss was.
       true: the patches as the model saw them (B, L, P).
       mask: (B, L), 1 where a patch was removed.
@@ -197,7 +197,13 @@ def make_pictures(config: ConfigDict, pred: jax.Array, true: jax.Array, mask: ja
       `original`, `masked`, `reconstruction`, `with_visible`: float32 (B, H, W, C) in 0..1.
     """
     mean, std, model = config.data.mean, config.data.std, config.model
-    pixels = losses.denormalize_patches(pred, true) if config.pretrain.norm_pix_loss else pred
+    pixels = pred
+    if config.pretrain.norm_pix_loss:  # the model says nothing of the patches' moments
+        if config.pictures.pix_stats == "visible":
+            moments = losses.visible_moments(true, mask, patches.grid_size(model.image_size, model.patch_size))
+        else:
+            moments = losses.patch_moments(true)
+        pixels = losses.denormalize_patches(pred, *moments)
     removed = mask[:, :, None]  # (B, L, 1)
 
     def picture(x: jax.Array) -> jax.Array:

@@ -402,7 +402,8 @@ def draw_reconstructions(job: Job, params: Any, dataset: Dataset, step: int, num
     images, names = pictures.reconstruct(job.reconstruct_step, params, dataset, job.batch_sharding, num_images)
     model = job.config.model
     title = f"{job.config.name}, step {step}: {model.masking} masking, ratio {model.mask_ratio:g}"
-    return pictures.draw_grid(images, names, title)
+    note = pictures.note_on_moments(job.config)
+    return pictures.draw_grid(images, names, f"{title}\n{note}" if note else title)
 
 
 def _with_features(job: Job, params: Any) -> Data:
