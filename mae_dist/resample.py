@@ -62,6 +62,39 @@ def resize_box(image: np.ndarray, box: Box, out: np.ndarray, *, margin: bool = F
     _resample(upright, top - rows.start, box_height, out.reshape(height, width * channels))
 
 
+def resize_boxes(images: np.ndarray, boxes: np.ndarray, out: np.ndarray) -> None:
+    """Resizes a box of each image: as `resize_box` to the last bit, at twice its speed where images are small.
+
+    Boxes of one width are resampled together, then those of one height: for 32 pixels a call costs more than its work.
+
+    Args:
+      images: uint8. # (N, H, W, C)
+      boxes: whole numbers. # (N, 4)
+      out: the results. # (N, H', W', C) uint8
+    """
+    _, height, width, channels = out.shape
+    narrow: list[np.ndarray] = [out] * len(out)  # of each image, turned: (W', box height * C)
+    for box_width in np.unique(boxes[:, 3]).tolist():
+        rows = np.flatnonzero(boxes[:, 3] == box_width)
+        parts = []
+        for row, (top, left, box_height, _) in zip(rows.tolist(), boxes[rows].tolist(), strict=True):
+            cut = images[row, top : top + box_height, left : left + box_width]
+            parts.append(cv2.transpose(cut).reshape(box_width, box_height * channels))
+        turned = np.concatenate(parts, axis=1)
+        result = np.empty((width, turned.shape[1]), np.uint8)
+        _resample(turned, 0, box_width, result)
+        ends = np.cumsum([part.shape[1] for part in parts]).tolist()
+        for row, part, end in zip(rows.tolist(), parts, ends, strict=True):
+            narrow[row] = result[:, end - part.shape[1] : end]
+    for box_height in np.unique(boxes[:, 2]).tolist():
+        rows = np.flatnonzero(boxes[:, 2] == box_height)
+        upright = [cv2.transpose(narrow[row].reshape(width, box_height, channels)) for row in rows.tolist()]
+        stacked = np.concatenate([part.reshape(box_height, width * channels) for part in upright], axis=1)
+        result = np.empty((height, stacked.shape[1]), np.uint8)
+        _resample(stacked, 0, box_height, result)
+        out[rows] = result.reshape(height, len(rows), width, channels).swapaxes(0, 1)
+
+
 def _needed(start: float, length: float, size: int, out: int, margin: bool) -> slice:
     """The pixels along an axis of `size` that are resampled to `out`."""
     beyond = _REACH * max(1.0, length / out) if margin else 0.0

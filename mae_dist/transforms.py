@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from mae_dist.errors import ConfigError
-from mae_dist.resample import Box, resize_box
+from mae_dist.resample import Box, resize_box, resize_boxes
 
 # The data pipeline already runs one image per thread or process; OpenCV's own pool would only fight XLA for the cores.
 cv2.setNumThreads(0)
@@ -250,8 +250,7 @@ def crop_images(images: np.ndarray, crops: RandomCrops) -> np.ndarray:
     count, height, width = images.shape[:3]
     boxes = crops.boxes(np.full(count, height), np.full(count, width))
     out = np.empty(images.shape, np.uint8)
-    for image, box, target in zip(images, boxes.tolist(), out, strict=True):
-        resize_box(image, box, target)
+    resize_boxes(images, boxes, out)
     return out
 
 

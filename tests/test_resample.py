@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae_dist.resample import resize_box
+from mae_dist.resample import resize_box, resize_boxes
 
 BICUBIC = Image.Resampling.BICUBIC
 Box = tuple[float, float, float, float]
@@ -71,6 +71,20 @@ def test_any_box_to_any_size_is_pillows(data: st.DataObject) -> None:
     resize_box(image, (top, left, box_height, box_width), out)
     crop = (left, top, left + box_width, top + box_height)
     assert differs((0, 0, box_height, box_width), [plane.crop(crop) for plane in planes]) <= 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_boxes_of_a_batch_are_resized_as_each_alone(channels: int) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 30, 20, channels), np.uint8)
+    sizes = rng.integers(1, (31, 21), (40, 2))
+    sizes[:3] = (30, 20), (30, 7), (9, 20)
+    boxes = np.concatenate([rng.integers(0, (31, 21) - sizes), sizes], axis=1)
+    together, alone = (np.zeros((40, 16, 24, channels), np.uint8) for _ in range(2))
+    resize_boxes(images, boxes, together)
+    for image, box, out in zip(images, boxes.tolist(), alone, strict=True):
+        resize_box(image, box, out)
+    np.testing.assert_array_equal(together, alone)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (32, 32), (300, 40)])
