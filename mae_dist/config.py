@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -219,15 +219,36 @@ def field_faults(config: ConfigDict, default: ConfigDict) -> dict[str, str]:
 
 def validate(config: ConfigDict) -> None:
     """Raises one `ConfigError` that lists everything in `config` that cannot work, each with the cure."""
-    faults = list(_faults(config))
-    if faults:
-        raise ConfigError("config cannot work:\n  - " + "\n  - ".join(faults))
+    _raise(_faults(config))
+
+
+def validate_model(config: ConfigDict, *, masked: bool) -> None:
+    """Raises one `ConfigError` that lists what cannot be in the model of `config`, whatever training the rest asks for.
+
+    Trained weights may have any task and the config that uses them another. `masked`: there is a decoder, so that
+    masks have to fit too.
+    """
+    _raise((*_field_faults(config, "model."), *_model_faults(config.model, masked), *_scaling_faults(config)))
+
+
+def _raise(faults: Iterable[str]) -> None:
+    lines = list(faults)
+    if lines:
+        raise ConfigError("config cannot work:\n  - " + "\n  - ".join(lines))
 
 
 def _faults(config: ConfigDict) -> Iterator[str]:
+    yield from _field_faults(config)
+    yield from _model_faults(config.model, masked=config.task == "pretrain")
+    yield from _scaling_faults(config)
+    yield from _run_faults(config)
+
+
+def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Checks each field whose name starts with `prefix` by itself."""
     for field, choices in CHOICES.items():
         value = get(config, field)
-        if value not in choices:
+        if field.startswith(prefix) and value not in choices:
             yield f"{field}={value!r} is not one of {', '.join(choices)}.{nearest(str(value), choices)}"
     for fields, test, needed in (
         (POSITIVE, lambda v: v > 0, "must be above 0"),
@@ -237,19 +258,17 @@ def _faults(config: ConfigDict) -> Iterator[str]:
     ):
         for field in fields:
             value = get(config, field)
-            if not (math.isfinite(value) and test(value)):
+            if field.startswith(prefix) and not (math.isfinite(value) and test(value)):
                 yield f"{field}={value} {needed}"
     for field in PATHS:
-        if value := get(config, field):
+        if field.startswith(prefix) and (value := get(config, field)):
             try:
                 absolute_name(value)
             except ConfigError as error:
                 yield f"{field}: {error}"
-    yield from _model_faults(config.model, config.task)
-    yield from _run_faults(config)
 
 
-def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
+def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
     for prefix in ("", "decoder_"):
         dim, heads = model[f"{prefix}embed_dim"], model[f"{prefix}num_heads"]
         if heads > 0 and dim > 0 and dim % heads:
@@ -279,7 +298,7 @@ def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
         yield f"model.channels={model.channels} must be 1 (gray), 3 (RGB) or 4 (RGBA)"
     try:
         grid = patches.grid_size(model.image_size, model.patch_size)
-        if task == "pretrain":
+        if masked:
             if model.masking == "grid":
                 patches.grid_mask(grid, model.mask_ratio)
             elif model.masking == "user":
@@ -294,6 +313,20 @@ def _model_faults(model: ConfigDict, task: str) -> Iterator[str]:
                     )
     except ConfigError as error:
         yield str(error)
+
+
+def _scaling_faults(config: ConfigDict) -> Iterator[str]:
+    for field in ("mean", "std"):
+        value = config.data[field]
+        if len(value) not in (1, config.model.channels):
+            yield (
+                f"data.{field}={value} has {len(value)} values; needed: 1, or one for each of "
+                f"model.channels={config.model.channels}"
+            )
+    if not all(math.isfinite(v) for v in config.data.mean):
+        yield f"data.mean={config.data.mean} must be finite"
+    if not all(0 < v < math.inf for v in config.data.std):
+        yield f"data.std={config.data.std} must be above 0"
 
 
 def _run_faults(config: ConfigDict) -> Iterator[str]:
@@ -335,17 +368,6 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
     if config.task == "probe" and config.classify.norm_after_pool:
         yield "classify.norm_after_pool is for task='finetune': a probe keeps the encoder as it is, with its own norm"
-    for field in ("mean", "std"):
-        value = config.data[field]
-        if len(value) not in (1, config.model.channels):
-            yield (
-                f"data.{field}={value} has {len(value)} values; needed: 1, or one for each of "
-                f"model.channels={config.model.channels}"
-            )
-    if not all(math.isfinite(v) for v in config.data.mean):
-        yield f"data.mean={config.data.mean} must be finite"
-    if not all(0 < v < math.inf for v in config.data.std):
-        yield f"data.std={config.data.std} must be above 0"
     low, high = config.data.crop_scale if len(config.data.crop_scale) == 2 else (0, 0)
     if not 0 < low <= high <= 1:
         yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"

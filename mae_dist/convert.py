@@ -102,7 +102,7 @@ def convert_weights(
         if to != "mae_dist":
             params = fold_batch_norm(params, config)
         config.name = out.stem
-    config_lib.validate(config)
+    config_lib.validate_model(config, masked="decoder" in params)
     _check_finite(params, source.origin)
     with appearing(out) as temporary, naming_faults(out):
         write(temporary, params, config, to, source.origin)

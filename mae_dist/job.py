@@ -95,6 +95,9 @@ class Job:
         if not self.config.init_from:
             return new
         source = pretrained.open_pretrained(absolute(self.config.init_from), default, self.config)
+        if self.config.model.layer_scale_init and not source.config.model.layer_scale_init:
+            logging.info("%s has no LayerScale: it begins as 1 in every block, the same function", source.origin)
+            source = pretrained.with_unit_layer_scale(source)
         groups = [group for group in ("encoder", "decoder") if group in new.params and group in source.abstract]
         saved.check_fits(source.config, self.config, groups)
         loaded = source.load({group: self.shardings.params[group] for group in groups})

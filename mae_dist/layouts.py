@@ -7,16 +7,18 @@ Shapes: D width, H heads, hd = D / H, M MLP width, L patches, C channels, (ph, p
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from mae_dist import patches
 from mae_dist.errors import DataFault
 
 LAYOUTS = ("hf", "timm")
+# To which tables of fixed positions may have been rounded on their way here.
+_ROUNDINGS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 Tensors = dict[str, np.ndarray]
 Params = dict[str, Any]
 
@@ -96,37 +98,6 @@ _POSITIONS = {
     ("encoder", "hf"): "vit.embeddings.position_embeddings",
     ("decoder", "hf"): "decoder.decoder_pos_embed",
 }
-# The names of `transformers` 5 inside a model, and what it writes for a decoder's blocks -> the names of its files
-# since 4, which both versions read.
-_HF_ALIASES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^vit\.layers\.", "vit.encoder.layer."),
-        (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-        (r"\.attention\.q_proj\.", ".attention.attention.query."),
-        (r"\.attention\.k_proj\.", ".attention.attention.key."),
-        (r"\.attention\.v_proj\.", ".attention.attention.value."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-    )
-)
-
-
-def with_standard_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Hugging Face's tensors under the names of the tables above; in a file of an encoder alone they lack `vit.`."""
-    result = {}
-    bare = not any(name.startswith("vit.") for name in tensors)
-    for original, tensor in tensors.items():
-        name = original
-        if bare and name.partition(".")[0] in ("embeddings", "encoder", "layers", "layernorm", "pooler"):
-            name = f"vit.{name}"
-        for pattern, replacement in _HF_ALIASES:
-            name = pattern.sub(replacement, name)
-        if name in result:
-            raise DataFault(f"{original!r} and another tensor are both {name!r}: the file mixes two ways of naming")
-        result[name] = tensor
-    return result
 
 
 def groups_in(tensors: Mapping[str, np.ndarray], layout: str) -> tuple[str, ...]:
@@ -208,18 +179,55 @@ def _backward(x: np.ndarray, kind: str | int, shape: tuple[int, ...]) -> np.ndar
     return np.ascontiguousarray(x.reshape(shape))
 
 
-def position_kind(tensors: Mapping[str, np.ndarray], layout: str, grid: tuple[int, int], has_cls: bool) -> str:
-    """Which fixed table the position embeddings are to the last bit, or `learned`; one kind for both transformers."""
-    kinds = set()
+def position_kind(
+    tensors: Mapping[str, np.ndarray], layout: str, grid: tuple[int, int], has_cls: bool
+) -> tuple[str, str]:
+    """Which fixed table the position embeddings are to the last bit, or `learned`; one kind for both transformers.
+
+    Also the dtype to which such a table was rounded once, and so cannot be told from a float32 one that was.
+    """
+    found: dict[str, str] = {}
     for group in ("encoder", "decoder"):
         table = tensors.get(_POSITIONS[group, layout])
         if table is None or table.ndim != 3 or table.shape[1] != math.prod(grid) + int(has_cls):
             continue  # not there, or misshapen: `from_layout` says so
         dim, table = table.shape[2], table[0, int(has_cls) :]
         fits = [kind for kind, multiple in patches.FIXED_POSITIONS.items() if dim % multiple == 0]
-        equal = [kind for kind in fits if np.array_equal(table, patches.fixed_positions(kind, grid, dim))]
-        kinds.add(equal[0] if equal else "learned")
-    return kinds.pop() if len(kinds) == 1 else "learned"
+        equal = (
+            (kind, dtype.name)
+            for kind in fits
+            for dtype in _ROUNDINGS
+            if np.array_equal(table, patches.fixed_positions(kind, grid, dim).astype(dtype).astype(np.float32))
+        )
+        kind, dtype = next(equal, ("learned", "float32"))
+        found[kind] = dtype
+    return found.popitem() if len(found) == 1 else ("learned", "float32")
+
+
+def with_fixed_positions(tensors: Mapping[str, np.ndarray], kind: str, grid: tuple[int, int], has_cls: bool) -> Tensors:
+    """Tensors of timm's layout and, for each transformer whose positions are not there, the fixed ones of `kind`."""
+    result = dict(tensors)
+    for group, bias in (("encoder", "patch_embed.proj.bias"), ("decoder", "decoder_embed.bias")):
+        name, vector = _POSITIONS[group, "timm"], tensors.get(bias)
+        if name not in result and vector is not None and vector.ndim == 1:
+            table = patches.fixed_positions(kind, grid, len(vector))
+            result[name] = np.concatenate([np.zeros((int(has_cls), len(vector)), np.float32), table])[None]
+    return result
+
+
+def without_zero_tokens(
+    tensors: Mapping[str, np.ndarray], tokens: Sequence[str], layout: str
+) -> tuple[Tensors, list[str]]:
+    """Leaves out those of `tokens` (cls_token, mask_token) that are zero; also says which. A position counts."""
+    result, constant = dict(tensors), []
+    for token in tokens:
+        group = "encoder" if token == "cls_token" else "decoder"
+        name = next(getattr(row, layout) for row in _GROUPS[group] if row.path == token)
+        position = tensors.get(_POSITIONS[group, layout]) if token == "cls_token" else None
+        if name in result and not result[name].any() and (position is None or not position[:, :1].any()):
+            del result[name]
+            constant.append(token)
+    return result, constant
 
 
 def to_layout(params: Params, model: Any, layout: str) -> Tensors:

@@ -4,8 +4,6 @@ Shapes: B batch, H W C image, (gh, gw) grid, N tokens, D width.
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,17 +13,11 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_dist import aliases, foreign, heads, layouts, saved, tasks, weights
 from mae_dist import config as config_lib
-from mae_dist import layouts, saved, tasks, weights
 from mae_dist.errors import ConfigError, DataFault, StorageFault
-from mae_dist.storage import naming_faults
 
 Params = dict[str, Any]
-# What the published weights were trained on. Said aloud where it has to be assumed.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Heads of the transformers known by their width, in files that do not say: 64 values each, but 80 in ViT-H.
-_NUM_HEADS = {192: 3, 384: 6, 512: 16, 768: 12, 1024: 16, 1280: 16}
-_GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +59,8 @@ def open_pretrained(path: epath.Path, default: ConfigDict, template: ConfigDict 
       path: the workdir of a run, a directory that `convert` wrote, one in Hugging Face's layout (ViTMAE, ViT), or a
         `.pth` or `.safetensors` file in timm's.
       default: configs/default.py.
-      template: a config for what the weights do not say: heads and scaling of pixels in timm's layout, data.
+      template: a config for what the weights do not say, as heads and scaling of pixels in timm's layout, and for
+        data. What neither says is assumed, with a line in the log. It may be of another task.
 
     Raises:
       DataFault: files that are damaged, hostile, or do not hold the model they describe.
@@ -75,28 +68,13 @@ def open_pretrained(path: epath.Path, default: ConfigDict, template: ConfigDict 
       StorageFault: a path that is none of these.
     """
     if path.is_dir():
-        stored = _read_json(path / "config.json")
+        stored = foreign.read_json(path / "config.json")
         if stored is not None and "model_type" in stored:
             return _from_hugging_face(path, stored, default, template)
         return _from_workdir(path, default)
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a run's workdir, a directory of weights, or a file of them")
     return _from_timm(path, default, template)
-
-
-def _read_json(path: epath.Path) -> dict[str, Any] | None:
-    """The object in a file, or None if there is no such file."""
-    if not path.exists():
-        return None
-    with naming_faults(path):
-        data = path.read_bytes()
-    try:
-        value = json.loads(data)
-        if not isinstance(value, dict):
-            raise ValueError(f"a JSON object is expected, found {type(value).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise DataFault(f"{path} is damaged: {error}; restore the file") from error
-    return value
 
 
 def _from_workdir(path: epath.Path, default: ConfigDict) -> Pretrained:
@@ -133,190 +111,72 @@ def _from_hugging_face(
             f"{path / 'config.json'}: model_type {stored['model_type']!r} is no masked autoencoder; it can be "
             "'vit_mae', or 'vit' for a classifier"
         )
-    tensors = layouts.with_standard_names(weights.read_tensors(path))
-    config = _copy(template if template is not None else default)
-    with config.unlocked(), config.ignore_type():
-        try:
-            _describe_hugging_face(config, stored)
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise DataFault(f"{path / 'config.json'} does not describe a model: {error!r}") from error
-        _set_scaling(config, path, template is not None)
-    return _from_tensors(config, tensors, "hf", f"Hugging Face layout in {path}", template is not None)
-
-
-def _copy(config: ConfigDict) -> ConfigDict:
-    copy = config.copy_and_resolve_references()
-    return copy.lock()
-
-
-def _describe_hugging_face(config: ConfigDict, stored: dict[str, Any]) -> None:
-    """Sets the fields of the model that a config.json of Hugging Face names."""
-
-    def two(value: Any) -> tuple[int, int]:
-        height, width = value if isinstance(value, (list, tuple)) else (value, value)
-        return int(height), int(width)
-
-    act = stored.get("hidden_act", "gelu")
-    if act not in _GELUS:
-        raise ValueError(f"hidden_act {act!r} is not one of {', '.join(_GELUS)}")
-    if stored.get("attention_probs_dropout_prob"):
-        logging.warning("attention_probs_dropout_prob is left out: dropout of attention weights is not supported")
-    config.model.update(
-        image_size=two(stored.get("image_size", 224)),
-        patch_size=two(stored.get("patch_size", 16)),
-        channels=int(stored.get("num_channels", 3)),
-        embed_dim=int(stored.get("hidden_size", 768)),
-        depth=int(stored.get("num_hidden_layers", 12)),
-        num_heads=int(stored.get("num_attention_heads", 12)),
-        mlp_ratio=_ratio(int(stored.get("intermediate_size", 3072)), int(stored.get("hidden_size", 768))),
-        cls_token="learned",
-        mask_token="learned",
-        layer_scale_init=0.0,
-        norm_eps=float(stored.get("layer_norm_eps", 1e-12)),
-        dropout=float(stored.get("hidden_dropout_prob", 0.0)),
-        drop_path=0.0,
-        qkv_bias=bool(stored.get("qkv_bias", True)),
-        gelu=_GELUS[act],
-    )
-    config.init_from = ""
-    if stored["model_type"] == "vit":
-        config.task = "finetune"
-        config.classify.update(head="linear", pool="cls", norm_after_pool=False)
-        return
-    decoder_dim = int(stored.get("decoder_hidden_size", 512))
-    config.task = "pretrain"
-    config.pretrain.norm_pix_loss = bool(stored.get("norm_pix_loss", False))
-    config.model.update(
-        decoder_embed_dim=decoder_dim,
-        decoder_depth=int(stored.get("decoder_num_hidden_layers", 8)),
-        decoder_num_heads=int(stored.get("decoder_num_attention_heads", 16)),
-        decoder_mlp_ratio=_ratio(int(stored.get("decoder_intermediate_size", 2048)), decoder_dim),
-        mask_ratio=float(stored.get("mask_ratio", 0.75)),
-        masking="random",
-    )
-
-
-def _ratio(hidden: int, dim: int) -> float:
-    """The mlp_ratio whose int(dim * ratio) is `hidden`, also where the quotient is rounded down."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _set_scaling(config: ConfigDict, path: epath.Path, has_template: bool) -> None:
-    """Mean and std of the pixels from preprocessor_config.json, else from the template, else ImageNet's."""
-    file = path / "preprocessor_config.json"
-    stored = _read_json(file) if path.is_dir() else None
-    if stored is not None:
-        if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-            raise DataFault(f"{file}: pixels are not scaled by 1/255 (do_rescale, rescale_factor), as here")
-        normal = stored.get("do_normalize", True)
-        config.data.mean = tuple(float(v) for v in stored.get("image_mean", IMAGENET_MEAN)) if normal else (0.0,)
-        config.data.std = tuple(float(v) for v in stored.get("image_std", IMAGENET_STD)) if normal else (1.0,)
-    elif not has_template:
-        rgb = config.model.channels == 3
-        config.data.mean, config.data.std = (IMAGENET_MEAN, IMAGENET_STD) if rgb else ((0.0,), (1.0,))
-        logging.warning(
-            "%s does not say how pixels are scaled: assuming mean %s and std %s; a config says it by data.mean and "
-            "data.std",
-            path,
-            config.data.mean,
-            config.data.std,
-        )
+    described = foreign.Description(f"Hugging Face layout in {path}", default, template)
+    tensors = aliases.with_standard_names(_unwrapped(path))
+    try:
+        foreign.describe_hugging_face(described, stored, tensors)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise DataFault(f"{path / 'config.json'} does not describe a model: {error!r}") from error
+    foreign.describe_scaling(described, path)
+    return _from_tensors(described, tensors, "hf")
 
 
 def _from_timm(path: epath.Path, default: ConfigDict, template: ConfigDict | None) -> Pretrained:
-    tensors = weights.read_tensors(path)
+    described = foreign.Description(f"timm layout in {path}", default, template)
+    tensors = _unwrapped(path)
     if any(name.startswith(("vit.", "embeddings.")) for name in tensors):
         raise DataFault(
             f"{path} has Hugging Face's names; give the directory that also holds its config.json instead of the file"
         )
+    tensors = aliases.with_timm_names(tensors)
     kernel, table = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
-    if kernel is None or table is None or kernel.ndim != 4 or table.ndim != 3:
+    if kernel is None or kernel.ndim != 4 or not kernel.size or (table is not None and table.ndim != 3):
         shown = ", ".join(list(tensors)[:5]) or "no tensor"
         raise DataFault(
             f"{path} is no vision transformer in timm's layout, which has patch_embed.proj.weight (D, C, ph, pw) and "
             f"pos_embed (1, N, D); it has {len(tensors)} tensors: {shown}, …"
         )
-    config = _copy(template if template is not None else default)
-    with config.unlocked(), config.ignore_type():
-        _describe_timm(config, tensors, template is not None)
-        _set_scaling(config, path, template is not None)
-    return _from_tensors(config, tensors, "timm", f"timm layout in {path}", template is not None)
-
-
-def _describe_timm(config: ConfigDict, tensors: layouts.Tensors, has_template: bool) -> None:
-    """Sets the fields of the model that the tensors' names and shapes show."""
-
-    def hidden(name: str, dim: int) -> float:
-        return _ratio(tensors[name].shape[0], dim) if name in tensors else 1.0
-
-    def heads(field: str, dim: int) -> int:
-        if has_template:
-            return config.model[field]
-        if dim not in _NUM_HEADS:
-            raise ConfigError(
-                f"the file does not say model.{field} and a width of {dim} is none of the published ones; give "
-                f"--config with it (and --config.model.{field}=…)"
+    if "head.0.running_mean" in tensors:
+        folded = aliases.fold_head_norm(tensors, heads.EPS)
+        if folded is not None:
+            tensors = folded
+            described.assume(
+                f"eps={heads.EPS} (as the paper's code) in the BatchNorm before the head",
+                "only the head's logits depend on it",
             )
-        return _NUM_HEADS[dim]
+    tensors = foreign.describe_timm(described, tensors)
+    foreign.describe_scaling(described, path)
+    return _from_tensors(described, tensors, "timm")
 
-    def depth(prefix: str) -> int:
-        numbers = {name.split(".")[1] for name in tensors if name.startswith(prefix)}
-        return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
 
-    embed_dim, channels, *patch = tensors["patch_embed.proj.weight"].shape
-    has_cls = "cls_token" in tensors
-    length = tensors["pos_embed"].shape[1] - int(has_cls)
-    side = math.isqrt(max(0, length))
-    image_size = (side * patch[0], side * patch[1])
-    if has_template:
-        rows, columns = (s // p for s, p in zip(config.model.image_size, patch, strict=True))
-        if rows * columns == length:
-            image_size = (rows * patch[0], columns * patch[1])
-    scale = tensors.get("blocks.0.ls1.gamma")
-    config.model.update(
-        image_size=image_size,
-        patch_size=tuple(patch),
-        channels=channels,
-        embed_dim=embed_dim,
-        depth=depth("blocks."),
-        num_heads=heads("num_heads", embed_dim),
-        mlp_ratio=hidden("blocks.0.mlp.fc1.weight", embed_dim),
-        cls_token="learned" if has_cls else "none",
-        mask_token="learned",
-        layer_scale_init=0.0 if scale is None else 1.0,  # only whether there is one matters to trained weights
-        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
-    )
-    config.init_from = ""
-    config.task = "pretrain"
-    groups = layouts.groups_in(tensors, "timm")
-    if "head" in groups:
-        pooled = "fc_norm.weight" in tensors
-        config.task = "finetune"
-        config.classify.update(head="linear", pool="gap" if pooled else "cls", norm_after_pool=pooled)
-    elif "decoder" in groups and "decoder_embed.weight" in tensors:
-        dim = tensors["decoder_embed.weight"].shape[0]
-        config.model.update(
-            decoder_embed_dim=dim,
-            decoder_depth=depth("decoder_blocks."),
-            decoder_num_heads=heads("decoder_num_heads", dim),
-            decoder_mlp_ratio=hidden("decoder_blocks.0.mlp.fc1.weight", dim),
+def _unwrapped(path: epath.Path) -> layouts.Tensors:
+    """The tensors of the one model in a file or directory, by the model's own names."""
+    tensors = weights.read_tensors(path)
+    prefixes = aliases.prefixes_in(tensors)
+    if len(prefixes) > 1:
+        raise DataFault(
+            f"{path} holds {len(prefixes)} models, whose names begin with {weights.some(prefixes)}; "
+            + weights.how_to_extract(path, prefix=prefixes[-1])
         )
+    prefix = "".join(prefixes)
+    outside = [name for name in tensors if not name.startswith(prefix)]
+    if prefix:
+        left_out = f", and leaving out what does not: {weights.some(outside)}" if outside else ""
+        logging.warning("%s: taking the model whose names begin with %s%s", path, weights.some(prefixes), left_out)
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
 
-def _from_tensors(
-    config: ConfigDict, tensors: layouts.Tensors, layout: str, origin: str, has_template: bool
-) -> Pretrained:
+def _from_tensors(described: foreign.Description, tensors: layouts.Tensors, layout: str) -> Pretrained:
     """Checks the tensors against the config that describes them, and turns them."""
-    model, groups = config.model, layouts.groups_in(tensors, layout)
-    grid = tuple(size // max(1, patch) for size, patch in zip(model.image_size, model.patch_size, strict=True))
-    with config.unlocked():
-        model.pos_embed = layouts.position_kind(tensors, layout, (grid[0], grid[1]), model.cls_token != "none")
+    config, origin, groups = described.config, described.origin, layouts.groups_in(tensors, layout)
+    model = config.model
+    tensors = _settle_constants(described, tensors, layout)
+    described.log_said()
     # Before anything of that depth is built: a description may claim any.
     if max(model.depth, model.decoder_depth) > len(tensors):
         raise DataFault(f"{origin}: {model.depth} blocks are described and there are only {len(tensors)} tensors")
     try:
-        config_lib.validate(config)
+        config_lib.validate_model(config, masked=layout == "hf" and "decoder" in groups)
     except ConfigError as error:
         raise DataFault(f"{origin}: the described model cannot be: {error}") from error
     head = tensors.get("classifier.weight" if layout == "hf" else "head.weight")
@@ -331,4 +191,60 @@ def _from_tensors(
     def load(shardings: Params) -> Params:
         return jax.tree.map(jax.device_put, _select(params, shardings, origin), shardings)
 
-    return Pretrained(config.lock(), origin, abstract, has_template, load)
+    return Pretrained(config.lock(), origin, abstract, described.template is not None, load)
+
+
+def _settle_constants(described: foreign.Description, tensors: layouts.Tensors, layout: str) -> layouts.Tensors:
+    """Decides whether positions and tokens that could be constants are; the same function either way.
+
+    A fixed table may be a learned one as it began, and a token of zeros may be learned too: a template says so.
+    """
+    model, template = described.config.model, described.template
+    grid = tuple(size // max(1, patch) for size, patch in zip(model.image_size, model.patch_size, strict=True))
+    kind, rounding = layouts.position_kind(tensors, layout, (grid[0], grid[1]), model.cls_token != "none")
+    if template is not None and template.model.pos_embed == "learned":
+        kind = "learned"
+    elif rounding != "float32":
+        logging.warning(
+            "%s: its positions are the fixed ones of model.pos_embed=%r rounded to %s: taking the exact ones; "
+            "--config F --config.model.pos_embed=learned keeps them as they are",
+            described.origin,
+            kind,
+            rounding,
+        )
+    described.update("model", pos_embed=kind)
+    if template is not None:
+        zero = [token for token in ("cls_token", "mask_token") if template.model[token] == "zero"]
+        tensors, constant = layouts.without_zero_tokens(tensors, zero, layout)
+        described.update("model", **dict.fromkeys(constant, "zero"))
+    return tensors
+
+
+def with_unit_layer_scale(source: Pretrained) -> Pretrained:
+    """The same function with a LayerScale of ones in every block, from which a config that trains one starts."""
+    scales = ("scale1", "scale2")
+    abstract = dict(source.abstract)
+    for group in ("encoder", "decoder"):
+        if group in abstract:
+            blocks = abstract[group]["stack"]["blocks"]
+            scaled = {**blocks, **dict.fromkeys(scales, blocks["norm1"]["scale"])}  # (layers, D), as a norm's
+            abstract[group] = {**abstract[group], "stack": {"blocks": scaled}}
+
+    def load(shardings: Params) -> Params:
+        wanted = {group: dict(tree) for group, tree in shardings.items()}
+        for group, tree in wanted.items():
+            if "stack" in tree:
+                blocks = {name: value for name, value in tree["stack"]["blocks"].items() if name not in scales}
+                wanted[group] = {**tree, "stack": {"blocks": blocks}}
+        loaded = source.load(wanted)
+        for group, tree in shardings.items():
+            for scale in scales:
+                place = tree.get("stack", {}).get("blocks", {}).get(scale)
+                if place is not None:
+                    ones = np.ones(abstract[group]["stack"]["blocks"][scale].shape, np.float32)
+                    loaded[group]["stack"]["blocks"][scale] = jax.device_put(ones, place)
+        return loaded
+
+    config = source.config.copy_and_resolve_references().unlock()
+    config.model.layer_scale_init = 1.0
+    return dataclasses.replace(source, config=config.lock(), abstract=abstract, load=load)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import tempfile
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 from etils import epath
 
 from mae_dist import os_errors
@@ -39,15 +41,16 @@ _FLOATS = {np.dtype(np.float16), _BFLOAT16, np.dtype(np.float32), np.dtype(np.fl
 _SAFE_DTYPES = ("F16", "BF16", "F32", "F64", "BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
-def read_tensors(path: epath.Path) -> dict[str, np.ndarray]:
+def read_tensors(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
     """Named tensors of a file, or of a directory as Hugging Face's libraries write it; runs no code of the file.
 
     In a PyTorch checkpoint they stand below "model", "state_dict" or "model_state_dict", the first that is there, or
-    else at its top. A prefix "module." that all names share is dropped.
+    else at its top, or below the one other name that holds tensors. What else could have been meant is logged.
 
     Args:
       path: a .safetensors, .pth, .pt, .bin or .ckpt file, or a directory with model.safetensors or pytorch_model.bin
         or the .index.json of one and its shards.
+      name: below which name of a PyTorch checkpoint to look, as "model_ema"; "": as above.
 
     Returns:
       Arrays of any shape by name, each with memory of its own: float32 where they are float16, bfloat16, float32 or
@@ -56,11 +59,29 @@ def read_tensors(path: epath.Path) -> dict[str, np.ndarray]:
     Raises:
       DataFault: missing, damaged, of another format, or asking for more than tensors.
     """
-    tensors = _read_directory(path) if path.is_dir() else _read_file(path)
-    prefix = "module."
-    if all(name.startswith(prefix) for name in tensors):
-        tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
-    return tensors
+    return _read_directory(path) if path.is_dir() else _read_file(path, name)
+
+
+def extract(source: str, out: str, *, name: str = "", prefix: str = "") -> None:
+    """Writes a part of the weights in `source` as a file of its own: what stands below `name` and begins with `prefix`.
+
+    Raises:
+      ConfigError: nothing does.
+      DataFault, StorageFault: as `read_tensors` and `write_tensors`.
+    """
+    tensors = read_tensors(epath.Path(source), name)
+    chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    if not chosen:
+        raise ConfigError(f"{source}: no name begins with {prefix!r}; there are {some(tensors)}")
+    write_tensors(epath.Path(out), chosen)
+
+
+def how_to_extract(path: epath.Path, **part: str) -> str:
+    """The command by which `extract` takes one of several sets of weights, of which `part` is an example."""
+    arguments = [json.dumps(os.fspath(path)), '"OUT.safetensors"']
+    arguments += [f"{key}={json.dumps(value if len(value) <= 100 else '…')}" for key, value in part.items()]
+    command = f"from mae_dist import weights; weights.extract({', '.join(arguments)})"
+    return f"one of them is saved alone by python -c {shlex.quote(command)}"
 
 
 def write_tensors(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -120,12 +141,15 @@ def _torch(what: str, instead: str) -> Any:
 
 
 def _read_directory(path: epath.Path) -> dict[str, np.ndarray]:
-    found = next((path / name for name in _FILES if (path / name).is_file()), None)
-    if found is None:
+    there = [name for name in _FILES if (path / name).is_file()]
+    if not there:
         raise DataFault(
             f"the directory {path} holds none of {', '.join(_FILES)}; it holds "
-            f"{_some(sorted(entry.name for entry in path.iterdir()))}. Name the directory or the file of the weights"
+            f"{some(sorted(entry.name for entry in path.iterdir()))}. Name the directory or the file of the weights"
         )
+    if len(there) > 1:
+        logging.warning("%s holds %s: reading the first; move it away to have the next", path, ", ".join(there))
+    found = path / there[0]
     return _read_index(found) if found.suffix == ".json" else _read_file(found)
 
 
@@ -149,14 +173,14 @@ def _read_index(index: epath.Path) -> dict[str, np.ndarray]:
         tensors = _read_file(index.parent / shard)
         if tensors.keys() != expected:
             raise DataFault(
-                f"{index.parent / shard} does not fit {index.name}: missing {_some(expected - tensors.keys())}, "
-                f"unexpected {_some(tensors.keys() - expected)}; download or copy the whole directory again"
+                f"{index.parent / shard} does not fit {index.name}: missing {some(expected - tensors.keys())}, "
+                f"unexpected {some(tensors.keys() - expected)}; download or copy the whole directory again"
             )
         merged.update(tensors)
     return {name: merged[name] for name in names}
 
 
-def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
+def _read_file(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise DataFault(
@@ -168,7 +192,9 @@ def _read_file(path: epath.Path) -> dict[str, np.ndarray]:
         with _on_disk(path) as file:
             if not os.path.getsize(file):
                 raise DataFault(f"{path} is empty; {_AGAIN}")
-            return (_read_safetensors if suffix == ".safetensors" else _read_pytorch)(file, path)
+            if suffix == ".safetensors":
+                return _read_safetensors(file, path)
+            return _read_pytorch(file, path, name)
     except OSError as error:
         raise DataFault(f"{path} cannot be read: {error}; make it readable, or {_AGAIN}") from error
 
@@ -211,7 +237,7 @@ def _read_safetensors(file: str, path: epath.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read_pytorch(file: str, path: epath.Path) -> dict[str, np.ndarray]:
+def _read_pytorch(file: str, path: epath.Path, name: str) -> dict[str, np.ndarray]:
     torch = _torch(f"reading {path}", "take the .safetensors file of the same weights")
     size = os.path.getsize(file)
     try:
@@ -229,29 +255,39 @@ def _read_pytorch(file: str, path: epath.Path) -> dict[str, np.ndarray]:
         # The loader's own advice is to read the file without its protection.
         cause = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
         raise DataFault(f"{path} ({size} bytes) cannot be read as PyTorch's: {_cause(cause)}; {_AGAIN}") from error
-    tensors = _state_dict(content, path, torch)
+    tensors = _state_dict(content, path, name, torch)
     taken = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors.values())
     if taken > 4 * size + _SPARE:
         raise DataFault(f"{path}: its tensors would take {taken} bytes of memory, out of a file of {size}; {_AGAIN}")
     return {name: _plain(_to_numpy(tensor, torch)) for name, tensor in tensors.items()}
 
 
-def _state_dict(content: Any, path: epath.Path, torch: Any) -> dict[str, Any]:
+def _state_dict(content: Any, path: epath.Path, name: str, torch: Any) -> dict[str, Any]:
     """The tensors of a checkpoint by name."""
-    place, found = "at its top", content
-    for key in _WRAPPERS if isinstance(content, dict) else ():
-        if isinstance(content.get(key), dict):
-            place, found = f"below {key!r}", content[key]
-            break
-    if not isinstance(found, dict) or not found:
-        raise DataFault(f"{path} holds no named tensors {place}. {_ALONE}")
 
     def is_plain(value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
-    others = [str(name) for name, value in found.items() if not isinstance(name, str) or not is_plain(value)]
-    if others:
-        raise DataFault(f"{path}: {_some(others)} {place} are no plain tensors. {_ALONE}")
+    def is_set(value: Any) -> bool:
+        return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and is_plain(value[k]) for k in value)
+
+    entries = content if isinstance(content, dict) else {}
+    sets = [key for key, value in entries.items() if isinstance(key, str) and is_set(value)]
+    key = name or next((key for key in _WRAPPERS if isinstance(entries.get(key), dict)), "")
+    if not key and sets and not any(is_plain(value) for value in entries.values()):
+        if len(sets) > 1:
+            raise DataFault(f"{path} holds several sets of weights, {some(sets)}; {how_to_extract(path, name=sets[0])}")
+        (key,) = sets
+    others = [other for other in sets if other != key]
+    if key and not name and (others or key not in _WRAPPERS):
+        other = f", not {some(others)}; {how_to_extract(path, name=others[0])}" if others else ""
+        logging.warning("%s: taking the weights below %s%s", path, _shown(key), other)
+    place, found = (f"below {_shown(key)}", entries.get(key)) if key else ("at its top", content)
+    if not isinstance(found, dict) or not found:
+        raise DataFault(f"{path} holds no named tensors {place}. {_ALONE}")
+    bad = [str(name) for name, value in found.items() if not isinstance(name, str) or not is_plain(value)]
+    if bad:
+        raise DataFault(f"{path}: {some(bad)} {place} are no plain tensors. {_ALONE}")
     return found
 
 
@@ -275,7 +311,7 @@ def _parse_json(data: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError(f"of {len(pairs)} names some are there twice: {_some(key for key, _ in pairs)}")
+            raise ValueError(f"of {len(pairs)} names some are there twice: {some(key for key, _ in pairs)}")
         return found
 
     return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
@@ -292,6 +328,7 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 100 else text[:100] + "…")
 
 
-def _some(texts: Iterable[str]) -> str:
+def some(texts: Iterable[str]) -> str:
+    """The first few, quoted."""
     texts = list(texts)
     return ", ".join(map(_shown, texts[:5])) + (f", … ({len(texts)} in all)" if len(texts) > 5 else "") or "nothing"

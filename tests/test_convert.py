@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTMAEModel
 
 from configs import default
-from mae_dist import convert, layouts, losses, patches, pretrained, saved, tasks, weights
+from mae_dist import convert, foreign, layouts, losses, patches, pretrained, saved, tasks, weights
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.layers import unconstrained
 from tests import QUICK
@@ -476,7 +476,7 @@ def test_json_that_is_none(hugging_face, tmp_path, name, content):
 
 def test_scaling_of_pixels(hugging_face, tmp_path, caplog):
     """Told by preprocessor_config.json, assumed aloud without it, and what is not 1/255 is refused."""
-    assert opened(hugging_face).config.data.mean == pretrained.IMAGENET_MEAN
+    assert opened(hugging_face).config.data.mean == foreign.IMAGENET_MEAN
     assert "assuming" in caplog.text
     config = config_of(data__mean=(0.5, 0.4, 0.3), data__std=(0.2,))
     out = epath.Path(tmp_path / "hf")

@@ -21,7 +21,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from configs import default
-from mae_dist import layouts, losses, models, optim, pretrained, sharding, tasks
+from mae_dist import aliases, layouts, losses, models, optim, pretrained, sharding, tasks
 from tests import QUICK
 
 torch.set_num_threads(1)  # its threads and XLA's would wait for each other
@@ -184,7 +184,7 @@ def compare_outputs(pair: Pair) -> dict[str, float]:
     }
     for name in ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"):
         their_grads[name][:, 0] = 0  # of a class token's position, which the token itself has too
-    standard = layouts.with_standard_names(their_grads)
+    standard = aliases.with_standard_names(their_grads)
     wanted = layouts.from_layout(standard, pair.ours.abstract, model, "hf")
     return {
         "latent": relative(our_latent, latent.detach()),
@@ -208,7 +208,7 @@ def compare_steps(pair: Pair) -> float:
     tensors = layouts.to_layout(decayed, pair.ours.config.model, "hf")
     placeholder = np.zeros(0)
     trained = [
-        (next(iter(layouts.with_standard_names({name: placeholder}))), p)
+        (next(iter(aliases.with_standard_names({name: placeholder}))), p)
         for name, p in theirs.named_parameters()
         if p.requires_grad
     ]

@@ -1,0 +1,106 @@
+"""Other names for the same weights: those that a wrapper, a relative or another version wrote -> those of `layouts`.
+
+Tensors are NumPy arrays by name; nothing is read or written here.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from mae_dist.errors import DataFault
+
+Tensors = dict[str, np.ndarray]
+
+# The names of `transformers` 5 inside a model, and what it writes for a decoder's blocks -> the names of its files
+# since 4, which both versions read.
+_HF_ALIASES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^vit\.layers\.", "vit.encoder.layer."),
+        (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    )
+)
+# What comes before a model's names where a program has wrapped it: whatever stands before its product with patches.
+_WRAPPED = re.compile(r"((?:.*?\.)??)(?:patch_embed\.proj|(?:vit\.)?embeddings\.patch_embeddings\.projection)\.weight")
+# BEiT's names, which many programs took over, -> timm's.
+_TIMM_ALIASES = ((re.compile(r"^(blocks\.\d+)\.gamma_([12])$"), r"\1.ls\2.gamma"),)
+# Of transformers' models: a layer on the class token that nothing here reads.
+_POOLER = "vit.pooler."
+
+
+def prefixes_in(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """What the names of each model that there is begin with: `module.` or `_orig_mod.` of a wrapper, `backbone.`, …
+
+    A model is known by its product with patches; one that nothing wraps has the prefix "".
+    """
+    return sorted({match[1] for match in map(_WRAPPED.fullmatch, tensors) if match})
+
+
+def with_timm_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Tensors of a relative of timm's layout under timm's names.
+
+    BEiT's `q_bias` and `v_bias` become the bias of queries, keys and values, zero for the keys; its `gamma_1` and
+    `gamma_2` are LayerScale.
+    """
+    result = {}
+    for original, tensor in tensors.items():
+        name = original
+        for pattern, replacement in _TIMM_ALIASES:
+            name = pattern.sub(replacement, name)
+        result[name] = tensor
+    for name in [name for name in result if name.endswith(".attn.q_bias")]:
+        block = name.removesuffix("q_bias")
+        query, value = result[name], result.get(f"{block}v_bias")
+        if value is not None and query.shape == value.shape and query.ndim == 1 and f"{block}qkv.bias" not in result:
+            del result[name], result[f"{block}v_bias"]
+            result[f"{block}qkv.bias"] = np.concatenate([query, np.zeros_like(query), value])
+    return result
+
+
+def fold_head_norm(tensors: Mapping[str, np.ndarray], eps: float) -> Tensors | None:
+    """Multiplies the BatchNorm of a linear probe into the layer after it; None if the head is no such pair.
+
+    The paper's code names the BatchNorm `head.0` and the layer `head.1`; both become `head`.
+    """
+    norm = {name: tensors.get(f"head.0.{name}") for name in ("running_mean", "running_var", "weight", "bias")}
+    mean, var = norm["running_mean"], norm["running_var"]
+    kernel, bias = tensors.get("head.1.weight"), tensors.get("head.1.bias")
+    if mean is None or var is None or kernel is None or bias is None or kernel.ndim != 2:
+        return None
+    if {mean.shape, var.shape} != {kernel.shape[1:]} or bias.shape != kernel.shape[:1]:
+        return None
+    with np.errstate(invalid="ignore"):  # not finite: the check of all tensors says so
+        scale = 1 / np.sqrt(var.astype(np.float64) + eps)
+    shift = -mean * scale
+    if norm["weight"] is not None and norm["bias"] is not None:
+        scale, shift = scale * norm["weight"], shift * norm["weight"] + norm["bias"]
+    folded = {"head.weight": kernel * scale, "head.bias": bias + kernel @ shift}
+    rest = {name: tensor for name, tensor in tensors.items() if not re.match(r"head\.[01]\.", name)}
+    return {**rest, **{name: value.astype(np.float32) for name, value in folded.items()}}
+
+
+def with_standard_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Hugging Face's tensors under the names of the tables above; in a file of an encoder alone they lack `vit.`.
+
+    A pooler is left out: a layer behind the class token for other tasks, which no result here depends on.
+    """
+    result = {}
+    bare = not any(name.startswith("vit.") for name in tensors)
+    for original, tensor in tensors.items():
+        name = original
+        if bare and name.partition(".")[0] in ("embeddings", "encoder", "layers", "layernorm", "pooler"):
+            name = f"vit.{name}"
+        for pattern, replacement in _HF_ALIASES:
+            name = pattern.sub(replacement, name)
+        if name in result:
+            raise DataFault(f"{original!r} and another tensor are both {name!r}: the file mixes two ways of naming")
+        if not name.startswith(_POOLER):
+            result[name] = tensor
+    return result
