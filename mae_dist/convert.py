@@ -196,40 +196,78 @@ def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
-    """Makes the products with patches those of `channels`, and sets them in `config.model`.
+    """Makes the products with patches those of `channels`, and sets these and the scaling of pixels in `config`.
 
-    A gray image, the same in all channels, gives the same tokens as before: a channel's weights are shared out among
-    those that take its place, and summed for a single one. The decoder predicts the old channels in turn, or one mean.
+    An opaque image whose colours are equal, gray, gives the same tokens as before. Beyond that: a gray model sees the
+    mean of red, green and blue; alpha that a model did not know is ignored, and alpha that it loses is taken to be 255
+    everywhere. The decoder predicts the same pixels, red, green and blue their mean for a gray model, and alpha 255;
+    but with `norm_pix_loss` it predicts in units of the deviation of a whole patch, whose channels are others now: red,
+    green and blue then are as the old channels or their mean, alpha as the patch's mean, and none of it is exact.
     """
-    model, old = config.model, config.model.channels
-    model.channels = channels
+    model, data, old = config.model, config.data, config.model.channels
     if channels == old:
         return params
-    config.data.mean = _adapt(config.data.mean, old, channels)
-    config.data.std = _adapt(config.data.std, old, channels)
+    if not {old, channels} <= {1, 3, 4}:
+        raise errors.ConfigError(f"--channels={channels} from {old}: there can be 1 (gray), 3 (RGB) or 4 (RGBA)")
+    old_mean, old_std = (np.array(values * (old if len(values) == 1 else 1)) for values in (data.mean, data.std))
+    data.mean, data.std = _adapt(data.mean, old, channels, alpha=0.0), _adapt(data.std, old, channels, alpha=1.0)
+    mean, std = (np.array(values * (channels if len(values) == 1 else 1)) for values in (data.mean, data.std))
+    model.channels = channels
     result = {group: dict(tree) for group, tree in params.items()}
-    turn = np.arange(channels) % old
+    # With x' the new channels' scaled pixels, the old ones are x = x' @ matrix + shift.
+    mix, opaque = _mix_channels(channels, old)
+    matrix, shift = std[:, None] * mix / old_std, (mean @ mix + opaque - old_mean) / old_std
     embed = result["encoder"]["patch_embed"]
-    kernel = embed["kernel"].reshape(-1, old, embed["kernel"].shape[-1])  # (ph * pw, C, D)
-    kernel = kernel.sum(1, keepdims=True) if channels == 1 else kernel[:, turn] / np.bincount(turn)[turn][:, None]
-    result["encoder"]["patch_embed"] = {**embed, "kernel": kernel.reshape(-1, kernel.shape[-1]).astype(np.float32)}
+    kernel = embed["kernel"].reshape(-1, old, embed["kernel"].shape[-1]).astype(np.float64)  # (ph * pw, C, D)
+    result["encoder"]["patch_embed"] = {
+        "kernel": (matrix @ kernel).reshape(-1, kernel.shape[-1]).astype(embed["kernel"].dtype),
+        "bias": (embed["bias"] + np.einsum("c,pcd->d", shift, kernel)).astype(embed["bias"].dtype),
+    }
     if "decoder" in result:
+        mix, opaque = _mix_channels(old, channels)
+        matrix, shift = old_std[:, None] * mix / std, (old_mean @ mix + opaque - mean) / std
+        if config.pretrain.norm_pix_loss:
+            matrix, shift = mix, np.zeros(channels)
+            logging.warning(
+                "pretrain.norm_pix_loss: the decoder predicts in units of the deviation of a patch over all channels, "
+                "which are others now; its predictions are near the old ones, not equal"
+            )
 
-        def columns(x: np.ndarray) -> np.ndarray:
+        def columns(x: np.ndarray, shift: Any) -> np.ndarray:
             """(…, ph * pw * C) -> the same of the new channels."""
-            x = x.reshape(*x.shape[:-1], -1, old)
-            x = x.mean(-1, keepdims=True) if channels == 1 else x[..., turn]
-            return x.reshape(*x.shape[:-2], -1).astype(np.float32)
+            y = x.reshape(*x.shape[:-1], -1, old) @ matrix + shift
+            return y.reshape(*y.shape[:-2], -1).astype(x.dtype)
 
-        result["decoder"]["pred"] = {name: columns(value) for name, value in result["decoder"]["pred"].items()}
+        pred = result["decoder"]["pred"]
+        result["decoder"]["pred"] = {"kernel": columns(pred["kernel"], 0), "bias": columns(pred["bias"], shift)}
+    logging.info(
+        "%d channels for %d: pixels are scaled by data.mean=%s and data.std=%s now, which a config that begins from "
+        "these weights has to say too",
+        channels,
+        old,
+        data.mean,
+        data.std,
+    )
     return result
 
 
-def _adapt(values: tuple[float, ...], old: int, channels: int) -> tuple[float, ...]:
-    """Mean or std of the pixels for other channels: in turn, or one for all."""
+def _mix_channels(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels in 0..1 of `source` channels as those of `target`: x @ mix + opaque, (source, target) and (target,)."""
+    colors = min(source, 3), min(target, 3)
+    mix = np.zeros((source, target))
+    mix[: colors[0], : colors[1]] = np.eye(colors[0]) if colors[0] == colors[1] else 1 / colors[0]
+    opaque = np.zeros(target)
+    opaque[3:] = 1.0
+    return mix, opaque
+
+
+def _adapt(values: tuple[float, ...], old: int, channels: int, alpha: float) -> tuple[float, ...]:
+    """Mean or std of the pixels for other channels; that of gray is the colours' mean."""
     if len(values) == 1:
         return values
-    return (sum(values) / old,) if channels == 1 else tuple(values[i % old] for i in range(channels))
+    if channels == 1:
+        return (sum(values[:3]) / 3,)
+    return (*values[:3], *[alpha] * (channels - 3))
 
 
 def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin: str) -> None:
