@@ -72,16 +72,22 @@ parse_arguments() {
     done
 }
 
-# What gcloud itself is set to use; a dry run asks nobody.
-configured() { ((dry_run)) || gcloud config get-value "$1" 2>/dev/null || true; }
+# What gcloud itself is set to use; a dry run asks nobody and shows the name $2 in its place.
+configured() {
+    if ((dry_run)); then
+        echo "$2"
+    else
+        gcloud config get-value "$1" 2>/dev/null || true
+    fi
+}
 
 check_settings() {
     local number
     ((dry_run)) || command -v gcloud >/dev/null ||
         fail "gcloud is not on PATH. Install it (https://cloud.google.com/sdk/docs/install), then: gcloud auth login"
-    project="${project:-${CLOUDSDK_CORE_PROJECT:-$(configured core/project)}}"
+    project="${project:-${CLOUDSDK_CORE_PROJECT:-$(configured core/project PROJECT)}}"
     [[ -n "$project" ]] || refuse "no project. Give --project=PROJECT, or: gcloud config set project PROJECT"
-    zone="${zone:-${CLOUDSDK_COMPUTE_ZONE:-$(configured compute/zone)}}"
+    zone="${zone:-${CLOUDSDK_COMPUTE_ZONE:-$(configured compute/zone ZONE)}}"
     [[ -n "$zone" ]] || refuse "no zone. Give --zone=ZONE, or: gcloud config set compute/zone ZONE." \
         "Where there is what: https://cloud.google.com/tpu/docs/regions-zones (TPUs)," \
         "https://cloud.google.com/compute/docs/gpus/gpu-regions-zones (GPUs)"

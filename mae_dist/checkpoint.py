@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -257,7 +258,7 @@ class Checkpoints:
             raise StorageFault(
                 f"{self.directory} holds no good checkpoint any more; in quarantine beside it: {', '.join(reasons)}. "
                 "Restore the workdir from a copy and repeat the command, or choose another --workdir to begin anew; "
-                f"python -m mae_dist.checkpoint rm-quarantine {self.directory.parent} gives these up"
+                f"python -m mae_dist.checkpoint rm-quarantine {shlex.quote(str(self.directory.parent))} gives these up"
             )
         return None
 
@@ -292,7 +293,8 @@ class Checkpoints:
         if saved.WEIGHTS_ONLY in meta:
             raise StorageFault(
                 f"{path} holds converted weights ({meta[saved.WEIGHTS_ONLY]}), not a run to continue; "
-                f"start one from them in another --workdir with --config.init_from={self.directory.parent}"
+                "start one from them in another --workdir with "
+                f"--config.init_from={shlex.quote(str(self.directory.parent))}"
             )
         lines = config_lib.differences(stored, config)
         if stored_fingerprint != fingerprint:

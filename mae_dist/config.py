@@ -271,24 +271,23 @@ def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
     for prefix in ("", "decoder_"):
         dim, heads = model[f"{prefix}embed_dim"], model[f"{prefix}num_heads"]
-        if heads > 0 and dim > 0 and dim % heads:
-            fits = [d for d in range(1, dim + 1) if dim % d == 0]
-            best = min(fits, key=lambda d: abs(d - heads))
+        multiple = math.lcm(patches.FIXED_POSITIONS.get(model.pos_embed, 1), max(1, heads))
+        if dim % patches.FIXED_POSITIONS.get(model.pos_embed, 1):
+            yield (
+                f"model.{prefix}embed_dim={dim} is not a multiple of "
+                f"{patches.FIXED_POSITIONS[model.pos_embed]}, which model.pos_embed={model.pos_embed!r} needs; "
+                f"nearest that {heads} heads divide too: {max(multiple, round(dim / multiple) * multiple)}"
+            )
+        elif heads > 0 and dim > 0 and dim % heads:
             yield (
                 f"model.{prefix}num_heads={heads} does not divide model.{prefix}embed_dim={dim}; "
-                f"nearest that does: {best}"
+                f"nearest that does: {_nearest_divisor(dim, heads)}"
             )
         ratio = model[f"{prefix}mlp_ratio"]
         if dim > 0 and 0 < dim * ratio < 1:
             yield (
                 f"model.{prefix}mlp_ratio={ratio} of model.{prefix}embed_dim={dim} leaves no "
-                f"MLP; choose at least {1 / dim:.3g}"
-            )
-        multiple = patches.FIXED_POSITIONS.get(model.pos_embed, 1)
-        if dim % multiple:
-            yield (
-                f"model.{prefix}embed_dim={dim} is not a multiple of {multiple}, which "
-                f"model.pos_embed={model.pos_embed!r} needs; nearest: {max(multiple, round(dim / multiple) * multiple)}"
+                f"MLP; choose at least {math.ceil(1e5 / dim) / 1e5:g}"
             )
     for field in ("image_size", "patch_size"):
         if len(model[field]) != 2 or any(not isinstance(v, int) or v < 1 for v in model[field]):
@@ -306,10 +305,16 @@ def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
             else:
                 length = grid[0] * grid[1]
                 kept = patches.num_keep(length, model.mask_ratio) if math.isfinite(model.mask_ratio) else 0
-                if not 0 < kept < length:
+                if length == 1:
+                    yield (
+                        f"model.patch_size={model.patch_size} leaves one patch of model.image_size={model.image_size}, "
+                        "and one must be kept and one removed; choose smaller patches"
+                    )
+                elif not 0 < kept < length:
+                    lowest, highest = math.ceil(1e4 / length) / 1e4, math.floor(1e4 - 1e4 / length) / 1e4
                     yield (
                         f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one "
-                        f"must be kept and one removed: choose {1 / length:.3g} to {1 - 1 / length:.3g}"
+                        f"must be kept and one removed: choose {lowest:g} to {highest:g}"
                     )
     except ConfigError as error:
         yield str(error)
@@ -331,10 +336,13 @@ def _scaling_faults(config: ConfigDict) -> Iterator[str]:
 
 def _run_faults(config: ConfigDict) -> Iterator[str]:
     if config.global_batch_size > 0 and config.accum_steps > 0 and config.global_batch_size % config.accum_steps:
-        yield f"accum_steps={config.accum_steps} does not divide global_batch_size={config.global_batch_size}"
+        yield (
+            f"accum_steps={config.accum_steps} does not divide global_batch_size={config.global_batch_size}; "
+            f"nearest that does: {_nearest_divisor(config.global_batch_size, config.accum_steps)}"
+        )
     if not 0 < config.total_epochs < math.inf:
         yield f"total_epochs={config.total_epochs} must be above 0, with total_steps too: the warm-up is a share of it"
-    if config.optim.warmup_epochs > config.total_epochs:
+    elif config.optim.warmup_epochs > config.total_epochs:
         yield (
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than "
             f"total_epochs={config.total_epochs}; lower it too: "
@@ -367,7 +375,10 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if pools and config.classify.pool == "cls" and config.model.cls_token == "none":
         yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
     if config.task == "probe" and config.classify.norm_after_pool:
-        yield "classify.norm_after_pool is for task='finetune': a probe keeps the encoder as it is, with its own norm"
+        yield (
+            "classify.norm_after_pool is for task='finetune': a probe keeps the encoder as it is, with its own norm; "
+            "set it to False"
+        )
     low, high = config.data.crop_scale if len(config.data.crop_scale) == 2 else (0, 0)
     if not 0 < low <= high <= 1:
         yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"
@@ -390,7 +401,10 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if config.task == "pretrain" and config.pretrain.norm_pix_loss:
         values = math.prod(config.model.patch_size) * config.model.channels
         if values == 1:
-            yield "pretrain.norm_pix_loss needs more than one value in a patch: model.patch_size is 1x1 of one channel"
+            yield (
+                "pretrain.norm_pix_loss needs more than one value in a patch, and model.patch_size is 1x1 of one "
+                "channel; choose larger patches, or pretrain.norm_pix_loss=False"
+            )
 
 
 def _retention_faults(options: ConfigDict) -> Iterator[str]:
@@ -428,8 +442,13 @@ def _augment_faults(config: ConfigDict) -> Iterator[str]:
     if data.repeats > 0 and batch > 0 and batch % data.repeats:
         yield (
             f"data.repeats={data.repeats} does not divide global_batch_size={batch}; nearest that does: "
-            f"{max(data.repeats, round(batch / data.repeats) * data.repeats)}"
+            f"{_nearest_divisor(batch, data.repeats)}; or "
+            f"global_batch_size={max(data.repeats, round(batch / data.repeats) * data.repeats)}"
         )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda divisor: abs(divisor - wanted))
 
 
 def rows_together(config: ConfigDict) -> int:

@@ -275,13 +275,15 @@ def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin:
     if to == "mae_dist":
         saved.save_params(path, config, params, origin)
         return
-    faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
-    if to == "hf":
-        faults += _not_in_hugging_face(params, config)
+    faults = _not_expressible(params, config, to)
     if faults:
+        helps = len(params) > 1 and not _not_expressible({"encoder": params["encoder"]}, config, to)
         raise errors.ConfigError(
-            f"the {to} layout cannot express this model:\n  - " + "\n  - ".join(faults) + "\n"
-            "--encoder_only leaves out the decoder or the head; --to=mae_dist expresses everything."
+            f"the {to} layout cannot express this model:\n  - "
+            + "\n  - ".join(faults)
+            + "\n"
+            + ("--encoder_only leaves out the decoder or the head; " if helps else "")
+            + "--to=mae_dist expresses everything."
         )
     tensors = layouts.to_layout(params, config.model, to)
     if to == "timm":
@@ -293,10 +295,17 @@ def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin:
         (path / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def _not_expressible(params: Params, config: ConfigDict, to: str) -> list[str]:
+    faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
+    return faults + (_not_in_hugging_face(params, config) if to == "hf" else [])
+
+
 def _not_in_hugging_face(params: Params, config: ConfigDict) -> list[str]:
     model, classify, faults = config.model, config.classify, []
     if model.cls_token == "none":
         faults.append("there is no class token (model.cls_token)")
+    if "norm" not in params["encoder"] and "head" not in params:
+        faults.append("the encoder has no last norm, its head has one instead (classify.norm_after_pool)")
     if "decoder" in params and any(height != width for height, width in (model.image_size, model.patch_size)):
         faults.append(f"images {model.image_size} and patches {model.patch_size} are not square")
     if "decoder" in params and model.masking != "random":

@@ -178,7 +178,7 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
         if heads % shape["tensor"]:
             raise ConfigError(
                 f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={shape['tensor']}; choose "
-                f"a mesh.tensor that divides {heads}, or more heads"
+                f"a mesh.tensor that divides {heads}, or a multiple of {shape['tensor']} heads"
             )
 
 

@@ -169,8 +169,11 @@ def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str
         trained, _ = split_frozen(built.abstract_state.params, built.task.frozen)
         lies = "whole on every chip"
         also = f" ({_gib(4 * models.param_count(trained))} of it float32 gradients, which mesh.fsdp splits too)"
+    more = f"raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"
+    if split >= per_slice:
+        more = "take a larger slice"
     parts = [
-        (state, f"{named} are {lies}: raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"),
+        (state, f"{named} are {lies}: {more}"),
         (
             memory["temporaries"],
             f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}{also}: "

@@ -1,6 +1,7 @@
 """A profiler's trace of some updates, asked for by config or by a signal, for XProf, TensorBoard or Perfetto."""
 
 import contextlib
+import shlex
 import shutil
 import signal
 import tempfile
@@ -96,7 +97,9 @@ class Profiler:
                 copy = target / source.relative_to(self._local).as_posix()
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(source.read_bytes())
-            logging.info("Profile of %s: tensorboard --logdir, or the .json.gz in ui.perfetto.dev", target)
+            logging.info(
+                "Profile: tensorboard --logdir=%s, or the .json.gz in ui.perfetto.dev", shlex.quote(str(target))
+            )
 
     @contextlib.contextmanager
     def _warning(self, what: str) -> Iterator[None]:

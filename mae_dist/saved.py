@@ -7,6 +7,7 @@ digests of the arrays); `mae_dist/seals.py` adds the files' digests.
 import contextlib
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -47,9 +48,9 @@ def naming_damage(path: epath.Path, workdir: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except UNREADABLE as error:
+        verify = f"python -m mae_dist.checkpoint verify {shlex.quote(str(workdir))}"
         cure = os_errors.cure(error) or (
-            f"If it is damaged (python -m mae_dist.checkpoint verify {workdir}), the training command puts it in "
-            "quarantine and continues from the one before"
+            f"If it is damaged ({verify}), the training command puts it in quarantine and continues from the one before"
         )
         raise StorageFault(f"checkpoint {path} cannot be written or read: {error}\n{cure}.") from error
 
@@ -173,7 +174,7 @@ def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
     path = workdir / "config.json"
     if not path.exists():
         raise StorageFault(
-            f"{workdir} is not the workdir of a run: it has no config.json; check --workdir or init_from"
+            f"{workdir} is not the workdir of a run: it has no config.json; correct --workdir, --source or init_from"
         )
     check_checkpoints(workdir, saving=False)
     with naming_faults(path):
@@ -192,7 +193,9 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     """The manager of an existing run's checkpoints and its newest step."""
     directory = workdir / "checkpoints"
     if not directory.exists():
-        raise StorageFault(f"{directory} does not exist; train that run first, or correct init_from or --workdir")
+        raise StorageFault(
+            f"{directory} does not exist; train that run first, or correct --workdir, --source or init_from"
+        )
     with naming_damage(directory, workdir):
         manager = open_manager(directory, create=False)
     try:
@@ -208,7 +211,7 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
             return
         good = "good " if damaged else ""
         raise StorageFault(
-            f"{directory} holds no {good}checkpoint; train that run first, or correct init_from or --workdir"
+            f"{directory} holds no {good}checkpoint; train that run first, or correct --workdir, --source or init_from"
         )
     finally:
         manager.close()
@@ -249,9 +252,11 @@ def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[s
         try:
             check_values(meta.get("digests", {}), state)
         except Damaged as damage:
+            cure = "Repeat the command that trained it: it puts it in quarantine and continues from the one before"
+            if WEIGHTS_ONLY in meta:
+                cure = f"Delete {workdir} and convert {meta[WEIGHTS_ONLY]} again"
             raise StorageFault(
-                f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged: {damage}. Repeat the command that "
-                "trained it: it puts it in quarantine and continues from the one before"
+                f"checkpoint {workdir / 'checkpoints' / str(step)} is damaged: {damage}. {cure}"
             ) from damage
         return step, {**state.get("params", {}), **state.get("ema", {})}
 
@@ -337,5 +342,23 @@ def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) ->
         raise StorageFault(
             f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
             + "\n  - ".join(lines)
-            + "\nSet these as they were, or convert the weights to another size first (python -m mae_dist.convert)."
+            + f"\nSet these as they were{_conversion(source, config, lines)}."
         )
+
+
+def _conversion(source: ConfigDict, config: ConfigDict, lines: Sequence[str]) -> str:
+    """Returns how `convert` makes weights fit that differ in nothing but the images' size and channels, or ""."""
+    flags, fields = [], {line.partition(":")[0] for line in lines}
+    if source.model.image_size != config.model.image_size:
+        flags.append(f"--image_size={config.model.image_size[0]},{config.model.image_size[1]}")
+    if source.model.channels != config.model.channels:
+        flags.append(f"--channels={config.model.channels}")
+    if not fields <= {"model.image_size", "model.channels"}:
+        return ""
+    out = f"{config.init_from.rstrip('/')}_converted"
+    learned = " --config.model.pos_embed=learned" if "model.image_size" in fields else ""
+    return (
+        f", or convert the weights first: python -m mae_dist.convert {shlex.join([f'--source={config.init_from}'])} "
+        f"{shlex.join([f'--out={out}', '--to=mae_dist', *flags])} and train with "
+        f"{shlex.join([f'--config.init_from={out}'])}{learned}"
+    )

@@ -73,7 +73,8 @@ def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
     if -1 in shape:
         if num_devices % fixed:
             raise ConfigError(
-                f"{named}: the fixed sizes multiply to {fixed}, which does not divide {num_devices} devices"
+                f"{named}: the fixed sizes multiply to {fixed}, which does not divide {num_devices} devices; "
+                f"choose sizes whose product divides {num_devices}"
             )
         shape[shape.index(-1)] = num_devices // fixed
     elif fixed != num_devices:

@@ -69,7 +69,7 @@ def describe(name: str, num_slices: int) -> Topology:
     """The devices of a topology; nothing needs to be there but, for TPUs, the extra `tpu`."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     known = ", ".join((*CHIPS, "cpu"))
-    if not found or found[1] not in (*CHIPS, "cpu"):
+    if not found or found[1] not in (*CHIPS, "cpu") or "0" in re.findall(r"\d+", found[2]):
         raise ConfigError(f"--topology={name}: write generation:shape, as v5e:4x4 or cpu:8; generations: {known}")
     generation = found[1]
     shape: tuple[int, ...] = tuple(int(size) for size in found[2].split("x"))
@@ -83,8 +83,11 @@ def _cpu_devices(count: int) -> Sequence[Any]:
     if _FAKE not in os.environ.get("XLA_FLAGS", ""):  # read when JAX makes its CPU client
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FAKE}={count}".strip()
     devices = jax.devices("cpu")
-    if not 0 < count <= len(devices):
-        raise ConfigError(f"--topology=cpu:{count} and JAX has {len(devices)} CPU devices here, set by XLA_FLAGS")
+    if count > len(devices):
+        raise ConfigError(
+            f"--topology=cpu:{count} and JAX has {len(devices)} CPU devices here, set by XLA_FLAGS: unset it, or plan "
+            f"cpu:{len(devices)}"
+        )
     return devices[:count]
 
 
@@ -95,9 +98,13 @@ def _tpu_devices(name: str, shape: tuple[int, ...], num_slices: int) -> Sequence
         like = "x".join(["4"] * chip.sides)
         raise ConfigError(f"--topology={name}: a slice of {generation} has {chip.sides} sides, as {generation}:{like}")
     if count > chip.max_chips:
+        smaller = sorted(shape)
+        while math.prod(smaller) > chip.max_chips:
+            smaller = sorted([*smaller[:-1], smaller[-1] // 2])
+        slices = math.ceil(count / math.prod(smaller)) * num_slices
         raise ConfigError(
             f"--topology={name}: {count} chips, and a slice of {generation} has at most {chip.max_chips}; plan several "
-            f"smaller ones: --num_slices={math.ceil(count / chip.max_chips)}"
+            f"smaller ones: --topology={generation}:{'x'.join(map(str, smaller))} --num_slices={slices}"
         )
     if find_spec("libtpu") is None:
         raise ConfigError(f"--topology={name} needs the TPU's compiler, no TPU: pip install -e .[tpu]")
@@ -111,7 +118,10 @@ def _tpu_devices(name: str, shape: tuple[int, ...], num_slices: int) -> Sequence
         ).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
         said = str(error).splitlines()[0]
-        raise ConfigError(f"--topology={name} --num_slices={num_slices}: libtpu knows no such slice: {said}") from error
+        raise ConfigError(
+            f"--topology={name} --num_slices={num_slices}: libtpu knows no such slice: {said}; which there are: "
+            f"https://cloud.google.com/tpu/docs/{generation}"
+        ) from error
 
 
 def compile_step(step: jax.stages.Wrapped, mesh: Mesh, *args: Any) -> Compiled:

@@ -310,10 +310,12 @@ class _Run:
         """Raises `Diverged` after a run of non-finite updates, even one that ended before this log step."""
         limit = self.job.config.max_skipped_steps
         if self.longest_skipped_run >= limit:
+            half = self.job.config.model.dtype != "float32"
             raise errors.Diverged(
                 f"{self.longest_skipped_run} updates in a row, the last by step {step}, had a non-finite gradient and "
                 f"were skipped (max_skipped_steps={limit}): the parameters are those before them. Lower optim.base_lr, "
-                "set optim.clip_norm, or use model.dtype=float32, in a new workdir."
+                f"set optim.clip_norm{', use model.dtype=float32' if half else ''} or correct data.mean and "
+                "data.std, in a new workdir."
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:

@@ -136,7 +136,7 @@ def _torch(what: str, instead: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ConfigError(f"{what} needs PyTorch: pip install 'mae_dist[torch]', or {instead}") from error
+        raise ConfigError(f"{what} needs PyTorch: pip install -e .[torch] in the clone, or {instead}") from error
     return torch
 
 

@@ -234,7 +234,8 @@ def test_choices(field):
         ({"model__embed_dim": -3}, "model.embed_dim=-3 must be above 0"),
         (
             {"model__embed_dim": 130, "model__num_heads": 2},
-            "model.embed_dim=130 is not a multiple of 4, which model.pos_embed='sincos2d' needs; nearest: 128",
+            "model.embed_dim=130 is not a multiple of 4, which model.pos_embed='sincos2d' needs; "
+            "nearest that 2 heads divide too: 128",
         ),
         (
             {"model__decoder_embed_dim": 7, "model__decoder_num_heads": 7, "model__pos_embed": "sincos1d"},
@@ -304,7 +305,10 @@ def test_choices(field):
             {"data__randaug_magnitude": 9.0, "data__augment": "flip", "model__channels": 4},
             "data.randaug_magnitude=9.0 and model.channels=4: RandAugment's colours",
         ),
-        ({"data__repeats": 3}, "data.repeats=3 does not divide global_batch_size=256; nearest that does: 255"),
+        (
+            {"data__repeats": 3},
+            "data.repeats=3 does not divide global_batch_size=256; nearest that does: 2; or global_batch_size=255",
+        ),
         (
             {"checkpoint__keep_best": "val_los"},
             "checkpoint.keep_best='val_los' is not one of val_loss, val_knn_top1, val_ridge_top1 (or ''). "

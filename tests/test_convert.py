@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +209,18 @@ def test_what_a_layout_cannot_express(tmp_path):
         ({"task": "finetune", "classify__head": "mlp"}, "head/hidden/kernel has no counterpart"),
     ):
         config = config_of(**overrides)
-        with pytest.raises(ConfigError, match="--encoder_only") as caught:
-            convert.convert_weights(in_memory(config, random_params(config)), epath.Path(tmp_path / "out"), "hf")
+        source, out = in_memory(config, random_params(config)), epath.Path(tmp_path / "out")
+        with pytest.raises(ConfigError, match="--to=mae_dist expresses everything") as caught:
+            convert.convert_weights(source, out, "hf")
         assert words in str(caught.value)
         assert not list(tmp_path.iterdir())
+        if "--encoder_only" in str(caught.value):
+            convert.convert_weights(source, out, "hf", encoder_only=True)
+            shutil.rmtree(out)
+        else:
+            with pytest.raises(ConfigError, match=r"class token|last norm"):
+                convert.convert_weights(source, out, "hf", encoder_only=True)
+            assert not list(tmp_path.iterdir())
 
 
 # --- a classifier in PyTorch, with timm's names and the paper's way of fine-tuning

@@ -392,8 +392,8 @@ def test_topologies_that_do_not_exist(name, slices):
 @pytest.mark.parametrize(
     ("name", "cure"),
     [
-        ("v5e:16x32", "512 chips, and a slice of v5e has at most 256; plan several smaller ones: --num_slices=2"),
-        ("v5p:16x32x16", "a slice of v5p has at most 6144; plan several smaller ones: --num_slices=2"),
+        ("v5e:16x32", "512 chips, and a slice of v5e has at most 256; .*: --topology=v5e:16x16 --num_slices=2"),
+        ("v5p:16x32x16", "a slice of v5p has at most 6144; .*: --topology=v5p:16x16x16 --num_slices=2"),
         ("v4:4x4", "a slice of v4 has 3 sides, as v4:4x4x4"),
         ("v6e:2x2x2", "a slice of v6e has 2 sides, as v6e:4x4"),
     ],

@@ -84,8 +84,8 @@ class _TrainBatch:
             if len(found_bad) > _REPLACEMENTS or self.dataset.max_bad_share == 0:
                 names = ", ".join(self.dataset.record_name(int(index)) for index in found_bad[0][:10])
                 raise DataFault(
-                    f"records that do not decode: {names}; max_bad_share is {self.dataset.max_bad_share:g}, and at "
-                    f"most {_REPLACEMENTS} in a row are passed over. Restore the files, or raise max_bad_share"
+                    f"records that do not decode: {names}; data.max_bad_share is {self.dataset.max_bad_share:g}, and "
+                    f"at most {_REPLACEMENTS} in a row are passed over. Restore the files, or raise data.max_bad_share"
                 )
             rows = np.flatnonzero(bad)
             wanted[rows] = (wanted[rows] + 1) % self.dataset.num_examples
@@ -165,9 +165,9 @@ class Batches:
         allowed = self._dataset.max_bad_share * max(self._num_read, min(_SHARE_OVER, self._dataset.num_examples))
         if self._num_bad > allowed:
             raise DataFault(
-                f"{self._num_bad} of {self._num_read} records read do not decode, and max_bad_share is "
+                f"{self._num_bad} of {self._num_read} records read do not decode, and data.max_bad_share is "
                 f"{self._dataset.max_bad_share:g}: {', '.join(self.bad_records[:10])}; restore the files, or raise "
-                "max_bad_share to pass over such records"
+                "data.max_bad_share to pass over such records"
             )
 
     def close(self) -> None:

@@ -137,8 +137,8 @@ def _decode(dataset: TfdsDataset, max_bad_share: float) -> tuple[dict[str, np.nd
 def _check_share(bad_records: list[str], num_examples: int, max_bad_share: float) -> None:
     if len(bad_records) > max_bad_share * num_examples:
         raise DataFault(
-            f"{len(bad_records)} of {num_examples} records do not decode, and max_bad_share is {max_bad_share:g}: "
-            f"{', '.join(bad_records[:10])}; restore the files, or raise max_bad_share to leave such records out"
+            f"{len(bad_records)} of {num_examples} records do not decode, and data.max_bad_share is {max_bad_share:g}: "
+            f"{', '.join(bad_records[:10])}; restore the files, or raise data.max_bad_share to leave such records out"
         )
 
 

@@ -107,7 +107,7 @@ def prepare(builder: Any) -> None:
     except ImportError as error:
         raise DataFault(
             f"preparing {builder.name} needs a package that is not installed ({error}); prepare it once where it is: "
-            f"tfds build {builder.name} --file_format=array_record, then set data_dir to that directory"
+            f"tfds build {builder.name} --file_format=array_record --data_dir=<a directory>, then set data_dir to that"
         ) from error
     except Exception as error:
         if builder.is_prepared():  # another host was first, and our rename met its directory

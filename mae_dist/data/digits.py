@@ -21,7 +21,7 @@ def open_digits(split: str, *, image_size: tuple[int, int], channels: int) -> Ar
       ConfigError: the split is unknown or empty, or channels is not 1 or 3.
     """
     if channels not in (1, 3):
-        raise ConfigError(f"digits are grey images: channels must be 1, or 3 to repeat them, got {channels}")
+        raise ConfigError(f"model.channels={channels}: digits are grey images; it must be 1, or 3 to repeat them")
     images, labels = _base_images()
     train_count = round(_TRAIN_SHARE * len(labels))
     sizes = {"train": train_count, "test": len(labels) - train_count}

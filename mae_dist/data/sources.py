@@ -56,8 +56,8 @@ def open_split(
     image_size = (int(image_size[0]), int(image_size[1]))
     if min(image_size) < 1 or not 0 <= max_bad_share < 1:
         raise ConfigError(
-            f"image_size {image_size} and max_bad_share {max_bad_share}: the size must be at least 1 x 1 pixel and the "
-            "share in [0, 1)"
+            f"model.image_size={image_size} and data.max_bad_share={max_bad_share}: the size must be at least "
+            "1 x 1 pixel and the share in [0, 1)"
         )
     if source == "digits":
         return open_digits(split, image_size=image_size, channels=channels)
@@ -73,7 +73,9 @@ def open_split(
         )
     assert source == "tfds", f"config.CHOICES has {source!r}, which is not opened here"
     if stage and not data_dir:
-        raise ConfigError("stage copies data_dir, which is empty; name the directory or bucket that is to be copied")
+        raise ConfigError(
+            "data.stage copies data.data_dir, which is empty; name the directory or bucket that is to be copied"
+        )
     staging = Staging(data_dir, cache_root(cache_dir)) if stage or "://" in data_dir else None
     dataset = open_tfds(name, split, data_dir, image_size=image_size, channels=channels, staging=staging)
     if cache == "memory" or (cache == "auto" and fits_in_memory(dataset)):

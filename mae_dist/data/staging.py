@@ -56,7 +56,7 @@ class Staging:
             if not any(path.name == "dataset_info.json" for path in found):
                 raise DataFault(
                     f"{self._source} holds no prepared {name}: prepare it on a disk (python -m mae_dist.prepare), then "
-                    "copy its directory there"
+                    f"copy {name} from its --data_dir there"
                 )
             contents = {self._target(path): path.read_bytes() for path in found}
         copy = self._target(directory)

@@ -40,8 +40,8 @@ def open_synthetic(
     """
     if num_examples < 5 or num_classes < 1 or channels not in (1, 3):
         raise ConfigError(
-            "synthetic data needs num_examples >= 5 (a fifth is the test split), num_classes >= 1 and channels 1 or 3; "
-            f"got {num_examples}, {num_classes}, {channels}"
+            f"data.num_examples={num_examples}, data.num_classes={num_classes}, model.channels={channels}: synthetic "
+            "data needs at least 5 examples (a fifth is the test split), 1 class, and 1 or 3 channels"
         )
     spans = parse_split(split, {"train": num_examples, "test": num_examples // 5})
     drawn = SyntheticDataset(spans, image_size=image_size, channels=channels, num_classes=num_classes, seed=seed)

@@ -6,6 +6,7 @@ Legend: N examples asked for, H height, W width, C channels.
 import contextlib
 import json
 import resource
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,8 +153,8 @@ class TfdsDataset(Dataset):
             if "data hash mismatch" in str(error):
                 return None
             raise DataFault(
-                f"{self.record_name(key)} cannot be read: {error}; restore the file, or delete its directory so that "
-                "it is prepared again"
+                f"{self.record_name(key)} cannot be read: {error}; restore the file, or delete its directory and "
+                "prepare the data set again"
             ) from error
 
 
@@ -266,8 +267,15 @@ def _find_builder(name: str, data_dir: str) -> Any:
     try:
         return tfds.builder(name, data_dir=root, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
+        if root and (Path(root) / "dataset_info.json").exists():
+            raise ConfigError(
+                f"data.data_dir={data_dir} is a data set itself; name the directory above name and version, as "
+                f"--config.data.data_dir={shlex.quote(str(Path(root).parent.parent))}"
+            ) from error
         raise ConfigError(
-            f"TFDS has no dataset {name!r} ({_first_line(error)}); see `tfds list` or set data_dir"
+            f"TFDS has no dataset {name!r} ({_first_line(error)}) and {data_dir or 'its default directory'} holds "
+            "none: names are listed at https://www.tensorflow.org/datasets/catalog; for a set that was prepared "
+            "elsewhere give data.data_dir"
         ) from error
     except (json.JSONDecodeError, OSError) as error:
         raise DataFault(f"TFDS cannot open {name!r} in {data_dir or 'its default directory'}: {error}") from error
@@ -280,8 +288,8 @@ def _open_builder(name: str, data_dir: str) -> Any:
     if not builder.is_prepared():
         if builder.name == "imagenet2012":
             raise DataFault(
-                f"{builder.data_path} is not prepared: python -m mae_dist.prepare imagenet2012 --manual_dir=<where its "
-                f"archives are> --data_dir={builder.data_dir_root}"
+                f"{builder.data_path} is not prepared: python -m mae_dist.prepare imagenet2012 "
+                f"--data_dir={shlex.quote(str(builder.data_dir_root))} --manual_dir=<where its archives are>"
             )
         if builder.name in cifar.BUILDERS:
             builder = cifar.BUILDERS[builder.name](data_dir=builder.data_dir_root)
@@ -290,9 +298,15 @@ def _open_builder(name: str, data_dir: str) -> Any:
         builder = _find_builder(name, data_dir)
     file_format = builder.info.file_format
     if file_format is None or file_format.value != "array_record":
+        ours = builder.name in (*cifar.BUILDERS, "imagenet2012")
+        again = (
+            f"python -m mae_dist.prepare {builder.name} --data_dir=<another>"
+            if ours
+            else f"tfds build {name} --file_format=array_record --data_dir=<another> (needs the extra `tensorflow`)"
+        )
         raise DataFault(
             f"{builder.data_path} holds {file_format.value if file_format else 'unknown'} files, which cannot be read "
-            f"at random; prepare array_record files into another data_dir: tfds build {name} --file_format=array_record"
+            f"at random; prepare array_record files and set data.data_dir to where they are: {again}"
         )
     return builder
 
@@ -313,8 +327,8 @@ def _check_features(builder: Any, channels: int) -> tuple[tuple[int, int] | None
         raise ConfigError(f"{builder.name} has images of {np.dtype(image.np_dtype)}; only uint8 images are supported")
     if channels not in (1, 3, 4) or (channels == 4 and image.shape[-1] not in (4, None)):
         raise ConfigError(
-            f"channels is {channels}, and the images of {builder.name} have {image.shape[-1]}; "
-            "channels must be 1 (grey) or 3 (RGB), or 4 where the images have an alpha channel"
+            f"model.channels={channels}, and the images of {builder.name} have {image.shape[-1]}; "
+            "it must be 1 (grey) or 3 (RGB), or 4 where the images have an alpha channel"
         )
     height, width = image.shape[:2]
     names = label.names or [str(number) for number in range(label.num_classes or 0)]
@@ -344,7 +358,7 @@ def _check_files(instructions: list[Any]) -> None:
     if problems:
         raise DataFault(
             f"{len(problems)} of {len(instructions)} record files cannot be used: {'; '.join(problems[:5])}. "
-            "Restore them, or delete the dataset's directory so that it is prepared again"
+            f"Restore them, or delete {Path(instructions[0].filename).parent} and prepare the data set again"
         )
 
 
