@@ -74,7 +74,7 @@ def _sums_of_chunk(words: jax.Array, start: jax.Array, count: jax.Array) -> jax.
 
 
 @functools.cache
-def _array_program(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.stages.Compiled:
+def _array_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.stages.Compiled:
     return jax.jit(_sums_of_array).lower(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)).compile()
 
 

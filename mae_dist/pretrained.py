@@ -98,8 +98,8 @@ def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:
     if missing:
         raise StorageFault(
             f"{origin} has no {', '.join(missing)}, which this model needs; a fine-tuned encoder lacks the last norm "
-            "where classify.norm_after_pool is true, converted weights may lack the decoder: begin from its pretraining, "
-            "or from weights converted without --encoder_only"
+            "where classify.norm_after_pool is true, converted weights may lack the decoder: begin from its "
+            "pretraining, or from weights converted without --encoder_only"
         )
     return {key: _select(tree[key], value, origin, f"{name}{key}/") for key, value in wanted.items()}
 

@@ -216,16 +216,16 @@ def test_each_process_digests_what_it_wrote(saved, tmp_path_factory):
     state = workdir / "checkpoints" / "2" / "state"
     shutil.copytree(state / "ocdbt.process_0", state / "ocdbt.process_1")
     seals = Seals(workdir)
-    own = [seals.digest_own(2, process, 2) for process in range(2)]
-    assert all(name.startswith("state/ocdbt.process_1/") for name in own[1] or "?")
+    own = [seals.digest_own(2, process, 2) or {} for process in range(2)]
+    assert {name.split("/")[1] for name in own[1]} == {"ocdbt.process_1"}
     assert not own[0].keys() & own[1].keys()
     assert own[0] | own[1] == integrity.file_digests(workdir / "checkpoints" / "2")
     seals.write(2, own)
     assert [seals.damage(2, process, 2) for process in range(2)] == [[], []]
     flip = Path(state / "ocdbt.process_1" / "manifest.ocdbt")
     flip.write_bytes(flip.read_bytes()[:-1])
-    assert sorted(seals.damage(2, 0, 2) + seals.damage(2, 1, 2)) == seals.damage(2)
-    assert len(seals.damage(2)) == 1
+    assert [seals.damage(2, process, 2) for process in range(2)].count([]) == 1
+    assert len(seals.damage(2) or []) == 1
 
 
 def test_sealing_what_is_deleted_meanwhile(saved, tmp_path_factory, monkeypatch):
@@ -289,7 +289,9 @@ def test_digests_take_no_memory_to_speak_of(dtype):
     for spec in (PartitionSpec(), PartitionSpec("fsdp", "tensor")):
         sharding = NamedSharding(mesh, spec)
         program = integrity._array_program((1024, 2048), jnp.dtype(dtype), sharding)
-        assert program.memory_analysis().temp_size_in_bytes < 1024
+        memory = program.memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes < 1024
 
 
 @given(
