@@ -1,6 +1,7 @@
 """The one training loop: restore or begin, update, log, evaluate, draw, save."""
 
 import contextlib
+import json
 import math
 import statistics
 import sys
@@ -26,7 +27,7 @@ from mae_dist.lock import Held, sole_user
 from mae_dist.preemption import Notices, Preempted
 from mae_dist.profiler import Profiler
 from mae_dist.state import TrainState
-from mae_dist.storage import naming_faults, set_aside, write_text_atomically
+from mae_dist.storage import naming_faults, read_text, set_aside, write_text_atomically
 from mae_dist.watch import Watch
 
 
@@ -56,6 +57,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
         logging.info("%s", job.overview())
         if distributed.is_primary():
             history.check_start(workdir, job.config, default, start, total_steps)
+            _repair_config(job, workdir)
         if start >= total_steps and unfinished is None:
             return finish(job, workdir, start)
         with _recorder(workdir, start) as recorder:
@@ -149,6 +151,17 @@ def _write_config(job: Job, workdir: epath.Path) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             set_aside(workdir / metrics.SUMMARY_FILE)  # of a run that was shorter
             write_text_atomically(path, config_lib.to_json(job.config) + "\n")
+
+
+def _repair_config(job: Job, workdir: epath.Path) -> None:
+    """Writes a damaged config.json again: a checkpoint has just shown that the run is of this config."""
+    path = workdir / "config.json"
+    if path.exists():
+        with naming_faults(path):
+            try:
+                json.loads(read_text(path))
+            except ValueError:
+                write_text_atomically(path, config_lib.to_json(job.config) + "\n")
 
 
 class _Run:

@@ -8,21 +8,26 @@ import ast
 import contextlib
 import importlib
 import itertools
+import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from etils import epath
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 import configs.default
 from configs import recipes, smoke
 from mae_dist import config as config_lib
-from mae_dist import errors, job, patches, points, sharding, tasks
+from mae_dist import errors, job, patches, points, pretrained, results, saved, sharding, tasks
 from tests import commands
 from tests.commands import ROOT
 
@@ -176,6 +181,7 @@ def judge_module(module: str, arguments: Sequence[str]) -> ConfigDict | None:
     config = commands.parse(name, arguments) if arguments else None
     for flag, value in itertools.pairwise(arguments):
         if flag == "--over" and value != "config.a.b=x,y":
+            assert config is not None, arguments
             points.parse_over([value], config)
         if flag == "--set":
             recipe, _, field = value.partition("=")[0].partition(".")
@@ -240,7 +246,7 @@ def messages(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             passed.update(id(part) for part in node.values)
-            yield "".join(part.value if isinstance(part, ast.Constant) else "PLACE" for part in node.values)
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "PLACE" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in passed:
             yield node.value
 
@@ -433,3 +439,111 @@ def test_ratios_of_grids_work(grid):
     assert len(ratios) > 1
     for ratio in ratios:
         patches.grid_mask(grid, float(ratio))
+
+
+# --- lines that commands print ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(child_env, tmp_path_factory):
+    """A directory with `configs` in it, as a clone is, where the command of configs/smoke.py has run as printed."""
+    place = tmp_path_factory.mktemp("clone")
+    (place / "configs").symlink_to(ROOT / "configs")
+    (line,) = scripts_of("configs/smoke.py")
+    run_line(line, place, child_env())
+    assert (place / "runs/smoke/summary.json").exists()
+    return place
+
+
+def run_line(line: str, place: Path, env: dict[str, str], expected: int = 0) -> str:
+    """Runs a printed `python -m …` in a directory. Returns what it printed."""
+    program, *arguments = shlex.split(line)
+    assert program in ("python", sys.executable), line
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=place,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == expected, done.stdout
+    return done.stdout
+
+
+def line_in(text: str) -> str:
+    """The command in a message, with its arguments."""
+    (line,) = re.findall(r"python -m mae_dist\.\w+(?: (?:--\S+|rm-quarantine|'[^']*'|/\S+))+", text)
+    return line
+
+
+def test_damaged_config_and_summary_are_written_again(place, child_env):
+    """By the cure that the message gives: the run's own command, after the summary was deleted."""
+    (line,) = scripts_of("configs/smoke.py")
+    workdir, default = epath.Path(place / "runs/smoke"), configs.default.get_config()
+    before = [(workdir / name).read_text() for name in ("config.json", "summary.json")]
+    (workdir / "config.json").write_text(before[0][:50])
+    with pytest.raises(errors.StorageFault, match=r"delete summary\.json, and the run's own command writes both"):
+        results.read_result(workdir, default)
+    (workdir / "summary.json").unlink()
+    run_line(line, place, child_env())
+    assert (workdir / "config.json").read_text() == before[0]
+    assert json.loads((workdir / "summary.json").read_text()).keys() == json.loads(before[1]).keys()
+    assert results.read_result(workdir, default) is not None
+
+
+def test_weights_of_another_size_are_converted_as_said(place, child_env):
+    """The line that the message prints runs, and what it says to train with then fits."""
+    config = smoke.get_config()
+    source, config.init_from = config.copy_and_resolve_references(), str(place / "runs/smoke")
+    config.model.update(image_size=(24, 16), channels=1)
+    with pytest.raises(errors.StorageFault, match="or convert the weights first") as refused:
+        saved.check_fits(source, config, ("encoder", "decoder"))
+    line, _, then = str(refused.value).rpartition(" and train with ")
+    run_line(line_in(line), place, child_env())
+    given = ["--config", "configs/smoke.py", *shlex.split(then.rstrip("."))]
+    config = commands.parse("main", [*given, "--config.model.image_size=(24, 16)", "--config.model.channels=1"])
+    assert config is not None
+    converted = pretrained.open_pretrained(epath.Path(config.init_from), configs.default.get_config())
+    saved.check_fits(converted.config, config, ("encoder", "decoder"))
+    config.model.embed_dim = 64
+    with pytest.raises(errors.StorageFault) as refused:
+        saved.check_fits(converted.config, config, ("encoder",))
+    assert "convert" not in str(refused.value).splitlines()[-1]  # which changes no widths
+
+
+def test_quarantine_is_emptied_by_the_line_that_is_printed(place, child_env):
+    """In a directory whose name a shell would take apart."""
+    workdir = place / "runs" / "it's a run"
+    shutil.copytree(place / "runs/smoke", workdir)
+    for path in workdir.glob("checkpoints/*/state/**/*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    printed = run_line(
+        f"python -m mae_dist.main --config configs/smoke.py --workdir {shlex.quote(str(workdir))}",
+        place,
+        child_env(),
+        errors.EXIT_STORAGE,
+    )
+    line = printed.rpartition("to begin anew; ")[2].partition(" gives these up")[0]
+    assert [path for path in (workdir / "quarantine").iterdir() if path.is_dir()]
+    run_line(line, place, child_env())
+    assert not [path for path in (workdir / "quarantine").glob("*") if path.is_dir()]
+
+
+def test_lines_of_a_dry_run_are_the_trainings(place, child_env):
+    """A sweep's, whose values a shell would take apart: each is a config that works, in a workdir of its own."""
+    line = (
+        "python -m mae_dist.sweep --config configs/smoke.py --over 'config.data.train_split=train[:50%],train' "
+        "--seeds 2 --then probe --set probe.total_epochs=6 --out 'runs/a sweep' --dry_run"
+    )
+    lines = [line for line in run_line(line, place, child_env()).splitlines() if " -m mae_dist.main " in line]
+    assert len(lines) == 8
+    found = [shlex.split(line) for line in lines]
+    assert {tuple(words[:3]) for words in found} == {(sys.executable, "-m", "mae_dist.main")}
+    parsed = [commands.parse("main", words[3:]) for words in found]
+    names = [(config.task, config.data.train_split, config.seed) for config in parsed if config is not None]
+    assert sorted(names) == sorted(itertools.product(["pretrain", "probe"], ["train[:50%]", "train"], [0, 1]))
+    assert len({words[-1] for words in found}) == 8
