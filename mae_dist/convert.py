@@ -113,8 +113,12 @@ def convert_weights(
 def _sizes(values: Sequence[str]) -> tuple[int, int]:
     try:
         height, width = (int(value) for value in (values if len(values) > 1 else [*values, *values]))
+        if min(height, width) < 1:
+            raise ValueError
     except ValueError as error:
-        raise errors.ConfigError(f"--image_size={','.join(values)}: give one whole number or height,width") from error
+        raise errors.ConfigError(
+            f"--image_size={','.join(values)}: give one whole number above 0, or height,width"
+        ) from error
     return height, width
 
 

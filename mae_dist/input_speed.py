@@ -122,9 +122,9 @@ def _torch_options(config: ConfigDict, dataset: Dataset) -> Result:
         fields = ("source", "augment", "randaug_magnitude", "repeats", "cache")
         raise ConfigError(
             "--against torch compares decoding and random crops of files, and "
-            f"{', '.join(f'data.{name}={data[name]!r}' for name in fields)} is not that; use --config.data.source=tfds "
-            "--config.data.augment=crop_flip --config.data.randaug_magnitude=0 --config.data.repeats=1 "
-            "--config.data.cache=stream"
+            f"{', '.join(f'data.{name}={data[name]!r}' for name in fields)} is not that; use a data.name of "
+            "TFDS and --config.data.source=tfds --config.data.augment=crop_flip --config.data.randaug_magnitude=0 "
+            "--config.data.repeats=1 --config.data.cache=stream"
         )
     return {
         "spans": [f"{shard.filename}[{shard.skip}:{shard.skip + shard.take}]" for shard in dataset.shards],

@@ -79,7 +79,7 @@ def _array_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.sta
 
 
 @functools.cache
-def _chunk_program(device: jax.Device) -> jax.stages.Compiled:
+def _chunk_program(device: Any) -> jax.stages.Compiled:
     here = jax.sharding.SingleDeviceSharding(device)
     words = jax.ShapeDtypeStruct((_CHUNK_WORDS,), jnp.uint32, sharding=here)
     scalar = jax.ShapeDtypeStruct((), jnp.uint32, sharding=here)

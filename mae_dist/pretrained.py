@@ -73,7 +73,9 @@ def open_pretrained(path: epath.Path, default: ConfigDict, template: ConfigDict 
             return _from_hugging_face(path, stored, default, template)
         return _from_workdir(path, default)
     if not path.exists():
-        raise ConfigError(f"{path} does not exist; give a run's workdir, a directory of weights, or a file of them")
+        raise ConfigError(
+            f"{path} does not exist; train that run first, or give a run's workdir, a directory of weights, or a file"
+        )
     return _from_timm(path, default, template)
 
 

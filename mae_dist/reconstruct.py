@@ -22,8 +22,8 @@ _PIX_STATS = flags.DEFINE_enum(
     "pix_stats",
     None,
     list(config_lib.CHOICES["pictures.pix_stats"]),
-    "Of a model trained with norm_pix_loss: where mean and deviation of removed patches are from, themselves or the "
-    "visible patches (default: as the run has it).",
+    "Of a model trained with pretrain.norm_pix_loss: where mean and deviation of removed patches are from, themselves "
+    "or the visible patches (default: as the run has it).",
     allow_override=True,
 )
 _DATA_DIR = flags.DEFINE_string(

@@ -294,7 +294,7 @@ IN_PYTHON = {  # names of arguments of functions that users call
     "batches": {"num_workers"},
     "encoder": {"batch_size"},
     "transforms": {"crop_scale"},
-    "pretrained": {"pos_embed"},  # of timm
+    "foreign": {"pos_embed"},  # of timm
 }
 
 

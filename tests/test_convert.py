@@ -199,6 +199,12 @@ def test_encoder_only(tmp_path):
     assert largest_difference(back.load_whole(), {"encoder": params["encoder"]}) == 0
 
 
+@pytest.mark.parametrize("values", [["0"], ["-8", "8"], ["eight"], ["8", "8", "8"]])
+def test_sizes_that_are_none(values):
+    with pytest.raises(ConfigError, match=r"--image_size=.*give one whole number above 0"):
+        convert._sizes(values)
+
+
 def test_what_a_layout_cannot_express(tmp_path):
     """By name, with the cure, and nothing is written."""
     for overrides, words in (
