@@ -24,14 +24,15 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import console, distributed, errors, integrity, saved
+from mae_dist import console, distributed, errors, integrity, saved, sharding
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.seals import Seals
 from mae_dist.state import TrainState
 from mae_dist.storage import absolute, check_checkpoints, naming_faults
 
 _policy = ocp.checkpoint_managers
-_MANIFEST_SECS = 600.0  # to hear from every process; one that is lost the watchdog finds before
+_POLL_SECS = 0.05
+_MANIFEST_SECS = 1200.0  # as long as Orbax waits for the other processes
 
 
 class _EveryMinutes:
@@ -96,22 +97,19 @@ class Checkpoints:
         with saved.naming_damage(self.directory, self.directory.parent):
             self._manager = saved.open_manager(
                 self.directory,
-                self._check_readable,
+                self._check_written,
                 save_decision_policy=_policy.AnySavePolicy(save),
                 preservation_policy=_policy.AnyPreservationPolicy(keep),
                 # The policy above decides; without this Orbax would not store the metric for the next process.
                 best_fn=metric if keep_best else None,
                 best_mode="min" if lowest else "max",
                 cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
             )
         self._keep_best = keep_best
         self._seals = Seals(workdir)
-        self._sealing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="seal")
-        self._unsealed: int | None = None  # the step whose manifest is to be written
-        self._under_way: int | None = None  # as `_unsealed`, from before Orbax begins
-        self._names: Collection[str] = ()  # of its arrays
-        self._sealed: concurrent.futures.Future[None] | None = None
+        self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Collection[str]] = (0, ())  # step and names of the arrays of the latest save
+        self._sealed: concurrent.futures.Future[None] | None = None  # of that save, until its outcome is known
         self._retries = retries
         self._failures = 0  # in a row
         self._retry_at: float | None = None
@@ -120,39 +118,52 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        alone = error is not None and jax.process_count() > 1  # the others may never answer
         try:
             with saved.naming_damage(self.directory, self.directory.parent):
-                self._manager.close()
-                if not alone:
+                try:
                     self._seal(wait=True)
+                finally:
+                    self._manager.close()  # completely only after a failed save has been reported
         except StorageFault as fault:
             if error is None:
                 raise
             logging.error("%s", fault)  # what ended the run is the error to report
         finally:
-            self._sealing.shutdown(wait=not alone)
+            self._background.shutdown()
 
-    def _check_readable(self) -> None:
-        """Called by Orbax, in its thread, when a save is written and has not got its name yet."""
-        assert self._under_way is not None
-        saved.check_readable(saved.written(self.directory, self._under_way), self._names)
-
-    def _seal(self, wait: bool = False) -> None:
-        """Has the manifest of a save that has ended written in the background; a failure surfaces in the next call."""
-        if self._unsealed is not None and (wait or not self._manager.is_saving_in_progress()):
-            self._sealed, self._unsealed = self._sealing.submit(self._write_manifest, self._unsealed), None
-        if self._sealed is not None and (wait or self._sealed.done()):
-            self._sealed, sealed = None, self._sealed
-            sealed.result()
-            self._failures = 0
+    def _check_written(self) -> None:
+        """In the background, before a checkpoint gets its name and old ones are deleted: can it be read back?"""
+        step, names = self._saving
+        saved.check_readable(saved.written(self.directory, step), names)
 
     def _write_manifest(self, step: int) -> None:
-        """Digests the files that this process wrote; process 0 writes the manifest, when it has heard from all."""
-        own = self._seals.digest_own(step, jax.process_index(), jax.process_count())
-        texts = distributed.send_to_first(f"mae_dist/manifest/{step}", json.dumps(own), _MANIFEST_SECS)
-        if texts is not None:
-            self._seals.write(step, [json.loads(text) for text in texts])
+        """In the background, when a save has ended: digests its files, each process those that it wrote.
+
+        All processes send what they have, even if that is nothing or a fault: process 0 waits for it.
+        """
+        while self._manager.is_saving_in_progress():
+            time.sleep(_POLL_SECS)
+        share, fault = None, ""
+        try:
+            if step in saved.steps(self.directory.parent):  # if not, the save failed, and the manager says so
+                share = self._seals.digest_share(step, jax.process_index(), jax.process_count())
+        except OSError as error:
+            fault = f"process {jax.process_index()}: {error}"
+        sent = distributed.send_to_first(f"mae_dist/manifest/{step}", json.dumps([share, fault]), _MANIFEST_SECS)
+        received = [json.loads(text) for text in sent or ()]
+        faults = [said for said in (fault, *(said for _, said in received)) if said]
+        if faults:
+            raise OSError(faults[0])
+        if received:
+            self._seals.write(step, [share for share, _ in received])
+
+    def _seal(self, wait: bool = False) -> None:
+        """Raises why the latest save or its manifest failed, if it has; may wait for them to end."""
+        if self._sealed is not None and (wait or self._sealed.done()):
+            self._sealed, sealed = None, self._sealed
+            self._manager.wait_until_finished()
+            sealed.result()
+            self._failures = 0
 
     def latest_step(self) -> int | None:
         """The newest saved step, or None."""
@@ -167,7 +178,6 @@ class Checkpoints:
         """
         try:
             with saved.naming_damage(self.directory, self.directory.parent):
-                self._manager.check_for_errors()
                 self._seal()
                 again = self._retry_at is not None and time.monotonic() >= self._retry_at
                 return bool(self._best(metrics)) or again or self._manager.should_save(step)
@@ -198,17 +208,16 @@ class Checkpoints:
 
     def _attempt(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
         with saved.naming_damage(self.directory, self.directory.parent):
-            self._manager.check_for_errors()
-            self._seal()
+            self._seal(wait=True)  # of the one before, which this one may delete
             if self.latest_step() == step:
                 return
-            self._manager.wait_until_finished()  # as Orbax does; then the one before can be sealed
-            self._seal()
             digests = integrity.digests(state.to_dict())
-            meta, self._under_way, self._names = {**meta, "digests": digests}, step, digests.keys()
-            args = ocp.args.Composite(state=ocp.args.PyTreeSave(state.to_dict()), meta=ocp.args.JsonSave(meta))
+            args = ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state.to_dict()), meta=ocp.args.JsonSave({**meta, "digests": digests})
+            )
+            self._saving, self._retry_at = (step, digests.keys()), None
             self._manager.save(step, args=args, metrics=self._best(metrics) or None, force=True)
-            self._unsealed, self._retry_at = step, None
+            self._sealed = self._background.submit(self._write_manifest, step)
 
     def _count_failure(self, fault: StorageFault) -> None:
         """Plans another attempt; raises the fault when there were enough.
@@ -219,18 +228,18 @@ class Checkpoints:
         if jax.process_count() > 1 or self._failures > self._retries:
             raise fault
         delay = 4 ** (self._failures - 1)
-        self._retry_at, self._unsealed = time.monotonic() + delay, None
+        self._retry_at, self._sealed = time.monotonic() + delay, None
         attempt = f"{self._failures} of {self._retries}"
         logging.error("A SAVE FAILED: %s\nAnother attempt (%s) in %d s", fault, attempt, delay)
-        for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):  # its room is needed
+        for path in self.directory.iterdir():  # what is not complete: its room is needed
             with contextlib.suppress(OSError):
-                partial.rmtree()
+                if ocp.utils.is_tmp_checkpoint(path):
+                    path.rmtree()
         self._manager.reload()
 
     def wait(self) -> None:
         """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
         with saved.naming_damage(self.directory, self.directory.parent):
-            self._manager.wait_until_finished()
             self._seal(wait=True)
 
     def restore(
@@ -247,6 +256,8 @@ class Checkpoints:
           StorageFault: the checkpoint belongs to another configuration or other data, and every field that differs is
             named; or it cannot be read although its files are as they were written; or none is good.
         """
+        placed = sharding.placed(abstract, shardings)
+        self._background.submit(integrity.programs, placed.to_dict())  # before digests need them
         while (step := self.latest_step()) is not None:
             try:
                 state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint, default)
@@ -313,22 +324,27 @@ class Checkpoints:
 
 
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
-    """True if the files are known to be as they were written; `saved.Damaged`, in all processes, if they are not.
+    """Whether the files are known to be as they were written; `saved.Damaged`, in all processes, if they are not.
 
-    Each process reads some of the files.
+    Each process reads its share of them.
     """
     with naming_faults(path):
         lines = seals.damage(step, jax.process_index(), jax.process_count())
-    known, count = _from_all([int(lines is not None), len(lines or [])]).T
-    if count.any():
-        raise saved.Damaged("; ".join((lines or [f"{count.sum()} files, found by another process"])[:5]))
-    return bool(known.all())
+    known, lines = _from_all(lines is not None, lines or [])
+    if lines:
+        raise saved.Damaged("; ".join(lines[:5]))
+    return known
 
 
-def _from_all(values: list[int]) -> Any:
-    """Returns what each process says, a row of numbers for each."""
-    rows = np.asarray(values)[None]
-    return rows if jax.process_count() == 1 else multihost_utils.process_allgather(rows[0])
+def _from_all(known: bool, lines: list[str]) -> tuple[bool, list[str]]:
+    """Returns whether all processes know, and the lines of all, of each no more than a kB."""
+    if jax.process_count() == 1:
+        return known, lines
+    text = "\n".join(lines).encode()[:1024]
+    sent = np.frombuffer(bytes([known]) + text.ljust(1024, b"\0"), np.uint8)
+    received = [row.tobytes() for row in multihost_utils.process_allgather(sent)]
+    texts = [row[1:].rstrip(b"\0").decode(errors="replace") for row in received]
+    return all(row[0] for row in received), [line for text in texts for line in text.splitlines()]
 
 
 def _from_first(values: list[int]) -> Any:

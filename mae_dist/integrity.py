@@ -6,6 +6,7 @@ where they are. It is a checksum against faults of disks, memory and copies, not
 
 import functools
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from etils import epath
 _CHUNK_BYTES = 2**22  # of a file
 _CHUNK_WORDS = 2**17  # of an array: what is left of the last one is computed for nothing
 _SPREAD = 0x9E3779B9  # an odd number whose multiples spread over all of uint32
+
+_compiling = threading.Lock()  # so that no two threads compile the same program
 
 
 def _mixed(x: jax.Array) -> jax.Array:
@@ -74,7 +77,7 @@ def _sums_of_chunk(words: jax.Array, start: jax.Array, count: jax.Array) -> jax.
 
 
 @functools.cache
-def _array_program(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.stages.Compiled:
+def _array_program(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.stages.Compiled:
     return jax.jit(_sums_of_array).lower(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)).compile()
 
 
@@ -100,9 +103,10 @@ def _program(x: Any) -> jax.stages.Compiled:
     each shape would take XLA's CPU compiler longer than all digests take. On an accelerator, or split over devices, an
     array is digested where it lies. Neither kind of program has temporaries that grow with the array.
     """
-    if _is_seen_by_numpy(x):
+    with _compiling:
+        if not _is_seen_by_numpy(x):
+            return _array_program(x.shape, x.dtype, x.sharding)
         return _chunk_program(min(x.sharding.addressable_devices, key=lambda device: device.id))
-    return _array_program(x.shape, x.dtype, x.sharding)
 
 
 def _chunks(x: jax.Array) -> Iterator[tuple[np.ndarray, np.uint32, np.uint32]]:
@@ -114,6 +118,14 @@ def _chunks(x: jax.Array) -> Iterator[tuple[np.ndarray, np.uint32, np.uint32]]:
         words = values[start : start + _CHUNK_WORDS].astype(np.uint32, copy=False)
         count = words.size
         yield np.pad(words, (0, _CHUNK_WORDS - count)), np.uint32(start % 2**32), np.uint32(count)
+
+
+def programs(tree: Any) -> list[jax.stages.Compiled]:
+    """Returns what `digests` runs for each array of a tree, compiled; shapes with shardings will do.
+
+    Compiling takes seconds where there is a program for each shape: ask ahead, in a thread, and `digests` has them.
+    """
+    return [_program(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def array_name(path: tuple[Any, ...]) -> str:

@@ -36,9 +36,9 @@ class Seals:
 
     def seal(self, step: int) -> None:
         """Writes the manifest of a complete checkpoint, all files digested here; an `OSError` if it cannot."""
-        self.write(step, [self.digest_own(step, 0, 1)])
+        self.write(step, [self.digest_share(step, 0, 1)])
 
-    def digest_own(self, step: int, process: int, num_processes: int) -> dict[str, str] | None:
+    def digest_share(self, step: int, process: int, num_processes: int) -> dict[str, str] | None:
         """Digests those files of a complete checkpoint that one of the processes wrote; None if it is gone."""
         checkpoint = self._checkpoints / str(step)
         try:

@@ -1,10 +1,7 @@
 """Damaged checkpoints: always noticed, put away, and the newest good one goes on."""
 
 import gc
-import json
-import os
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +10,12 @@ import pytest
 from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import default
-from mae_dist import integrity
+from mae_dist import integrity, sharding
+from mae_dist import saved as saved_lib
 from mae_dist.errors import StorageFault
-from mae_dist.saved import check_readable, load_params
+from mae_dist.saved import load_params
 from mae_dist.seals import Seals
 from tests.runs import ONLY_UPDATES, records, run
 from tests.test_checkpoint import build, new_state, open_checkpoints, save
@@ -133,6 +130,82 @@ def test_damage_without_a_seal(saved, tmp_path_factory, kind, data):
     assert_holds(found, saved[1])
 
 
+def cut_short(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def largest(directory):
+    return max(integrity.files(directory), key=lambda path: path.stat().length)
+
+
+BREAKS = {
+    "not merged": lambda path: (path / "state" / "manifest.ocdbt").unlink(),
+    "a data file is missing": lambda path: largest(path / "state" / "ocdbt.process_0" / "d").unlink(),
+    "a data file is cut short": lambda path: cut_short(largest(path / "state" / "ocdbt.process_0" / "d")),
+    "the index is cut short": lambda path: cut_short(largest(path / "state" / "d")),
+    "the tree is cut short": lambda path: cut_short(path / "state" / "_METADATA"),
+    "the meta is cut short": lambda path: cut_short(path / "meta" / "metadata"),
+    "the meta is missing": lambda path: (path / "meta" / "metadata").unlink(),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_what_cannot_be_read_back(saved, tmp_path_factory, how):
+    """Is found by looking at every array and chunk, without reading them."""
+    path = copy_of(saved, tmp_path_factory) / "checkpoints" / "2"
+    names = integrity.digests(new_state(build())).keys()
+    saved_lib.check_readable(path, names)
+    BREAKS[how](path)
+    with pytest.raises(StorageFault, match=rf"checkpoint {path} was written but cannot be read back: \S"):
+        saved_lib.check_readable(path, names)
+
+
+def test_an_array_that_was_left_out(saved):
+    """Is missed, although all that is there can be read."""
+    with pytest.raises(StorageFault, match=r"cannot be read back: array params\.another is missing"):
+        saved_lib.check_readable(saved[0] / "checkpoints" / "2", ["step", "params.another"])
+
+
+def test_a_save_that_cannot_be_read_back_has_failed(workdir, monkeypatch, caplog):
+    """It is tried again, at last a fault; it never gets its name or a manifest, and deletes nothing that is older."""
+    check, broken = saved_lib.check_readable, []
+
+    def break_and_check(path, names):
+        if not broken:
+            broken.append(path)
+            BREAKS["not merged"](path)
+        check(path, names)
+
+    built = build()
+    with open_checkpoints(workdir, keep_latest=1) as checkpoints:
+        checkpoints.save_and_wait(1, new_state(built), built.meta, {})
+        monkeypatch.setattr(saved_lib, "check_readable", break_and_check)
+        checkpoints.save(2, new_state(built), built.meta, {})
+        with pytest.raises(StorageFault, match=r"checkpoints/2.* was written but cannot be read back"):
+            checkpoints.wait()
+    assert saved_lib.steps(workdir) == [1]
+    assert [path.name for path in (workdir / "seals").iterdir()] == ["1.json"]
+    found = restore(workdir)
+    assert found is not None
+    assert found[0] == 1
+    broken.clear()
+    with open_checkpoints(workdir, retries=1, keep_latest=1) as checkpoints:
+        checkpoints.save_and_wait(2, new_state(built), built.meta, {})
+    assert "A SAVE FAILED" in caplog.text
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
+    assert saved_lib.condition(workdir, 2) == []
+
+
+def test_a_directory_that_orbax_reads_as_a_pattern(workdir):
+    """Its merge finds nothing below such a name, and goes on: no manifest vouches for what is left."""
+    workdir, built = workdir / "lr=[1e-3]", build()
+    with pytest.raises(StorageFault, match="written but cannot be read back"), open_checkpoints(workdir) as checkpoints:
+        save(checkpoints, built, new_state(built), 1)
+    assert not Seals(workdir).steps()
+    assert not saved_lib.steps(workdir)
+
+
 def test_nothing_good_left(saved, tmp_path_factory):
     """Never silently from scratch: an error, and the same one the next time, until the user gives them up."""
     workdir = copy_of(saved, tmp_path_factory)
@@ -173,61 +246,6 @@ def test_wrong_from_the_start(saved, tmp_path_factory):
     assert "damaged" in next(iter(Seals(workdir).quarantined().values()))
 
 
-def _without(name):
-    return lambda path: next(path.rglob(name)).unlink()
-
-
-@pytest.mark.parametrize(
-    ("breaks", "says"),
-    [
-        (lambda path: (path / "state" / "manifest.ocdbt").unlink(), "array|chunk|NOT_FOUND|Metadata"),
-        (lambda path: [file.unlink() for file in path.rglob("d/*")], "chunk|NOT_FOUND"),
-        (lambda path: [os.truncate(file, file.stat().st_size // 2) for file in path.rglob("d/*")], "chunk|DATA_LOSS|."),
-        (_without("_METADATA"), "."),
-        (lambda path: os.truncate(path / "state" / "_METADATA", 100), "."),
-        (lambda path: (path / "meta" / "metadata").unlink(), "metadata"),
-    ],
-)
-def test_what_cannot_be_read_back(saved, tmp_path_factory, breaks, says):
-    """A checkpoint is good only when every chunk of every array is there."""
-    path = copy_of(saved, tmp_path_factory) / "checkpoints" / "2"
-    names = json.loads((path / "meta" / "metadata").read_text())["digests"].keys()
-    check_readable(path, names)
-    with pytest.raises(StorageFault, match=r"cannot be read back: array params\.none is missing"):
-        check_readable(path, [*names, "params.none"])
-    breaks(Path(path))
-    with pytest.raises(StorageFault, match=f"cannot be read back: .*({says})"):
-        check_readable(path, names)
-
-
-def test_a_save_that_cannot_be_read_back_has_failed(workdir):
-    """Orbax finds nothing to merge below such a name, and goes on: no manifest vouches for what is left."""
-    workdir = workdir / "lr=[1e-3]"
-    built = build()
-    with pytest.raises(StorageFault, match="written but cannot be read back"), open_checkpoints(workdir) as checkpoints:
-        save(checkpoints, built, new_state(built), 1)
-    assert not Seals(workdir).steps()
-    assert not [name for name in os.listdir(workdir / "checkpoints") if name.isdigit()]
-
-
-def test_each_process_digests_what_it_wrote(saved, tmp_path_factory):
-    """Together all files, none of them twice; and each reads its part of them back."""
-    workdir = copy_of(saved, tmp_path_factory)
-    state = workdir / "checkpoints" / "2" / "state"
-    shutil.copytree(state / "ocdbt.process_0", state / "ocdbt.process_1")
-    seals = Seals(workdir)
-    own = [seals.digest_own(2, process, 2) or {} for process in range(2)]
-    assert {name.split("/")[1] for name in own[1]} == {"ocdbt.process_1"}
-    assert not own[0].keys() & own[1].keys()
-    assert own[0] | own[1] == integrity.file_digests(workdir / "checkpoints" / "2")
-    seals.write(2, own)
-    assert [seals.damage(2, process, 2) for process in range(2)] == [[], []]
-    flip = Path(state / "ocdbt.process_1" / "manifest.ocdbt")
-    flip.write_bytes(flip.read_bytes()[:-1])
-    assert [seals.damage(2, process, 2) for process in range(2)].count([]) == 1
-    assert len(seals.damage(2) or []) == 1
-
-
 def test_sealing_what_is_deleted_meanwhile(saved, tmp_path_factory, monkeypatch):
     """Retention may delete a checkpoint while its files are read: no fault; a file that goes alone is one."""
     workdir = copy_of(saved, tmp_path_factory)
@@ -262,13 +280,54 @@ def test_readers_take_a_good_one(saved, tmp_path_factory):
     assert (workdir / "checkpoints" / "2").exists()
 
 
-def test_digests_do_not_depend_on_the_mesh():
-    """The digest of a value is that of its parts wherever they are."""
-    state = new_state(build())
-    wanted = integrity.digests(state)
-    assert integrity.digests(jax.device_put(state, build((2, 2, 2)).shardings)) == wanted
-    assert len(set(wanted.values())) > 20  # the moments are all zero yet
-    assert all(name.startswith(("params.", "opt_state.", "step")) for name in wanted)
+def test_manifest_of_several_processes(saved, tmp_path_factory):
+    """Each digests the files that it wrote, and all files are somebody's; whoever verifies them later, and how many."""
+    workdir = copy_of(saved, tmp_path_factory)
+    state = workdir / "checkpoints" / "2" / "state"
+    for name in ("ocdbt.process_1", "ocdbt.process_10"):
+        shutil.copytree(state / "ocdbt.process_0", state / name)
+    seals = Seals(workdir)
+    shares = [seals.digest_share(2, process, 2) or {} for process in range(2)]
+    assert all(name.startswith("state/ocdbt.process_1/") for name in shares[1])
+    assert not shares[0].keys() & shares[1].keys()
+    whole = integrity.file_digests(workdir / "checkpoints" / "2")
+    assert shares[0] | shares[1] == whole
+    seals.write(2, shares)
+    for count in (1, 2, 3):
+        assert [seals.damage(2, process, count) for process in range(count)] == [[]] * count
+    cut_short(largest(state))
+    (state / "new").write_text("")
+    (state / "_sharding").unlink()
+    for count in (1, 2, 3):
+        assert len([line for process in range(count) for line in seals.damage(2, process, count) or ()]) == 3
+    seals.write(1, [whole, None])  # gone meanwhile, for one of them
+    assert seals.damage(1) == []
+
+
+def test_digests_stay_what_they_were():
+    """Checkpoints hold them: of every type, on one device and on many."""
+    x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    tree = {"float32": x, "bfloat16": jnp.asarray(x, jnp.bfloat16), "bool": x > 3, "scalar": np.int32(7)}
+    assert integrity.digests(tree) == {
+        "float32": "589e5ad1d516281a",
+        "bfloat16": "4050d1452586da3e",
+        "bool": "550fa1f3ab6ddb6d",
+        "scalar": "18c9aec49641e981",
+    }
+    large = np.arange(300_000, dtype=np.int32)  # several chunks
+    split = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
+    for where in (jax.devices()[0], split):
+        assert integrity.digests([jax.device_put(large, where)]) == {"0": "93d663ec05f3d950"}
+
+
+def test_digests_take_no_memory_to_speak_of():
+    """On a device that a state fills, nothing like a copy of an array: split over devices or whole."""
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        built = build(shape, model__embed_dim=128)
+        for program in integrity.programs(sharding.placed(built.abstract_state, built.shardings)):
+            memory = program.memory_analysis()
+            assert memory is not None
+            assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2**10
 
 
 def test_a_first_save_compiles_one_small_program(workdir, caplog):
@@ -282,16 +341,13 @@ def test_a_first_save_compiles_one_small_program(workdir, caplog):
     assert len(compiled) <= 1, compiled
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_digests_take_no_memory_to_speak_of(dtype):
-    """On an accelerator a state fills the device: nothing of its size fits beside it."""
-    mesh = build((2, 2, 2)).mesh
-    for spec in (PartitionSpec(), PartitionSpec("fsdp", "tensor")):
-        sharding = NamedSharding(mesh, spec)
-        program = integrity._array_program((1024, 2048), jnp.dtype(dtype), sharding)
-        memory = program.memory_analysis()
-        assert memory is not None
-        assert memory.temp_size_in_bytes < 1024
+def test_digests_do_not_depend_on_the_mesh():
+    """The digest of a value is that of its parts wherever they are."""
+    state = new_state(build())
+    wanted = integrity.digests(state)
+    assert integrity.digests(jax.device_put(state, build((2, 2, 2)).shardings)) == wanted
+    assert len(set(wanted.values())) > 20  # the moments are all zero yet
+    assert all(name.startswith(("params.", "opt_state.", "step")) for name in wanted)
 
 
 @given(
