@@ -382,7 +382,8 @@ def test_without_libtpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "slices"), [("v5e", 1), ("v9:2x2", 1), ("cpu:2x2", 1), ("cpu:9", 1), ("cpu:8", 2), ("v5e:2x2", 0)]
+    ("name", "slices"),
+    [("v5e", 1), ("v9:2x2", 1), ("cpu:2x2", 1), ("cpu:0", 1), ("cpu:9", 1), ("cpu:8", 2), ("v5e:2x2", 0)],
 )
 def test_topologies_that_do_not_exist(name, slices):
     with pytest.raises(ConfigError, match=rf"--topology={name}"):
@@ -400,8 +401,11 @@ def test_topologies_that_do_not_exist(name, slices):
 )
 def test_slices_that_nobody_can_have(name, cure):
     """The compiler would take them."""
-    with pytest.raises(ConfigError, match=rf"--topology={name}: .*{cure}"):
+    with pytest.raises(ConfigError, match=rf"--topology={name}: .*{cure}") as refused:
         topology.describe(name, 1)
+    advised = re.search(r"--topology=(\S+) --num_slices=(\d+)$", str(refused.value))
+    if advised and name.startswith("v5e"):  # thousands of chips take seconds
+        assert len(topology.describe(advised[1], int(advised[2])).devices) == 512
 
 
 def test_sweep():
