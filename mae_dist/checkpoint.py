@@ -147,7 +147,7 @@ class Checkpoints:
         try:
             if step in saved.steps(self.directory.parent):  # if not, the save failed, and the manager says so
                 share = self._seals.digest_share(step, jax.process_index(), jax.process_count())
-        except OSError as error:
+        except Exception as error:  # a bucket's client has faults of its own
             fault = f"process {jax.process_index()}: {error}"
         sent = distributed.send_to_first(f"mae_dist/manifest/{step}", json.dumps([share, fault]), _MANIFEST_SECS)
         received = [json.loads(text) for text in sent or ()]

@@ -81,9 +81,10 @@ def test_restores_onto_any_mesh(workdir):
             save(checkpoints, built, state, step)
 
 
-def test_saved_values_are_those_of_the_step(workdir):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_saved_values_are_those_of_the_step(workdir, replicas):
     """The next update overwrites the donated buffers while the save goes on in the background."""
-    built = build()
+    built = build((replicas, 1, 1))
     batch = {"image": np.zeros((32, 16, 16, 3), np.uint8), "label": np.zeros(32, np.int32)}
     state = new_state(built)
     with open_checkpoints(workdir) as checkpoints:
@@ -106,6 +107,15 @@ def test_retention(workdir, metric, best):
         for step, value in values.items():
             save(checkpoints, built, state, step, {metric: value})
     assert steps(workdir) == [best, 3, 6, 7, 8]
+
+
+def test_first_save_compiles_one_small_program(workdir, caplog):
+    """Digests of all arrays share it, and none is sliced among replicas of one process: seconds of a first save."""
+    built = build((2, 1, 1), model__embed_dim=48)  # shapes that no other test has compiled for
+    state = new_state(built)
+    with open_checkpoints(workdir) as checkpoints, jax.log_compiles():
+        checkpoints.save_and_wait(1, state, built.meta, {})
+    assert len([line for line in caplog.messages if line.startswith("Finished XLA compilation")]) <= 1, caplog.text
 
 
 def test_steps_between_are_not_saved(workdir):

@@ -330,17 +330,6 @@ def test_digests_take_no_memory_to_speak_of():
             assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2**10
 
 
-def test_a_first_save_compiles_one_small_program(workdir, caplog):
-    """One for each shape, and for each array that replicas would share the writing of, took seconds."""
-    built = build((2, 1, 1))
-    state = new_state(built)
-    integrity._chunk_program.cache_clear()
-    with jax.log_compiles(), caplog.at_level("WARNING"), open_checkpoints(workdir) as checkpoints:
-        save(checkpoints, built, state, 1)
-    compiled = [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
-    assert len(compiled) <= 1, compiled
-
-
 def test_digests_do_not_depend_on_the_mesh():
     """The digest of a value is that of its parts wherever they are."""
     state = new_state(build())
