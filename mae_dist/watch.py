@@ -201,6 +201,12 @@ class Watch:
             now = self._heard = self._clock()
             self._peers = {i: ("joined", now) for i in range(count) if i != index}
             threading.Thread(target=self._pulse, daemon=True).start()
+        elif self._abort_handler is not None:
+            # Nobody's end can abort this process, and a handler in Python may wait for ever for the interpreter's lock,
+            # which the thread that the signal interrupts is about to take.
+            faulthandler.disable()
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
+            faulthandler.enable()
 
     def end_if_peers_are_gone(self) -> None:
         """Ends this process if another is silent: its death is then what broke a connection here."""

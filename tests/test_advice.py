@@ -295,6 +295,7 @@ IN_PYTHON = {  # names of arguments of functions that users call
     "encoder": {"batch_size"},
     "transforms": {"crop_scale"},
     "foreign": {"pos_embed"},  # of timm
+    "pretrained": {"pos_embed"},
 }
 
 
