@@ -36,7 +36,7 @@ _POOLER = "vit.pooler."
 
 
 def prefixes_in(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """What the names of each model that there is begin with: `module.` or `_orig_mod.` of a wrapper, `backbone.`, …
+    """Returns the prefix of the names of each model in a file: `module.` or `_orig_mod.` of a wrapper, `backbone.`, …
 
     A model is known by its product with patches; one that nothing wraps has the prefix "".
     """

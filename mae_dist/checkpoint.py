@@ -324,9 +324,9 @@ class Checkpoints:
 
 
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
-    """Whether the files are known to be as they were written; `saved.Damaged`, in all processes, if they are not.
+    """True if the files are known to be as they were written; each process reads its fraction of them.
 
-    Each process reads its share of them.
+    Raises `saved.Damaged`, in all processes, if they are not.
     """
     with naming_faults(path):
         lines = seals.damage(step, jax.process_index(), jax.process_count())

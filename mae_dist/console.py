@@ -1,4 +1,4 @@
-"""What a command reads from its command line and writes to its terminal or log, whatever the characters."""
+"""Command-line arguments, and output to a terminal or log, whatever their characters."""
 
 import io
 import logging

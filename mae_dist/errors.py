@@ -107,7 +107,7 @@ def _unwritten(error: OSError) -> int:
 
 
 def _is_of_the_output(error: OSError) -> bool:
-    """Whether the standard output is what could not be written: an empty line more is tried."""
+    """True if the standard output is what could not be written: one more empty line is tried."""
     if isinstance(error, BrokenPipeError):
         return _output_is_unread()
     try:
@@ -119,7 +119,7 @@ def _is_of_the_output(error: OSError) -> bool:
 
 
 def _output_is_unread() -> bool:
-    """Whether the reader of our output has ended, as in `… | head`, or its terminal was closed."""
+    """True if the reader of our output has ended, as in `… | head`, or its terminal was closed."""
     poll = select.poll()
     poll.register(sys.stdout, 0)  # faults are told without being asked for
     return bool(poll.poll(0))

@@ -1,4 +1,4 @@
-"""What a run has recorded is never replaced by less: checked before a start writes anything.
+"""Refuses a start that would replace what a run has recorded by less, before it writes anything.
 
 A run that was killed before its first save begins anew by the same line, for it records the same again. Wherever
 records would be lost for good the start is refused, and the result of a shorter run is kept beside that of the longer.
