@@ -15,10 +15,6 @@ from mae_dist.checkpoint import Checkpoints
 from mae_dist.errors import StorageFault
 from tests.runs import smoke_config
 
-# After a read that failed, tensorstore may still call back into Orbax's closed event loop, from its own thread and at
-# its own time: the complaint has no test of its own to be expected in.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
-
 KEEP = {"every_steps": 1, "every_minutes": 0.0, "keep_latest": 2, "keep_every_steps": 0, "keep_best": "", "retries": 0}
 
 

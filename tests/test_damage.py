@@ -20,9 +20,6 @@ from mae_dist.seals import Seals
 from tests.runs import ONLY_UPDATES, records, run
 from tests.test_checkpoint import build, new_state, open_checkpoints, save
 
-# After a read that failed, tensorstore complains at its own time.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-
 
 @pytest.fixture(autouse=True)
 def _collect():
