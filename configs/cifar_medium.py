@@ -5,12 +5,12 @@ python -m mae_dist.main --config configs/cifar_medium.py
 
 from ml_collections import ConfigDict
 
-from configs import cifar_small
+import mae_dist
 
 
 def get_config() -> ConfigDict:
     """The report's Table 1, medium."""
-    config = cifar_small.get_config()
+    config = mae_dist.get_config("cifar_small")
     config.name = "cifar_medium"
     config.model.embed_dim = 256
     config.model.depth = 4

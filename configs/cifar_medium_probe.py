@@ -5,9 +5,10 @@ python -m mae_dist.main --config configs/cifar_medium_probe.py
 
 from ml_collections import ConfigDict
 
-from configs import cifar_medium, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """See recipes.probe."""
-    return recipes.probe(cifar_medium.get_config())
+    return recipes.probe(mae_dist.get_config("cifar_medium"))

@@ -5,12 +5,12 @@ python -m mae_dist.main --config configs/cifar_small.py
 
 from ml_collections import ConfigDict
 
-from configs import default
+import mae_dist
 
 
 def get_config() -> ConfigDict:
     """The report's Table 1, small."""
-    config = default.get_config()
+    config = mae_dist.default_config()
     config.name = "cifar_small"
     config.model.pos_embed = "sincos1d"
     config.model.layer_scale_init = 0.1

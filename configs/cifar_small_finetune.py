@@ -5,9 +5,10 @@ python -m mae_dist.main --config configs/cifar_small_finetune.py
 
 from ml_collections import ConfigDict
 
-from configs import cifar_small, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """See recipes.finetune."""
-    return recipes.finetune(cifar_small.get_config())
+    return recipes.finetune(mae_dist.get_config("cifar_small"))

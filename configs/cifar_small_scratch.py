@@ -5,9 +5,10 @@ python -m mae_dist.main --config configs/cifar_small_scratch.py
 
 from ml_collections import ConfigDict
 
-from configs import cifar_small, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """See recipes.scratch."""
-    return recipes.scratch(cifar_small.get_config())
+    return recipes.scratch(mae_dist.get_config("cifar_small"))

@@ -8,12 +8,12 @@ python -m mae_dist.main --config configs/cifar_vit_tiny.py
 
 from ml_collections import ConfigDict
 
-from configs import default
+import mae_dist
 
 
 def get_config() -> ConfigDict:
     """Recipe: batch 4096, base lr 1.5e-4, 200 epochs of warm-up, pixels scaled to -1..1, no augmentation."""
-    config = default.get_config()
+    config = mae_dist.default_config()
     config.name = "cifar_vit_tiny"
     config.total_epochs = 2000.0
     config.global_batch_size = 4096

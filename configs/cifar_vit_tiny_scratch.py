@@ -5,9 +5,10 @@ python -m mae_dist.main --config configs/cifar_vit_tiny_scratch.py
 
 from ml_collections import ConfigDict
 
-from configs import cifar_vit_tiny, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """See recipes.scratch."""
-    return recipes.scratch(cifar_vit_tiny.get_config())
+    return recipes.scratch(mae_dist.get_config("cifar_vit_tiny"))

@@ -13,12 +13,12 @@ bash launch/gcp_tpu.sh --workdir gs://B/b16 --accelerator_type v5litepod-256 -- 
 
 from ml_collections import ConfigDict
 
-from configs import default
+import mae_dist
 
 
 def get_config() -> ConfigDict:
     """The paper's pretraining: batch 4096, base lr 1.5e-4, 40 of 800 epochs of warm-up, normalised pixels."""
-    config = default.get_config()
+    config = mae_dist.default_config()
     config.name = "imagenet_vit_b16"
     config.total_epochs = 800.0
     config.global_batch_size = 4096

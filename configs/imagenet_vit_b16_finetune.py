@@ -13,11 +13,12 @@ bash launch/gcp_tpu.sh --workdir gs://B/b16_finetune --accelerator_type v5litepo
 
 from ml_collections import ConfigDict
 
-from configs import imagenet_vit_b16, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """See recipes.imagenet_finetune."""
     return recipes.imagenet_finetune(
-        imagenet_vit_b16.get_config(), epochs=100.0, base_lr=5e-4, layer_decay=0.65, drop_path=0.1
+        mae_dist.get_config("imagenet_vit_b16"), epochs=100.0, base_lr=5e-4, layer_decay=0.65, drop_path=0.1
     )

@@ -15,12 +15,12 @@ bash launch/gcp_tpu.sh --workdir gs://B/h14 --accelerator_type v5litepod-256 -- 
 
 from ml_collections import ConfigDict
 
-from configs import imagenet_vit_b16
+import mae_dist
 
 
 def get_config() -> ConfigDict:
     """The paper's ViT-H/14."""
-    config = imagenet_vit_b16.get_config()
+    config = mae_dist.get_config("imagenet_vit_b16")
     config.name = "imagenet_vit_h14"
     config.model.patch_size = (14, 14)
     config.model.embed_dim = 1280

@@ -14,11 +14,12 @@ bash launch/gcp_tpu.sh --workdir gs://B/h14_finetune --accelerator_type v5litepo
 
 from ml_collections import ConfigDict
 
-from configs import imagenet_vit_h14, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """See recipes.imagenet_finetune."""
     return recipes.imagenet_finetune(
-        imagenet_vit_h14.get_config(), epochs=50.0, base_lr=1e-3, layer_decay=0.75, drop_path=0.3
+        mae_dist.get_config("imagenet_vit_h14"), epochs=50.0, base_lr=1e-3, layer_decay=0.75, drop_path=0.3
     )

@@ -13,9 +13,10 @@ bash launch/gcp_tpu.sh --workdir gs://B/h14_linear --accelerator_type v5litepod-
 
 from ml_collections import ConfigDict
 
-from configs import imagenet_vit_h14, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """See recipes.imagenet_linear."""
-    return recipes.imagenet_linear(imagenet_vit_h14.get_config())
+    return recipes.imagenet_linear(mae_dist.get_config("imagenet_vit_h14"))

@@ -14,12 +14,12 @@ bash launch/gcp_tpu.sh --workdir gs://B/l16 --accelerator_type v5litepod-256 -- 
 
 from ml_collections import ConfigDict
 
-from configs import imagenet_vit_b16
+import mae_dist
 
 
 def get_config() -> ConfigDict:
     """The paper's ViT-L/16."""
-    config = imagenet_vit_b16.get_config()
+    config = mae_dist.get_config("imagenet_vit_b16")
     config.name = "imagenet_vit_l16"
     config.model.embed_dim = 1024
     config.model.depth = 24

@@ -13,11 +13,12 @@ bash launch/gcp_tpu.sh --workdir gs://B/l16_finetune --accelerator_type v5litepo
 
 from ml_collections import ConfigDict
 
-from configs import imagenet_vit_l16, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """See recipes.imagenet_finetune."""
     return recipes.imagenet_finetune(
-        imagenet_vit_l16.get_config(), epochs=50.0, base_lr=1e-3, layer_decay=0.75, drop_path=0.2
+        mae_dist.get_config("imagenet_vit_l16"), epochs=50.0, base_lr=1e-3, layer_decay=0.75, drop_path=0.2
     )

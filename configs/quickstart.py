@@ -5,12 +5,12 @@ bash launch/local.sh
 
 from ml_collections import ConfigDict
 
-from configs import default
+import mae_dist
 
 
 def get_config() -> ConfigDict:
     """A small autoencoder with 2x2 patches, 16 to an image."""
-    config = default.get_config()
+    config = mae_dist.default_config()
     config.name = "quickstart"
     config.total_epochs = 120.0
     config.global_batch_size = 128

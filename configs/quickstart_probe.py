@@ -5,12 +5,13 @@ python -m mae_dist.main --config configs/quickstart_probe.py
 
 from ml_collections import ConfigDict
 
-from configs import quickstart, recipes
+import mae_dist
+from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
     """recipes.probe, longer, since an epoch of 1,294 images is short."""
-    config = recipes.probe(quickstart.get_config())
+    config = recipes.probe(mae_dist.get_config("quickstart"))
     config.total_epochs = 100.0
     config.optim.base_lr = 8e-3
     config.log_every_steps = 200

@@ -5,12 +5,12 @@ python -m mae_dist.main --config configs/smoke.py
 
 from ml_collections import ConfigDict
 
-from configs import default
+import mae_dist
 
 
 def get_config() -> ConfigDict:
     """Everything that a real run does, as small as it goes."""
-    config = default.get_config()
+    config = mae_dist.default_config()
     config.name = "smoke"
     config.total_steps = 20
     config.global_batch_size = 32

@@ -1,14 +1,18 @@
 """Masked autoencoders in JAX, from one CPU to a TPU pod: sharded, resumable, measured.
 
-`mae_dist.load_encoder(path)` gives a trained encoder to compute features with; everything else is commands.
+`get_config(name)` returns one of the configs that come with the package, `default_config()` every field with its
+default; `load_encoder(path)` gives a trained encoder to compute features with.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from mae_dist.config.default import get_config as default_config
+from mae_dist.config.named import get_config
+
 if TYPE_CHECKING:
     from mae_dist.encoder import load_encoder
 
-__all__ = ["load_encoder"]
+__all__ = ["default_config", "get_config", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cpu, encoder, errors, flops, hugging_face, input_speed, job, main, patches, steps
+from mae_dist import cli, encoder, errors, hardware, hugging_face, input_speed, job, patches, steps
+from mae_dist.cpu import cores
+from mae_dist.cpu.start import use_cores
 from mae_dist.data import local_rows, to_global
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
@@ -47,12 +49,12 @@ def benchmark(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
     _check_flags()
-    config = main.needed_config()
+    config = cli.needed_config()
     if _SCALING.value:
         return _scaling(config)
     if _WHAT.value == "input":
         return _input(config)
-    main.use_cores(config, "")
+    use_cores(config, "")
     ours = _Ours(config, _WHAT.value)
     others = {}
     if _AGAINST.value:
@@ -201,7 +203,7 @@ class _Ours:
     def peak_flops(self) -> tuple[float, str]:
         """FLOP/s of all devices at most: published, or the best of large matrix products measured now."""
         mesh, dtype = self.job.mesh, self.job.config.model.dtype
-        known = flops.peak_flops(mesh.devices.flat[0].device_kind, dtype)
+        known = hardware.peak_flops(mesh.devices.flat[0].device_kind, dtype)
         if known:
             return known * mesh.size, "published"
         size = 1536
@@ -230,7 +232,7 @@ class _Theirs:
         options = {
             "what": what,
             "compiled": compiled,
-            "threads": cpu.num_cores(),
+            "threads": cores.num_cores(),
             "batch_size": config.global_batch_size,
             "image_shape": [model.channels, *model.image_size],
             "config": {
@@ -244,7 +246,7 @@ class _Theirs:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=cpu.given_environment(),
+            env=cores.given_environment(),
         )
         assert self._process.stdout is not None
         self.works = self._process.stdout.readline().startswith("ready")
@@ -276,7 +278,7 @@ def _variations(config: ConfigDict) -> Iterator[tuple[str, list[str]]]:
     yield f"images {2 * height}x{2 * width}", [f"--config.model.image_size=({2 * height}, {2 * width})"]
     yield f"width {2 * model.embed_dim}", [f"--config.model.embed_dim={2 * model.embed_dim}"]
     yield f"depth {2 * model.depth}", [f"--config.model.depth={2 * model.depth}"]
-    for devices in sorted({1, cpu.num_cores()}):
+    for devices in sorted({1, cores.num_cores()}):
         yield f"{devices} CPU devices", [f"--config.cpu.devices={devices}"]
     yield "in one piece", ["--config.cpu.pieces=1"]
 
@@ -303,4 +305,4 @@ def _scaling(config: ConfigDict) -> int:
 
 
 if __name__ == "__main__":
-    main.run(benchmark)
+    cli.run(benchmark)

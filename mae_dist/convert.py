@@ -14,20 +14,20 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import config as config_lib
 from mae_dist import (
+    cli,
     distributed,
     errors,
     heads,
     hugging_face,
     layouts,
-    main,
     patches,
     pretrained,
     saved,
     sharding,
     weights,
 )
+from mae_dist import config as config_lib
 from mae_dist.storage import absolute, appearing, check_checkpoints, naming_faults
 
 Params = dict[str, Any]
@@ -44,9 +44,9 @@ def convert(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
     distributed.quiet_unless_primary()
-    path, to = main.required(_SOURCE), main.required(_TO)
-    out = main.new_local_path(main.required(_OUT))
-    source = pretrained.open_pretrained(absolute(path), main.default_config(), main.given_config())
+    path, to = cli.required(_SOURCE), cli.required(_TO)
+    out = cli.new_local_path(cli.required(_OUT))
+    source = pretrained.open_pretrained(absolute(path), cli.default_config(), cli.given_config())
     groups, count = convert_weights(
         source,
         out,
@@ -352,7 +352,7 @@ def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[st
 
 def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None:
     """Reads back what was written and compares every value that a layout keeps apart."""
-    reread = pretrained.open_pretrained(path, main.default_config(), config).load_whole()
+    reread = pretrained.open_pretrained(path, cli.default_config(), config).load_whole()
     for place, leaf in jax.tree_util.tree_leaves_with_path(params):
         other: Any = reread
         for key in place:
@@ -361,4 +361,4 @@ def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None
 
 
 if __name__ == "__main__":
-    main.run(convert)
+    cli.run(convert)

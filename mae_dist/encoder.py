@@ -248,6 +248,6 @@ def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None)
     Raises:
       DataFault, StorageFault, ConfigError: as `mae_dist.pretrained.open_pretrained`.
     """
-    from configs import default
+    from mae_dist.config import default
 
     return Encoder(pretrained.open_pretrained(absolute(path), default.get_config(), config))

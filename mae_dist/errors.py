@@ -4,10 +4,11 @@ Every message says what was wrong, the values, and the cure. Our own mistakes ar
 """
 
 import contextlib
+import difflib
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 EXIT_DONE = 0
 EXIT_INTERNAL = 1  # an unexpected Python exception: a bug, please report it
@@ -50,6 +51,12 @@ class StorageFault(UserError):
     """A workdir that cannot be read or written, or a checkpoint that does not fit the config."""
 
     exit_code = EXIT_STORAGE
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """Returns " Did you mean …?" with the choice closest to `value`, or nothing if none is close."""
+    close = difflib.get_close_matches(value, list(choices), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def exit_code_of(command: Callable[[], int]) -> int:

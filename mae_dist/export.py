@@ -19,7 +19,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import distributed, encoder, errors, main, patches, pretrained, tasks
+from mae_dist import cli, distributed, encoder, errors, patches, pretrained, tasks
 from mae_dist.models import MaskedAutoencoder
 from mae_dist.storage import absolute, appearing, naming_faults, write_bytes_atomically
 
@@ -36,12 +36,12 @@ def export(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
     distributed.quiet_unless_primary()
-    workdir, out_value = main.required(_WORKDIR), main.required(_OUT)
+    workdir, out_value = cli.required(_WORKDIR), cli.required(_OUT)
     unknown = set(_PLATFORMS.value) - {"cpu", "cuda", "rocm", "tpu"}
     if unknown or not _PLATFORMS.value:
         raise errors.ConfigError(f"--platforms={','.join(_PLATFORMS.value)}: choose of cpu, cuda, rocm and tpu")
-    out = main.new_local_path(out_value)
-    source = pretrained.open_pretrained(absolute(workdir), main.default_config(), main.given_config())
+    out = cli.new_local_path(out_value)
+    source = pretrained.open_pretrained(absolute(workdir), cli.default_config(), cli.given_config())
     function, arguments = make_function(source, _WHAT.value, _INPUT.value)
     exported = jax.export.export(jax.jit(function), platforms=_PLATFORMS.value)(*arguments.values())
     with appearing(out) as temporary, naming_faults(out):
@@ -108,4 +108,4 @@ def _check(path: epath.Path, function: Function, arguments: dict[str, jax.ShapeD
 
 
 if __name__ == "__main__":
-    main.run(export)
+    cli.run(export)

@@ -16,7 +16,8 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import distributed, encoder, errors, extract, job, main, patches, pretrained
+from mae_dist import cli, distributed, encoder, errors, extract, job, patches, pretrained
+from mae_dist.cpu import start
 from mae_dist.data import Dataset
 from mae_dist.extract import Columns
 from mae_dist.storage import absolute, appearing, naming_faults
@@ -38,13 +39,13 @@ _DATA_DIR = flags.DEFINE_string(
 def features(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
-    workdir, out_value = main.required(_WORKDIR), main.required(_OUT)
-    split, _ = main.required(_SPLIT), main.required(_KINDS)
-    main.use_all_cores(main.given_config())
-    main.join_processes()
-    out = main.new_local_path(out_value)
-    source = pretrained.open_pretrained(absolute(workdir), main.default_config(), main.given_config())
-    config = extract.with_data(source, main.given_config(), _DATA_DIR.value)
+    workdir, out_value = cli.required(_WORKDIR), cli.required(_OUT)
+    split, _ = cli.required(_SPLIT), cli.required(_KINDS)
+    start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
+    cli.join_processes()
+    out = cli.new_local_path(out_value)
+    source = pretrained.open_pretrained(absolute(workdir), cli.default_config(), cli.given_config())
+    config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
     # Refuses what the model has not, before data are opened.
     compute = extract.prepare(source, config, _KINDS.value, _BLOCK.value)
     split = extract.split_expression(config, "split", split)
@@ -128,4 +129,4 @@ def _describe(
 
 
 if __name__ == "__main__":
-    main.run(features)
+    cli.run(features)

@@ -20,7 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import cpu, job
+from mae_dist import job
+from mae_dist.cpu.cores import given_environment, num_cores
 from mae_dist.data import Dataset, num_readers
 from mae_dist.data.tfds_source import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
@@ -41,7 +42,7 @@ class Pipeline:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=cpu.given_environment(),
+            env=given_environment(),
             process_group=0,
         )
         assert self._process.stdout is not None
@@ -148,7 +149,7 @@ def measure(config: ConfigDict, *, against_torch: bool, repeats: int, secs: floa
         memory = {subject.name: subject.memory_mib() for subject in subjects}
     own = rates["mae_dist"]
     rate = statistics.median(own)
-    cores = min(cpu.num_cores(), config.data.num_workers or cpu.num_cores())
+    cores = min(num_cores(), config.data.num_workers or num_cores())
     result: Result = {
         "what": "input",
         "images_per_sec": rate,
@@ -197,6 +198,6 @@ def serve(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    from configs import default
+    from mae_dist.config import default
 
     serve(config_lib.from_json(sys.stdin.readline(), default.get_config()))

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import cpu, flops, patches, pretrained, saved, sharding, state, steps, tasks
+from mae_dist import flops, patches, pretrained, saved, sharding, state, steps, tasks
+from mae_dist.cpu import cores
 from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
 from mae_dist.errors import ConfigError
 from mae_dist.optim import make_optimizer
@@ -90,7 +91,7 @@ class Job:
         options = None
         if self.mesh.devices.flat[0].platform == "cpu":
             numbers = sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
-            options = cpu.options_to_run_once(jaxlib.version.__version__, numbers)
+            options = cores.options_to_run_once(jaxlib.version.__version__, numbers)
         new = jax.jit(self.init, out_shardings=self.shardings, compiler_options=options)()
         if not self.config.init_from:
             return new

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags, logging
 
-from mae_dist import distributed, errors, extract, job, main, pretrained, readout
+from mae_dist import cli, distributed, errors, extract, job, pretrained, readout
+from mae_dist.cpu import start
 from mae_dist.storage import absolute
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
@@ -32,14 +33,14 @@ _JSON = flags.DEFINE_bool("json", False, "Prints one JSON object instead of a se
 def knn(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
-    workdir = main.required(_WORKDIR)
+    workdir = cli.required(_WORKDIR)
     for flag in (_K, _TEMPERATURE, _RIDGE):
         if not 0 < flag.value < np.inf:
             raise errors.ConfigError(f"--{flag.name}={flag.value} must be above 0")
-    main.use_all_cores(main.given_config())
-    main.join_processes()
-    source = pretrained.open_pretrained(absolute(workdir), main.default_config(), main.given_config())
-    config = extract.with_data(source, main.given_config(), _DATA_DIR.value)
+    start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
+    cli.join_processes()
+    source = pretrained.open_pretrained(absolute(workdir), cli.default_config(), cli.given_config())
+    config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
     compute = extract.prepare(source, config, [_KIND.value])
     train, test = (
         job.open_dataset(config, extract.split_expression(config, flag.name, flag.value))
@@ -62,4 +63,4 @@ def knn(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    main.run(knn)
+    cli.run(knn)

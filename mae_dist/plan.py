@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from mae_dist import chips, errors, main, planning, topology
+from mae_dist import cli, errors, hardware, planning, topology
 from mae_dist.storage import local
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "What to plan for, as v5e:16x16, v4:4x4x4, v5p:2x2x2 or cpu:8.")
@@ -38,12 +38,12 @@ def plan(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
     topology.use_no_accelerator()
-    config = main.given_config()
+    config = cli.given_config()
     if config is not None and _BATCH.value is not None:
         config.global_batch_size = _BATCH.value
-    config = main.needed_config()
+    config = cli.needed_config()
     out = _new_json(_JSON.value) if _JSON.value else None
-    place = topology.describe(main.required(_TOPOLOGY), _NUM_SLICES.value)
+    place = topology.describe(cli.required(_TOPOLOGY), _NUM_SLICES.value)
     data = planning.described_data(config)
     if _SWEEP.value:
         report = planning.sweep(config, place, data, _COMPILE.value)
@@ -100,7 +100,7 @@ def text(report: planning.Report, place: topology.Topology) -> str:
     memory = report["memory"]
     lines += [f"  {name.replace('_', ' '):<18}{gib(size):>12}" for name, size in memory.items()]
     lines += ["", *_exchange_lines(report), *_time_lines(report)]
-    chip = chips.CHIPS.get(place.generation)
+    chip = hardware.CHIPS.get(place.generation)
     lines += ["", _ASSUMPTIONS, f"  source: {chip.source}" if chip else "  no published figures for this device", ""]
     if report["fits"]:
         known = "it fits" if memory["chip"] else "the memory of this device is not known: whether it fits is not said"
@@ -191,4 +191,4 @@ def sweep_text(report: planning.Report) -> str:
 
 
 if __name__ == "__main__":
-    main.run(plan)
+    cli.run(plan)

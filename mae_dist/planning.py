@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mae_dist import chips, errors, flops, hlo, job, models, roofline, sharding, topology
+from mae_dist import errors, hardware, hlo, job, models, roofline, sharding, topology
 from mae_dist.data import DescribedDataset, is_prepared, known_sizes
 from mae_dist.state import split_frozen
 
@@ -120,7 +120,7 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
         "dtype": config.model.dtype,
         "parameters": models.param_count(built.abstract_state.params),
         "flops_per_image": built.flops_per_image,
-        "peak_flops": flops.peak_flops(device.device_kind, config.model.dtype),
+        "peak_flops": hardware.peak_flops(device.device_kind, config.model.dtype),
         "num_examples": built.data.train.num_examples,
         "total_epochs": built.schedule.total_steps * config.global_batch_size / built.data.train.num_examples,
         "secs": {"compute": compute},
@@ -138,7 +138,7 @@ def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topo
     temporaries = compiled.temporaries + compiled.outputs
     if compiled.refusal and not compiled.arguments:  # told as one sum
         temporaries = max(0, temporaries - known)
-    chip = chips.CHIPS.get(place.generation)
+    chip = hardware.CHIPS.get(place.generation)
     return {
         "parameters": params,
         "optimizer_state": optimizer,
@@ -253,7 +253,7 @@ def sweep(config: ConfigDict, place: topology.Topology, data: job.Data, num_comp
     Of the others theory knows the state's memory only and no time for moving it: they stand behind the compiled ones,
     and where any was compiled those alone say whether anything fits.
     """
-    rows, chip = [], chips.CHIPS.get(place.generation)
+    rows, chip = [], hardware.CHIPS.get(place.generation)
     coords = [tuple(getattr(device, "coords", ())) for device in place.devices[: place.chips_per_slice]]
     for changed in valid_meshes(config, place):
         try:

@@ -11,11 +11,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist.config.stored import MASKING
 from mae_dist.errors import ConfigError
 
 Over = dict[str, list[Any]]  # field -> the values it takes
-# What only a pretraining takes notice of; the trainings that follow inherit it.
-MASKING = ("model.masking", "model.mask_ratio", "model.mask_file")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from mae_dist import errors, main
+from mae_dist import cli, errors
 from mae_dist.data import archives, cifar
 from mae_dist.data.records import is_prepared, write_dataset
 from mae_dist.storage import local
@@ -40,7 +40,7 @@ def prepare(argv: Sequence[str]) -> int:
     if _DATA_DIR.value:
         root = os.fspath(local(_DATA_DIR.value, "--data_dir", "prepare on a disk, then copy the directory there"))
     if _FROM_FOLDER.value:
-        builder = _prepare_folder(_source(_FROM_FOLDER), main.required(_NAME), root)
+        builder = _prepare_folder(_source(_FROM_FOLDER), cli.required(_NAME), root)
     elif names[0] == "imagenet2012":
         builder = _prepare_imagenet(root)
     elif names[0] in cifar.BUILDERS:
@@ -77,7 +77,7 @@ def _flags_of(builder: Any) -> list[str]:
 
 def _source(flag: flags.FlagHolder[str | None]) -> Path:
     """Returns where the images are that a flag names."""
-    value = main.required(flag)
+    value = cli.required(flag)
     local(value, f"--{flag.name}", "copy it to a disk first")
     return Path(value).expanduser()
 
@@ -159,4 +159,4 @@ def _limited(splits: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main.run(prepare)
+    cli.run(prepare)

@@ -14,19 +14,9 @@ import jax
 from absl import logging
 from etils import epath
 
-from mae_dist.errors import ConfigError
+from mae_dist.config.checks import parse_steps
 
 _UPDATES_BY_SIGNAL = 5
-
-
-def parse_steps(steps: str) -> range:
-    """`10:15` -> the updates 10 to 15, both included; "" -> none."""
-    if not steps:
-        return range(0)
-    first, colon, last = steps.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ConfigError(f"profile_steps={steps!r} must be '' or first:last, the updates from 1, such as '10:15'")
-    return range(int(first), int(last) + 1)
 
 
 class Profiler:

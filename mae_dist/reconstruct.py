@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
+from mae_dist import cli, distributed, errors, job, pictures, saved, train
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, job, main, pictures, saved, train
 from mae_dist.storage import absolute
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
@@ -34,9 +34,9 @@ _DATA_DIR = flags.DEFINE_string(
 def reconstruct(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
-    workdir = absolute(main.required(_WORKDIR))
+    workdir = absolute(cli.required(_WORKDIR))
     distributed.quiet_unless_primary()
-    config = saved.read_config(workdir, main.default_config())
+    config = saved.read_config(workdir, cli.default_config())
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)
         config.accum_steps = config.cpu.pieces = 1
@@ -63,4 +63,4 @@ def reconstruct(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    main.run(reconstruct)
+    cli.run(reconstruct)

@@ -15,7 +15,8 @@ from typing import Any
 from absl import flags, logging
 from etils import epath
 
-from mae_dist import errors, main, pictures, report_figures, report_pictures, report_tables
+from mae_dist import cli, errors, pictures, report_figures, report_pictures, report_tables
+from mae_dist.cpu import start
 from mae_dist.report_groups import Group, group, scalar_names
 from mae_dist.report_model import Viewer, embed
 from mae_dist.report_page import Content, Html, document, figure, legend, picture, plots, section, tag, warning
@@ -47,10 +48,10 @@ def report(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     if len(argv) < 2:
         raise errors.ConfigError("which runs? Give workdirs: python -m mae_dist.report W1 [W2 …] --out report.html")
-    out = absolute(main.required(_OUT))
+    out = absolute(cli.required(_OUT))
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every array that it reads
-    main.use_all_cores(None)
-    default = main.default_config()
+    start.use_all_cores(None)
+    default = cli.default_config()
     runs, unreadable = collect(find_workdirs(argv[1:]), default)
     if not runs:
         raise errors.StorageFault("no run can be read:\n  - " + "\n  - ".join(unreadable))
@@ -246,4 +247,4 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    main.run(report)
+    cli.run(report)

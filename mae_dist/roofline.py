@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import chips, flops, hlo, patches
+from mae_dist import hardware, hlo, patches
 from mae_dist.sharding import path_name
 
 
@@ -148,7 +148,7 @@ def link_secs(
       shape: of a slice.
       coords: place in the mesh -> coordinates in its slice.
     """
-    chip = chips.CHIPS.get(generation)
+    chip = hardware.CHIPS.get(generation)
     if chip is None:
         return {"ici": None}
     ici, dcn = 0.0, 0.0
@@ -156,7 +156,7 @@ def link_secs(
         if item.across_slices:
             dcn += item.count * item.ring_bytes
         elif len(item.group) > 1:
-            speed = chips.ici_bytes_per_sec(chip, [coords[i] for i in item.group], shape)
+            speed = hardware.ici_bytes_per_sec(chip, [coords[i] for i in item.group], shape)
             ici += item.count * item.ring_bytes / speed
     secs: dict[str, float | None] = {"ici": ici}
     if dcn:
@@ -168,10 +168,10 @@ def theory_secs(
     within: float, across: float, generation: str, shape: tuple[int, ...], coords: Iterable[tuple[int, ...]]
 ) -> dict[str, float | None]:
     """`link_secs` of bytes known by theory only: within a slice all its chips, at `coords`, exchange together."""
-    chip = chips.CHIPS.get(generation)
+    chip = hardware.CHIPS.get(generation)
     if chip is None:
         return {"ici": None}
-    secs: dict[str, float | None] = {"ici": within / chips.ici_bytes_per_sec(chip, coords, shape)}
+    secs: dict[str, float | None] = {"ici": within / hardware.ici_bytes_per_sec(chip, coords, shape)}
     if across:
         secs["dcn"] = across / chip.dcn_bytes_per_sec if chip.dcn_bytes_per_sec else None
     return secs
@@ -179,7 +179,7 @@ def theory_secs(
 
 def compute_secs(flops_per_step: float, num_chips: int, device_kind: str, dtype: str, recomputes: bool) -> float | None:
     """Seconds of a step's matrix products at their peak; recomputing whole blocks adds a forward pass, a third."""
-    peak = flops.peak_flops(device_kind, dtype)
+    peak = hardware.peak_flops(device_kind, dtype)
     if peak is None:
         return None
     return flops_per_step * (4 / 3 if recomputes else 1) / (num_chips * peak)
@@ -187,5 +187,5 @@ def compute_secs(flops_per_step: float, num_chips: int, device_kind: str, dtype:
 
 def hbm_secs(moved_bytes: float, generation: str) -> float | None:
     """Seconds to move so many bytes between a chip and its memory."""
-    chip = chips.CHIPS.get(generation)
+    chip = hardware.CHIPS.get(generation)
     return moved_bytes / chip.hbm_bytes_per_sec if chip else None

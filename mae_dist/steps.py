@@ -11,7 +11,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import cpu, flops, folding, onednn, patches, sharding
+from mae_dist import flops, folding, onednn, patches, sharding
+from mae_dist.cpu import cores
 from mae_dist.optim import nonfinite_counts
 from mae_dist.state import TrainState, split_frozen
 from mae_dist.tasks import Batch, Task
@@ -194,7 +195,7 @@ def make_train_step(
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=cpu.options_to_train() if sharding.is_by_cores(mesh) else None,
+        compiler_options=cores.options_to_train() if sharding.is_by_cores(mesh) else None,
     )
 
 
@@ -231,7 +232,7 @@ def num_pieces(
         flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
         for tokens, width, heads, ratio in sizes
     )
-    return cpu.num_pieces(
+    return cores.num_pieces(
         images // mesh.size // rows_together,
         largest * rows_together,
         (seen + has_cls) * rows_together if update else 0,

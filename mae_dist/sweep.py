@@ -23,8 +23,9 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from mae_dist import cli, errors, points, results, sweep_table, workers
 from mae_dist import config as config_lib
-from mae_dist import errors, main, points, results, sweep_table, workers
+from mae_dist.config import named, recipes
 from mae_dist.lock import sole_user
 from mae_dist.points import Point, Stage
 from mae_dist.storage import check_checkpoints, local
@@ -52,7 +53,7 @@ def sweep(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; fields to sweep over are --over=config.a.b=x,y")
     if _TABLE.value:
-        return show_table(_local(main.required(_OUT)))
+        return show_table(_local(cli.required(_OUT)))
     base = _base()
     out = _local(_OUT.value or f"runs/sweep_{base.name}")
     check_checkpoints(out, saving=True)
@@ -91,7 +92,7 @@ def _local(value: str) -> epath.Path:
 
 def _base() -> ConfigDict:
     """What --config names; it need not be able to work as it is."""
-    base = main.given_config()
+    base = cli.given_config()
     if base is None:
         raise errors.ConfigError("--config is missing: for example --config configs/quickstart.py")
     return base
@@ -99,10 +100,7 @@ def _base() -> ConfigDict:
 
 def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
     """What the flags ask for, each point checked."""
-    import configs.default
-    from configs import recipes
-
-    flag, default = flags.FLAGS["config"], main.default_config()
+    flag, default = flags.FLAGS["config"], cli.default_config()
     if unknown := [name for name in _THEN.value if name not in _RECIPES]:
         raise errors.ConfigError(f"--then={unknown[0]} is not one of {', '.join(_RECIPES)}")
     if _THEN.value and base.task != "pretrain":
@@ -114,7 +112,7 @@ def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
         if recipe not in changes or not field:
             raise errors.ConfigError(f"--set={text}: write <recipe>.<field>=value, with a recipe of --then")
         changes[recipe][field.removeprefix("config.")] = value
-    file = configs.default.__file__
+    file = str(named.path("default"))
     return points.make_points(
         points.parse_over(_OVER.value, base),
         range(base.seed, base.seed + _SEEDS.value),
@@ -140,7 +138,7 @@ def _trainings(todo: Sequence[Point]) -> dict[str, list[Stage]]:
 
 def _is_finished(stage: Stage) -> bool:
     """Whether the training has come to its end, with all that its result depends on as it is now."""
-    found = results.read_result(epath.Path(stage.workdir), main.default_config())
+    found = results.read_result(epath.Path(stage.workdir), cli.default_config())
     return found is not None and not config_lib.differences(found.config, stage.config, ignore=_HARMLESS)
 
 
@@ -149,7 +147,7 @@ def show_table(out: epath.Path) -> int:
     description = sweep_table.read_description(out)
     if description is None:
         raise errors.ConfigError(f"--out={out} is not the directory of a sweep: it has no sweep.json")
-    default = main.default_config()
+    default = cli.default_config()
 
     def read(name: str) -> results.Result | None:
         try:
@@ -330,7 +328,7 @@ class Runner:
     @staticmethod
     def _figures(stage: Stage) -> str:
         try:
-            found = results.read_result(epath.Path(stage.workdir), main.default_config())
+            found = results.read_result(epath.Path(stage.workdir), cli.default_config())
         except errors.StorageFault as fault:
             return str(fault)
         return ", ".join(f"{name} {value:.4f}" for name, value in (found.metrics if found else {}).items())
@@ -357,4 +355,4 @@ def _duration(secs: float) -> str:
 
 
 if __name__ == "__main__":
-    main.run(sweep)
+    cli.run(sweep)

@@ -15,8 +15,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mae_dist.chips import CHIPS
 from mae_dist.errors import ConfigError
+from mae_dist.hardware import CHIPS
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _FAKE = "xla_force_host_platform_device_count"

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, evaluate, flops, goodput, history, metrics, pictures, readout, sharding
+from mae_dist import distributed, errors, evaluate, goodput, hardware, history, metrics, pictures, readout, sharding
 from mae_dist.checkpoint import Checkpoints
 from mae_dist.clu_without_tf import periodic_actions
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
@@ -193,7 +193,7 @@ class _Run:
         with watch.during("evaluate"):
             self.data = _with_features(job, params) if job.caches_features else job.data
         device = job.mesh.devices.flat[0]
-        peak = flops.peak_flops(device.device_kind, job.config.model.dtype)
+        peak = hardware.peak_flops(device.device_kind, job.config.model.dtype)
         self.throughput = metrics.Throughput(
             images_per_step=job.config.global_batch_size,
             total_steps=job.schedule.total_steps,

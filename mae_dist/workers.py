@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mae_dist import cpu
+from mae_dist.cpu.cores import num_cores
 from mae_dist.errors import ConfigError
 
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal to get when the parent dies, even by kill -9
@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal to get when the parent dies
 
 def share_cores(count: int) -> list[list[int]]:
     """The cores this process may use in `count` parts of about equal size; [] where the system does not say which."""
-    available = cpu.num_cores()
+    available = num_cores()
     if not 1 <= count <= available:
         raise ConfigError(f"--jobs={count}: each needs a core, and this process may use {available}; choose 1 or more")
     if not hasattr(os, "sched_getaffinity"):

@@ -17,7 +17,9 @@ from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_dist import cpu, flops, job, layers, main, models, onednn, tasks
+from mae_dist import flops, job, layers, models, onednn, tasks
+from mae_dist.cpu import cores as cpu
+from mae_dist.cpu import start
 from mae_dist.data import local_rows, to_global
 from mae_dist.errors import ConfigError
 from tests import QUICK
@@ -119,7 +121,7 @@ def test_a_run_keeps_its_choices(machine, tmp_path):
             machine.setattr(cpu, "num_cores", lambda cores=cores: cores)
             machine.delenv("XLA_FLAGS", raising=False)
             config = smoke_config(**overrides)
-            main.use_cores(config, str(tmp_path))
+            start.use_cores(config, str(tmp_path))
             assert (config.cpu.devices, config.cpu.pieces) == found
             assert (config.cpu.products, config.cpu.fold) == ("onednn", False)
 
@@ -135,7 +137,7 @@ def test_devices_chosen_for_a_run_can_compute_it(machine, tmp_path, overrides, d
         flags.FLAGS.mark_as_parsed()
     config = smoke_config(global_batch_size=250, **overrides)
     with flagsaver.flagsaver(coordinator_address=None):
-        main.use_cores(config, str(tmp_path))
+        start.use_cores(config, str(tmp_path))
     assert config.cpu.devices == devices
     job.check_mesh(config, devices)
 
@@ -146,8 +148,8 @@ def test_more_devices_than_cores(machine, tmp_path):
         flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(coordinator_address=None):
         with pytest.raises(ConfigError, match=r"cpu\.devices=9 and this process may use 8 cores"):
-            main.use_cores(smoke_config(cpu__devices=9), str(tmp_path))
-        main.use_cores(smoke_config(mesh__data=16), str(tmp_path))
+            start.use_cores(smoke_config(cpu__devices=9), str(tmp_path))
+        start.use_cores(smoke_config(mesh__data=16), str(tmp_path))
     assert "XLA_FLAGS" not in os.environ
 
 

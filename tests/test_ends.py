@@ -15,7 +15,7 @@ import time
 import pytest
 from absl.testing import flagsaver
 
-from mae_dist import errors, main
+from mae_dist import cli, errors
 from mae_dist.preemption import Notices, Preempted
 from tests.runs import ONLY_UPDATES, ROOT, last_step, run
 
@@ -137,8 +137,8 @@ def test_fault_in_a_config_file(tmp_path, monkeypatch, capfd, name):
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # else it is loaded over the one before
 
     def command() -> int:
-        main.parse_flags(argv)
-        main.join_processes()  # in this process JAX has its devices, as after such a config
+        cli.parse_flags(argv)
+        cli.join_processes()  # in this process JAX has its devices, as after such a config
         return 0
 
     with flagsaver.flagsaver():

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mae_dist import distributed, encoder, export, main, patches, tasks
+from mae_dist import cli, distributed, encoder, export, patches, tasks
 from mae_dist.errors import ConfigError
 from mae_dist.layers import unconstrained
 from tests import QUICK
@@ -54,7 +54,7 @@ assert not [name for name in sys.modules if name.startswith(("mae_dist.", "confi
 def run_here(monkeypatch, workdir, out, **values):
     """Runs the command in this process; its exit code."""
     monkeypatch.setattr(distributed, "quiet_unless_primary", lambda: None)
-    monkeypatch.setattr(main, "given_config", lambda: None)
+    monkeypatch.setattr(cli, "given_config", lambda: None)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(workdir=str(workdir), out=str(out), **{"platforms": ["cpu"], **values}):

@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import mae_dist
-from mae_dist import features, job, main
+from mae_dist import cli, features, job
 from mae_dist.data import ArrayDataset
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from tests.runs import free_port, smoke_config, start
@@ -45,8 +45,8 @@ def compute(trained, monkeypatch):
     """`compute(out, config, **flags)`: runs the command in this process, on its eight devices; its exit code."""
 
     def run_here(out, config=None, /, **values):
-        monkeypatch.setattr(main, "join_processes", lambda: None)
-        monkeypatch.setattr(main, "given_config", lambda: config)
+        monkeypatch.setattr(cli, "join_processes", lambda: None)
+        monkeypatch.setattr(cli, "given_config", lambda: config)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         with flagsaver.flagsaver(**{"workdir": str(trained), "out": str(out), **values}):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mae_dist import flops
+from mae_dist import flops, hardware
 
 SMALL = {
     "image_size": (32, 24),
@@ -116,4 +116,4 @@ def test_masking_three_quarters_saves_most_of_the_encoder():
     ],
 )
 def test_peak_of_known_devices_and_none_of_others(device_kind: str, dtype: str, tera: float | None):
-    assert flops.peak_flops(device_kind, dtype) == (None if tera is None else tera * 1e12)
+    assert hardware.peak_flops(device_kind, dtype) == (None if tera is None else tera * 1e12)

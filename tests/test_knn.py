@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from mae_dist import evaluate, knn, main, readout
+from mae_dist import cli, evaluate, knn, readout
 from mae_dist.data import FirstExamples
 from mae_dist.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
 from tests.runs import ONLY_UPDATES, end_of, records, run, start_processes
@@ -101,8 +101,8 @@ def command(monkeypatch, capsys):
     """`command(workdir=…, **flags)`: what it prints, run in this process on its eight devices."""
 
     def run_here(**values):
-        monkeypatch.setattr(main, "join_processes", lambda: None)
-        monkeypatch.setattr(main, "given_config", lambda: None)
+        monkeypatch.setattr(cli, "join_processes", lambda: None)
+        monkeypatch.setattr(cli, "given_config", lambda: None)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         with flagsaver.flagsaver(**values):

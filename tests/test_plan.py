@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import imagenet_vit_b16, imagenet_vit_h14, imagenet_vit_l16
-from mae_dist import chips, errors, hlo, models, plan, planning, roofline, sharding, tasks, topology
+from mae_dist import errors, hardware, hlo, models, plan, planning, roofline, sharding, tasks, topology
 from mae_dist.data import DescribedDataset
 from mae_dist.errors import ConfigError
 from tests import QUICK
@@ -200,7 +200,7 @@ FROZEN = {**CACHED, "data__augment": "flip"}
 
 def test_compute_of_a_frozen_encoder(monkeypatch):
     """Nothing of it is computed again, and with cached features nothing at all."""
-    monkeypatch.setattr(roofline.flops, "peak_flops", lambda kind, dtype: 1e12)
+    monkeypatch.setattr(roofline.hardware, "peak_flops", lambda kind, dtype: 1e12)
     trained, frozen, cached = (
         [foreseen(**task, model__remat=remat)[4, 1, 1]["secs"]["compute"] for remat in ("none", "blocks")]
         for task in ({}, FROZEN, CACHED)
@@ -425,7 +425,7 @@ def test_sweep():
 
 def tpu_of_cpus(monkeypatch):
     """Eight devices that the tables take for a slice of v5e, with 1e14 FLOP/s each."""
-    monkeypatch.setattr(roofline.flops, "peak_flops", lambda kind, dtype: 1e14)
+    monkeypatch.setattr(roofline.hardware, "peak_flops", lambda kind, dtype: 1e14)
     return dataclasses.replace(topology.describe("cpu:8", 1), name="v5e:2x4", generation="v5e", shape=(2, 4))
 
 
@@ -482,17 +482,19 @@ def test_the_batch_that_fits(monkeypatch):
 
 def test_links():
     """Both links of a ring, one where a side is open; a side that the group does not span gives none."""
-    chip = chips.CHIPS["v5e"]
+    chip = hardware.CHIPS["v5e"]
     row = [(i, 0, 0) for i in range(16)]
-    assert chips.ici_bytes_per_sec(chip, row, (16, 16)) == 2 * chip.link_bytes_per_sec
-    assert chips.ici_bytes_per_sec(chip, row[:4], (16, 16)) == chip.link_bytes_per_sec
-    assert chips.ici_bytes_per_sec(chip, [(i, j, 0) for i in range(4) for j in range(4)], (4, 4)) == 100e9
+    assert hardware.ici_bytes_per_sec(chip, row, (16, 16)) == 2 * chip.link_bytes_per_sec
+    assert hardware.ici_bytes_per_sec(chip, row[:4], (16, 16)) == chip.link_bytes_per_sec
+    assert hardware.ici_bytes_per_sec(chip, [(i, j, 0) for i in range(4) for j in range(4)], (4, 4)) == 100e9
     whole = [(i, j, k) for i in range(4) for j in range(4) for k in range(4)]
-    assert chips.ici_bytes_per_sec(chips.CHIPS["v4"], whole, (4, 4, 4)) == 300e9  # the published six links
+    assert hardware.ici_bytes_per_sec(hardware.CHIPS["v4"], whole, (4, 4, 4)) == 300e9  # the published six links
     flat = [point for point in whole if point[0] < 2]
     points = [(i, j, 0) for i in range(2) for j in range(4)]
     assert roofline.theory_secs(100e9, 0, "v5e", (2, 4), points) == {"ici": 1.0}, "no side is a ring"
-    assert chips.ici_bytes_per_sec(chips.CHIPS["v4"], flat, (2, 4, 4)) == 150e9, "rings are made of whole cubes only"
+    assert hardware.ici_bytes_per_sec(hardware.CHIPS["v4"], flat, (2, 4, 4)) == 150e9, (
+        "rings are made of whole cubes only"
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import time
 import pytest
 from etils import epath
 
+from mae_dist.config.checks import parse_steps
 from mae_dist.errors import ConfigError
-from mae_dist.profiler import Profiler, parse_steps
+from mae_dist.profiler import Profiler
 from tests.runs import ONLY_UPDATES, last_step, records, run, start, wait_for_step
 
 SMOKE = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.checkpoint.every_steps=1000")

@@ -21,8 +21,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from configs import default, quickstart, recipes
+from mae_dist import cli, points, results, sweep, sweep_table, workers
 from mae_dist import config as config_lib
-from mae_dist import main, points, results, sweep, sweep_table, workers
 from mae_dist.errors import (
     EXIT_CONFIG,
     EXIT_DONE,
@@ -456,7 +456,7 @@ def test_points_that_cannot_work_are_failures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
     with flagsaver.flagsaver():
-        main.parse_flags([argv[0], f"--config={ROOT / 'configs' / 'smoke.py'}", *argv[2:]])
+        cli.parse_flags([argv[0], f"--config={ROOT / 'configs' / 'smoke.py'}", *argv[2:]])
         with flagsaver.flagsaver(over=["model.mask_ratio=.6,.75"]):
             assert sweep.sweep([]) == EXIT_CONFIG
     assert "FAILED mask_ratio=0.6,seed=0: cannot work: model.masking" in capsys.readouterr().out.splitlines()[-1]
@@ -515,7 +515,7 @@ def test_wrong_flags(tmp_path, monkeypatch, values, words):
     argv = ["sweep", "--config=configs/smoke.py"]
     monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
     with flagsaver.flagsaver():
-        main.parse_flags(argv)
+        cli.parse_flags(argv)
         with flagsaver.flagsaver(**{"out": str(tmp_path / "out"), **values}), pytest.raises(ConfigError) as error:
             sweep.sweep([])
     assert words in str(error.value)

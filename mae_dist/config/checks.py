@@ -3,18 +3,14 @@
 Fields and their defaults are in configs/default.py; there are none here.
 """
 
-import dataclasses
-import difflib
-import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
-from mae_dist import augment, layers, onednn, patches, profiler, transforms
-from mae_dist.errors import ConfigError
+from mae_dist import augment, layers, onednn, patches, transforms
+from mae_dist.config.stored import flatten, get
+from mae_dist.errors import ConfigError, nearest
 from mae_dist.storage import absolute_name
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -113,92 +109,6 @@ ONLINE = ("val_knn_top1", "val_ridge_top1")
 
 # Names of files and directories; "": none, or a default.
 PATHS = ("init_from", "model.mask_file", "data.data_dir", "data.cache_dir")
-
-# What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
-# it computes.
-FREE = (
-    "name",
-    "cpu",
-    "mesh",
-    "accum_steps",
-    "log_every_steps",
-    "max_skipped_steps",
-    "total_steps",
-    "total_epochs",
-    "model.scan",
-    "model.remat",
-    "data.data_dir",
-    "data.cache",
-    "data.cache_dir",
-    "data.stage",
-    "data.num_workers",
-    "eval",
-    "online",
-    "pictures",
-    "checkpoint",
-    "deadlines",
-    "trace",
-    "profile_steps",
-)
-
-
-def get(config: ConfigDict, field: str) -> Any:
-    """The value at a dotted path."""
-    value: Any = config
-    for part in field.split("."):
-        value = value[part]
-    return value
-
-
-def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every leaf; tuples as lists, as JSON keeps them."""
-    for key in sorted(config):
-        value = config[key]
-        if isinstance(value, (dict, ConfigDict)):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
-
-
-def to_json(config: ConfigDict) -> str:
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
-
-
-def from_json(text: str, default: ConfigDict) -> ConfigDict:
-    """A config as stored by `to_json`, with fields added since then at their default."""
-    config = default.copy_and_resolve_references()
-    with config.ignore_type():
-        for field, value in flatten(json.loads(text)):
-            section, _, key = field.rpartition(".")
-            target = get(config, section) if section else config
-            if key in target:
-                target[key] = tuple(value) if isinstance(value, list) else value
-    return config.lock()
-
-
-def last_name(path: str) -> str:
-    """The name of a directory or file, by which weights are known when they were moved."""
-    return os.path.basename(path.rstrip("/"))
-
-
-def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
-    """One line `field: old -> new` for every leaf that differs, except below the fields in `ignore`."""
-    before, after = dict(flatten(old)), dict(flatten(new))
-    lines = []
-    for field in sorted(before.keys() | after.keys()):
-        ignored = any(field == name or field.startswith(f"{name}.") for name in ignore)
-        a, b = before.get(field, "(absent)"), after.get(field, "(absent)")
-        if field == "init_from" and last_name(a) == last_name(b):
-            continue  # the weights may have been moved since
-        if not ignored and a != b:
-            lines.append(f"{field}: {a!r} -> {b!r}")
-    return lines
-
-
-def nearest(value: str, choices: Sequence[str]) -> str:
-    """' Did you mean …?' or nothing."""
-    close = difflib.get_close_matches(value, choices, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def field_faults(config: ConfigDict, default: ConfigDict) -> dict[str, str]:
@@ -393,7 +303,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must be at least 0 and below 2**32 = {2**32}"
     try:
-        profiler.parse_steps(config.profile_steps)
+        parse_steps(config.profile_steps)
     except ConfigError as error:
         yield str(error)
     if not config.name:
@@ -451,42 +361,11 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda divisor: abs(divisor - wanted))
 
 
-def rows_together(config: ConfigDict) -> int:
-    """So many rows of a batch, one after another, are one device's: mixup and cutmix need pairs."""
-    return 2 if config.task == "finetune" and (config.classify.mixup or config.classify.cutmix) else 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Epochs of a config as numbers of updates; an interval may be fractional, 0 is never."""
-
-    total_steps: int
-    warmup_steps: int
-    eval_every_steps: float
-    online_every_steps: float
-    pictures_every_steps: float
-
-
-def schedule(config: ConfigDict, num_examples: int) -> Schedule:
-    """Counts a config's epochs in updates, for a training split of `num_examples`."""
-    steps_per_epoch = num_examples / config.global_batch_size
-    total = config.total_steps or max(1, round(config.total_epochs * steps_per_epoch))
-
-    def every(section: ConfigDict) -> float:
-        return section.every_steps or section.every_epochs * steps_per_epoch
-
-    return Schedule(
-        total_steps=total,
-        warmup_steps=round(total * config.optim.warmup_epochs / config.total_epochs),
-        eval_every_steps=every(config.eval),
-        online_every_steps=every(config.online) if config.task == "pretrain" else 0,
-        pictures_every_steps=every(config.pictures),
-    )
-
-
-def is_time(step: int, every_steps: float, total_steps: int) -> bool:
-    """Whether something due every so many updates (0: never) is due after update `step`; always after the last.
-
-    A fractional interval, as of epochs that are no whole number of updates, is due at the first update beyond it.
-    """
-    return every_steps > 0 and (step == total_steps or step // every_steps > (step - 1) // every_steps)
+def parse_steps(steps: str) -> range:
+    """`10:15` -> the updates 10 to 15, both included; "" -> none."""
+    if not steps:
+        return range(0)
+    first, colon, last = steps.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ConfigError(f"profile_steps={steps!r} must be '' or first:last, the updates from 1, such as '10:15'")
+    return range(int(first), int(last) + 1)

@@ -61,3 +61,51 @@ def ici_bytes_per_sec(chip: Chip, group: Iterable[Sequence[int]], slice_shape: S
         if len(set(values)) > 1:
             links += 2 if ring and len(set(values)) == size else 1
     return max(1, links) * chip.link_bytes_per_sec
+
+
+# What one JAX device does per second, dense, from the vendors' data sheets (NVIDIA prints twice the dense number, with
+# 2:4 sparsity). On TPU v2 and v3 a device is one of a chip's two cores; on v4 and later it is the chip.
+_TPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "TPU v2": {"bfloat16": 46e12 / 2},
+    "TPU v3": {"bfloat16": 123e12 / 2},
+    "TPU v4": {"bfloat16": 275e12},
+    "TPU v5 lite": {"bfloat16": 197e12},  # v5e
+    "TPU v5e": {"bfloat16": 197e12},
+    "TPU v5": {"bfloat16": 459e12},  # v5p
+    "TPU v5p": {"bfloat16": 459e12},
+    "TPU v6 lite": {"bfloat16": 918e12},  # v6e
+    "TPU v6e": {"bfloat16": 918e12},
+}
+# float32 is the tensor cores' TF32, which JAX uses for float32 products by default, where the device has it.
+# Matched by the start of the device's name without "NVIDIA" and "Tesla", the longest first.
+_H100_SXM = {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}
+_H100_NVL = {"bfloat16": 835e12, "float16": 835e12, "float32": 417e12}
+_A100 = {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12}
+_GPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "V100-SXM2": {"float16": 125e12, "float32": 15.7e12},  # no bfloat16 and no TF32 units
+    "V100-PCIE": {"float16": 112e12, "float32": 14e12},
+    "A100": _A100,
+    "H100 80GB HBM3": _H100_SXM,
+    "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 378e12},
+    "H100 NVL": _H100_NVL,
+    "H200": _H100_SXM,
+    "H200 NVL": _H100_NVL,
+    "B200": {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1100e12},
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Peak FLOP/s of one device, or None where it is not known: a run then has no MFU rather than a wrong one.
+
+    Args:
+      device_kind: `jax.Device.device_kind`, such as "TPU v5 lite" or "NVIDIA A100-SXM4-80GB".
+      dtype: what matrix products are computed in: "bfloat16", "float16" or "float32".
+    """
+    if device_kind in _TPU_PEAK_FLOPS:
+        return _TPU_PEAK_FLOPS[device_kind].get(dtype)
+    name = device_kind.removeprefix("NVIDIA ").removeprefix("Tesla ")
+    for prefix in sorted(_GPU_PEAK_FLOPS, key=len, reverse=True):
+        # The start must end where a word does: "A100" is not "A1000".
+        if name.startswith(prefix) and not name[len(prefix) :][:1].isalnum():
+            return _GPU_PEAK_FLOPS[prefix].get(dtype)
+    return None

@@ -1,0 +1,245 @@
+"""The flags that commands share, the wrapper that runs a command, and its exit code."""
+
+import os
+import re
+import signal
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mae_dist import console, errors
+from mae_dist.config import named
+from mae_dist.cpu import cores
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to train: a name, as cifar_small, or a file.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives (default runs/<config.name>); may be gs://….")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; what is wrong with it, the config's file or an override of it is a `ConfigError`."""
+    console.check_arguments(argv)
+    argv = _with_config_path(argv)
+    try:
+        rest = flags.FLAGS(list(argv))
+        if CONFIG.value is not None:
+            getattr(CONFIG.value, "name", None)  # a file that is not there is an error only when it is first read
+    except (Exception, SystemExit) as error:
+        raise errors.ConfigError(_fault_in_config(error) or _fault_on_command_line(error)) from error
+    if CONFIG.value is not None:
+        _check_fields(CONFIG.value)
+    return rest
+
+
+def _with_config_path(argv: Sequence[str]) -> list[str]:
+    """Puts the path of its file in the place of the name of a config that comes with the package."""
+    found = list(argv)
+    for place, argument in enumerate(argv[1:], start=1):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        if not equals and place + 1 < len(argv):
+            found[place + 1] = _config_path(argv[place + 1])
+        elif equals:
+            found[place] = f"{flag}={_config_path(value)}"
+    return found
+
+
+def _config_path(value: str) -> str:
+    is_name = value.isidentifier() and not os.path.exists(value)
+    return str(named.path(value)) if is_name else value
+
+
+def _fault_on_command_line(error: BaseException) -> str:
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"{getattr(error.obj, '__file__', 'the config')} has no function get_config"
+    if isinstance(error, AttributeError | KeyError):
+        return f"the config has no such field: {_said(error)}"
+    return f"{error}".strip()
+
+
+def _said(error: BaseException) -> Any:
+    """The message of an exception; ConfigDict's is that of a KeyError inside an AttributeError."""
+    while isinstance(error, AttributeError | KeyError) and error.args:
+        error = error.args[0]
+    return error.msg if isinstance(error, SyntaxError) else error
+
+
+def _fault_in_config(error: BaseException | None) -> str:
+    """Names the lines of the user's files that raised `error`, or what it was raised from; "" if none did."""
+    found = ""
+    while error is not None:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+        lines = [(frame.filename, frame.lineno, frame.line) for frame in frames]
+        if isinstance(error, SyntaxError) and error.filename:
+            lines.append((error.filename, error.lineno, error.text))
+        if lines:
+            places = ", from ".join(f"{file}, line {number}" for file, number, _ in reversed(lines))
+            found = f"{places}: {type(error).__name__}: {_said(error)}\n    {(lines[-1][2] or '').strip()}"
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _is_users(file: str) -> bool:
+    """True if a source file is neither Python's, nor a library's, nor this package's."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not file.startswith(("<", os.path.dirname(os.path.abspath(__file__)), *libraries))
+
+
+def _check_fields(config: Any) -> None:
+    """Raises a `ConfigError` if --config gives fields that do not exist, or lacks some."""
+    from mae_dist import config as config_lib
+
+    if not isinstance(config, ConfigDict):
+        raise errors.ConfigError(f"{_config_file()}: get_config() returns {config!r}; it must be a ConfigDict")
+    faults = config_lib.field_faults(config, default_config())
+    if faults:
+        lines = [f"{fault} ({_line_with(field)})" for field, fault in faults.items()]
+        raise errors.ConfigError("the config is not as configs/default.py has it:\n  - " + "\n  - ".join(lines))
+
+
+def _config_file() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+
+
+def _line_with(words: str) -> str:
+    """The config's file, and the last line in it that has the last of these words."""
+    word = re.compile(rf"\b{re.escape(words.rpartition('.')[2])}\b")
+    with open(_config_file(), encoding="utf-8", errors="replace") as file:
+        numbers = [number for number, line in enumerate(file, start=1) if word.search(line)]
+    return f"{_config_file()}, line {numbers[-1]}" if numbers else _config_file()
+
+
+def default_config() -> ConfigDict:
+    """The fields that a stored config may lack."""
+    from mae_dist.config import default
+
+    return default.get_config()
+
+
+def join_processes(watching: Any = None, notices: Any = None) -> None:
+    """Joins the processes of one command, as the flags or the cluster say, before any device is touched.
+
+    A training's `Watch` and `Notices` join with it.
+    """
+    from mae_dist import distributed
+
+    if watching is None:
+        _initialize()
+        distributed.quiet_unless_primary()
+    else:
+        import jax
+
+        watching.expect_peers(lambda: distributed.coordination()[1])
+        with watching.during("join"):
+            _initialize(**watching.join_options())
+            client, address = distributed.coordination()
+            distributed.quiet_unless_primary()
+        watching.join(client, address, jax.process_index(), jax.process_count())
+        notices.join(client, jax.process_index(), jax.process_count())
+
+
+def _initialize(**options: float) -> None:
+    from mae_dist import distributed
+
+    try:
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, **options)
+    except distributed.DevicesInUse as error:
+        if CONFIG.value is None:
+            raise
+        raise errors.ConfigError(
+            f"{_line_with('jax')}: the config, or what it imports, has used JAX's devices (jax.device_count(), "
+            "jax.devices(), an array): they are not known yet when it is read, for the processes have not joined and "
+            "a CPU's cores are not split. Write the number down; mesh.data=-1 takes whatever devices there are"
+        ) from error
+
+
+def is_single_process() -> bool:
+    """True unless the flags say that this is one of several processes."""
+    return _COORDINATOR.value is None
+
+
+def required(flag: flags.FlagHolder[Any]) -> str:
+    """The value of a flag that a command cannot do without."""
+    if not flag.value:
+        raise errors.ConfigError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
+    return flag.value
+
+
+def new_local_path(value: str) -> Any:
+    """Where a command shall write what is not there yet; a `ConfigError` for a bucket or something that exists."""
+    from mae_dist import storage
+
+    path = storage.local(value, "--out", "write to a local path and copy the result to the bucket")
+    if path.exists():
+        raise errors.ConfigError(f"--out={path} exists already; remove it or choose another")
+    return path
+
+
+def given_config() -> ConfigDict | None:
+    """What --config names, if anything."""
+    return CONFIG.value
+
+
+def needed_config() -> ConfigDict:
+    """What --config names, checked."""
+    if CONFIG.value is None:
+        raise errors.ConfigError("--config is missing: for example --config configs/smoke.py (seconds, no download)")
+
+    from mae_dist import config as config_lib
+
+    config_lib.validate(CONFIG.value)
+    return CONFIG.value
+
+
+def run(entry: Callable[[Sequence[str]], int]) -> None:
+    """Runs a command: faults of the user are one message and their exit code, anything else a traceback and 1."""
+    if "--help" in sys.argv[1:]:
+        sys.exit(errors.exit_code_of(_show_help))
+    if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its updates; before and after them it would kill
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    cores.use_huge_pages()
+    errors.open_closed_streams()
+    logging.set_verbosity(logging.INFO)
+    logging.use_absl_handler()
+    console.set_up()
+    try:
+        code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
+    except Exception as error:
+        errors.say("".join(traceback.format_exception(error)).rstrip())
+        code = errors.EXIT_INTERNAL
+    if code == errors.EXIT_DONE:
+        return
+    # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
+    # compilation under way does not survive the interpreter.
+    os._exit(code)
+
+
+def end_when_told() -> None:
+    """Makes SIGTERM and SIGHUP end this process as preempted, wherever `Notices` does not take them.
+
+    Before it does there is nothing to save, and afterwards all is saved: a second signal must not change the code.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        del frame
+        errors.say(f"preempted ({signal.Signals(number).name}): nothing is left to save")
+        os._exit(errors.EXIT_PREEMPTED)
+
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, end)
+
+
+def _show_help() -> int:
+    print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+    return errors.EXIT_DONE

@@ -1,0 +1,112 @@
+"""Turns a pretraining config into the probe, fine-tuning or from-scratch config that belongs to it."""
+
+from ml_collections import ConfigDict
+
+
+def probe(config: ConfigDict) -> ConfigDict:
+    """The report's probe: frozen encoder, head with one hidden layer of 128, 50 epochs, batch 64, no augmentation."""
+    config.task = "probe"
+    config.init_from = f"runs/{config.name}"
+    config.name = f"{config.name}_probe"
+    config.total_epochs = 50.0
+    config.global_batch_size = 64
+    config.log_every_steps = 500
+    config.classify.head = "mlp"
+    config.optim.base_lr = 4e-3  # 1e-3 at batch 64
+    config.optim.b2 = 0.999
+    config.optim.warmup_epochs = 5.0
+    config.optim.weight_decay = 0.0
+    config.data.augment = "none"
+    config.eval.batch_size = 512
+    config.eval.train_at_end = True
+    config.checkpoint.every_steps = 5000
+    return config
+
+
+def finetune(config: ConfigDict) -> ConfigDict:
+    """All weights trained on from the pretrained encoder, as DeiT and MAE do it, by what suits a small net and data.
+
+    Crops and flips; mixup 0.8, cutmix 1 and label smoothing 0.1; layer decay 0.75, drop path 0.1; averaged weights.
+    """
+    config.task = "finetune"
+    config.init_from = f"runs/{config.name}"
+    config.name = f"{config.name}_finetune"
+    config.total_epochs = 100.0
+    config.ema_decay = 0.999  # at batch 256 over about six epochs; in a short run over its last tenth
+    config.classify.norm_after_pool = True  # as the paper fine-tunes: mean over patches, then a LayerNorm
+    config.classify.label_smoothing = 0.1
+    config.classify.mixup = 0.8
+    config.classify.cutmix = 1.0
+    config.classify.mix_prob = 0.5  # not all: few blocks and few epochs leave little to regularise
+    config.model.drop_path = 0.1
+    config.optim.b2 = 0.999
+    config.optim.layer_decay = 0.75
+    config.optim.warmup_epochs = 5.0
+    config.data.augment = "crop_flip"
+    config.data.crop_scale = (0.6, 1.0)
+    return config
+
+
+def scratch(config: ConfigDict) -> ConfigDict:
+    """The supervised baseline: the fine-tuning recipe from random weights, all layers of which learn equally fast."""
+    name = config.name
+    config = finetune(config)
+    config.name = f"{name}_scratch"
+    config.init_from = ""
+    config.optim.layer_decay = 1.0
+    return config
+
+
+def imagenet_finetune(
+    config: ConfigDict, *, epochs: float, base_lr: float, layer_decay: float, drop_path: float
+) -> ConfigDict:
+    """The paper's fine-tuning on ImageNet-1k (its table 9 and its code); what differs between sizes is given."""
+    config.task = "finetune"
+    config.init_from = f"runs/{config.name}"
+    config.name = f"{config.name}_finetune"
+    config.total_epochs = epochs
+    config.global_batch_size = 1024
+    config.classify.head = "linear"
+    config.classify.pool = "gap"
+    config.classify.norm_after_pool = True
+    config.classify.label_smoothing = 0.1
+    config.classify.mixup = 0.8
+    config.classify.cutmix = 1.0
+    config.classify.erase_prob = 0.25
+    config.model.drop_path = drop_path
+    config.optim.name = "adamw"
+    config.optim.base_lr = base_lr
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.999
+    config.optim.weight_decay = 0.05
+    config.optim.layer_decay = layer_decay
+    config.optim.warmup_epochs = 5.0
+    config.optim.final_lr = 1e-6
+    config.data.augment = "crop_flip"
+    config.data.crop_scale = (0.08, 1.0)
+    config.data.randaug_magnitude = 9.0
+    config.data.randaug_std = 0.5
+    config.data.randaug_layers = 2
+    return config
+
+
+def imagenet_linear(config: ConfigDict) -> ConfigDict:
+    """The paper's linear probe on ImageNet-1k (its table 10 and its code), the same for all sizes."""
+    config.task = "probe"
+    config.init_from = f"runs/{config.name}"
+    config.name = f"{config.name}_linear"
+    config.total_epochs = 90.0
+    config.global_batch_size = 16384
+    config.log_every_steps = 10
+    config.classify.head = "linear"
+    config.classify.pool = "cls"
+    config.classify.batch_norm = True
+    config.optim.name = "lars"
+    config.optim.base_lr = 0.1
+    config.optim.momentum = 0.9
+    config.optim.weight_decay = 0.0
+    config.optim.warmup_epochs = 10.0
+    config.data.augment = "crop_flip"
+    config.data.crop_scale = (0.08, 1.0)
+    config.eval.batch_size = 1024
+    return config

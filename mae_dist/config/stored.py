@@ -1,0 +1,92 @@
+"""Configs as text, their fields by dotted name, and the differences between two."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
+# it computes.
+FREE = (
+    "name",
+    "cpu",
+    "mesh",
+    "accum_steps",
+    "log_every_steps",
+    "max_skipped_steps",
+    "total_steps",
+    "total_epochs",
+    "model.scan",
+    "model.remat",
+    "data.data_dir",
+    "data.cache",
+    "data.cache_dir",
+    "data.stage",
+    "data.num_workers",
+    "eval",
+    "online",
+    "pictures",
+    "checkpoint",
+    "deadlines",
+    "trace",
+    "profile_steps",
+)
+
+
+def get(config: ConfigDict, field: str) -> Any:
+    """The value at a dotted path."""
+    value: Any = config
+    for part in field.split("."):
+        value = value[part]
+    return value
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every leaf; tuples as lists, as JSON keeps them."""
+    for key in sorted(config):
+        value = config[key]
+        if isinstance(value, (dict, ConfigDict)):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def from_json(text: str, default: ConfigDict) -> ConfigDict:
+    """A config as stored by `to_json`, with fields added since then at their default."""
+    config = default.copy_and_resolve_references()
+    with config.ignore_type():
+        for field, value in flatten(json.loads(text)):
+            section, _, key = field.rpartition(".")
+            target = get(config, section) if section else config
+            if key in target:
+                target[key] = tuple(value) if isinstance(value, list) else value
+    return config.lock()
+
+
+def last_name(path: str) -> str:
+    """The name of a directory or file, by which weights are known when they were moved."""
+    return os.path.basename(path.rstrip("/"))
+
+
+def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
+    """One line `field: old -> new` for every leaf that differs, except below the fields in `ignore`."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    lines = []
+    for field in sorted(before.keys() | after.keys()):
+        ignored = any(field == name or field.startswith(f"{name}.") for name in ignore)
+        a, b = before.get(field, "(absent)"), after.get(field, "(absent)")
+        if field == "init_from" and last_name(a) == last_name(b):
+            continue  # the weights may have been moved since
+        if not ignored and a != b:
+            lines.append(f"{field}: {a!r} -> {b!r}")
+    return lines
+
+
+# What only a pretraining takes notice of; the trainings that follow inherit it.
+MASKING = ("model.masking", "model.mask_ratio", "model.mask_file")

@@ -1,0 +1,1 @@
+"""How this package uses a CPU well. Nothing here touches a GPU or TPU."""

@@ -1,0 +1,60 @@
+"""Splits a CPU's cores into devices at the start of a command, before JAX makes its CPU client."""
+
+import json
+import os
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mae_dist import errors
+from mae_dist.cpu import cores
+
+
+def use_cores(config: ConfigDict, workdir: str, *, single_process: bool = True) -> None:
+    """On a CPU splits the cores into devices, as the run in `workdir` did before or as `config.cpu` says.
+
+    A run that continues keeps its choices, for results depend on them in the last bits.
+    """
+    from mae_dist import config as config_lib
+
+    if "://" in workdir or not (single_process and _may_split_cores(config)):
+        return
+    with config.unlocked():
+        stored = _stored_choices(workdir)
+        if not config.cpu.devices and 0 < stored.get("devices", 0) <= cores.num_cores():
+            config.cpu.update(devices=stored["devices"], pieces=config.cpu.pieces or stored.get("pieces", 0))
+        if config.cpu.products == "auto":
+            config.cpu.products = stored.get("products", "auto")
+        config.cpu.fold = config.cpu.fold and stored.get("fold", True)
+        share_of_update = config_lib.rows_together(config) * max(1, config.cpu.pieces)
+        batches = (
+            (config.global_batch_size // config.accum_steps, share_of_update),
+            (config.eval.batch_size or config.global_batch_size, 1),
+        )
+        if config.cpu.devices > cores.num_cores():
+            raise errors.ConfigError(
+                f"cpu.devices={config.cpu.devices} and this process may use {cores.num_cores()} cores: devices on "
+                "one core wait for each other; choose 0 (one per core) or fewer"
+            )
+        wanted = config.cpu.devices if config.mesh.data == -1 else config.mesh.data
+        if wanted <= cores.num_cores():  # of a larger mesh the check of the mesh tells
+            config.cpu.devices = cores.split_cores(wanted, batches)
+
+
+def use_all_cores(config: ConfigDict | None, *, single_process: bool = True) -> None:
+    """On a CPU makes each core a device, for commands to which any number will do; a mesh given goes first."""
+    if single_process and _may_split_cores(config):
+        cores.split_cores(cores.num_cores() if config is None or config.mesh.data == -1 else config.mesh.data, ())
+
+
+def _may_split_cores(config: ConfigDict | None) -> bool:
+    """True if each device holds a whole model."""
+    return config is None or config.mesh.fsdp == config.mesh.tensor == 1
+
+
+def _stored_choices(workdir: str) -> dict[str, Any]:
+    try:
+        with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
+            return dict(json.load(file)["cpu"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # no run there yet, or one whose damage is told later
