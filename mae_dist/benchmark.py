@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cli, encoder, errors, hardware, hugging_face, input_speed, job, patches, steps
+from mae_dist import cli, encoder, errors, hardware, hugging_face, input_speed, job, steps
 from mae_dist.cpu import cores
 from mae_dist.cpu.start import use_cores
 from mae_dist.data import local_rows, to_global
+from mae_dist.model import flops, patches
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
 _AGAINST = flags.DEFINE_enum("against", None, ["hf", "torch"], "Take turns with another: torch for --what input.")
@@ -173,7 +174,7 @@ class _Ours:
                 return metrics
 
             return update
-        self.flops_per_image = encoder.forward_flops(config)
+        self.flops_per_image = flops.forward_flops(config)
         self.choices["pieces"] = steps.num_pieces(config, built.mesh, self.batch_size)
         self.choices["products"] = steps.choose_products(config, built.mesh, self.flops_per_image)
         step = encoder.make_feature_step(config, built.mesh, built.shardings.params, self.batch_size, ("mean",))

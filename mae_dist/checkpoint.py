@@ -24,10 +24,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import console, distributed, errors, integrity, saved, sharding
+from mae_dist import console, errors, integrity, saved
 from mae_dist.errors import StorageFault, UserError
+from mae_dist.optim.train_state import TrainState
+from mae_dist.parallel import processes
+from mae_dist.parallel import shardings as sharding
 from mae_dist.seals import Seals
-from mae_dist.state import TrainState
 from mae_dist.storage import absolute, check_checkpoints, naming_faults
 
 _policy = ocp.checkpoint_managers
@@ -149,7 +151,7 @@ class Checkpoints:
                 share = self._seals.digest_share(step, jax.process_index(), jax.process_count())
         except Exception as error:  # a bucket's client has faults of its own
             fault = f"process {jax.process_index()}: {error}"
-        sent = distributed.send_to_first(f"mae_dist/manifest/{step}", json.dumps([share, fault]), _MANIFEST_SECS)
+        sent = processes.send_to_first(f"mae_dist/manifest/{step}", json.dumps([share, fault]), _MANIFEST_SECS)
         received = [json.loads(text) for text in sent or ()]
         faults = [said for said in (fault, *(said for _, said in received)) if said]
         if faults:
@@ -276,7 +278,7 @@ class Checkpoints:
     def _put_away(self, step: int, reason: str) -> None:
         """Quarantines a checkpoint, for all processes."""
         path = self.directory / str(step)
-        if distributed.is_primary():
+        if processes.is_primary():
             with naming_faults(path):
                 place = self._seals.quarantine(step, reason)
             logging.error(

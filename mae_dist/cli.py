@@ -131,29 +131,29 @@ def join_processes(watching: Any = None, notices: Any = None) -> None:
 
     A training's `Watch` and `Notices` join with it.
     """
-    from mae_dist import distributed
+    from mae_dist.parallel import processes
 
     if watching is None:
         _initialize()
-        distributed.quiet_unless_primary()
+        processes.quiet_unless_primary()
     else:
         import jax
 
-        watching.expect_peers(lambda: distributed.coordination()[1])
+        watching.expect_peers(lambda: processes.coordination()[1])
         with watching.during("join"):
             _initialize(**watching.join_options())
-            client, address = distributed.coordination()
-            distributed.quiet_unless_primary()
+            client, address = processes.coordination()
+            processes.quiet_unless_primary()
         watching.join(client, address, jax.process_index(), jax.process_count())
         notices.join(client, jax.process_index(), jax.process_count())
 
 
 def _initialize(**options: float) -> None:
-    from mae_dist import distributed
+    from mae_dist.parallel import processes
 
     try:
-        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, **options)
-    except distributed.DevicesInUse as error:
+        processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, **options)
+    except processes.DevicesInUse as error:
         if CONFIG.value is None:
             raise
         raise errors.ConfigError(

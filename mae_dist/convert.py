@@ -14,20 +14,11 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import (
-    cli,
-    distributed,
-    errors,
-    heads,
-    hugging_face,
-    layouts,
-    patches,
-    pretrained,
-    saved,
-    sharding,
-    weights,
-)
+from mae_dist import cli, errors, hugging_face, layouts, pretrained, saved, weights
 from mae_dist import config as config_lib
+from mae_dist.model import heads, patches, positions
+from mae_dist.parallel import processes
+from mae_dist.parallel.rules import path_name
 from mae_dist.storage import absolute, appearing, check_checkpoints, naming_faults
 
 Params = dict[str, Any]
@@ -43,7 +34,7 @@ _ENCODER_ONLY = flags.DEFINE_bool("encoder_only", False, "Leave out the decoder 
 def convert(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
-    distributed.quiet_unless_primary()
+    processes.quiet_unless_primary()
     path, to = cli.required(_SOURCE), cli.required(_TO)
     out = cli.new_local_path(cli.required(_OUT))
     source = pretrained.open_pretrained(absolute(path), cli.default_config(), cli.given_config())
@@ -123,11 +114,7 @@ def _sizes(values: Sequence[str]) -> tuple[int, int]:
 
 
 def _check_finite(params: Params, origin: str) -> None:
-    bad = [
-        sharding.path_name(path)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not np.isfinite(leaf).all()
-    ]
+    bad = [path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not np.isfinite(leaf).all()]
     if bad:
         raise errors.DataFault(f"{origin}: values that are not finite in {', '.join(bad)}; use another checkpoint")
 
@@ -148,7 +135,7 @@ def resize_positions(params: Params, config: ConfigDict, image_size: tuple[int, 
     for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
         if group in result:
             learned = result[group].get("positions")
-            table = learned["embedding"] if learned else patches.fixed_positions(model.pos_embed, old, dim)
+            table = learned["embedding"] if learned else positions.fixed_positions(model.pos_embed, old, dim)
             result[group]["positions"] = {"embedding": _interpolate(table.reshape(*old, dim), new).reshape(-1, dim)}
     model.pos_embed = "learned"
     return result
@@ -357,7 +344,7 @@ def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None
         other: Any = reread
         for key in place:
             other = other.get(key.key, np.zeros(0)) if isinstance(other, dict) else other
-        assert np.array_equal(leaf, other), f"{sharding.path_name(place)} was not written as it is"
+        assert np.array_equal(leaf, other), f"{path_name(place)} was not written as it is"
 
 
 if __name__ == "__main__":

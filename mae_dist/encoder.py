@@ -3,7 +3,6 @@
 Shapes: B images, H W C image, (gh, gw) grid of patches, N tokens, D width.
 """
 
-import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import flops, models, patches, pretrained, sharding, steps, tasks
+from mae_dist import pretrained, steps
 from mae_dist.errors import ConfigError, DataFault
-from mae_dist.layers import Constrain, unconstrained
+from mae_dist.model import autoencoder, patches
+from mae_dist.model.build import functional
+from mae_dist.model.flops import forward_flops
+from mae_dist.model.layers import Constrain, unconstrained
+from mae_dist.parallel.mesh import make_mesh
+from mae_dist.parallel.shardings import make_constrain, replicated
 from mae_dist.storage import absolute
+from mae_dist.tasks.base import scale_pixels
 
 KINDS = ("mean", "cls", "patches")
 Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
@@ -54,13 +59,13 @@ def make_encode(
     grid = patches.grid_size(model.image_size, model.patch_size)
     norm_in_head = _norm_in_head(config)
 
-    def make_encoder(rngs: nnx.Rngs) -> models.Encoder:
-        return models.MaskedAutoencoder(
+    def make_encoder(rngs: nnx.Rngs) -> autoencoder.Encoder:
+        return autoencoder.MaskedAutoencoder(
             **model.to_dict(), final_norm=not norm_in_head, constrain=constrain, rngs=rngs
         ).encoder
 
-    bind = tasks.functional(make_encoder).bind
-    bind_norm = tasks.functional(lambda rngs: nnx.LayerNorm(model.embed_dim, epsilon=model.norm_eps, rngs=rngs)).bind
+    bind = functional(make_encoder).bind
+    bind_norm = functional(lambda rngs: nnx.LayerNorm(model.embed_dim, epsilon=model.norm_eps, rngs=rngs)).bind
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> dict[str, jax.Array]:
         encoder = bind(params["encoder"])
@@ -87,7 +92,7 @@ def make_feature_step(
 
     `shardings` are those of the parameters it is given, `batch_size` the images of all devices together.
     """
-    encode = make_encode(config, kinds, block, sharding.make_constrain(mesh))
+    encode = make_encode(config, kinds, block, make_constrain(mesh))
     return steps.make_eval_step(
         lambda params, batch: encode(params, batch["image"]),
         mesh=mesh,
@@ -111,20 +116,6 @@ def _whole(name: str, value: Any) -> int:
         raise ConfigError(f"{name}={value!r} is no whole number; give an int") from error
 
 
-def forward_flops(config: ConfigDict) -> float:
-    """Of the encoder on all patches of an image."""
-    model = config.model
-    return flops.encoder_forward_flops(
-        patch_size=model.patch_size,
-        channels=model.channels,
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        mlp_ratio=model.mlp_ratio,
-        num_patches=math.prod(patches.grid_size(model.image_size, model.patch_size)),
-        cls_token=model.cls_token != "none",
-    )
-
-
 def _norm_in_head(config: ConfigDict) -> bool:
     return config.task == "finetune" and config.classify.norm_after_pool
 
@@ -133,7 +124,7 @@ def scale(images: jax.Array, config: ConfigDict) -> jax.Array:
     """uint8 in 0..255 or floating-point in 0..1 (B, H, W, C) -> float32 as the model sees them."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         images = images.astype(jnp.float32) * 255
-    return tasks.scale_pixels(images, config.data.mean, config.data.std)
+    return scale_pixels(images, config.data.mean, config.data.std)
 
 
 def needed_shapes(source: pretrained.Pretrained) -> pretrained.Params:
@@ -168,7 +159,7 @@ class Encoder:
         self.embed_dim, self.depth = model.embed_dim, model.depth
         self._origin = source.origin
         self._params = source.load_here(needed_shapes(source))
-        self._mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
+        self._mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
         self._steps: dict[tuple[str, int | None, int], Any] = {}
 
     def __repr__(self) -> str:
@@ -205,7 +196,7 @@ class Encoder:
         size = min(batch_size, 1 << max(0, len(images) - 1).bit_length())
         step = self._steps.get((kind, block, size))
         if step is None:
-            whole = sharding.replicated(self._mesh)
+            whole = replicated(self._mesh)
             step = make_feature_step(self.config, self._mesh, whole, size, (kind,), block)
             self._steps[kind, block, size] = step
         width = (*self.grid, self.embed_dim) if kind == "patches" else (self.embed_dim,)

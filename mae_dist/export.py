@@ -19,9 +19,13 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import cli, distributed, encoder, errors, patches, pretrained, tasks
-from mae_dist.models import MaskedAutoencoder
+from mae_dist import cli, encoder, errors, pretrained
+from mae_dist.model import patches
+from mae_dist.model.autoencoder import MaskedAutoencoder
+from mae_dist.model.build import functional
+from mae_dist.parallel import processes
 from mae_dist.storage import absolute, appearing, naming_faults, write_bytes_atomically
+from mae_dist.tasks.pretrain import make_pictures
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is.", allow_override=True)
 _OUT = flags.DEFINE_string("out", None, "The file to write.", allow_override=True)
@@ -35,7 +39,7 @@ Function = Callable[..., dict[str, jax.Array]]
 def export(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
-    distributed.quiet_unless_primary()
+    processes.quiet_unless_primary()
     workdir, out_value = cli.required(_WORKDIR), cli.required(_OUT)
     unknown = set(_PLATFORMS.value) - {"cpu", "cuda", "rocm", "tpu"}
     if unknown or not _PLATFORMS.value:
@@ -76,14 +80,14 @@ def make_function(
 
 
 def _make_reconstruction(config: ConfigDict, params: Any) -> Function:
-    bind = tasks.functional(lambda rngs: MaskedAutoencoder(**config.model.to_dict(), rngs=rngs)).bind
+    bind = functional(lambda rngs: MaskedAutoencoder(**config.model.to_dict(), rngs=rngs)).bind
 
     def reconstruct(images: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
         model = bind(params)
         _, kept = model.draw_ids_shuffle(jax.random.split(jax.random.key(0), 1))  # how many; which, the noise says
         ids_shuffle = jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32)
         pred, true, mask = model(encoder.scale(images, config), ids_shuffle, kept, None)
-        return {**tasks.make_pictures(config, pred, true, mask), "mask": mask}
+        return {**make_pictures(config, pred, true, mask), "mask": mask}
 
     return reconstruct
 

@@ -12,9 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mae_dist import encoder, evaluate, pretrained, sharding
+from mae_dist import encoder, evaluate, pretrained
 from mae_dist.data import Dataset
 from mae_dist.errors import ConfigError
+from mae_dist.parallel import shardings as sharding
+from mae_dist.parallel.mesh import make_mesh
 
 Columns = dict[str, np.ndarray]
 
@@ -58,7 +60,7 @@ def prepare(
     Columns are each of `kinds`, as `encoder.make_encode` has them, `label` and `index`, n rows each. Padding and
     unreadable images are left out.
     """
-    mesh = sharding.make_mesh(config.mesh.to_dict(), jax.devices())
+    mesh = make_mesh(config.mesh.to_dict(), jax.devices())
     shardings = sharding.param_shardings(mesh, encoder.needed_shapes(source))
     batch_sharding = sharding.batch_sharding(mesh)
     shards = sharding.num_batch_shards(mesh)

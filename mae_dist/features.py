@@ -16,10 +16,12 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import cli, distributed, encoder, errors, extract, job, patches, pretrained
+from mae_dist import cli, encoder, errors, extract, job, pretrained
 from mae_dist.cpu import start
 from mae_dist.data import Dataset
 from mae_dist.extract import Columns
+from mae_dist.model import patches
+from mae_dist.parallel import processes
 from mae_dist.storage import absolute, appearing, naming_faults
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
@@ -52,20 +54,20 @@ def features(argv: Sequence[str]) -> int:
     dataset = job.open_dataset(config, split)
     logging.info("%s; %d images of %s", source.origin, dataset.num_examples, split)
     # Only the first process writes: on another machine, a process may have the same number.
-    with appearing(out) if distributed.is_primary() else contextlib.nullcontext(out) as temporary:
+    with appearing(out) if processes.is_primary() else contextlib.nullcontext(out) as temporary:
         files = list(_write_shards(temporary, compute(dataset), dataset))
-        if distributed.is_primary():
+        if processes.is_primary():
             description = _describe(source, config, dataset, split, files)
             with naming_faults(out):
                 (temporary / "features.json").write_text(json.dumps(description, indent=2) + "\n")
-    if distributed.is_primary():
+    if processes.is_primary():
         print(f"{source.origin}: features of {sum(file['count'] for file in files)} images of {split} in {out}")
     return errors.EXIT_DONE
 
 
 def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Dataset) -> Iterator[dict[str, Any]]:
     """Writes full shards as soon as they are; yields the name and count of each. Only the first process writes."""
-    if distributed.is_primary():
+    if processes.is_primary():
         with naming_faults(directory):
             directory.mkdir()
     left: list[Columns] = []
@@ -75,7 +77,7 @@ def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Da
         nonlocal left, count, number
         columns = {name: np.concatenate([part[name] for part in left]) for name in left[0]}
         file = f"{number:05d}.{_FORMAT.value}"
-        if distributed.is_primary():
+        if processes.is_primary():
             with naming_faults(directory / file):
                 _write_shard(directory / file, {name: column[:size] for name, column in columns.items()}, dataset)
         left, count, number = [{name: column[size:] for name, column in columns.items()}], count - size, number + 1

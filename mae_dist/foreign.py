@@ -13,8 +13,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import layouts, patches
+from mae_dist import layouts
 from mae_dist.errors import ConfigError, DataFault
+from mae_dist.model import patches, positions
 from mae_dist.storage import naming_faults
 
 # What the published weights were trained on.
@@ -301,11 +302,11 @@ def _compute_positions(description: Description, tensors: layouts.Tensors, has_c
             "…), which no model here has; take weights of a model with pos_embed"
         )
     template, config = description.template, description.config
-    if template is None or template.model.pos_embed not in patches.FIXED_POSITIONS:
+    if template is None or template.model.pos_embed not in positions.FIXED_POSITIONS:
         said = "no config" if template is None else f"a config with model.pos_embed={template.model.pos_embed!r}"
         raise ConfigError(
             f"{description.origin} has no pos_embed and {said} is given: if its program computes fixed positions, say "
-            f"which, by --config F --config.model.pos_embed={' or '.join(patches.FIXED_POSITIONS)} "
+            f"which, by --config F --config.model.pos_embed={' or '.join(positions.FIXED_POSITIONS)} "
             "--config.model.image_size=…; learned ones are lost"
         )
     kind = template.model.pos_embed

@@ -13,13 +13,21 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import flops, patches, pretrained, saved, sharding, state, steps, tasks
+from mae_dist import pretrained, saved, steps
 from mae_dist.cpu import cores
 from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
 from mae_dist.errors import ConfigError
-from mae_dist.optim import make_optimizer
-from mae_dist.state import TrainState
+from mae_dist.model.flops import count_kept_patches, encoder_passes_of, train_flops_per_image
+from mae_dist.optim import train_state as state
+from mae_dist.optim.optimizer import make_optimizer
+from mae_dist.optim.train_state import TrainState
+from mae_dist.parallel import overview as parallel_overview
+from mae_dist.parallel import shardings as sharding
+from mae_dist.parallel.mesh import AXES, make_mesh, mesh_shape
+from mae_dist.parallel.rules import logical_axes
 from mae_dist.storage import absolute
+from mae_dist.tasks.base import Task
+from mae_dist.tasks.make import make_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Job:
     config: ConfigDict
     data: Data
     mesh: Mesh
-    task: tasks.Task
+    task: Task
     schedule: config_lib.Schedule
     init: Callable[[], TrainState]
     abstract_state: TrainState
@@ -81,7 +89,7 @@ class Job:
         }
 
     def overview(self) -> str:
-        return sharding.overview(self.mesh, self.abstract_state, self.shardings)
+        return parallel_overview.overview(self.mesh, self.abstract_state, self.shardings)
 
     def fresh_state(self, default: ConfigDict) -> TrainState:
         """The state at step 0, created in its shards; trained weights from `config.init_from` if that is set.
@@ -155,7 +163,7 @@ def open_dataset(config: ConfigDict, split: str) -> Dataset:
 
 def check_mesh(config: ConfigDict, num_devices: int) -> None:
     """Raises `ConfigError` for what cannot be split over the devices: the mesh itself, batches, heads."""
-    shape = dict(zip(sharding.AXES, sharding.mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
+    shape = dict(zip(AXES, mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
     split = (("mesh.data", shape["data"]), ("mesh.fsdp", shape["fsdp"]))
     pieces = [("accum_steps", config.accum_steps)]
     if config.cpu.pieces > 1:
@@ -183,40 +191,6 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
             )
 
 
-def _num_kept(config: ConfigDict) -> int:
-    """Patches the encoder sees of an image while it trains."""
-    model = config.model
-    rows, columns = patches.grid_size(model.image_size, model.patch_size)
-    if config.task != "pretrain":
-        return rows * columns
-    return patches.count_kept(
-        strategy=model.masking,
-        grid=(rows, columns),
-        mask_ratio=model.mask_ratio,
-        user_mask=patches.load_user_mask(model.mask_file, (rows, columns)) if model.masking == "user" else None,
-    )
-
-
-def _encoder_passes(config: ConfigDict) -> int:
-    """See `Job.encoder_passes`; a frozen encoder without augmentation gives the same features every epoch."""
-    if config.task != "probe":
-        return 3
-    return 0 if config.data.augment == "none" else 1
-
-
-def _flops_per_image(config: ConfigDict, num_classes: int, num_kept: int) -> float:
-    model = config.model
-    shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
-    shape["cls_token"] = model.cls_token != "none"
-    if config.task != "pretrain":
-        hidden = (config.classify.hidden_dim,) if config.classify.head == "mlp" else ()
-        return flops.classifier_train_flops_per_image(
-            **shape, num_classes=num_classes, head_hidden_dims=hidden, encoder_passes=_encoder_passes(config)
-        )
-    decoder = {name: model[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
-    return flops.mae_train_flops_per_image(**shape, **decoder, num_keep=num_kept)
-
-
 def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     """Wires a validated config for `devices`, real or abstract.
 
@@ -224,17 +198,17 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
       ConfigError: what cannot work on this mesh, with both numbers and the cure.
     """
     check_mesh(config, len(devices))
-    mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
+    mesh = make_mesh(config.mesh.to_dict(), devices)
     schedule = config_lib.schedule(config, data.train.num_examples)
     if config.checkpoint.keep_best == "val_top5" and data.train.num_classes <= 5:
         raise ConfigError(
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
     pretrain = config.task == "pretrain"
-    task = tasks.make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
-    encoder_passes = _encoder_passes(config)
-    num_kept = _num_kept(config)
-    flops_per_image = _flops_per_image(config, data.train.num_classes, num_kept)
+    task = make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
+    encoder_passes = encoder_passes_of(config)
+    num_kept = count_kept_patches(config)
+    flops_per_image = train_flops_per_image(config, data.train.num_classes, num_kept)
     config = config.copy_and_resolve_references()
     by_cores, products = sharding.is_by_cores(mesh), steps.choose_products(config, mesh, flops_per_image)
     if by_cores:
@@ -254,7 +228,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
     eval_pieces = steps.num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
-    trainable, _ = state.split_frozen(sharding.logical_axes(task.abstract_params), task.frozen)
+    trainable, _ = state.split_frozen(logical_axes(task.abstract_params), task.frozen)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
     tx, lr_fn = make_optimizer(

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags, logging
 
-from mae_dist import cli, distributed, errors, extract, job, pretrained, readout
+from mae_dist import cli, errors, extract, job, pretrained, readout
 from mae_dist.cpu import start
+from mae_dist.parallel import processes
 from mae_dist.storage import absolute
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
@@ -50,7 +51,7 @@ def knn(argv: Sequence[str]) -> int:
     columns = [extract.whole(compute(dataset), _KIND.value) for dataset in (train, test)]
     options = {"k": _K.value, "temperature": _TEMPERATURE.value, "ridge": _RIDGE.value}
     found = readout.top1(*columns, num_classes=train.num_classes, **options)
-    if distributed.is_primary():
+    if processes.is_primary():
         counts = {"num_train": len(columns[0]["label"]), "num_test": len(columns[1]["label"])}
         if _JSON.value:
             print(json.dumps({"encoder": source.origin, **found, **counts, "kind": _KIND.value, **options}))

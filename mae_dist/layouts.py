@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mae_dist import patches
 from mae_dist.errors import DataFault
+from mae_dist.model import patches, positions
 
 LAYOUTS = ("hf", "timm")
 # To which tables of fixed positions may have been rounded on their way here.
@@ -192,12 +192,12 @@ def position_kind(
         if table is None or table.ndim != 3 or table.shape[1] != math.prod(grid) + int(has_cls):
             continue  # not there, or misshapen: `from_layout` says so
         dim, table = table.shape[2], table[0, int(has_cls) :]
-        fits = [kind for kind, multiple in patches.FIXED_POSITIONS.items() if dim % multiple == 0]
+        fits = [kind for kind, multiple in positions.FIXED_POSITIONS.items() if dim % multiple == 0]
         equal = (
             (kind, dtype.name)
             for kind in fits
             for dtype in _ROUNDINGS
-            if np.array_equal(table, patches.fixed_positions(kind, grid, dim).astype(dtype).astype(np.float32))
+            if np.array_equal(table, positions.fixed_positions(kind, grid, dim).astype(dtype).astype(np.float32))
         )
         kind, dtype = next(equal, ("learned", "float32"))
         found[kind] = dtype
@@ -210,7 +210,7 @@ def with_fixed_positions(tensors: Mapping[str, np.ndarray], kind: str, grid: tup
     for group, bias in (("encoder", "patch_embed.proj.bias"), ("decoder", "decoder_embed.bias")):
         name, vector = _POSITIONS[group, "timm"], tensors.get(bias)
         if name not in result and vector is not None and vector.ndim == 1:
-            table = patches.fixed_positions(kind, grid, len(vector))
+            table = positions.fixed_positions(kind, grid, len(vector))
             result[name] = np.concatenate([np.zeros((int(has_cls), len(vector)), np.float32), table])[None]
     return result
 
@@ -260,7 +260,7 @@ def to_layout(params: Params, model: Any, layout: str) -> Tensors:
             continue
         learned = params[group].get("positions")
         table = (
-            np.asarray(learned["embedding"]) if learned else patches.fixed_positions(model.pos_embed, grid, dim)
+            np.asarray(learned["embedding"]) if learned else positions.fixed_positions(model.pos_embed, grid, dim)
         )  # (L, D)
         zero = np.zeros((int(model.cls_token != "none"), dim), np.float32)  # the class token has no position
         tensors[_POSITIONS[group, layout]] = np.concatenate([zero, table])[None].astype(np.float32)

@@ -144,7 +144,7 @@ class Throughput:
     Args:
       images_per_step: the global batch size.
       total_steps: the last step of the run.
-      flops_per_image: of one training step (`mae_dist.flops`).
+      flops_per_image: of one training step (`mae_dist.model.flops`).
       peak_flops: FLOP/s of all devices of the run together, None where unknown: then there is no `mfu`.
       account: seconds spent in each phase until now, `Watch.account`.
     """

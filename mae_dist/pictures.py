@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_dist.data import Dataset, local_rows, to_global
 from mae_dist.errors import DataFault
-from mae_dist.sharding import num_batch_shards
+from mae_dist.parallel.shardings import num_batch_shards
 from mae_dist.storage import naming_faults, write_bytes_atomically
 
 COLUMNS = ("original", "masked", "reconstruction", "with_visible")

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mae_dist import errors, hardware, hlo, job, models, roofline, sharding, topology
+from mae_dist import errors, hardware, hlo, job, roofline, topology
 from mae_dist.data import DescribedDataset, is_prepared, known_sizes
-from mae_dist.state import split_frozen
+from mae_dist.model.build import param_count
+from mae_dist.optim.train_state import split_frozen
+from mae_dist.parallel.shardings import bytes_per_device
 
 Report = dict[str, Any]
 _FIT_COMPILATIONS = 3  # at most, for each value of model.remat
@@ -118,7 +120,7 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
         "accum_steps": config.accum_steps,
         "remat": config.model.remat,
         "dtype": config.model.dtype,
-        "parameters": models.param_count(built.abstract_state.params),
+        "parameters": param_count(built.abstract_state.params),
         "flops_per_image": built.flops_per_image,
         "peak_flops": hardware.peak_flops(device.device_kind, config.model.dtype),
         "num_examples": built.data.train.num_examples,
@@ -130,10 +132,10 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
 def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topology.Topology) -> dict[str, Any]:
     """Bytes on one chip, by what they are for."""
     state, shardings = built.abstract_state, built.shardings
-    params = sharding.bytes_per_device(state.params, shardings.params)
-    optimizer = sharding.bytes_per_device(state.opt_state, shardings.opt_state)
-    averages = sharding.bytes_per_device(state.ema, shardings.ema)
-    images = sharding.bytes_per_device(batch, jax.tree.map(lambda _: built.batch_sharding, batch))
+    params = bytes_per_device(state.params, shardings.params)
+    optimizer = bytes_per_device(state.opt_state, shardings.opt_state)
+    averages = bytes_per_device(state.ema, shardings.ema)
+    images = bytes_per_device(batch, jax.tree.map(lambda _: built.batch_sharding, batch))
     known = params + optimizer + averages + images
     temporaries = compiled.temporaries + compiled.outputs
     if compiled.refusal and not compiled.arguments:  # told as one sum
@@ -168,7 +170,7 @@ def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str
     if split == 1:
         trained, _ = split_frozen(built.abstract_state.params, built.task.frozen)
         lies = "whole on every chip"
-        also = f" ({_gib(4 * models.param_count(trained))} of it float32 gradients, which mesh.fsdp splits too)"
+        also = f" ({_gib(4 * param_count(trained))} of it float32 gradients, which mesh.fsdp splits too)"
     more = f"raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"
     if split >= per_slice:
         more = "take a larger slice"
@@ -261,7 +263,7 @@ def sweep(config: ConfigDict, place: topology.Topology, data: job.Data, num_comp
         except errors.ConfigError:
             continue  # batch, heads or a width do not divide
         row, expected = _outline(built, place), _expected(built, place)
-        row["state_bytes"] = sharding.bytes_per_device(built.abstract_state, built.shardings)
+        row["state_bytes"] = bytes_per_device(built.abstract_state, built.shardings)
         row |= {"fits": chip is None or row["state_bytes"] < chip.hbm_bytes, "compiled": False, "expected": expected}
         secs = roofline.theory_secs(expected["ICI"], expected["DCN"], place.generation, place.shape, coords)
         _time(row, {**row["secs"], **secs})

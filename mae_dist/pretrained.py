@@ -13,9 +13,11 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import aliases, foreign, heads, layouts, saved, tasks, weights
+from mae_dist import aliases, foreign, layouts, saved, weights
 from mae_dist import config as config_lib
 from mae_dist.errors import ConfigError, DataFault, StorageFault
+from mae_dist.model import heads
+from mae_dist.model.build import abstract_params
 
 Params = dict[str, Any]
 
@@ -83,7 +85,7 @@ def _from_workdir(path: epath.Path, default: ConfigDict) -> Pretrained:
     config = saved.read_config(path, default)
     step, shapes = saved.param_shapes(path)
     num_classes = shapes["head"]["linear"]["bias"].shape[0] if "head" in shapes else 0
-    abstract = tasks.abstract_params(config, num_classes)
+    abstract = abstract_params(config, num_classes)
     abstract = {group: tree for group, tree in abstract.items() if group in shapes}
 
     def load(shardings: Params) -> Params:
@@ -183,7 +185,7 @@ def _from_tensors(described: foreign.Description, tensors: layouts.Tensors, layo
     except ConfigError as error:
         raise DataFault(f"{origin}: the described model cannot be: {error}") from error
     head = tensors.get("classifier.weight" if layout == "hf" else "head.weight")
-    abstract = tasks.abstract_params(config, head.shape[0] if head is not None and head.ndim else 1)
+    abstract = abstract_params(config, head.shape[0] if head is not None and head.ndim else 1)
     if config.task == "pretrain":
         abstract = {group: abstract[group] for group in groups if group in abstract}
     try:

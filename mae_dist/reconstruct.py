@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from mae_dist import cli, distributed, errors, job, pictures, saved, train
+from mae_dist import cli, errors, job, pictures, saved, train
 from mae_dist import config as config_lib
+from mae_dist.parallel import processes
 from mae_dist.storage import absolute
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
@@ -35,7 +36,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
     workdir = absolute(cli.required(_WORKDIR))
-    distributed.quiet_unless_primary()
+    processes.quiet_unless_primary()
     config = saved.read_config(workdir, cli.default_config())
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)

@@ -14,11 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_dist import encoder, evaluate, job, pretrained, sharding, steps, tasks
+from mae_dist import encoder, evaluate, job, pretrained, steps
 from mae_dist.data import Dataset
 from mae_dist.errors import DataFault
-from mae_dist.layers import unconstrained
+from mae_dist.model.build import functional, make_model
+from mae_dist.model.layers import unconstrained
+from mae_dist.parallel import shardings as sharding
+from mae_dist.parallel.mesh import make_mesh
 from mae_dist.report_runs import Run
+from mae_dist.tasks.base import scale_pixels
 
 _BATCH_SIZE = 256
 _NUM_SHOWN = 24  # images that the page shows with their predictions
@@ -62,7 +66,7 @@ class Viewer:
     def __init__(self, default: ConfigDict, data_dir: str, max_images: int):
         self._default, self._data_dir, self._max_images = default, data_dir, max_images
         self._splits: dict[str, Dataset] = {}
-        self._mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices())
+        self._mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices())
 
     def look(self, run: Run) -> Seen:
         """Computes what the page shows of this run's model.
@@ -124,11 +128,11 @@ def _make_forward(config: ConfigDict, num_classes: int) -> Any:
     if config.task == "pretrain":
         encode = encoder.make_encode(config, ("mean",))
         return lambda params, batch: encode(params, batch["image"])["mean"]
-    bind = tasks.functional(functools.partial(tasks.make_model, config, num_classes, unconstrained)).bind
+    bind = functional(functools.partial(make_model, config, num_classes, unconstrained)).bind
 
     def forward(params: Any, batch: Any) -> jax.Array:
         model = bind(params)
-        features = model.features(tasks.scale_pixels(batch["image"], config.data.mean, config.data.std), None)
+        features = model.features(scale_pixels(batch["image"], config.data.mean, config.data.std), None)
         return jnp.concatenate([features.astype(jnp.float32), model.logits(features)], axis=1)
 
     return forward

@@ -14,8 +14,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import hardware, hlo, patches
-from mae_dist.sharding import path_name
+from mae_dist import hardware, hlo
+from mae_dist.model import patches
+from mae_dist.parallel.rules import path_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import integrity, os_errors, sharding
+from mae_dist import integrity, os_errors
 from mae_dist.errors import StorageFault, UserError
+from mae_dist.parallel.shardings import placed
 from mae_dist.seals import Seals
 from mae_dist.storage import check_checkpoints, is_local, naming_faults, write_text_atomically
 
@@ -162,7 +163,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: Any, shardings: Any, partial: bool = False) -> Any:
     """A checkpoint's arrays, each in its sharding; of a `partial` tree only what it names is read."""
-    target = sharding.placed(abstract, shardings)
+    target = placed(abstract, shardings)
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial
     )

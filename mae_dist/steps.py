@@ -11,11 +11,12 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import flops, folding, onednn, patches, sharding
-from mae_dist.cpu import cores
-from mae_dist.optim import nonfinite_counts
-from mae_dist.state import TrainState, split_frozen
-from mae_dist.tasks import Batch, Task
+from mae_dist.cpu import cores, folding
+from mae_dist.model import flops, onednn, patches
+from mae_dist.optim.optimizer import nonfinite_counts
+from mae_dist.optim.train_state import TrainState, split_frozen
+from mae_dist.parallel.shardings import batch_sharding, is_by_cores, is_data_parallel, on_each_device, replicated
+from mae_dist.tasks.base import Batch, Task
 
 TrainStep = jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, dict of scalars)
 Gradient = Callable[..., tuple[Any, dict[str, jax.Array]]]
@@ -74,8 +75,8 @@ def _make_to_features(task: Task, mesh: Mesh, pieces: int, products: str) -> Cal
         split = _split_microbatches(images, pieces, task.rows_together)
         return _join_microbatches(jax.lax.map(functools.partial(task.features, params), split), task.rows_together)
 
-    if sharding.is_data_parallel(mesh):
-        compute = sharding.on_each_device(onednn.using(products, compute), mesh, num_whole=1, combine=None)
+    if is_data_parallel(mesh):
+        compute = on_each_device(onednn.using(products, compute), mesh, num_whole=1, combine=None)
 
     def to_features(params: Any, batch: Batch) -> Batch:
         if "features" in batch:  # computed once, before the run
@@ -127,8 +128,8 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, products: str, fold
     compute, shares = accumulated if accum_steps > 1 else grad_fn, accum_steps
     if fold:
         compute = _through_folded(compute)
-    if sharding.is_data_parallel(mesh):
-        compute = sharding.on_each_device(onednn.using(products, compute), mesh, num_whole=2, combine=jax.lax.psum)
+    if is_data_parallel(mesh):
+        compute = on_each_device(onednn.using(products, compute), mesh, num_whole=2, combine=jax.lax.psum)
         shares *= mesh.size
     return lambda *args: _divide(compute(*args), shares)  # once, in the operations that take the gradient
 
@@ -163,7 +164,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         keys = jax.random.split(step_key, global_batch_size)
-        keys = jax.lax.with_sharding_constraint(keys, sharding.batch_sharding(mesh))  # (B,)
+        keys = jax.lax.with_sharding_constraint(keys, batch_sharding(mesh))  # (B,)
         trainable, frozen = split_frozen(state.params, task.frozen)
         if task.statistics is not None:
             batch = to_features(state.params, batch)
@@ -192,10 +193,10 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=cores.options_to_train() if sharding.is_by_cores(mesh) else None,
+        compiler_options=cores.options_to_train() if is_by_cores(mesh) else None,
     )
 
 
@@ -220,7 +221,7 @@ def num_pieces(
       update: whether gradients are computed.
       rows_together: see `tasks.Task`; a piece holds whole groups of them.
     """
-    if not sharding.is_by_cores(mesh):
+    if not is_by_cores(mesh):
         return 1
     model, has_cls = config.model, int(config.model.cls_token != "none")
     length = math.prod(patches.grid_size(model.image_size, model.patch_size))
@@ -241,7 +242,7 @@ def num_pieces(
 
 def choose_products(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str:
     """What computes a program's products on `mesh`, of `onednn.BACKENDS`: what the config says, or what suits here."""
-    if not sharding.is_by_cores(mesh) or config.model.dtype != "float32":
+    if not is_by_cores(mesh) or config.model.dtype != "float32":
         return "xla"
     return onednn.choose(flops_per_image) if config.cpu.products == "auto" else config.cpu.products
 
@@ -274,12 +275,12 @@ def make_eval_step(
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if per_example else x.sum(axis=0), out)
 
     compute = in_pieces
-    if sharding.is_data_parallel(mesh):
-        compute = sharding.on_each_device(
+    if is_data_parallel(mesh):
+        compute = on_each_device(
             onednn.using(products, in_pieces), mesh, 1, combine=None if per_example else jax.lax.psum
         )
     return jax.jit(
         compute,
-        in_shardings=(params, sharding.batch_sharding(mesh)),
-        out_shardings=sharding.batch_sharding(mesh) if per_example else sharding.replicated(mesh),
+        in_shardings=(params, batch_sharding(mesh)),
+        out_shardings=batch_sharding(mesh) if per_example else replicated(mesh),
     )

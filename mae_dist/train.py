@@ -17,16 +17,17 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import distributed, errors, evaluate, goodput, hardware, history, metrics, pictures, readout, sharding
+from mae_dist import errors, evaluate, goodput, hardware, history, metrics, pictures, readout
 from mae_dist.checkpoint import Checkpoints
 from mae_dist.clu_without_tf import periodic_actions
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
 from mae_dist.goodput import Ledger
 from mae_dist.job import Data, Job
 from mae_dist.lock import Held, sole_user
+from mae_dist.optim.train_state import TrainState
+from mae_dist.parallel import processes, shardings
 from mae_dist.preemption import Notices, Preempted
 from mae_dist.profiler import Profiler
-from mae_dist.state import TrainState
 from mae_dist.storage import naming_faults, read_text, set_aside, write_text_atomically
 from mae_dist.watch import Watch
 
@@ -46,8 +47,8 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
     _warn_of_bad_records(job.data)
     total_steps = job.schedule.total_steps
     with (
-        sole_user(workdir) if distributed.is_primary() else contextlib.nullcontext(Held()) as held,
-        distributed.interrupted_between_steps() as stop_if_interrupted,
+        sole_user(workdir) if processes.is_primary() else contextlib.nullcontext(Held()) as held,
+        processes.interrupted_between_steps() as stop_if_interrupted,
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
     ):
@@ -55,7 +56,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
         with watch.during("restore"), notices.interrupting():
             state, start, unfinished = _restore_or_begin(job, checkpoints, default)
         logging.info("%s", job.overview())
-        if distributed.is_primary():
+        if processes.is_primary():
             history.check_start(workdir, job.config, default, start, total_steps)
             _repair_config(job, workdir)
         if start >= total_steps and unfinished is None:
@@ -96,7 +97,7 @@ def _compile_ahead(job: Job, checkpoints: Checkpoints, watch: Watch) -> threadin
     thread = threading.Thread(daemon=True)
     if (checkpoints.latest_step() or 0) < job.schedule.total_steps:
         with watch.during("compile"):
-            lowered = job.train_step.lower(sharding.placed(job.abstract_state, job.shardings), job.abstract_batch)
+            lowered = job.train_step.lower(shardings.placed(job.abstract_state, job.shardings), job.abstract_batch)
 
         def compile_update() -> None:
             with contextlib.suppress(Exception):
@@ -122,13 +123,13 @@ def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
 
 
 def _recorder(workdir: epath.Path, start: int) -> metrics.Recorder:
-    primary = distributed.is_primary()
+    primary = processes.is_primary()
     return metrics.Recorder(workdir, start_step=start, is_primary=primary, log_lines=not _shows_bar())
 
 
 def _shows_bar() -> bool:
     """A terminal gets a progress bar, anything else plain lines."""
-    return sys.stderr.isatty() and distributed.is_primary()
+    return sys.stderr.isatty() and processes.is_primary()
 
 
 def _restore_or_begin(
@@ -145,7 +146,7 @@ def _restore_or_begin(
 
 
 def _write_config(job: Job, workdir: epath.Path) -> None:
-    if distributed.is_primary():
+    if processes.is_primary():
         path = workdir / "config.json"
         with naming_faults(path):
             workdir.mkdir(parents=True, exist_ok=True)
@@ -188,7 +189,7 @@ class _Run:
             from_step=start,
             total_steps=job.schedule.total_steps,
             began=began,
-            is_primary=distributed.is_primary(),
+            is_primary=processes.is_primary(),
         )
         with watch.during("evaluate"):
             self.data = _with_features(job, params) if job.caches_features else job.data
@@ -249,7 +250,7 @@ class _Run:
                 with jax.transfer_guard("disallow"):
                     yield step, batch
                 self.bar.update()
-                if not shown and distributed.is_primary():
+                if not shown and processes.is_primary():
                     progress(step)
 
     def update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -407,7 +408,7 @@ class _Run:
             return
         with self._pause(state, "evaluate"):
             grid = draw_reconstructions(job, state.averaged, dataset, step, job.config.pictures.num_images)
-            if distributed.is_primary():
+            if processes.is_primary():
                 pictures.write_png(self.workdir / "pictures" / f"step_{step:08d}.png", grid)
             self.recorder.write_images(step, {"reconstruction": grid[None]})
 
@@ -445,7 +446,7 @@ def _with_features(job: Job, params: Any) -> Data:
 
 def finish(job: Job, workdir: epath.Path, step: int) -> int:
     """Writes summary.json from metrics.jsonl, unless it is there, and prints the one line of result."""
-    if not distributed.is_primary():
+    if not processes.is_primary():
         return errors.EXIT_DONE
     summary = history.finished_summary(workdir, step)
     if summary is None:

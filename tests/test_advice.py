@@ -27,7 +27,11 @@ from ml_collections import ConfigDict
 import configs.default
 from configs import recipes, smoke
 from mae_dist import config as config_lib
-from mae_dist import errors, job, patches, points, pretrained, results, saved, sharding, tasks
+from mae_dist import errors, job, points, pretrained, results, saved
+from mae_dist.model import masking
+from mae_dist.model.build import abstract_params
+from mae_dist.parallel import shardings
+from mae_dist.parallel.mesh import AXES, mesh_shape
 from tests import commands
 from tests.commands import ROOT
 
@@ -354,9 +358,9 @@ def test_meshes_of_heads(name, devices, said):
     config = commands.parse("main", ["--config", name, *overrides])
     assert config is not None
     job.check_mesh(config, devices)
-    data, fsdp, tensor = sharding.mesh_shape(config.mesh.to_dict(), devices)
-    mesh = AbstractMesh((data, fsdp, tensor), sharding.AXES)
-    sharding.param_shardings(mesh, tasks.abstract_params(config, 1000))  # pyright: ignore[reportArgumentType]
+    data, fsdp, tensor = mesh_shape(config.mesh.to_dict(), devices)
+    mesh = AbstractMesh((data, fsdp, tensor), AXES)
+    shardings.param_shardings(mesh, abstract_params(config, 1000))  # pyright: ignore[reportArgumentType]
     for size in re.findall(r"mesh\.data=(\d+)", said):
         assert data == int(size)
     for images in re.findall(r"(\d+) images (?:a chip|a device|at a time)", said):
@@ -435,11 +439,11 @@ def test_cures_of_batches_work(batch, field):
 def test_ratios_of_grids_work(grid):
     """Each that the message lists."""
     with pytest.raises(errors.ConfigError) as refused:
-        patches.grid_mask(grid, 0.123)
+        masking.grid_mask(grid, 0.123)
     ratios = str(refused.value).rpartition(": ")[2].split(", ")
     assert len(ratios) > 1
     for ratio in ratios:
-        patches.grid_mask(grid, float(ratio))
+        masking.grid_mask(grid, float(ratio))
 
 
 # --- lines that commands print ----------------------------------------------------------------------------------------

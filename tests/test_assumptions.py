@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from configs import default
 from mae_dist import config as config_lib
-from mae_dist import convert, foreign, layouts, patches, pretrained, saved
+from mae_dist import convert, foreign, layouts, pretrained, saved
 from mae_dist.errors import ConfigError, DataFault, StorageFault
+from mae_dist.model import positions
 from tests.runs import run
 from tests.trained import in_memory
 
@@ -346,7 +347,9 @@ def test_positions_that_the_program_computes(tmp_path, source, encoder_tensors, 
     assert found.config.model.pos_embed == "sincos2d"
     assert "the config says: model.num_heads=3" in caplog.text
     assert "model.pos_embed='sincos2d', model.image_size=(8, 8)" in caplog.text
-    np.testing.assert_array_equal(patches.fixed_positions("sincos2d", (2, 2), 192), encoder_tensors["pos_embed"][0, 1:])
+    np.testing.assert_array_equal(
+        positions.fixed_positions("sincos2d", (2, 2), 192), encoder_tensors["pos_embed"][0, 1:]
+    )
     table = {"blocks.0.attn.relative_position_bias_table": np.ones((4, 3), np.float32)}
     with pytest.raises(DataFault, match=r"1 tensors of relative positions \(blocks\.0\.attn\.relative.*no model here"):
         opened(stored(tmp_path / "b.safetensors", {**tensors, **table}), source.config)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from mae_dist import attention as attention_lib
-from mae_dist.attention import IMPLEMENTATIONS, attention
+from mae_dist.model import attention as attention_lib
+from mae_dist.model.attention import IMPLEMENTATIONS, attention
 from tests import QUICK
 
 HERE = ("products", "library", "heads_first")  # cuDNN's needs a GPU

@@ -19,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTMAEModel
 
 from configs import default
-from mae_dist import convert, foreign, layouts, losses, patches, pretrained, saved, tasks, weights
+from mae_dist import convert, foreign, layouts, pretrained, saved, weights
 from mae_dist.errors import ConfigError, DataFault, StorageFault
-from mae_dist.layers import unconstrained
+from mae_dist.model import build as model_build
+from mae_dist.model import masking, positions
+from mae_dist.model.layers import unconstrained
+from mae_dist.tasks import losses
 from tests import QUICK
 from tests.runs import run, smoke_config
 
@@ -53,7 +56,7 @@ def config_of(**overrides: Any) -> ConfigDict:
 def random_params(config: ConfigDict, seed: int = 0) -> Any:
     """Every parameter random, so that none can be confused with another."""
     rng = np.random.default_rng(seed)
-    shapes = tasks.abstract_params(config, NUM_CLASSES)
+    shapes = model_build.abstract_params(config, NUM_CLASSES)
     return jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) * 0.2).astype(np.float32), shapes)
 
 
@@ -65,7 +68,9 @@ def run_dir(path: Path, config: ConfigDict, params: Any) -> epath.Path:
 def in_memory(config: ConfigDict, params: Any) -> pretrained.Pretrained:
     """As `open_pretrained` would describe a run of these."""
     config = config.copy_and_resolve_references().lock()
-    return pretrained.Pretrained(config, "a test", tasks.abstract_params(config, NUM_CLASSES), True, lambda _: params)
+    return pretrained.Pretrained(
+        config, "a test", model_build.abstract_params(config, NUM_CLASSES), True, lambda _: params
+    )
 
 
 def opened(path: Any, template: ConfigDict | None = None) -> pretrained.Pretrained:
@@ -176,11 +181,11 @@ def test_transformers_gives_the_same_loss(tmp_path, overrides):
     images, noise = rng.random((3, 16, 16, 3), np.float32), rng.random((3, 16), np.float32)
     output = theirs(torch.from_numpy(images).permute(0, 3, 1, 2), noise=torch.from_numpy(noise))
 
-    bind = tasks.functional(functools.partial(tasks.make_model, config, 0, unconstrained)).bind
+    bind = model_build.functional(functools.partial(model_build.make_model, config, 0, unconstrained)).bind
 
     def loss(params: Any) -> jax.Array:
         ids_shuffle = jax.numpy.argsort(noise, axis=1).astype(np.int32)
-        pred, true, mask = bind(params)(images, ids_shuffle, patches.num_keep(16, config.model.mask_ratio), None)
+        pred, true, mask = bind(params)(images, ids_shuffle, masking.num_keep(16, config.model.mask_ratio), None)
         target = losses.normalize_patches(true) if config.pretrain.norm_pix_loss else true
         return losses.masked_pixel_loss(pred, target, mask).mean()
 
@@ -261,7 +266,7 @@ def timm_classifier(tensors: dict[str, torch.Tensor], images: torch.Tensor, head
 
 def our_logits(config: ConfigDict, params: Any, images: np.ndarray) -> np.ndarray:
     """By the task that fine-tunes, for scaled images."""
-    bind = tasks.functional(functools.partial(tasks.make_model, config, NUM_CLASSES, unconstrained)).bind
+    bind = model_build.functional(functools.partial(model_build.make_model, config, NUM_CLASSES, unconstrained)).bind
     return np.asarray(jax.jit(lambda p: bind(p)(images, None), compiler_options=QUICK)(params))
 
 
@@ -314,7 +319,7 @@ def test_positions_at_another_size(pos_embed):
     old = {
         group: params[group]["positions"]["embedding"]
         if pos_embed == "learned"
-        else patches.fixed_positions(pos_embed, (3, 5), dim)
+        else positions.fixed_positions(pos_embed, (3, 5), dim)
         for group, dim in (("encoder", 24), ("decoder", 16))
     }
     with config.unlocked():
@@ -327,7 +332,7 @@ def test_positions_at_another_size(pos_embed):
         wanted = wanted.permute(0, 2, 3, 1).reshape(16, -1).numpy()
         np.testing.assert_allclose(resized[group]["positions"]["embedding"], wanted, atol=1e-5)
         assert jax.tree.structure(resized) == jax.tree.structure(
-            tasks.abstract_params(config_of(model__pos_embed="learned"), 0)
+            model_build.abstract_params(config_of(model__pos_embed="learned"), 0)
         )
 
 
@@ -353,7 +358,7 @@ def test_channels(old, new):
         pred[name] = np.repeat(gray, old, -1).reshape(value.shape)
 
     def predict(config: ConfigDict, params: Any) -> np.ndarray:
-        bind = tasks.functional(functools.partial(tasks.make_model, config, 0, unconstrained)).bind
+        bind = model_build.functional(functools.partial(model_build.make_model, config, 0, unconstrained)).bind
         ids = np.tile(np.arange(16, dtype=np.int32), (2, 1))
         x = np.repeat(images, config.model.channels, -1)
         pred = jax.jit(lambda p: bind(p)(x, ids, 4, None)[0], compiler_options=QUICK)(params)

@@ -17,11 +17,13 @@ from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_dist import flops, job, layers, models, onednn, tasks
+from mae_dist import job
 from mae_dist.cpu import cores as cpu
 from mae_dist.cpu import start
 from mae_dist.data import local_rows, to_global
 from mae_dist.errors import ConfigError
+from mae_dist.model import autoencoder, flops, layers, onednn
+from mae_dist.tasks.make import make_task
 from tests import QUICK
 from tests.runs import ONLY_UPDATES, losses, run, smoke_config
 
@@ -186,7 +188,7 @@ def test_evaluation_in_pieces(monkeypatch):
 def test_training_loss_is_that_of_the_whole_prediction(overrides):
     """Decoding in shuffled order and the removed patches only: the loss and gradient of He et al. all the same."""
     config = smoke_config(**overrides)
-    task = tasks.make_task(config, 10, layers.unconstrained)
+    task = make_task(config, 10, layers.unconstrained)
     params = task.init_params(jax.random.key(0))
     images = jax.random.randint(jax.random.key(1), (4, *config.model.image_size, 3), 0, 256, jnp.int32)
     batch = {"image": images.astype(jnp.uint8), "index": jnp.arange(4, dtype=jnp.int32), "weight": jnp.ones(4)}
@@ -208,9 +210,9 @@ def test_training_loss_is_that_of_the_whole_prediction(overrides):
 def test_pieces_take_one_trace(monkeypatch):
     """The shapes of what pieces sum up come from the trace that computes them: a model's takes seconds of a start."""
     traced = []
-    forward = models.MaskedAutoencoder.removed_patches
+    forward = autoencoder.MaskedAutoencoder.removed_patches
     monkeypatch.setattr(
-        models.MaskedAutoencoder, "removed_patches", lambda *args, **kw: traced.append(1) or forward(*args, **kw)
+        autoencoder.MaskedAutoencoder, "removed_patches", lambda *args, **kw: traced.append(1) or forward(*args, **kw)
     )
     config = smoke_config(accum_steps=2)
     built = job.build(config, jax.devices()[:2], job.open_data(config))

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from mae_dist import integrity, sharding
+from mae_dist import integrity
 from mae_dist import saved as saved_lib
 from mae_dist.errors import StorageFault
+from mae_dist.parallel import shardings
 from mae_dist.saved import load_params
 from mae_dist.seals import Seals
 from tests.runs import ONLY_UPDATES, records, run
@@ -321,7 +322,7 @@ def test_digests_take_no_memory_to_speak_of():
     """On a device that a state fills, nothing like a copy of an array: split over devices or whole."""
     for shape in ((1, 1, 1), (2, 2, 2)):
         built = build(shape, model__embed_dim=128)
-        for program in integrity.programs(sharding.placed(built.abstract_state, built.shardings)):
+        for program in integrity.programs(shardings.placed(built.abstract_state, built.shardings)):
             memory = program.memory_analysis()
             assert memory is not None
             assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2**10

@@ -14,7 +14,7 @@ import mae_dist
 from mae_dist import checkpoint, config, convert
 from mae_dist.encoder import KINDS, Encoder
 from mae_dist.errors import ConfigError, DataFault
-from mae_dist.state import TrainState
+from mae_dist.optim.train_state import TrainState
 from tests import reference
 from tests.trained import in_memory
 

@@ -9,9 +9,12 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mae_dist import cli, distributed, encoder, export, patches, tasks
+from mae_dist import cli, encoder, export
 from mae_dist.errors import ConfigError
-from mae_dist.layers import unconstrained
+from mae_dist.model import masking, patches
+from mae_dist.model.layers import unconstrained
+from mae_dist.parallel import processes
+from mae_dist.tasks.make import make_task
 from tests import QUICK
 from tests.trained import in_memory, save
 
@@ -53,7 +56,7 @@ assert not [name for name in sys.modules if name.startswith(("mae_dist.", "confi
 
 def run_here(monkeypatch, workdir, out, **values):
     """Runs the command in this process; its exit code."""
-    monkeypatch.setattr(distributed, "quiet_unless_primary", lambda: None)
+    monkeypatch.setattr(processes, "quiet_unless_primary", lambda: None)
     monkeypatch.setattr(cli, "given_config", lambda: None)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
@@ -73,7 +76,7 @@ def draw(source):
     index = np.arange(len(images), dtype=np.int32)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(source.config.seed), index)
     grid = patches.grid_size(model.image_size, model.patch_size)
-    ids, _ = patches.draw_ids_shuffle(keys, strategy="random", grid=grid, mask_ratio=model.mask_ratio)
+    ids, _ = masking.draw_ids_shuffle(keys, strategy="random", grid=grid, mask_ratio=model.mask_ratio)
     return images, {"image": images, "index": index}, np.asarray(ids)
 
 
@@ -125,11 +128,11 @@ def test_reconstruction(exported, case):
     """What a run's own pictures show for the same masks; the number of removed patches is the model's."""
     source, results = exported[case]
     _, batch, ids = draw(source)
-    task = tasks.make_task(source.config, 0, unconstrained)
+    task = make_task(source.config, 0, unconstrained)
     assert task.reconstruct is not None
     pictures = jax.jit(task.reconstruct, compiler_options=QUICK)(source.load_whole(), batch)
     length = ids.shape[1]
-    kept = patches.num_keep(length, source.config.model.mask_ratio)
+    kept = masking.num_keep(length, source.config.model.mask_ratio)
     mask = np.ones(ids.shape, np.float32)
     np.put_along_axis(mask, ids[:, :kept], 0, axis=1)
     assert_results(case, results, {**jax.tree.map(np.asarray, pictures), "mask": mask})

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mae_dist import flops, hardware
+from mae_dist import hardware
+from mae_dist.model import flops
 
 SMALL = {
     "image_size": (32, 24),

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_dist import folding, tasks
+from mae_dist.cpu import folding
+from mae_dist.model.build import abstract_params
+from mae_dist.tasks.make import make_task
 from tests import QUICK
 from tests.runs import smoke_config
 from tests.trained import in_memory
@@ -36,7 +38,7 @@ def names(tree: Any) -> set[str]:
 def test_computes_the_same(variant):
     """Loss and gradients, of random parameters: scales of one and biases of zero would hide their being left out."""
     source = in_memory(**VARIANTS[variant])
-    task = tasks.make_task(source.config, 10, lambda x, axes: x)
+    task = make_task(source.config, 10, lambda x, axes: x)
     params = jax.tree.map(jnp.asarray, source.load_whole())
     size = source.config.model.image_size
     rng = np.random.default_rng(0)
@@ -66,7 +68,7 @@ def test_computes_the_same(variant):
 def test_what_is_left(qkv_bias, left):
     """Nothing that acts on tokens stays but what has nowhere to go; a block's arrays are on their own."""
     config = smoke_config(model__layer_scale_init=0.1, model__qkv_bias=qkv_bias)
-    abstract = tasks.abstract_params(config, 10)
+    abstract = abstract_params(config, 10)
     folded = jax.eval_shape(folding.fold, abstract)
     for group, depth in (("encoder", config.model.depth), ("decoder", config.model.decoder_depth)):
         blocks = folded[group]["stack"]["blocks"]

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mae_dist import functional
+from mae_dist.model import functional
 from tests import QUICK
 
 BATCH, TOKENS, DIM = 6, 5, 8

@@ -9,7 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from mae_dist import heads, job
+from mae_dist import job
+from mae_dist.model import heads
 from tests.runs import compile_quickly, first_batch, smoke_config
 
 PROBE: dict[str, Any] = {

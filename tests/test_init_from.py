@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from configs import default
 from mae_dist import config as config_lib
-from mae_dist import convert, job, pretrained, tasks
+from mae_dist import convert, job, pretrained
 from mae_dist.data import ArrayDataset
+from mae_dist.model import build as model_build
 from tests import QUICK
 from tests.trained import save
 
@@ -63,7 +64,7 @@ def tiny(name: str) -> ConfigDict:
 def weights_of(config: ConfigDict, seed: int) -> pretrained.Pretrained:
     """A trained model for a config, in memory."""
     config, rng = config.copy_and_resolve_references().lock(), np.random.default_rng(seed)
-    abstract = tasks.abstract_params(config, NUM_CLASSES)
+    abstract = model_build.abstract_params(config, NUM_CLASSES)
     params = jax.tree.map(lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(np.float32), abstract)
     return pretrained.Pretrained(config, "a test", abstract, True, lambda _: params)
 
@@ -79,14 +80,14 @@ def pretraining_of(config: ConfigDict) -> ConfigDict:
 @pytest.fixture(scope="module", autouse=True)
 def shapes_once():
     """Remembers the shapes of a model's parameters, which every opening traces the model for."""
-    compute = tasks.abstract_params
+    compute = model_build.abstract_params
 
     @functools.cache
     def remembered(described: str, num_classes: int) -> Any:
         return compute(config_lib.from_json(described, default.get_config()), num_classes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "abstract_params", lambda config, n: remembered(config_lib.to_json(config), n))
+        patch.setattr(model_build, "abstract_params", lambda config, n: remembered(config_lib.to_json(config), n))
         yield
 
 

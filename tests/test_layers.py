@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mae_dist import layers
+from mae_dist.model import layers
 from tests import QUICK
 
 BATCH, TOKENS, DIM = 6, 5, 8

@@ -8,7 +8,7 @@ import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_dist import losses
+from mae_dist.tasks import losses
 
 RNG = np.random.default_rng(0)
 BATCH, LENGTH, VALUES = 3, 8, 12

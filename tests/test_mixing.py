@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_dist import job, layers, losses, mixing, tasks
+from mae_dist import job
 from mae_dist.errors import ConfigError
+from mae_dist.model import layers
+from mae_dist.model.build import abstract_params
+from mae_dist.tasks import losses, mixing
+from mae_dist.tasks.make import make_task
 from tests import QUICK
 from tests.runs import compile_quickly, first_batch, smoke_config
 
@@ -154,11 +158,11 @@ def test_every_update_draws_anew(data, kind):
 def test_every_example_draws_anew(kind):
     """The same two images in all pairs: each gets another loss, and in another update another one again."""
     config = smoke_config(**{**MIXED, **ALONE[kind]})
-    task = tasks.make_task(config, 10, layers.unconstrained)
+    task = make_task(config, 10, layers.unconstrained)
     rng = np.random.default_rng(0)
     # Random values also where training starts near zero: else the images would hardly matter.
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32), tasks.abstract_params(config, 10)
+        lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32), abstract_params(config, 10)
     )
     pair = rng.integers(0, 256, (2, *config.model.image_size, 3), np.uint8)
     batch = {"image": jnp.asarray(np.tile(pair, (32, 1, 1, 1))), "label": jnp.tile(jnp.array([3, 7], jnp.int32), 32)}
@@ -199,13 +203,13 @@ def test_scan_remat_and_dtype_change_nothing_but_digits():
     # Random values also where training starts near zero, which would hide everything before the head.
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32),
-        tasks.abstract_params(smoke_config(**options), 10),
+        abstract_params(smoke_config(**options), 10),
     )
     keys = jax.random.split(jax.random.key(1), 16)
 
     def update(dtype: str, scan: bool, remat: str) -> tuple[float, np.ndarray]:
         config = smoke_config(**options, model__dtype=dtype, model__scan=scan, model__remat=remat)
-        task = tasks.make_task(config, 10, layers.unconstrained)
+        task = make_task(config, 10, layers.unconstrained)
         grad_fn = jax.value_and_grad(lambda p: task.loss(p, batch, keys)[0].mean())
         value, grads = jax.jit(grad_fn, compiler_options=QUICK)(params)
         return float(value), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])

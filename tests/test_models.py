@@ -13,7 +13,11 @@ import pytest
 from flax import nnx
 
 from configs import cifar_medium, cifar_small
-from mae_dist import layers, losses, models, patches, sharding
+from mae_dist.model import autoencoder, layers, patches
+from mae_dist.model.build import param_count
+from mae_dist.model.classifier import Classifier
+from mae_dist.parallel.rules import path_name
+from mae_dist.tasks import losses
 from tests import QUICK, reference
 
 BATCH = 3
@@ -99,11 +103,11 @@ def abstract_params(make: Callable[[], nnx.Module]) -> tuple[Any, dict[str, Any]
 
 def make_params(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Random values everywhere: biases of zero and scales of one would hide their being left out."""
-    graphdef, shapes = abstract_params(lambda: models.MaskedAutoencoder(**config, rngs=nnx.Rngs(0)))
+    graphdef, shapes = abstract_params(lambda: autoencoder.MaskedAutoencoder(**config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
 
     def values(path: Any, leaf: Any) -> jax.Array:
-        mean = 1 if "scale" in sharding.path_name(path) else 0
+        mean = 1 if "scale" in path_name(path) else 0
         return jnp.asarray(rng.normal(mean, 0.25, leaf.shape), jnp.float32)
 
     return graphdef, jax.tree_util.tree_map_with_path(values, shapes)
@@ -171,7 +175,7 @@ def test_gradient_of_every_parameter_is_the_difference_quotient(case: Case):
     _, grads = case.run(case.params, case.images)
     exact = reference.float64(case.params)
     leaves, structure = jax.tree.flatten(exact)
-    names = [sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(case.params)]
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(case.params)]
     rng = np.random.default_rng(4)
     step = 1e-4
     for index, (name, grad) in enumerate(zip(names, jax.tree.leaves(grads), strict=True)):
@@ -270,8 +274,8 @@ def test_bfloat16_keeps_float32_parameters_and_outputs():
 )
 def test_constants_are_no_parameters(changes, absent):
     """A fixed position or zero token among the parameters would be trained and decayed."""
-    _, params = abstract_params(lambda: models.MaskedAutoencoder(**{**BASE, **changes}, rngs=nnx.Rngs(0)))
-    names = {sharding.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    _, params = abstract_params(lambda: autoencoder.MaskedAutoencoder(**{**BASE, **changes}, rngs=nnx.Rngs(0)))
+    names = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     optional = {
         "encoder/positions/embedding",
         "decoder/positions/embedding",
@@ -293,15 +297,15 @@ def _stack_count(width: int, depth: int, hidden: int, layer_scale: bool) -> int:
 def test_parameters_by_hand(module, total):
     """The report's two models; a layer too many or shared would show."""
     model = module.get_config().model
-    _, params = abstract_params(lambda: models.MaskedAutoencoder(**model.to_dict(), rngs=nnx.Rngs(0)))
+    _, params = abstract_params(lambda: autoencoder.MaskedAutoencoder(**model.to_dict(), rngs=nnx.Rngs(0)))
     wide, narrow = model.embed_dim, model.decoder_embed_dim
     encoder = 48 * wide + wide + wide + _stack_count(wide, model.depth, 2 * wide, True)  # embedding, class token
     decoder = wide * narrow + narrow + narrow + _stack_count(narrow, model.decoder_depth, 2 * narrow, True)
     decoder += narrow * 48 + 48  # prediction
-    assert models.param_count(params) == encoder + decoder == total
+    assert param_count(params) == encoder + decoder == total
 
 
-def make_classifier(**options: Any) -> models.Classifier:
+def make_classifier(**options: Any) -> Classifier:
     settings: dict[str, Any] = {
         "num_classes": 7,
         "kind": "linear",
@@ -311,7 +315,7 @@ def make_classifier(**options: Any) -> models.Classifier:
         "batch_norm": False,
         **options,
     }
-    return models.Classifier(BASE, **settings, constrain=layers.unconstrained, rngs=nnx.Rngs(0))
+    return Classifier(BASE, **settings, constrain=layers.unconstrained, rngs=nnx.Rngs(0))
 
 
 def test_classifier_pools_all_patches():
@@ -348,4 +352,4 @@ def test_heads(options, count):
     assert ("norm" in params["encoder"]) != options.get("norm_after_pool", False)
     assert set(params) - {"batch_norm"} == {"encoder", "head"}
     assert ("batch_norm" in params) == options.get("batch_norm", False)
-    assert models.param_count(params["head"]) == count
+    assert param_count(params["head"]) == count

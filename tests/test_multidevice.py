@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from mae_dist import job, sharding
+from mae_dist import job
+from mae_dist.parallel import shardings
+from mae_dist.parallel.rules import path_name
 from tests.runs import losses, smoke_config
 
 
@@ -22,7 +24,7 @@ def trained(params):
 
     def without_keys(path, leaf):
         leaf = np.asarray(leaf)
-        return np.delete(leaf, 1, axis=1) if sharding.path_name(path).endswith("attn/qkv/bias") else leaf
+        return np.delete(leaf, 1, axis=1) if path_name(path).endswith("attn/qkv/bias") else leaf
 
     return jax.tree.leaves(jax.tree_util.tree_map_with_path(without_keys, params))
 
@@ -62,7 +64,7 @@ def test_state_is_created_in_its_shards():
     kernel = state.params["encoder"]["stack"]["blocks"]["mlp"]["fc1"]["kernel"]  # (2, 32, 64)
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 32)}
     held = sum(shard.data.nbytes for array in jax.tree.leaves(state.params) for shard in array.addressable_shards[:1])
-    assert held == sharding.bytes_per_device(built.abstract_state.params, built.shardings.params)
+    assert held == shardings.bytes_per_device(built.abstract_state.params, built.shardings.params)
     assert held < 0.6 * sum(array.nbytes for array in jax.tree.leaves(state.params))
 
 

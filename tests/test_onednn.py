@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from mae_dist import functional, onednn
-from mae_dist.attention import attention
+from mae_dist.model import functional, onednn
+from mae_dist.model.attention import attention
 from tests import QUICK
 
 CALL = "__onednn$matmul"

@@ -10,7 +10,9 @@ import optax
 import pytest
 import torch
 
-from mae_dist import optim, sharding, tasks
+from mae_dist.model.build import abstract_params
+from mae_dist.optim.optimizer import decay_mask, make_optimizer, make_schedule, nonfinite_counts
+from mae_dist.parallel.rules import logical_axes
 from tests import QUICK
 from tests.runs import smoke_config
 
@@ -73,7 +75,7 @@ def random_tree(seed: int) -> Any:
 
 def make(**changes: Any) -> tuple[Any, Any, Any]:
     """(init, compiled update (grads, state, params) -> (updates, state), lr_fn)."""
-    tx, lr_fn = optim.make_optimizer(AXES, **{**OPTIONS, **changes})
+    tx, lr_fn = make_optimizer(AXES, **{**OPTIONS, **changes})
 
     def update(grads: Any, state: Any, params: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
@@ -99,14 +101,14 @@ def expected_lr(step: int, warmup: int, total: int) -> float:
 @pytest.mark.parametrize("warmup", [0, 20])
 def test_schedule(warmup):
     """0 at the start, the peak at the end of the warm-up, the final rate at and after the end."""
-    lr_fn = optim.make_schedule(**SCHEDULE, warmup_steps=warmup, total_steps=120)
+    lr_fn = make_schedule(**SCHEDULE, warmup_steps=warmup, total_steps=120)
     for step in (0, 1, 10, 19, 20, 21, 70, 119, 120, 500):
         assert rate(lr_fn, step) == pytest.approx(expected_lr(step, warmup, 120), rel=1e-5), step
 
 
 def test_schedule_may_be_all_warm_up():
     """A run shortened to its warm-up must not divide by zero."""
-    lr_fn = optim.make_schedule(**SCHEDULE, warmup_steps=10, total_steps=10)
+    lr_fn = make_schedule(**SCHEDULE, warmup_steps=10, total_steps=10)
     assert rate(lr_fn, 5) == pytest.approx(0.025)
 
 
@@ -114,7 +116,7 @@ def test_schedule_may_be_all_warm_up():
 def test_peak_grows_with_the_batch(batch):
     """lr = base_lr * global_batch_size / 256."""
     options = {**SCHEDULE, "global_batch_size": batch, "schedule": "constant"}
-    lr_fn = optim.make_schedule(**options, warmup_steps=4, total_steps=100)
+    lr_fn = make_schedule(**options, warmup_steps=4, total_steps=100)
     assert rate(lr_fn, 2) == pytest.approx(0.1 * batch / 256 / 2)
     for step in (4, 50, 1000):
         assert rate(lr_fn, step) == pytest.approx(0.1 * batch / 256)
@@ -122,7 +124,7 @@ def test_peak_grows_with_the_batch(batch):
 
 def test_decay_touches_kernels_tokens_and_positions_only():
     """A stacked bias has two axes, that of queries, keys and values has four: counting axes would decay them."""
-    assert jax.tree.map(int, optim.decay_mask(AXES)) == DECAYED
+    assert jax.tree.map(int, decay_mask(AXES)) == DECAYED
     params, zero = random_tree(0), jax.tree.map(jnp.zeros_like, random_tree(0))
     init, update, _ = make(schedule="constant", warmup_steps=0)
     updates, _ = update(zero, init(params), params)
@@ -223,7 +225,7 @@ def test_non_finite_gradient_changes_nothing_and_is_counted(bad):
         else:
             assert all((leaf != 0).any() for leaf in jax.tree.leaves(updates))
         state = after
-        counts.append(tuple(int(count) for count in optim.nonfinite_counts(state)))
+        counts.append(tuple(int(count) for count in nonfinite_counts(state)))
     assert counts == [(1, 1), (2, 2), (0, 2), (1, 3)]
 
 
@@ -233,7 +235,7 @@ def test_a_gradient_without_a_finite_norm_is_skipped():
     params = random_tree(0)
     updates, state = update(jax.tree.map(lambda p: jnp.full_like(p, 1e20), params), init(params), params)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
-    assert tuple(int(count) for count in optim.nonfinite_counts(state)) == (1, 1)
+    assert tuple(int(count) for count in nonfinite_counts(state)) == (1, 1)
 
 
 def test_schedule_follows_the_step_number_over_skipped_steps():
@@ -311,15 +313,15 @@ def test_lars_of_sharded_parameters():
 
 def test_layer_decay():
     """Each parameter's step against the same optimiser without it, block by block from the formula."""
-    params = tasks.abstract_params(smoke_config(task="finetune", model__depth=3, model__pos_embed="learned"), 5)
-    axes = sharding.logical_axes(params)
+    params = abstract_params(smoke_config(task="finetune", model__depth=3, model__pos_embed="learned"), 5)
+    axes = logical_axes(params)
     rng = np.random.default_rng(0)
     params, grads = (
         jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params) for _ in range(2)
     )
 
     def step(layer_decay: float) -> Any:
-        tx, _ = optim.make_optimizer(axes, **{**OPTIONS, "warmup_steps": 0, "layer_decay": layer_decay})
+        tx, _ = make_optimizer(axes, **{**OPTIONS, "warmup_steps": 0, "layer_decay": layer_decay})
         with jax.numpy_dtype_promotion("standard"):
             return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0], compiler_options=QUICK)()
 

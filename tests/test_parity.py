@@ -21,7 +21,12 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from configs import default
-from mae_dist import aliases, layouts, losses, models, optim, pretrained, sharding, tasks
+from mae_dist import aliases, layouts, pretrained
+from mae_dist.model import autoencoder
+from mae_dist.model.build import functional
+from mae_dist.optim.optimizer import decay_mask, make_optimizer
+from mae_dist.parallel.rules import logical_axes
+from mae_dist.tasks import losses
 from tests import QUICK
 
 torch.set_num_threads(1)  # its threads and XLA's would wait for each other
@@ -149,7 +154,7 @@ def their_output(theirs: ViTMAEForPreTraining, images: np.ndarray, noise: np.nda
 def make_forward(config: Any) -> Any:
     """(params, images, noise) -> (loss of the batch, (latent, pred, mask)) of our model."""
     model_fields = {**config.model.to_dict(), "scan": True}  # compiles faster
-    bind = tasks.functional(lambda rngs: models.MaskedAutoencoder(**model_fields, rngs=rngs)).bind
+    bind = functional(lambda rngs: autoencoder.MaskedAutoencoder(**model_fields, rngs=rngs)).bind
 
     def forward(params: Any, images: jax.Array, noise: jax.Array) -> Any:
         model = bind(params)
@@ -198,12 +203,12 @@ def compare_steps(pair: Pair) -> float:
     """Largest relative difference of the losses of ten AdamW steps, weight decay on the same parameters."""
     theirs, params = pair.theirs, pair.params
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
-    axes = sharding.logical_axes(pair.ours.abstract)
+    axes = logical_axes(pair.ours.abstract)
     settings: dict[str, Any] = {**default.get_config().optim, "base_lr": 2e-3, "schedule": "constant"}
     del settings["warmup_epochs"]
-    tx, _ = optim.make_optimizer(axes, **settings, warmup_steps=0, total_steps=STEPS, global_batch_size=256)
+    tx, _ = make_optimizer(axes, **settings, warmup_steps=0, total_steps=STEPS, global_batch_size=256)
     decayed = jax.tree.map(
-        lambda is_decayed, p: np.full(p.shape, float(is_decayed), np.float32), optim.decay_mask(axes), params
+        lambda is_decayed, p: np.full(p.shape, float(is_decayed), np.float32), decay_mask(axes), params
     )
     tensors = layouts.to_layout(decayed, pair.ours.config.model, "hf")
     placeholder = np.zeros(0)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_dist import patches
 from mae_dist.errors import ConfigError
+from mae_dist.model import masking, patches, positions
 from tests import reference
 
 GRID = (4, 6)
@@ -28,11 +28,11 @@ def drawer(strategy: str, grid: tuple[int, int] = GRID, mask_ratio: float = 0.75
 
     @jax.jit
     def run(keys: jax.Array):
-        ids, kept = patches.draw_ids_shuffle(
+        ids, kept = masking.draw_ids_shuffle(
             keys, strategy=strategy, grid=grid, mask_ratio=mask_ratio, user_mask=user_mask
         )
-        restore = patches.restore_ids(ids)
-        return ids, kept, restore, patches.mask_from_ids(restore, kept)
+        restore = masking.restore_ids(ids)
+        return ids, kept, restore, masking.mask_from_ids(restore, kept)
 
     return run
 
@@ -93,7 +93,7 @@ def test_patch_that_does_not_divide_names_the_nearest():
 )
 def test_num_keep(length, ratio, kept):
     """int(L * (1 - ratio)), as in the paper's code."""
-    assert patches.num_keep(length, ratio) == kept
+    assert masking.num_keep(length, ratio) == kept
 
 
 @pytest.mark.parametrize(("strategy", "kept"), [("random", 6), ("grid", 6), ("block", 6), ("user", 12)])
@@ -151,7 +151,7 @@ def test_random_masks_are_uniform():
 @pytest.mark.parametrize("grid", [(4, 6), (8, 8), (3, 9)])
 def test_grid_patterns_are_regular(grid):
     """Every pattern repeats with its cell, so no region of the image is seen more than another."""
-    patterns = patches.grid_patterns(grid)
+    patterns = masking.grid_patterns(grid)
     assert patterns
     for kept, mask in patterns.items():
         picture = mask.reshape(grid)
@@ -173,14 +173,14 @@ def test_grid_patterns_are_regular(grid):
 
 def test_grid_three_quarters_keeps_every_second_of_every_second_row():
     """The paper's figure 6: one of each 2x2."""
-    kept = 1 - patches.grid_mask((4, 4), 0.75).reshape(4, 4)
+    kept = 1 - masking.grid_mask((4, 4), 0.75).reshape(4, 4)
     np.testing.assert_array_equal(kept, [[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
 
 
 def test_grid_ratio_that_does_not_exist_lists_those_that_do():
     """The message is the only place where a user can learn them."""
     with pytest.raises(ConfigError) as error:
-        patches.grid_mask((4, 4), 0.7)
+        masking.grid_mask((4, 4), 0.7)
     message = str(error.value)
     assert "mask_ratio=0.7 of a 4x4 patch grid" in message
     assert message.endswith("0.0625, 0.125, 0.25, 0.5, 0.75, 0.875, 0.9375")
@@ -200,7 +200,7 @@ def test_block_masks_are_blocky(ratio):
     drawn = {}
     for strategy in ("random", "block"):
         drawn[strategy] = np.asarray(drawer(strategy, grid, ratio)(KEYS)[3])
-        assert (drawn[strategy].sum(axis=1) == 64 - patches.num_keep(64, ratio)).all()
+        assert (drawn[strategy].sum(axis=1) == 64 - masking.num_keep(64, ratio)).all()
     random, block = (_removed_neighbours(drawn[strategy], grid) for strategy in ("random", "block"))
     ceiling = _removed_neighbours(np.ones((1, 64)), grid)
     assert block > random + 0.4 * (ceiling - random)
@@ -211,19 +211,19 @@ def test_user_mask_file(tmp_path: Path):
     path = str(tmp_path / "mask.npy")
     for mask in (CHECKER, CHECKER.reshape(GRID), CHECKER.astype(bool)):
         np.save(path, mask)
-        np.testing.assert_array_equal(patches.load_user_mask(path, GRID), CHECKER)
+        np.testing.assert_array_equal(masking.load_user_mask(path, GRID), CHECKER)
     for mask in (CHECKER[:-1], CHECKER * 2, np.zeros(GRID), np.ones(GRID), CHECKER.reshape(6, 4)):
         np.save(path, mask)
         with pytest.raises(ConfigError, match=r"mask_file .* needed: shape \(4, 6\) or \(24,\)"):
-            patches.load_user_mask(path, GRID)
+            masking.load_user_mask(path, GRID)
     with pytest.raises(ConfigError, match=r"cannot be read as a \.npy array"):
-        patches.load_user_mask(str(tmp_path / "nothing.npy"), GRID)
+        masking.load_user_mask(str(tmp_path / "nothing.npy"), GRID)
 
 
 @pytest.mark.parametrize(("grid", "dim"), [((4, 6), 8), ((7, 3), 64), ((1, 1), 4)])
 def test_sincos_against_the_formula(grid, dim):
     """The positions are not trained: a wrong one is never repaired."""
-    for kind, function in (("sincos1d", patches.sincos_1d), ("sincos2d", patches.sincos_2d)):
+    for kind, function in (("sincos1d", positions.sincos_1d), ("sincos2d", positions.sincos_2d)):
         table = function(grid, dim)
         assert table.dtype == np.float32
         np.testing.assert_allclose(table, reference.fixed_positions(kind, grid, dim), atol=1e-6)
@@ -231,7 +231,7 @@ def test_sincos_against_the_formula(grid, dim):
 
 def test_sincos_2d_encodes_column_then_row():
     """The paper's code gives the first half to the column; stored weights rely on it."""
-    table = patches.sincos_2d((3, 5), 16).reshape(3, 5, 16)
+    table = positions.sincos_2d((3, 5), 16).reshape(3, 5, 16)
     assert (table[:, :, :8] == table[:1, :, :8]).all()
     assert (table[:, :, 8:] == table[:, :1, 8:]).all()
     assert len(np.unique(table.reshape(15, 16), axis=0)) == 15

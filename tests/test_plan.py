@@ -13,9 +13,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import imagenet_vit_b16, imagenet_vit_h14, imagenet_vit_l16
-from mae_dist import errors, hardware, hlo, models, plan, planning, roofline, sharding, tasks, topology
+from mae_dist import errors, hardware, hlo, plan, planning, roofline, topology
 from mae_dist.data import DescribedDataset
 from mae_dist.errors import ConfigError
+from mae_dist.model.build import abstract_params, param_count
+from mae_dist.parallel.mesh import make_mesh, num_slices
 from tests import QUICK
 from tests.runs import run, smoke_config
 from tests.test_tfds import prepare_shapes
@@ -503,7 +505,7 @@ def test_links():
 def test_paper_models(module, millions):
     """Parameters of the paper's code, whose fixed positions (196 or 256, and the class token's) are counted, too."""
     config = module.get_config()
-    count = models.param_count(tasks.abstract_params(config, 0))
+    count = param_count(abstract_params(config, 0))
     positions = (math.prod(config.model.image_size) // math.prod(config.model.patch_size) + 1) * (
         config.model.embed_dim + config.model.decoder_embed_dim
     )
@@ -561,7 +563,7 @@ class TestTpu:
     def test_a_refusal_counts_arguments(self):
         """Its sum of "temporaries" is with them: here 16 GiB, beside which a step only sorts one of them."""
         place = topology.describe("v5e:1x1", 1)
-        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, place.devices)
+        mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, place.devices)
         shapes = [jax.ShapeDtypeStruct((gib * 2**28,), jnp.float32) for gib in (1, 15)]
         whole = jax.sharding.NamedSharding(mesh, P())
         step = jax.jit(lambda x, y: jnp.sort(x) + y.sum(), in_shardings=(whole, whole), out_shardings=whole)
@@ -573,9 +575,9 @@ class TestTpu:
     def test_two_slices(self):
         """Data across them, all else within; what goes between them is told apart."""
         place = topology.describe("v5e:2x2", 2)
-        mesh = sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 1}, place.devices)
+        mesh = make_mesh({"data": -1, "fsdp": 2, "tensor": 1}, place.devices)
         assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 1}
-        assert sharding.num_slices(mesh.devices.flat) == 2
+        assert num_slices(mesh.devices.flat) == 2
         for row in mesh.devices:
             assert len({device.slice_index for device in row.flat}) == 1
         slices = [row.flat[0].slice_index for row in mesh.devices]
@@ -594,4 +596,4 @@ class TestTpu:
     def test_more_slices_than_copies(self):
         place = topology.describe("v5e:2x2", 2)
         with pytest.raises(ConfigError, match=r"mesh.data=1 is not a multiple of the 2 slices.*a divisor of 4"):
-            sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, place.devices)
+            make_mesh({"data": 1, "fsdp": 8, "tensor": 1}, place.devices)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from mae_dist.platforms import by_platform
+from mae_dist.model.by_platform import by_platform
 
 
 def choose(x):

@@ -19,8 +19,16 @@ from ml_collections import ConfigDict
 
 import configs
 from configs import default, smoke
-from mae_dist import layers, optim, sharding, state, tasks
 from mae_dist.errors import ConfigError
+from mae_dist.model import build as model_build
+from mae_dist.model import layers
+from mae_dist.optim.optimizer import make_optimizer
+from mae_dist.optim.train_state import make_init, split_frozen, state_shardings
+from mae_dist.parallel.mesh import AXES, make_mesh, mesh_devices, mesh_shape, num_slices
+from mae_dist.parallel.overview import overview
+from mae_dist.parallel.rules import RULES, logical_axes, path_name, to_spec
+from mae_dist.parallel.shardings import batch_sharding, bytes_per_device, make_constrain, param_shardings, replicated
+from mae_dist.tasks.make import make_task
 from tests import QUICK
 
 CONFIGS = sorted(
@@ -39,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def abstract_params(config: ConfigDict) -> Any:
-    return tasks.abstract_params(config, 10)
+    return model_build.abstract_params(config, 10)
 
 
 @functools.cache
@@ -59,24 +67,24 @@ def every_model() -> dict[str, Any]:
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    return make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
 
 
 def test_every_parameter_matches_one_row_and_every_row_a_parameter():
     """A parameter without a row would lie whole on every device; a row without one is a typo."""
     used = set()
     for params in every_model().values():
-        sharding.logical_axes(params)  # raises unless each matches exactly one
+        logical_axes(params)  # raises unless each matches exactly one
         for path, _ in jax.tree_util.tree_leaves_with_path(params):
-            name = sharding.path_name(path)
-            used |= {pattern for pattern, _ in sharding.RULES if re.fullmatch(pattern, name)}
-    assert used == {pattern for pattern, _ in sharding.RULES}
+            name = path_name(path)
+            used |= {pattern for pattern, _ in RULES if re.fullmatch(pattern, name)}
+    assert used == {pattern for pattern, _ in RULES}
 
 
 def test_logical_axes_all_have_a_mesh_axis_or_none():
     """And `to_spec` has no colliding axes in any row."""
-    for pattern, axes in sharding.RULES:
-        spec = sharding.to_spec(axes, pattern)
+    for pattern, axes in RULES:
+        spec = to_spec(axes, pattern)
         assert len(spec) <= len(axes)
 
 
@@ -84,20 +92,20 @@ def test_no_row_two_rows_and_wrong_rank_are_named():
     """These are met when a layer is added: the message must say which."""
     kernel = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     with pytest.raises(ValueError, match=r"parameter encoder/adapter/kernel \(2, 3\) matches 0 rows"):
-        sharding.logical_axes({"encoder": {"adapter": {"kernel": kernel}}})
+        logical_axes({"encoder": {"adapter": {"kernel": kernel}}})
     rules = ((r"a/.*", (None, None)), (r".*/kernel", ("embed", None)))
     with pytest.raises(ValueError, match=r"parameter a/kernel \(2, 3\) matches 2 rows.*'a/\.\*'.*'\.\*/kernel'"):
-        sharding.logical_axes({"a": {"kernel": kernel}}, rules)
+        logical_axes({"a": {"kernel": kernel}}, rules)
     with pytest.raises(ValueError, match=r"a/x has shape \(2, 3\) and its row 'a/x' names 1 axes"):
-        sharding.logical_axes({"a": {"x": kernel}}, ((r"a/x", ("embed",)),))
+        logical_axes({"a": {"x": kernel}}, ((r"a/x", ("embed",)),))
 
 
 def test_colliding_mesh_axes_name_both():
     """An array cannot be split twice over the same devices."""
     with pytest.raises(ValueError, match=r"some/kernel: logical axes 'heads' and 'mlp' both map to mesh axis 'tensor'"):
-        sharding.to_spec(("heads", "mlp"), "some/kernel")
+        to_spec(("heads", "mlp"), "some/kernel")
     with pytest.raises(ValueError, match=r"logical axes 'batch' and 'embed' both map to mesh axis 'fsdp'"):
-        sharding.to_spec(("batch", "embed"), "x")
+        to_spec(("batch", "embed"), "x")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,7 @@ def test_colliding_mesh_axes_name_both():
 )
 def test_to_spec(axes, spec):
     """Trailing whole axes are left off, so that equal layouts compare equal."""
-    assert sharding.to_spec(axes, "x") == spec
+    assert to_spec(axes, "x") == spec
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,7 @@ def test_to_spec(axes, spec):
 )
 def test_mesh_shape(sizes, devices, shape):
     """-1 takes what is left."""
-    assert sharding.mesh_shape(dict(zip(sharding.AXES, sizes, strict=True)), devices) == shape
+    assert mesh_shape(dict(zip(AXES, sizes, strict=True)), devices) == shape
 
 
 @pytest.mark.parametrize(
@@ -142,7 +150,7 @@ def test_mesh_shape(sizes, devices, shape):
 def test_mesh_that_cannot_be_made(sizes, devices, message):
     """Both numbers and the cure."""
     with pytest.raises(ConfigError, match=message):
-        sharding.mesh_shape(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+        mesh_shape(dict(zip(AXES, sizes, strict=True)), devices)
 
 
 @given(
@@ -152,7 +160,7 @@ def test_mesh_that_cannot_be_made(sizes, devices, message):
 def test_mesh_shape_uses_every_device_or_fails(sizes, devices):
     """Devices left over would idle unnoticed."""
     try:
-        shape = sharding.mesh_shape(dict(zip(sharding.AXES, sizes, strict=True)), devices)
+        shape = mesh_shape(dict(zip(AXES, sizes, strict=True)), devices)
     except ConfigError:
         return
     assert math.prod(shape) == devices
@@ -185,9 +193,9 @@ def test_data_spans_slices(slices, fsdp, tensor):
     if fsdp * tensor > 16:
         if slices * 16 % (fsdp * tensor) == 0:
             with pytest.raises(ConfigError, match=rf"not a multiple of the {slices} slices.*a divisor of 16"):
-                sharding.mesh_devices(sizes, devices)
+                mesh_devices(sizes, devices)
         return
-    placed = sharding.mesh_devices(sizes, devices)
+    placed = mesh_devices(sizes, devices)
     assert placed.shape == (slices * 16 // (fsdp * tensor), fsdp, tensor)
     assert sorted(device.id for device in placed.flat) == sorted(device.id for device in devices)
     of_row = [{device.slice_index for device in row.flat} for row in placed]
@@ -197,9 +205,9 @@ def test_data_spans_slices(slices, fsdp, tensor):
 
 def test_only_tpus_have_slices():
     """JAX numbers the hosts of GPUs as slices, and parameters may be split over those."""
-    assert sharding.num_slices(chips_of(2, 2)) == 2
-    assert sharding.num_slices(chips_of(2, 2, platform="gpu")) == 1
-    assert sharding.num_slices(jax.devices()) == 1
+    assert num_slices(chips_of(2, 2)) == 2
+    assert num_slices(chips_of(2, 2, platform="gpu")) == 1
+    assert num_slices(jax.devices()) == 1
 
 
 def test_dimension_that_does_not_divide():
@@ -207,7 +215,7 @@ def test_dimension_that_does_not_divide():
     config = smoke.get_config()
     config.model.num_heads = 1
     with pytest.raises(ConfigError) as error:
-        sharding.param_shardings(mesh_of(1, 1, 2), abstract_params(config))
+        param_shardings(mesh_of(1, 1, 2), abstract_params(config))
     message = str(error.value)
     assert "encoder/stack/blocks/attn/out/kernel (2, 1, 32, 32)" in message
     assert "'heads' dimension 1 does not divide by mesh.tensor=2" in message
@@ -217,25 +225,25 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
     """(init, abstract state, shardings) of the smoke model."""
     config = smoke.get_config()
     config.task = task_name
-    task = tasks.make_task(config, 10, layers.unconstrained)
-    axes = sharding.logical_axes(task.abstract_params)
+    task = make_task(config, 10, layers.unconstrained)
+    axes = logical_axes(task.abstract_params)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
-    trainable, _ = state.split_frozen(axes, task.frozen)
-    tx, _ = optim.make_optimizer(trainable, **options, warmup_steps=1, total_steps=9, global_batch_size=8)
-    init = state.make_init(task.init_params, tx, task.frozen, 0, has_ema=False)
+    trainable, _ = split_frozen(axes, task.frozen)
+    tx, _ = make_optimizer(trainable, **options, warmup_steps=1, total_steps=9, global_batch_size=8)
+    init = make_init(task.init_params, tx, task.frozen, 0, has_ema=False)
     abstract = jax.eval_shape(init)
-    return init, abstract, state.state_shardings(mesh, abstract, tx, task.frozen)
+    return init, abstract, state_shardings(mesh, abstract, tx, task.frozen)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "probe", "finetune"])
 def test_moments_lie_like_their_parameters(task):
     """Adam's moments are two thirds of a state: left whole, they would undo what fsdp saves."""
     _, abstract, shardings = make_state(mesh_of(2, 2, 2), task)
-    by_name = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings.params)}
+    by_name = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings.params)}
     seen: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shardings.opt_state):
-        name = sharding.path_name(path)
+        name = path_name(path)
         moment = re.search(r"/(mu|nu)/(.*)", name)
         if moment is None:
             assert leaf.spec == PartitionSpec(), name
@@ -262,36 +270,36 @@ def test_state_is_created_in_its_shards():
             split += 1
             assert all(shard.data.size < leaf.size for shard in leaf.addressable_shards)
     assert split > 40
-    assert set(held.values()) == {sharding.bytes_per_device(abstract, shardings)}
+    assert set(held.values()) == {bytes_per_device(abstract, shardings)}
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
-    assert sharding.bytes_per_device(abstract, shardings) < 0.4 * whole
+    assert bytes_per_device(abstract, shardings) < 0.4 * whole
 
 
 def test_batch_and_activations():
     """Examples are split over data x fsdp; a model pins its activations without knowing the mesh."""
     mesh = mesh_of(2, 2, 2)
-    batch = jax.device_put(np.zeros((8, 3)), sharding.batch_sharding(mesh))
+    batch = jax.device_put(np.zeros((8, 3)), batch_sharding(mesh))
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
-    pinned = jax.jit(lambda x: sharding.make_constrain(mesh)(x, layers.TOKENS))(jnp.zeros((8, 4, 6)))
+    pinned = jax.jit(lambda x: make_constrain(mesh)(x, layers.TOKENS))(jnp.zeros((8, 4, 6)))
     assert {shard.data.shape for shard in pinned.addressable_shards} == {(2, 4, 6)}
-    assert sharding.replicated(mesh).is_fully_replicated
+    assert replicated(mesh).is_fully_replicated
 
 
 def test_overview_says_what_lies_where_and_why():
     """It is printed at every start and is the first thing to read when memory is short."""
     mesh = mesh_of(4, 2, 1)
     _, abstract, shardings = make_state(mesh, "pretrain")
-    text = sharding.overview(mesh, abstract, shardings)
+    text = overview(mesh, abstract, shardings)
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
     assert text.startswith("mesh: data=4 x fsdp=2 x tensor=1 (8 devices)")
     for path, _ in jax.tree_util.tree_leaves_with_path(abstract.params):
-        assert sharding.path_name(path) in text
+        assert path_name(path) in text
     assert f"parameters: {total:,} in " in text
     for part in ("params", "opt_state"):
-        size = sharding.bytes_per_device(getattr(abstract, part), getattr(shardings, part))
+        size = bytes_per_device(getattr(abstract, part), getattr(shardings, part))
         assert f"{size:,} bytes per device" in text
     assert "whole on every device, mesh axis tensor has size 1: " in text
     assert "whole on every device, small: its rule leaves it whole: " in text
     single = mesh_of(1, 1, 1)
     _, abstract, shardings = make_state(single, "pretrain")
-    assert "whole on every device" not in sharding.overview(single, abstract, shardings)
+    assert "whole on every device" not in overview(single, abstract, shardings)

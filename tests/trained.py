@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from mae_dist import pretrained, saved, tasks
+from mae_dist import pretrained, saved
+from mae_dist.model.build import abstract_params
 from tests.runs import smoke_config
 
 NUM_CLASSES = 10
@@ -19,7 +20,7 @@ def in_memory(**overrides: Any) -> pretrained.Pretrained:
     Every parameter is random, also those that start at zero or one and would hide a mistake.
     """
     config, rng = smoke_config(**overrides), np.random.default_rng(0)
-    abstract = tasks.abstract_params(config, NUM_CLASSES)
+    abstract = abstract_params(config, NUM_CLASSES)
     params = jax.tree.map(lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(np.float32), abstract)
 
     def load(shardings: dict[str, Any]) -> dict[str, Any]:

@@ -8,18 +8,19 @@ from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
-from mae_dist import augment, layers, onednn, patches, transforms
+from mae_dist import augment, transforms
 from mae_dist.config.stored import flatten, get
 from mae_dist.errors import ConfigError, nearest
+from mae_dist.model import layers, masking, onednn, patches, positions
 from mae_dist.storage import absolute_name
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("pretrain", "probe", "finetune"),
     "cpu.products": ("auto", *onednn.BACKENDS),
-    "model.masking": patches.STRATEGIES,
+    "model.masking": masking.STRATEGIES,
     "model.cls_token": layers.CLS_TOKENS,
     "model.mask_token": layers.MASK_TOKENS,
-    "model.pos_embed": patches.POSITIONS,
+    "model.pos_embed": positions.POSITIONS,
     "model.gelu": ("exact", "tanh"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": layers.REMAT_POLICIES,
@@ -181,11 +182,11 @@ def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
     for prefix in ("", "decoder_"):
         dim, heads = model[f"{prefix}embed_dim"], model[f"{prefix}num_heads"]
-        multiple = math.lcm(patches.FIXED_POSITIONS.get(model.pos_embed, 1), max(1, heads))
-        if dim % patches.FIXED_POSITIONS.get(model.pos_embed, 1):
+        multiple = math.lcm(positions.FIXED_POSITIONS.get(model.pos_embed, 1), max(1, heads))
+        if dim % positions.FIXED_POSITIONS.get(model.pos_embed, 1):
             yield (
                 f"model.{prefix}embed_dim={dim} is not a multiple of "
-                f"{patches.FIXED_POSITIONS[model.pos_embed]}, which model.pos_embed={model.pos_embed!r} needs; "
+                f"{positions.FIXED_POSITIONS[model.pos_embed]}, which model.pos_embed={model.pos_embed!r} needs; "
                 f"nearest that {heads} heads divide too: {max(multiple, round(dim / multiple) * multiple)}"
             )
         elif heads > 0 and dim > 0 and dim % heads:
@@ -209,12 +210,12 @@ def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
         grid = patches.grid_size(model.image_size, model.patch_size)
         if masked:
             if model.masking == "grid":
-                patches.grid_mask(grid, model.mask_ratio)
+                masking.grid_mask(grid, model.mask_ratio)
             elif model.masking == "user":
-                patches.load_user_mask(model.mask_file, grid)
+                masking.load_user_mask(model.mask_file, grid)
             else:
                 length = grid[0] * grid[1]
-                kept = patches.num_keep(length, model.mask_ratio) if math.isfinite(model.mask_ratio) else 0
+                kept = masking.num_keep(length, model.mask_ratio) if math.isfinite(model.mask_ratio) else 0
                 if length == 1:
                     yield (
                         f"model.patch_size={model.patch_size} leaves one patch of model.image_size={model.image_size}, "

@@ -1,7 +1,7 @@
-"""Patches, masks and position embeddings: the arithmetic of a masked autoencoder, pure and stateless.
+"""Masks: which patches of an image the encoder sees.
 
-Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch (ph * pw * C), D width, (gh, gw) grid.
-A `mask` is 0 where a patch is kept and 1 where it is removed (He et al. 2021, section 3).
+Shapes: B batch, L patches, K kept patches, (gh, gw) grid. A `mask` is 0 where a patch is kept and 1 where it is removed
+(He et al. 2021, section 3).
 """
 
 import math
@@ -14,42 +14,8 @@ import numpy as np
 from mae_dist.errors import ConfigError
 
 STRATEGIES = ("random", "grid", "block", "user")
-POSITIONS = ("sincos2d", "sincos1d", "learned")
-# Widths that fixed positions can have: a multiple of this.
-FIXED_POSITIONS = {"sincos2d": 4, "sincos1d": 2}
 # Blocks tried per example by `block`; whatever they leave short of the count is filled at random.
 _NUM_BLOCKS = 16
-
-
-def grid_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Returns (gh, gw), the number of patches down and across; `ConfigError` if the patch does not divide the image."""
-    for name, size, patch in zip(("height", "width"), image_size, patch_size, strict=True):
-        if patch < 1 or size % patch:
-            fits = [d for d in range(1, size + 1) if size % d == 0]
-            nearest = min(fits, key=lambda d: abs(d - patch))
-            raise ConfigError(
-                f"model.patch_size {patch} does not divide the image {name} {size} (model.image_size); "
-                f"nearest that does: {nearest}"
-            )
-    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
-
-
-def patchify(images: jax.Array, patch_size: tuple[int, int]) -> jax.Array:
-    """(B, H, W, C) -> (B, L, P): patches in raster order, each flattened as (row, column, channel)."""
-    b, h, w, c = images.shape
-    ph, pw = patch_size
-    gh, gw = grid_size((h, w), patch_size)
-    x = images.reshape(b, gh, ph, gw, pw, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, ph * pw * c)
-
-
-def unpatchify(patches: jax.Array, image_size: tuple[int, int], patch_size: tuple[int, int]) -> jax.Array:
-    """(B, L, P) -> (B, H, W, C), the inverse of `patchify`."""
-    b, _, p = patches.shape
-    ph, pw = patch_size
-    gh, gw = grid_size(image_size, patch_size)
-    x = patches.reshape(b, gh, gw, ph, pw, p // (ph * pw))
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * ph, gw * pw, p // (ph * pw))
 
 
 def num_keep(num_patches: int, mask_ratio: float) -> int:
@@ -176,34 +142,6 @@ def restore_ids(ids_shuffle: jax.Array) -> jax.Array:
     return jnp.argsort(ids_shuffle, axis=1).astype(jnp.int32)
 
 
-def take_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Gathers patches: x (B, L, D), ids (B, K) -> (B, K, D)."""
-    return jnp.take_along_axis(x, ids[:, :, None], axis=1)
-
-
 def mask_from_ids(ids_restore: jax.Array, kept: int) -> jax.Array:
     """(B, L) ids_restore -> float32 mask (B, L), 0 kept, 1 removed."""
     return (ids_restore >= kept).astype(jnp.float32)
-
-
-def _sincos(positions: np.ndarray, dim: int) -> np.ndarray:
-    """positions (L,) -> (L, dim): sines of dim/2 frequencies, then their cosines (Vaswani et al. 2017)."""
-    omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2))
-    angles = np.outer(positions.reshape(-1).astype(np.float64), omega)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-
-def sincos_1d(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """Fixed positions (L, D) over the raster index, as the report's models use; D must be even."""
-    return _sincos(np.arange(grid[0] * grid[1]), dim).astype(np.float32)
-
-
-def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """Fixed positions (L, D) as the paper's: the first half of D encodes the column, the second the row; D % 4 == 0."""
-    rows, cols = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
-    return np.concatenate([_sincos(cols, dim // 2), _sincos(rows, dim // 2)], axis=1).astype(np.float32)
-
-
-def fixed_positions(kind: str, grid: tuple[int, int], dim: int) -> np.ndarray:
-    """The table (L, D) of `sincos2d` or `sincos1d`."""
-    return (sincos_2d if kind == "sincos2d" else sincos_1d)(grid, dim)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from mae_dist.onednn import in_use, matmul
-from mae_dist.platforms import by_platform
+from mae_dist.model.by_platform import by_platform
+from mae_dist.model.onednn import in_use, matmul
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -8,30 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from mae_dist import patches
-from mae_dist.functional import dropout, fold_in, layer_norm, linear
-from mae_dist.heads import BatchNorm, Head
-from mae_dist.layers import Constrain, Stack, normal02, unconstrained, xavier
-
-
-class Positions(nnx.Module):
-    """Position embeddings (L, D): fixed ones are constants of the program, learned ones a parameter."""
-
-    def __init__(self, kind: str, grid: tuple[int, int], dim: int, *, rngs: nnx.Rngs):
-        self.kind, self.grid, self.dim = kind, grid, dim
-        if kind == "learned":
-            self.embedding = nnx.Param(normal02(rngs.params(), (grid[0] * grid[1], dim), jnp.float32))
-
-    def __call__(self, dtype: Any) -> jax.Array:
-        """Returns (1, L, D) in `dtype`."""
-        if self.kind == "learned":
-            table = self.embedding[...]
-        else:
-            table = jnp.asarray(patches.fixed_positions(self.kind, self.grid, self.dim))
-        return table.astype(dtype)[None]
+from mae_dist.model import masking as model_masking
+from mae_dist.model import patches
+from mae_dist.model.functional import dropout, fold_in, layer_norm, linear
+from mae_dist.model.layers import Constrain, Stack, normal02, unconstrained, xavier
+from mae_dist.model.positions import Positions
 
 
 def _token(kind: str, dim: int, rngs: nnx.Rngs) -> nnx.Param | None:
@@ -238,8 +221,8 @@ class MaskedAutoencoder(nnx.Module):
 
     def draw_ids_shuffle(self, keys: jax.Array) -> tuple[jax.Array, int]:
         """One mask per example by the configured strategy: keys (B,) -> ids_shuffle (B, L) and K."""
-        user_mask = patches.load_user_mask(self.mask_file, self.grid) if self.masking == "user" else None
-        return patches.draw_ids_shuffle(
+        user_mask = model_masking.load_user_mask(self.mask_file, self.grid) if self.masking == "user" else None
+        return model_masking.draw_ids_shuffle(
             keys, strategy=self.masking, grid=self.grid, mask_ratio=self.mask_ratio, user_mask=user_mask
         )
 
@@ -258,10 +241,10 @@ class MaskedAutoencoder(nnx.Module):
           Predictions (B, L, P) float32, the true patches (B, L, P) float32, and the mask (B, L).
         """
         x = patches.patchify(images, self.patch_size)  # (B, L, P)
-        ids_restore = patches.restore_ids(ids_shuffle)
+        ids_restore = model_masking.restore_ids(ids_shuffle)
         latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)
         pred = self.decoder(latent, ids_restore, fold_in(keys, 1 << 16))  # apart from the encoder's layer indices
-        return pred, x, patches.mask_from_ids(ids_restore, kept)
+        return pred, x, model_masking.mask_from_ids(ids_restore, kept)
 
     def removed_patches(
         self, images: jax.Array, ids_shuffle: jax.Array, kept: int, keys: jax.Array | None
@@ -275,61 +258,3 @@ class MaskedAutoencoder(nnx.Module):
         latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)
         pred = self.decoder.predict_removed(latent, ids_shuffle, fold_in(keys, 1 << 16))
         return pred, patches.take_patches(x, ids_shuffle[:, kept:])
-
-
-class Classifier(nnx.Module):
-    """The encoder of a masked autoencoder on all patches, a pooling and a head.
-
-    The last LayerNorm is the encoder's and acts on tokens, or, with `norm_after_pool`, the head's and acts on what was
-    pooled, as in the paper's fine-tuning. With `batch_norm` features are normalised by a BatchNorm before the head.
-    """
-
-    def __init__(
-        self,
-        model: dict[str, Any],
-        *,
-        num_classes: int,
-        kind: str,
-        hidden_dim: int,
-        pool: str,
-        norm_after_pool: bool,
-        batch_norm: bool,
-        constrain: Constrain = unconstrained,
-        rngs: nnx.Rngs,
-    ):
-        autoencoder = MaskedAutoencoder(**model, final_norm=not norm_after_pool, constrain=constrain, rngs=rngs)
-        self.encoder, self.patch_size = autoencoder.encoder, autoencoder.patch_size
-        norm_eps = model["norm_eps"] if norm_after_pool else 0.0
-        self.head = Head(
-            model["embed_dim"],
-            num_classes,
-            kind=kind,
-            hidden_dim=hidden_dim,
-            norm_eps=norm_eps,
-            # As in the paper's code: near zero, so that the first steps do not disturb the encoder. Of normalised
-            # features none is disturbed, and LARS would grow a tiny matrix by tiny steps.
-            init_std=0.01 if batch_norm else 2e-5,
-            rngs=rngs,
-        )
-        self.batch_norm = BatchNorm(model["embed_dim"]) if batch_norm else None
-        self.pool = pool
-
-    def features(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Scaled pixels (B, H, W, C) -> pooled features (B, D) of all patches."""
-        tokens = self.encoder(patches.patchify(images, self.patch_size), None, keys)
-        return self.encoder.pool(tokens, self.pool)
-
-    def logits(self, features: jax.Array, *, whole_batch: bool = False) -> jax.Array:
-        """Pooled features (B, D) -> logits (B, Y); BatchNorm by the features' own statistics if they are all there."""
-        if self.batch_norm is not None:
-            features = self.batch_norm(features, whole_batch=whole_batch)
-        return self.head(features)
-
-    def __call__(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """Scaled pixels (B, H, W, C) -> logits (B, Y)."""
-        return self.logits(self.features(images, keys))
-
-
-def param_count(params: Any) -> int:
-    """Number of values in a parameter tree (arrays or their shapes)."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

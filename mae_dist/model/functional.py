@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mae_dist.onednn import computes_for_itself, in_use, matmul
-from mae_dist.platforms import by_platform
+from mae_dist.model.by_platform import by_platform
+from mae_dist.model.onednn import computes_for_itself, in_use, matmul
 
 
 def fold_in(keys: jax.Array | None, data: Any) -> jax.Array | None:

@@ -9,7 +9,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from mae_dist import sharding
+from mae_dist.parallel import shardings
 
 
 @struct.dataclass
@@ -72,8 +72,8 @@ def state_shardings(
     mesh: Mesh, abstract: TrainState, tx: optax.GradientTransformation, frozen: tuple[str, ...]
 ) -> TrainState:
     """A tree like the state with a NamedSharding for every array."""
-    params = sharding.param_shardings(mesh, abstract.params)
+    params = shardings.param_shardings(mesh, abstract.params)
     trainable, _ = split_frozen(params, frozen)
-    opt_state = sharding.opt_state_shardings(mesh, tx, abstract.opt_state, trainable)
+    opt_state = shardings.opt_state_shardings(mesh, tx, abstract.opt_state, trainable)
     ema = trainable if abstract.ema is not None else None
-    return TrainState(step=sharding.replicated(mesh), params=params, opt_state=opt_state, ema=ema)
+    return TrainState(step=shardings.replicated(mesh), params=params, opt_state=opt_state, ema=ema)

@@ -1,4 +1,4 @@
-"""Analytic floating point operations per image, and the peak of known devices: together the MFU of a run.
+"""Analytic floating point operations per image: with the peak of known devices (`hardware`), the MFU of a run.
 
 A multiply-add is 2 FLOPs. Only matrix products are counted (over 99 % of the work of a transformer); a backward pass
 is 2 forward passes; recomputation by rematerialisation is not counted. XLA's own `cost_analysis` is no substitute: it
@@ -10,6 +10,10 @@ Shapes: N tokens, D width.
 import itertools
 import math
 from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from mae_dist.model import masking, patches
 
 
 def stack_forward_flops(*, num_tokens: int, embed_dim: int, depth: int, mlp_ratio: float) -> float:
@@ -121,3 +125,51 @@ def classifier_train_flops_per_image(
     widths = (embed_dim, *head_hidden_dims, num_classes)
     head = sum(2 * fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
     return encoder_passes * encoder + 3 * head
+
+
+def forward_flops(config: ConfigDict) -> float:
+    """Of the encoder on all patches of an image."""
+    model = config.model
+    return encoder_forward_flops(
+        patch_size=model.patch_size,
+        channels=model.channels,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        mlp_ratio=model.mlp_ratio,
+        num_patches=math.prod(patches.grid_size(model.image_size, model.patch_size)),
+        cls_token=model.cls_token != "none",
+    )
+
+
+def count_kept_patches(config: ConfigDict) -> int:
+    """Patches the encoder sees of an image while it trains."""
+    model = config.model
+    rows, columns = patches.grid_size(model.image_size, model.patch_size)
+    if config.task != "pretrain":
+        return rows * columns
+    return masking.count_kept(
+        strategy=model.masking,
+        grid=(rows, columns),
+        mask_ratio=model.mask_ratio,
+        user_mask=masking.load_user_mask(model.mask_file, (rows, columns)) if model.masking == "user" else None,
+    )
+
+
+def encoder_passes_of(config: ConfigDict) -> int:
+    """See `Job.encoder_passes`; a frozen encoder without augmentation gives the same features every epoch."""
+    if config.task != "probe":
+        return 3
+    return 0 if config.data.augment == "none" else 1
+
+
+def train_flops_per_image(config: ConfigDict, num_classes: int, num_kept: int) -> float:
+    model = config.model
+    shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
+    shape["cls_token"] = model.cls_token != "none"
+    if config.task != "pretrain":
+        hidden = (config.classify.hidden_dim,) if config.classify.head == "mlp" else ()
+        return classifier_train_flops_per_image(
+            **shape, num_classes=num_classes, head_hidden_dims=hidden, encoder_passes=encoder_passes_of(config)
+        )
+    decoder = {name: model[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
+    return mae_train_flops_per_image(**shape, **decoder, num_keep=num_kept)

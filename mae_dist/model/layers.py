@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mae_dist.attention import attention
-from mae_dist.functional import drop_path, dropout, fold_in, gelu, layer_norm, linear
+from mae_dist.model.attention import attention
+from mae_dist.model.functional import drop_path, dropout, fold_in, gelu, layer_norm, linear
 
 CLS_TOKENS = ("learned", "zero", "none")
 MASK_TOKENS = ("learned", "zero")

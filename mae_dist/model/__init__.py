@@ -1,0 +1,1 @@
+"""The masked autoencoder and the classifiers on its encoder: plain JAX, without mesh or platform."""

@@ -1,0 +1,67 @@
+"""A classifier: the encoder of a masked autoencoder, a pooling and a head.
+
+Shapes: B batch, H W C image, D encoder width, Y classes.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from mae_dist.model import patches
+from mae_dist.model.autoencoder import MaskedAutoencoder
+from mae_dist.model.heads import BatchNorm, Head
+from mae_dist.model.layers import Constrain, unconstrained
+
+
+class Classifier(nnx.Module):
+    """The encoder of a masked autoencoder on all patches, a pooling and a head.
+
+    The last LayerNorm is the encoder's and acts on tokens, or, with `norm_after_pool`, the head's and acts on what was
+    pooled, as in the paper's fine-tuning. With `batch_norm` features are normalised by a BatchNorm before the head.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        *,
+        num_classes: int,
+        kind: str,
+        hidden_dim: int,
+        pool: str,
+        norm_after_pool: bool,
+        batch_norm: bool,
+        constrain: Constrain = unconstrained,
+        rngs: nnx.Rngs,
+    ):
+        autoencoder = MaskedAutoencoder(**model, final_norm=not norm_after_pool, constrain=constrain, rngs=rngs)
+        self.encoder, self.patch_size = autoencoder.encoder, autoencoder.patch_size
+        norm_eps = model["norm_eps"] if norm_after_pool else 0.0
+        self.head = Head(
+            model["embed_dim"],
+            num_classes,
+            kind=kind,
+            hidden_dim=hidden_dim,
+            norm_eps=norm_eps,
+            # As in the paper's code: near zero, so that the first steps do not disturb the encoder. Of normalised
+            # features none is disturbed, and LARS would grow a tiny matrix by tiny steps.
+            init_std=0.01 if batch_norm else 2e-5,
+            rngs=rngs,
+        )
+        self.batch_norm = BatchNorm(model["embed_dim"]) if batch_norm else None
+        self.pool = pool
+
+    def features(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Scaled pixels (B, H, W, C) -> pooled features (B, D) of all patches."""
+        tokens = self.encoder(patches.patchify(images, self.patch_size), None, keys)
+        return self.encoder.pool(tokens, self.pool)
+
+    def logits(self, features: jax.Array, *, whole_batch: bool = False) -> jax.Array:
+        """Pooled features (B, D) -> logits (B, Y); BatchNorm by the features' own statistics if they are all there."""
+        if self.batch_norm is not None:
+            features = self.batch_norm(features, whole_batch=whole_batch)
+        return self.head(features)
+
+    def __call__(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Scaled pixels (B, H, W, C) -> logits (B, Y)."""
+        return self.logits(self.features(images, keys))

@@ -1,0 +1,59 @@
+"""Position embeddings: fixed ones by sines and cosines, or learned ones.
+
+Shapes: L patches, D width, (gh, gw) grid.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mae_dist.model import positions
+from mae_dist.model.layers import normal02
+
+
+class Positions(nnx.Module):
+    """Position embeddings (L, D): fixed ones are constants of the program, learned ones a parameter."""
+
+    def __init__(self, kind: str, grid: tuple[int, int], dim: int, *, rngs: nnx.Rngs):
+        self.kind, self.grid, self.dim = kind, grid, dim
+        if kind == "learned":
+            self.embedding = nnx.Param(normal02(rngs.params(), (grid[0] * grid[1], dim), jnp.float32))
+
+    def __call__(self, dtype: Any) -> jax.Array:
+        """Returns (1, L, D) in `dtype`."""
+        if self.kind == "learned":
+            table = self.embedding[...]
+        else:
+            table = jnp.asarray(positions.fixed_positions(self.kind, self.grid, self.dim))
+        return table.astype(dtype)[None]
+
+
+POSITIONS = ("sincos2d", "sincos1d", "learned")
+# Widths that fixed positions can have: a multiple of this.
+FIXED_POSITIONS = {"sincos2d": 4, "sincos1d": 2}
+
+
+def _sincos(positions: np.ndarray, dim: int) -> np.ndarray:
+    """positions (L,) -> (L, dim): sines of dim/2 frequencies, then their cosines (Vaswani et al. 2017)."""
+    omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2))
+    angles = np.outer(positions.reshape(-1).astype(np.float64), omega)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_1d(grid: tuple[int, int], dim: int) -> np.ndarray:
+    """Fixed positions (L, D) over the raster index, as the report's models use; D must be even."""
+    return _sincos(np.arange(grid[0] * grid[1]), dim).astype(np.float32)
+
+
+def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
+    """Fixed positions (L, D) as the paper's: the first half of D encodes the column, the second the row; D % 4 == 0."""
+    rows, cols = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    return np.concatenate([_sincos(cols, dim // 2), _sincos(rows, dim // 2)], axis=1).astype(np.float32)
+
+
+def fixed_positions(kind: str, grid: tuple[int, int], dim: int) -> np.ndarray:
+    """The table (L, D) of `sincos2d` or `sincos1d`."""
+    return (sincos_2d if kind == "sincos2d" else sincos_1d)(grid, dim)

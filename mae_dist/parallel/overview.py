@@ -1,0 +1,61 @@
+"""A readable table of what lies where."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from mae_dist.parallel.mesh import num_slices
+from mae_dist.parallel.rules import MESH_AXES, logical_axes, path_name
+from mae_dist.parallel.shardings import bytes_per_device
+
+
+@dataclasses.dataclass
+class _Row:
+    parameter: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    bytes_per_device: int
+
+
+def overview(mesh: Mesh, state: Any, shardings: Any) -> str:
+    """A readable table: mesh, every parameter with its spec and bytes per device, totals, and what is whole and why.
+
+    Args:
+      mesh: the mesh.
+      state: a TrainState of arrays or shapes.
+      shardings: the same tree of NamedShardings.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    specs = jax.tree.leaves(shardings.params)
+    axes = jax.tree.leaves(logical_axes(state.params), is_leaf=lambda x: isinstance(x, tuple))
+    rows, whole = [], {}
+    for (path, leaf), sharding, names in zip(leaves, specs, axes, strict=True):
+        spec = ", ".join(
+            str(entry) if entry else "-" for entry in (*sharding.spec, *[None] * len(leaf.shape))[: len(leaf.shape)]
+        )
+        rows.append(_Row(path_name(path), leaf.shape, leaf.dtype.name, spec, bytes_per_device(leaf, sharding)))
+        if mesh.size > 1 and sharding.shard_shape(leaf.shape) == leaf.shape:
+            mapped = sorted({str(MESH_AXES[name]) for name in names if name and MESH_AXES[name]})
+            why = f"mesh axis {' and '.join(mapped)} has size 1" if mapped else "small: its rule leaves it whole"
+            whole.setdefault(why, []).append((path_name(path), leaf))
+    total = sum(math.prod(leaf.shape) for _, leaf in leaves)
+    slices = num_slices(mesh.devices.flat)
+    lines = [
+        "mesh: "
+        + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        + f" ({mesh.size} devices{f'; {slices} slices, data across them' if slices > 1 else ''})",
+        parameter_overview.make_table(rows),
+        f"parameters: {total:,} in {len(rows)} arrays, {bytes_per_device(state.params, shardings.params):,} bytes per "
+        f"device; optimizer state: {bytes_per_device(state.opt_state, shardings.opt_state):,} bytes per device",
+    ]
+    if state.ema is not None:
+        lines.append(f"averages of the parameters: {bytes_per_device(state.ema, shardings.ema):,} bytes per device")
+    for why, entries in whole.items():
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in entries)
+        lines.append(f"whole on every device, {why}: {len(entries)} arrays, {size:,} bytes")
+    return "\n".join(lines)

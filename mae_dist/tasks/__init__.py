@@ -1,0 +1,1 @@
+"""What is trained: pretraining, probing and fine-tuning, each as one `Task` value."""

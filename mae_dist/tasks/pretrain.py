@@ -1,0 +1,107 @@
+"""Pretraining: reconstruct removed patches.
+
+Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, D encoder width.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+from ml_collections import ConfigDict
+
+from mae_dist import integrity
+from mae_dist.model import patches
+from mae_dist.model.build import Params, functional, make_model
+from mae_dist.model.layers import Constrain
+from mae_dist.tasks import losses
+from mae_dist.tasks.base import Batch, Task, scale_pixels, unscale_pixels
+
+
+def make_pretrain(config: ConfigDict, constrain: Constrain) -> Task:
+    mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
+    abstract, init, bind = functional(functools.partial(make_model, config, 0, constrain))
+
+    def forward(params: Params, batch: Batch, mask_keys: jax.Array) -> Any:
+        model = bind(params)
+        ids_shuffle, kept = model.draw_ids_shuffle(mask_keys)
+        return model(scale_pixels(batch["image"], mean, std), ids_shuffle, kept, None)
+
+    def target(true: jax.Array) -> jax.Array:
+        return losses.normalize_patches(true) if norm_pix_loss else true
+
+    def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = bind(params)
+        ids_shuffle, kept = model.draw_ids_shuffle(keys)
+        images = scale_pixels(batch["image"], mean, std)
+        pred, true = model.removed_patches(images, ids_shuffle, kept, keys)  # (B, L - K, P)
+        traced = {"trace": _trace(batch["image"], ids_shuffle)} if config.trace else {}
+        return jnp.square(pred - target(true)).mean(axis=(1, 2)), traced
+
+    def fixed_keys(batch: Batch) -> jax.Array:
+        """One mask per example of a split, the same at every evaluation and on any devices: keys (B,)."""
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), batch["index"])
+
+    def evaluate(params: Params, batch: Batch) -> dict[str, clu_metrics.Metric]:
+        pred, true, mask = forward(params, batch, fixed_keys(batch))
+        values = losses.masked_pixel_loss(pred, target(true), mask)
+        return {"loss": clu_metrics.Average.from_model_output(values, batch["weight"] > 0)}
+
+    def features(params: Params, batch: Batch) -> jax.Array:
+        model = bind(params)
+        x = patches.patchify(scale_pixels(batch["image"], mean, std), config.model.patch_size)
+        return model.encoder.pool(model.encoder(x, None, None), config.classify.pool)
+
+    def reconstruct(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        return make_pictures(config, *forward(params, batch, fixed_keys(batch)))
+
+    return Task(
+        name="pretrain",
+        abstract_params=abstract,
+        init_params=init,
+        loss=loss,
+        evaluate=evaluate,
+        features=features,
+        reconstruct=reconstruct,
+    )
+
+
+def _trace(images: jax.Array, ids_shuffle: jax.Array) -> jax.Array:
+    """What each example and its mask are, as one number: uint32 (B,)."""
+    return jax.vmap(lambda image, ids: integrity.checksum(image) ^ integrity.checksum(ids + 1))(images, ids_shuffle)
+
+
+def make_pictures(config: ConfigDict, pred: jax.Array, true: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Turns a prediction into pictures.
+
+    Args:
+      config: of the pretraining; `pictures.pix_stats` says whence the moments of normalised patches are.
+      pred: predictions (B, L, P), normalised per patch where the loss was.
+      true: the patches as the model saw them (B, L, P).
+      mask: (B, L), 1 where a patch was removed.
+
+    Returns:
+      `original`, `masked`, `reconstruction`, `with_visible`: float32 (B, H, W, C) in 0..1.
+    """
+    mean, std, model = config.data.mean, config.data.std, config.model
+    pixels = pred
+    if config.pretrain.norm_pix_loss:  # the model says nothing of the patches' moments
+        if config.pictures.pix_stats == "visible":
+            moments = losses.visible_moments(true, mask, patches.grid_size(model.image_size, model.patch_size))
+        else:
+            moments = losses.patch_moments(true)
+        pixels = losses.denormalize_patches(pred, *moments)
+    removed = mask[:, :, None]  # (B, L, 1)
+
+    def picture(x: jax.Array) -> jax.Array:
+        return unscale_pixels(patches.unpatchify(x, model.image_size, model.patch_size), mean, std)
+
+    gray = (0.5 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    blank = patches.patchify(jnp.broadcast_to(gray, (1, *model.image_size, model.channels)), model.patch_size)
+    return {
+        "original": picture(true),
+        "masked": picture(jnp.where(removed > 0, blank, true)),
+        "reconstruction": picture(pixels),
+        "with_visible": picture(jnp.where(removed > 0, pixels, true)),
+    }
