@@ -23,11 +23,12 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cli, encoder, errors, hardware, hugging_face, input_speed, job, steps
+from mae_dist import cli, encoder, errors, hardware, input_speed, job, steps
 from mae_dist.cpu import cores
 from mae_dist.cpu.start import use_cores
 from mae_dist.data import local_rows, to_global
 from mae_dist.model import flops, patches
+from mae_dist.weights import hugging_face
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
 _AGAINST = flags.DEFINE_enum("against", None, ["hf", "torch"], "Take turns with another: torch for --what input.")

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import pretrained, steps
+from mae_dist import steps
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.model import autoencoder, patches
 from mae_dist.model.build import functional
@@ -25,6 +25,7 @@ from mae_dist.parallel.mesh import make_mesh
 from mae_dist.parallel.shardings import make_constrain, replicated
 from mae_dist.storage import absolute
 from mae_dist.tasks.base import scale_pixels
+from mae_dist.weights import pretrained
 
 KINDS = ("mean", "cls", "patches")
 Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
@@ -237,7 +238,7 @@ def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None)
         both. Without, those of the published models are assumed, and that is said.
 
     Raises:
-      DataFault, StorageFault, ConfigError: as `mae_dist.pretrained.open_pretrained`.
+      DataFault, StorageFault, ConfigError: as `mae_dist.weights.pretrained.open_pretrained`.
     """
     from mae_dist.config import default
 

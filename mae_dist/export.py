@@ -19,13 +19,14 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import cli, encoder, errors, pretrained
+from mae_dist import cli, encoder, errors
 from mae_dist.model import patches
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.build import functional
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute, appearing, naming_faults, write_bytes_atomically
 from mae_dist.tasks.pretrain import make_pictures
+from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is.", allow_override=True)
 _OUT = flags.DEFINE_string("out", None, "The file to write.", allow_override=True)

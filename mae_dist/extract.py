@@ -12,11 +12,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mae_dist import encoder, evaluate, pretrained
+from mae_dist import encoder, evaluate
 from mae_dist.data import Dataset
 from mae_dist.errors import ConfigError
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
+from mae_dist.weights import pretrained
 
 Columns = dict[str, np.ndarray]
 

@@ -16,13 +16,14 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import cli, encoder, errors, extract, job, pretrained
+from mae_dist import cli, encoder, errors, extract, job
 from mae_dist.cpu import start
 from mae_dist.data import Dataset
 from mae_dist.extract import Columns
 from mae_dist.model import patches
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute, appearing, naming_faults
+from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
 _OUT = flags.DEFINE_string("out", None, "The directory to write.", allow_override=True)

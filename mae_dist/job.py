@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import pretrained, saved, steps
+from mae_dist import steps
 from mae_dist.cpu import cores
 from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
 from mae_dist.errors import ConfigError
@@ -28,6 +28,8 @@ from mae_dist.parallel.rules import logical_axes
 from mae_dist.storage import absolute
 from mae_dist.tasks.base import Task
 from mae_dist.tasks.make import make_task
+from mae_dist.weights import pretrained
+from mae_dist.weights.compatible import check_fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Job:
             logging.info("%s has no LayerScale: it begins as 1 in every block, the same function", source.origin)
             source = pretrained.with_unit_layer_scale(source)
         groups = [group for group in ("encoder", "decoder") if group in new.params and group in source.abstract]
-        saved.check_fits(source.config, self.config, groups)
+        check_fits(source.config, self.config, groups)
         loaded = source.load({group: self.shardings.params[group] for group in groups})
         logging.info("%s from %s", " and ".join(groups), source.origin)
         # The averages start from the weights, in arrays of their own: an update overwrites both.

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags, logging
 
-from mae_dist import cli, errors, extract, job, pretrained, readout
+from mae_dist import cli, errors, extract, job, readout
 from mae_dist.cpu import start
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute
+from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
 _K = flags.DEFINE_integer("k", 20, "Neighbours that vote.")

@@ -38,14 +38,15 @@ def _train(argv: Sequence[str]) -> int:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; options are --config.field=value")
     config = needed_config()
 
-    from mae_dist import preemption, storage, watch
+    from mae_dist import storage
+    from mae_dist.resilience import preemption, watchdog
 
     workdir_name = storage.absolute_name(WORKDIR.value or f"runs/{config.name}")
     storage.check_checkpoints(workdir_name, saving=True)
     use_cores(config, workdir_name, single_process=is_single_process())
 
     notices = preemption.Notices(_SIMULATE_PREEMPTION.value)
-    with watch.Watch(**config.deadlines) as watching, notices.handling(_METADATA_SERVER.value):
+    with watchdog.Watch(**config.deadlines) as watching, notices.handling(_METADATA_SERVER.value):
         import jax
 
         from mae_dist import job, train

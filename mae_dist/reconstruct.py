@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from mae_dist import cli, errors, job, pictures, saved, train
+from mae_dist import cli, errors, job, pictures, train
 from mae_dist import config as config_lib
+from mae_dist.checkpoint import reader
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute
 
@@ -37,7 +38,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     del argv
     workdir = absolute(cli.required(_WORKDIR))
     processes.quiet_unless_primary()
-    config = saved.read_config(workdir, cli.default_config())
+    config = reader.read_config(workdir, cli.default_config())
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)
         config.accum_steps = config.cpu.pieces = 1
@@ -54,7 +55,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     dataset = getattr(built.data, _SPLIT.value)
     if dataset is None:
         raise errors.ConfigError(f"--split={_SPLIT.value}: the run has no such split (data.{_SPLIT.value}_split is '')")
-    step, params = saved.load_params(workdir, built.abstract_state.params, built.shardings.params)
+    step, params = reader.load_params(workdir, built.abstract_state.params, built.shardings.params)
     with jax.set_mesh(built.mesh):
         grid = train.draw_reconstructions(built, params, dataset, step, _NUM_IMAGES.value)
     out = absolute(_OUT.value) if _OUT.value else workdir / "pictures" / f"{_SPLIT.value}_{step:08d}.png"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_dist import encoder, evaluate, job, pretrained, steps
+from mae_dist import encoder, evaluate, job, steps
 from mae_dist.data import Dataset
 from mae_dist.errors import DataFault
 from mae_dist.model.build import functional, make_model
@@ -23,6 +23,7 @@ from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.report_runs import Run
 from mae_dist.tasks.base import scale_pixels
+from mae_dist.weights import pretrained
 
 _BATCH_SIZE = 256
 _NUM_SHOWN = 24  # images that the page shows with their predictions

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mae_dist import metrics
 from mae_dist.evaluate import NUM_LOWEST
+from mae_dist.metrics.summary import last_values
 from mae_dist.report_groups import Group, mean_std
 from mae_dist.report_model import Seen
 from mae_dist.report_plot import MARKERS, Line, Plot, shorten
@@ -146,7 +146,7 @@ def per_class(groups: Sequence[Group], styles: Mapping[str, Line]) -> Plot | Non
     few = False
     for one in groups:
         values: dict[str, list[float]] = {}
-        for last in (metrics.last_values(run.records) for run in one.runs):
+        for last in (last_values(run.records) for run in one.runs):
             few |= f"{split}_top1_min" in last
             for name, value in last.items():
                 if name.startswith(prefix) and math.isfinite(value):

@@ -14,9 +14,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import goodput, integrity, metrics, saved
+from mae_dist.checkpoint import digests, reader
+from mae_dist.checkpoint.manifests import Seals
 from mae_dist.errors import StorageFault, UserError
-from mae_dist.seals import Seals
+from mae_dist.metrics import goodput
+from mae_dist.metrics.recorder import read_metrics
+from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.storage import absolute, children_of, naming_faults, read_text
 
 
@@ -170,7 +173,7 @@ def collect(workdirs: Sequence[epath.Path], default: ConfigDict) -> tuple[list[R
 
 
 def _read(workdir: epath.Path, default: ConfigDict) -> Run:
-    run = Run(workdir, saved.read_config(workdir, default))
+    run = Run(workdir, reader.read_config(workdir, default))
 
     def tried(read: Any, otherwise: Any) -> Any:
         try:
@@ -179,7 +182,7 @@ def _read(workdir: epath.Path, default: ConfigDict) -> Run:
             run.faults.append(_first_line(error))
             return otherwise
 
-    run.records = tried(metrics.read_metrics, [])
+    run.records = tried(read_metrics, [])
     run.ledger = tried(goodput.summarize, {})
     run.span = tried(goodput.span, None)
     run.planned_steps = tried(goodput.total_steps, None)
@@ -194,7 +197,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_summary(workdir: epath.Path) -> dict[str, Any]:
-    path = workdir / metrics.SUMMARY_FILE
+    path = workdir / SUMMARY_FILE
     with naming_faults(path):
         text = read_text(path)
     try:
@@ -280,11 +283,11 @@ def checkpoints(workdir: epath.Path, *, arrays: bool) -> tuple[list[SavedState],
     """
     seals, found = Seals(workdir), []
     with naming_faults(workdir):
-        for step in saved.steps(workdir):
+        for step in reader.steps(workdir):
             path = workdir / "checkpoints" / str(step)
             try:
-                faults = saved.condition(workdir, step) if arrays else seals.damage(step) or []
-                size = sum(file.stat().length for file in integrity.files(path)) / 2**20
+                faults = reader.condition(workdir, step) if arrays else seals.damage(step) or []
+                size = sum(file.stat().length for file in digests.files(path)) / 2**20
             except FileNotFoundError:
                 if path.exists():
                     raise

@@ -23,11 +23,12 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from mae_dist import cli, errors, points, results, sweep_table, workers
+from mae_dist import cli, errors, points, sweep_table, workers
 from mae_dist import config as config_lib
 from mae_dist.config import named, recipes
-from mae_dist.lock import sole_user
+from mae_dist.metrics import results
 from mae_dist.points import Point, Stage
+from mae_dist.resilience.lock import sole_user
 from mae_dist.storage import check_checkpoints, local
 
 _OVER = flags.DEFINE_multi_string("over", [], "config.section.field=value,value,…; repeat it for further fields.")

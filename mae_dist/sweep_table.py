@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from mae_dist.results import METRICS, Result, Spread, spread
+from mae_dist.metrics.results import METRICS, Result, Spread, spread
 from mae_dist.storage import naming_faults, read_text, set_aside, write_bytes_atomically, write_text_atomically
 
 _SWEEP_FILE = "sweep.json"

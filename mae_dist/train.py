@@ -17,19 +17,24 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import errors, evaluate, goodput, hardware, history, metrics, pictures, readout
-from mae_dist.checkpoint import Checkpoints
-from mae_dist.clu_without_tf import periodic_actions
+from mae_dist import errors, evaluate, hardware, pictures, readout
+from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
-from mae_dist.goodput import Ledger
 from mae_dist.job import Data, Job
-from mae_dist.lock import Held, sole_user
+from mae_dist.metrics import goodput, history
+from mae_dist.metrics.goodput import Ledger
+from mae_dist.metrics.recorder import Recorder, read_metrics
+from mae_dist.metrics.summary import SUMMARY_FILE, environment, last_values, write_summary
+from mae_dist.metrics.tensorboard import periodic_actions
+from mae_dist.metrics.throughput import Throughput
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes, shardings
-from mae_dist.preemption import Notices, Preempted
 from mae_dist.profiler import Profiler
+from mae_dist.resilience.interrupt import interrupted_between_steps
+from mae_dist.resilience.lock import Held, sole_user
+from mae_dist.resilience.preemption import Notices, Preempted
+from mae_dist.resilience.watchdog import Watch
 from mae_dist.storage import naming_faults, read_text, set_aside, write_text_atomically
-from mae_dist.watch import Watch
 
 
 def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, notices: Notices) -> int:
@@ -48,7 +53,7 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
     total_steps = job.schedule.total_steps
     with (
         sole_user(workdir) if processes.is_primary() else contextlib.nullcontext(Held()) as held,
-        processes.interrupted_between_steps() as stop_if_interrupted,
+        interrupted_between_steps() as stop_if_interrupted,
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
     ):
@@ -122,9 +127,9 @@ def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
     )
 
 
-def _recorder(workdir: epath.Path, start: int) -> metrics.Recorder:
+def _recorder(workdir: epath.Path, start: int) -> Recorder:
     primary = processes.is_primary()
-    return metrics.Recorder(workdir, start_step=start, is_primary=primary, log_lines=not _shows_bar())
+    return Recorder(workdir, start_step=start, is_primary=primary, log_lines=not _shows_bar())
 
 
 def _shows_bar() -> bool:
@@ -150,7 +155,7 @@ def _write_config(job: Job, workdir: epath.Path) -> None:
         path = workdir / "config.json"
         with naming_faults(path):
             workdir.mkdir(parents=True, exist_ok=True)
-            set_aside(workdir / metrics.SUMMARY_FILE)  # of a run that was shorter
+            set_aside(workdir / SUMMARY_FILE)  # of a run that was shorter
             write_text_atomically(path, config_lib.to_json(job.config) + "\n")
 
 
@@ -172,7 +177,7 @@ class _Run:
         self,
         job: Job,
         workdir: epath.Path,
-        recorder: metrics.Recorder,
+        recorder: Recorder,
         params: Any,
         watch: Watch,
         notices: Notices,
@@ -195,7 +200,7 @@ class _Run:
             self.data = _with_features(job, params) if job.caches_features else job.data
         device = job.mesh.devices.flat[0]
         peak = hardware.peak_flops(device.device_kind, job.config.model.dtype)
-        self.throughput = metrics.Throughput(
+        self.throughput = Throughput(
             images_per_step=job.config.global_batch_size,
             total_steps=job.schedule.total_steps,
             flops_per_image=job.flops_per_image,
@@ -452,8 +457,8 @@ def finish(job: Job, workdir: epath.Path, step: int) -> int:
     if summary is None:
         summary = _summary(job, workdir, step)
         with naming_faults(workdir):
-            set_aside(workdir / metrics.SUMMARY_FILE)
-        metrics.write_summary(workdir, summary)
+            set_aside(workdir / SUMMARY_FILE)
+        write_summary(workdir, summary)
     accuracies = ("val_top1", "test_top1", *config_lib.ONLINE, "test_knn_top1", "test_ridge_top1")
     shown = ("loss", "val_loss", "test_loss", *accuracies, "images_per_sec")
     values = ", ".join(f"{name} {summary[name]:.4g}" for name in shown if summary.get(name) is not None)
@@ -463,7 +468,7 @@ def finish(job: Job, workdir: epath.Path, step: int) -> int:
 
 def _summary(job: Job, workdir: epath.Path, step: int) -> dict[str, Any]:
     """What summary.json says of the run."""
-    records = metrics.read_metrics(workdir)
+    records = read_metrics(workdir)
     rates = [record["images_per_sec"] for record in records if math.isfinite(record.get("images_per_sec", math.nan))]
     timing = ("step_secs", "eta_secs", "images_per_sec", "data_wait", "mfu")
     return {
@@ -471,8 +476,8 @@ def _summary(job: Job, workdir: epath.Path, step: int) -> dict[str, Any]:
         "task": job.config.task,
         "step": step,
         "total_steps": job.schedule.total_steps,
-        **{name: value for name, value in metrics.last_values(records).items() if name not in ("step", *timing)},
+        **{name: value for name, value in last_values(records).items() if name not in ("step", *timing)},
         "images_per_sec": statistics.median(rates) if rates else None,
         "goodput": goodput.summarize(workdir),
-        "environment": metrics.environment(),
+        "environment": environment(),
     }

@@ -10,8 +10,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import checkpoint, errors
 from mae_dist import config as config_lib
+from mae_dist import errors
+from mae_dist.checkpoint import __main__
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +26,7 @@ def parse(module: str, arguments: Sequence[str]) -> ConfigDict | None:
     """
     if module == "checkpoint":
         with contextlib.suppress(errors.StorageFault):  # the arguments are right and there is no such workdir
-            checkpoint._command([*arguments[:-1], f"/nowhere/{arguments[-1]}"])
+            __main__.command([*arguments[:-1], f"/nowhere/{arguments[-1]}"])
         return None
     argv = [module, *arguments]
     values = _defined(module, argv)

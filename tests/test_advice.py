@@ -27,11 +27,14 @@ from ml_collections import ConfigDict
 import configs.default
 from configs import recipes, smoke
 from mae_dist import config as config_lib
-from mae_dist import errors, job, points, pretrained, results, saved
+from mae_dist import errors, job, points
+from mae_dist.metrics import results
 from mae_dist.model import masking
 from mae_dist.model.build import abstract_params
 from mae_dist.parallel import shardings
 from mae_dist.parallel.mesh import AXES, mesh_shape
+from mae_dist.weights import pretrained
+from mae_dist.weights.compatible import check_fits
 from tests import commands
 from tests.commands import ROOT
 
@@ -505,17 +508,17 @@ def test_weights_of_another_size_are_converted_as_said(place, child_env):
     source, config.init_from = config.copy_and_resolve_references(), str(place / "runs/smoke")
     config.model.update(image_size=(24, 16), channels=1)
     with pytest.raises(errors.StorageFault, match="or convert the weights first") as refused:
-        saved.check_fits(source, config, ("encoder", "decoder"))
+        check_fits(source, config, ("encoder", "decoder"))
     line, _, then = str(refused.value).rpartition(" and train with ")
     run_line(line_in(line), place, child_env())
     given = ["--config", "configs/smoke.py", *shlex.split(then.rstrip("."))]
     config = commands.parse("main", [*given, "--config.model.image_size=(24, 16)", "--config.model.channels=1"])
     assert config is not None
     converted = pretrained.open_pretrained(epath.Path(config.init_from), configs.default.get_config())
-    saved.check_fits(converted.config, config, ("encoder", "decoder"))
+    check_fits(converted.config, config, ("encoder", "decoder"))
     config.model.embed_dim = 64
     with pytest.raises(errors.StorageFault) as refused:
-        saved.check_fits(converted.config, config, ("encoder",))
+        check_fits(converted.config, config, ("encoder",))
     assert "convert" not in str(refused.value).splitlines()[-1]  # which changes no widths
 
 

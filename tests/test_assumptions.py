@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from configs import default
 from mae_dist import config as config_lib
-from mae_dist import convert, foreign, layouts, pretrained, saved
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.model import positions
+from mae_dist.weights import convert, foreign, layouts, pretrained
+from mae_dist.weights.compatible import check_fits
 from tests.runs import run
 from tests.trained import in_memory
 
@@ -176,7 +177,7 @@ def test_tokens_of_zero(tmp_path):
     for template in (made.config, None):
         found = opened(path, template)
         assert found.config.model.cls_token == found.config.model.mask_token == ("zero" if template else "learned")
-    saved.check_fits(opened(path, made.config).config, made.config, ("encoder", "decoder"))
+    check_fits(opened(path, made.config).config, made.config, ("encoder", "decoder"))
 
 
 def test_missing_scaling_of_hugging_face(tmp_path, source, caplog):
@@ -200,7 +201,7 @@ def test_rounded_positions(tmp_path, source, tensors, caplog, dtype, wide_file):
     torch.save({name: t.float() if wide_file else t for name, t in rounded.items()}, tmp_path / "a.pth")
     found = opened(tmp_path / "a.pth", source.config)
     assert found.config.model.pos_embed == "sincos2d"
-    saved.check_fits(found.config, source.config, ("encoder", "decoder"))
+    check_fits(found.config, source.config, ("encoder", "decoder"))
     assert f"rounded to {str(dtype).removeprefix('torch.')}" in caplog.text
     assert "--config.model.pos_embed=learned keeps" in caplog.text
     template = source.config.copy_and_resolve_references().unlock()
@@ -208,7 +209,7 @@ def test_rounded_positions(tmp_path, source, tensors, caplog, dtype, wide_file):
     kept = opened(tmp_path / "a.pth", template.lock())
     table = kept.load_whole()["encoder"]["positions"]["embedding"]
     np.testing.assert_array_equal(table, rounded["pos_embed"].float().numpy()[0, 1:])
-    saved.check_fits(kept.config, template, ("encoder", "decoder"))
+    check_fits(kept.config, template, ("encoder", "decoder"))
 
 
 def test_positions_that_are_nearly_fixed_are_learned(tmp_path, source, tensors):
@@ -217,10 +218,10 @@ def test_positions_that_are_nearly_fixed_are_learned(tmp_path, source, tensors):
     path = stored(tmp_path / "a.safetensors", {**tensors, "pos_embed": table})
     found = opened(path, source.config)
     with pytest.raises(StorageFault, match=r"model\.pos_embed: 'learned' -> 'sincos2d'"):
-        saved.check_fits(found.config, source.config, ("encoder",))
+        check_fits(found.config, source.config, ("encoder",))
     template = source.config.copy_and_resolve_references().unlock()
     template.model.pos_embed = "learned"
-    saved.check_fits(opened(path, template).config, template, ("encoder",))
+    check_fits(opened(path, template).config, template, ("encoder",))
 
 
 # --- names
@@ -259,19 +260,19 @@ def test_two_models_in_a_file(tmp_path, monkeypatch, source, encoder_tensors):
 
 def test_several_sets_of_weights(tmp_path, monkeypatch, source, tensors, caplog):
     """`model` before others, aloud; of others the only one; of two, neither."""
-    weights = {name: torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
-    other = {**weights, "norm.bias": weights["norm.bias"] + 1}
+    files = {name: torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()}
+    other = {**files, "norm.bias": files["norm.bias"] + 1}
     path = tmp_path / "a.pth"
-    torch.save({"model": other, "model_ema": weights, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, path)
+    torch.save({"model": other, "model_ema": files, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, path)
     assert opened(path, source.config).load_whole()["encoder"]["norm"]["bias"][0] == other["norm.bias"][0]
     assert "taking the weights below 'model', not 'model_ema'; one of them is saved" in caplog.text
     found = opened(follow(caplog.records[0].getMessage(), tmp_path, monkeypatch), source.config)
     assert_same(found.load_whole(), source.load_whole())
     caplog.clear()
-    torch.save({"ema": weights, "epoch": 3}, path)
+    torch.save({"ema": files, "epoch": 3}, path)
     assert_same(opened(path, source.config).load_whole(), source.load_whole())
     assert "taking the weights below 'ema'\n" in caplog.text
-    torch.save({"teacher": weights, "student": other}, path)
+    torch.save({"teacher": files, "student": other}, path)
     with pytest.raises(DataFault, match="several sets of weights, 'teacher', 'student'") as caught:
         opened(path, source.config)
     found = opened(follow(str(caught.value), tmp_path, monkeypatch), source.config)
@@ -279,11 +280,11 @@ def test_several_sets_of_weights(tmp_path, monkeypatch, source, tensors, caplog)
 
 
 def test_part_that_is_not_there(tmp_path, tensors):
-    from mae_dist import weights
+    from mae_dist.weights import files
 
     path = stored(tmp_path / "a.safetensors", tensors)
     with pytest.raises(ConfigError, match=r"no name begins with 'teacher\.'; there are 'blocks"):
-        weights.extract(str(path), str(tmp_path / "b.safetensors"), prefix="teacher.")
+        files.extract(str(path), str(tmp_path / "b.safetensors"), prefix="teacher.")
 
 
 def test_two_files_in_a_directory(tmp_path, caplog):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from configs import default
-from mae_dist import job, saved
-from mae_dist.checkpoint import Checkpoints
+from mae_dist import job
+from mae_dist.checkpoint import reader
+from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.errors import StorageFault
 from tests.runs import smoke_config
 
@@ -222,7 +223,7 @@ def test_weights_of_a_pretraining(workdir, task):
 def test_encoder_without_its_norm_is_refused(workdir):
     """A fine-tuned encoder with the norm in its head, where one is needed that has its own."""
     source = build(task="finetune", classify__norm_after_pool=True)
-    saved.save_params(workdir, source.config, new_state(source).params, "a test")
+    reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="finetune", init_from=str(workdir))
     with pytest.raises(StorageFault, match=r"has no encoder/norm, .*norm_after_pool"):
         built.fresh_state(default.get_config())
@@ -231,7 +232,7 @@ def test_encoder_without_its_norm_is_refused(workdir):
 def test_converted_weights_are_not_continued(workdir):
     """They have no optimizer state: a run from them is a new one."""
     built = build()
-    saved.save_params(workdir, built.config, new_state(built).params, "a test")
+    reader.save_params(workdir, built.config, new_state(built).params, "a test")
     with open_checkpoints(workdir) as checkpoints, pytest.raises(StorageFault, match=r"converted weights \(a test\)"):
         restore(checkpoints, built)
 
@@ -239,7 +240,7 @@ def test_converted_weights_are_not_continued(workdir):
 def test_encoder_that_does_not_fit_is_refused(workdir):
     """Field by field, before anything is read."""
     source = build()
-    saved.save_params(workdir, source.config, new_state(source).params, "a test")
+    reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="probe", init_from=str(workdir), model__embed_dim=64, model__depth=3)
     with pytest.raises(StorageFault, match=r"model.embed_dim: 32 -> 64\n.*model.depth: 2 -> 3"):
         built.fresh_state(default.get_config())
@@ -248,21 +249,21 @@ def test_encoder_that_does_not_fit_is_refused(workdir):
 def test_faults_advise_to_verify_the_workdir(workdir):
     """Whatever is unreadable or cannot be written: a file, or a checkpoint."""
     built = build()
-    saved.save_params(workdir, built.config, {"encoder": {"kernel": np.zeros(3)}}, "a test")
+    reader.save_params(workdir, built.config, {"encoder": {"kernel": np.zeros(3)}}, "a test")
     shutil.rmtree(workdir / "seals", ignore_errors=True)  # a checkpoint that an older version wrote has none
     (workdir / "checkpoints" / "0" / "state" / "_METADATA").write_text("{")
     with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/checkpoints/0 cannot(.|\n)*verify {workdir}\)"):
-        saved.load_params(workdir, built.abstract_state.params, built.shardings.params)
+        reader.load_params(workdir, built.abstract_state.params, built.shardings.params)
     (workdir / "config.json").write_text("{")
     with pytest.raises(StorageFault, match=rf"^{workdir}/config.json is damaged: .*continue the run"):
-        saved.read_config(workdir, default.get_config())
+        reader.read_config(workdir, default.get_config())
 
 
 def test_missing_workdir_and_missing_checkpoint_are_named(workdir):
     """What init_from or --workdir should have been."""
     with pytest.raises(StorageFault, match=r"no config\.json"):
-        saved.read_config(workdir, default.get_config())
+        reader.read_config(workdir, default.get_config())
     (workdir / "checkpoints").mkdir(parents=True)
     built = build()
     with pytest.raises(StorageFault, match="holds no checkpoint"):
-        saved.load_params(workdir, built.abstract_state.params, built.shardings.params)
+        reader.load_params(workdir, built.abstract_state.params, built.shardings.params)

@@ -12,9 +12,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import default
-from mae_dist import convert, pretrained
 from mae_dist.errors import ConfigError
 from mae_dist.model import heads
+from mae_dist.weights import convert, pretrained
 from tests import reference
 from tests.trained import in_memory, save
 

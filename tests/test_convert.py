@@ -19,12 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTMAEModel
 
 from configs import default
-from mae_dist import convert, foreign, layouts, pretrained, saved, weights
+from mae_dist.checkpoint import reader
+from mae_dist.convert import _sizes
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.model import build as model_build
 from mae_dist.model import masking, positions
 from mae_dist.model.layers import unconstrained
 from mae_dist.tasks import losses
+from mae_dist.weights import convert, files, foreign, layouts, pretrained
+from mae_dist.weights.compatible import check_fits
 from tests import QUICK
 from tests.runs import run, smoke_config
 
@@ -61,7 +64,7 @@ def random_params(config: ConfigDict, seed: int = 0) -> Any:
 
 
 def run_dir(path: Path, config: ConfigDict, params: Any) -> epath.Path:
-    saved.save_params(epath.Path(path), config, params, "a test")
+    reader.save_params(epath.Path(path), config, params, "a test")
     return epath.Path(path)
 
 
@@ -113,7 +116,7 @@ def test_ours_to_theirs_and_back(tmp_path, layout, name):
     back = opened(out, config)
     assert largest_difference(back.load_whole(), params) == 0
     groups = ["encoder"] if config.task == "finetune" else ["encoder", "decoder"]
-    saved.check_fits(back.config, config, groups)
+    check_fits(back.config, config, groups)
     assert back.config.classify == config.classify or config.task == "pretrain"
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
@@ -142,7 +145,7 @@ def test_theirs_to_ours_and_back(tmp_path, suffix):
         safetensors.numpy.save_file(tensors, path)
     out = epath.Path(tmp_path / f"b{suffix}")
     convert.convert_weights(opened(path, config), out, "timm")
-    back = weights.read_tensors(out)
+    back = files.read_tensors(out)
     assert back.keys() == tensors.keys()
     assert max(float(np.abs(back[name] - tensors[name]).max()) for name in tensors) == 0
 
@@ -207,7 +210,7 @@ def test_encoder_only(tmp_path):
 @pytest.mark.parametrize("values", [["0"], ["-8", "8"], ["eight"], ["8", "8", "8"]])
 def test_sizes_that_are_none(values):
     with pytest.raises(ConfigError, match=r"--image_size=.*give one whole number above 0"):
-        convert._sizes(values)
+        _sizes(values)
 
 
 def test_what_a_layout_cannot_express(tmp_path):

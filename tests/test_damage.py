@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from mae_dist import integrity
-from mae_dist import saved as saved_lib
+from mae_dist.checkpoint import digests
+from mae_dist.checkpoint import reader as saved_lib
+from mae_dist.checkpoint.manifests import Seals
+from mae_dist.checkpoint.reader import load_params
 from mae_dist.errors import StorageFault
 from mae_dist.parallel import shardings
-from mae_dist.saved import load_params
-from mae_dist.seals import Seals
 from tests.runs import ONLY_UPDATES, records, run
 from tests.test_checkpoint import build, new_state, open_checkpoints, save
 
@@ -70,7 +70,7 @@ def assert_holds(found, held):
 
 def damage_one(path, kind, data):
     """Does to one file of a checkpoint, or to the whole, what a fault does."""
-    written = list(integrity.files(path))
+    written = list(digests.files(path))
     victim = written[data.draw(st.integers(0, len(written) - 1))]
     content = victim.read_bytes()
     if kind == "flip" and content:
@@ -134,7 +134,7 @@ def cut_short(path):
 
 
 def largest(directory):
-    return max(integrity.files(directory), key=lambda path: path.stat().length)
+    return max(digests.files(directory), key=lambda path: path.stat().length)
 
 
 BREAKS = {
@@ -152,7 +152,7 @@ BREAKS = {
 def test_what_cannot_be_read_back(saved, tmp_path_factory, how):
     """Is found by looking at every array and chunk, without reading them."""
     path = copy_of(saved, tmp_path_factory) / "checkpoints" / "2"
-    names = integrity.digests(new_state(build())).keys()
+    names = digests.digests(new_state(build())).keys()
     saved_lib.check_readable(path, names)
     BREAKS[how](path)
     with pytest.raises(StorageFault, match=rf"checkpoint {path} was written but cannot be read back: \S"):
@@ -223,7 +223,7 @@ def test_intact_but_unreadable_is_no_damage(saved, tmp_path_factory, monkeypatch
     def fail(*args):
         raise ValueError("another tree")
 
-    monkeypatch.setattr("mae_dist.saved.restore", fail)
+    monkeypatch.setattr("mae_dist.checkpoint.reader.restore", fail)
     with pytest.raises(StorageFault, match=r"checkpoints/2 cannot be .*another tree"):
         restore(workdir)
     assert not Seals(workdir).quarantined()
@@ -247,14 +247,14 @@ def test_wrong_from_the_start(saved, tmp_path_factory):
 def test_sealing_what_is_deleted_meanwhile(saved, tmp_path_factory, monkeypatch):
     """Retention may delete a checkpoint while its files are read: no fault; a file that goes alone is one."""
     workdir = copy_of(saved, tmp_path_factory)
-    whole = integrity.files
+    whole = digests.files
 
     def one_goes(directory):
         for path in whole(directory):
             path.unlink()
             yield path
 
-    monkeypatch.setattr(integrity, "files", one_goes)
+    monkeypatch.setattr(digests, "files", one_goes)
     with pytest.raises(FileNotFoundError):
         Seals(workdir).seal(2)
 
@@ -263,7 +263,7 @@ def test_sealing_what_is_deleted_meanwhile(saved, tmp_path_factory, monkeypatch)
             shutil.rmtree(directory, ignore_errors=True)
             yield path
 
-    monkeypatch.setattr(integrity, "files", all_go)
+    monkeypatch.setattr(digests, "files", all_go)
     Seals(workdir).seal(1)
     assert not (workdir / "checkpoints" / "1").exists()
 
@@ -288,7 +288,7 @@ def test_manifest_of_several_processes(saved, tmp_path_factory):
     shares = [seals.digest_share(2, process, 2) or {} for process in range(2)]
     assert all(name.startswith("state/ocdbt.process_1/") for name in shares[1])
     assert not shares[0].keys() & shares[1].keys()
-    whole = integrity.file_digests(workdir / "checkpoints" / "2")
+    whole = digests.file_digests(workdir / "checkpoints" / "2")
     assert shares[0] | shares[1] == whole
     seals.write(2, shares)
     for count in (1, 2, 3):
@@ -306,7 +306,7 @@ def test_digests_stay_what_they_were():
     """Checkpoints hold them: of every type, on one device and on many."""
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     tree = {"float32": x, "bfloat16": jnp.asarray(x, jnp.bfloat16), "bool": x > 3, "scalar": np.int32(7)}
-    assert integrity.digests(tree) == {
+    assert digests.digests(tree) == {
         "float32": "589e5ad1d516281a",
         "bfloat16": "4050d1452586da3e",
         "bool": "550fa1f3ab6ddb6d",
@@ -315,14 +315,14 @@ def test_digests_stay_what_they_were():
     large = np.arange(300_000, dtype=np.int32)  # several chunks
     split = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
     for where in (jax.devices()[0], split):
-        assert integrity.digests([jax.device_put(large, where)]) == {"0": "93d663ec05f3d950"}
+        assert digests.digests([jax.device_put(large, where)]) == {"0": "93d663ec05f3d950"}
 
 
 def test_digests_take_no_memory_to_speak_of():
     """On a device that a state fills, nothing like a copy of an array: split over devices or whole."""
     for shape in ((1, 1, 1), (2, 2, 2)):
         built = build(shape, model__embed_dim=128)
-        for program in integrity.programs(shardings.placed(built.abstract_state, built.shardings)):
+        for program in digests.programs(shardings.placed(built.abstract_state, built.shardings)):
             memory = program.memory_analysis()
             assert memory is not None
             assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2**10
@@ -331,8 +331,8 @@ def test_digests_take_no_memory_to_speak_of():
 def test_digests_do_not_depend_on_the_mesh():
     """The digest of a value is that of its parts wherever they are."""
     state = new_state(build())
-    wanted = integrity.digests(state)
-    assert integrity.digests(jax.device_put(state, build((2, 2, 2)).shardings)) == wanted
+    wanted = digests.digests(state)
+    assert digests.digests(jax.device_put(state, build((2, 2, 2)).shardings)) == wanted
     assert len(set(wanted.values())) > 20  # the moments are all zero yet
     assert all(name.startswith(("params.", "opt_state.", "step")) for name in wanted)
 
@@ -351,10 +351,10 @@ def test_any_bit_changes_the_digest(shape, dtype, data):
     at = data.draw(st.integers(0, bits.size - 1))
     bits[at] ^= 1 if dtype == "bool" else 1 << data.draw(st.integers(0, 7))
     changed = bits.view(x.dtype).reshape(shape)
-    first, second = (integrity.digests([jnp.asarray(value)]) for value in (x, changed))
+    first, second = (digests.digests([jnp.asarray(value)]) for value in (x, changed))
     assert first != second
     if size > 1 and dtype != "bool":
-        assert integrity.digests([jnp.asarray(x.reshape(-1)[::-1].reshape(shape))]) != first
+        assert digests.digests([jnp.asarray(x.reshape(-1)[::-1].reshape(shape))]) != first
 
 
 def test_command(saved, tmp_path_factory, child_env):

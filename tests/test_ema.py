@@ -9,7 +9,9 @@ import numpy as np
 
 from configs import default
 from mae_dist import config as config_lib
-from mae_dist import job, pretrained, saved
+from mae_dist import job
+from mae_dist.checkpoint import reader
+from mae_dist.weights import pretrained
 from tests.runs import compile_quickly, first_batch, smoke_config
 from tests.test_checkpoint import new_state, open_checkpoints, save
 
@@ -71,7 +73,7 @@ def test_what_is_handed_on(workdir):
     assert "ema.head.linear.bias" in json.loads((workdir / "checkpoints/3/meta/metadata").read_text())["digests"]
     source = pretrained.open_pretrained(workdir, default.get_config())
     jax.tree.map(np.testing.assert_array_equal, source.load_whole(), expected)
-    _, encoder = saved.load_params(
+    _, encoder = reader.load_params(
         workdir,
         {"encoder": built.abstract_state.params["encoder"]},
         {"encoder": built.shardings.params["encoder"]},
@@ -82,7 +84,7 @@ def test_what_is_handed_on(workdir):
 def test_starts_from_the_weights_it_is_given(workdir):
     """Not from random ones; and in arrays of its own, for an update overwrites both."""
     source = build()
-    saved.save_params(workdir, source.config, new_state(source).params, "a test")
+    reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="finetune", init_from=str(workdir), seed=5)
     state = built.fresh_state(default.get_config())
     jax.tree.map(np.testing.assert_array_equal, on_host(state.ema), on_host(state.params))

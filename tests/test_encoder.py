@@ -11,10 +11,12 @@ import pytest
 from etils import epath
 
 import mae_dist
-from mae_dist import checkpoint, config, convert
+from mae_dist import config
+from mae_dist.checkpoint import manager
 from mae_dist.encoder import KINDS, Encoder
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.optim.train_state import TrainState
+from mae_dist.weights import convert
 from tests import reference
 from tests.trained import in_memory
 
@@ -240,7 +242,7 @@ def save_run(path, source):
     text = config.to_json(source.config)
     (path / "config.json").write_text(text)
     options = {**source.config.checkpoint.to_dict(), "log_every_steps": 1, "total_steps": 3}
-    with checkpoint.Checkpoints(epath.Path(path), **options) as checkpoints:
+    with manager.Checkpoints(epath.Path(path), **options) as checkpoints:
         state = TrainState(step=jnp.int32(3), params=source.load_whole(), opt_state=())
         checkpoints.save(3, state, {"config": text, "data_fingerprint": ""}, {})
     return path

@@ -312,7 +312,7 @@ def test_help_is_quick_and_complete():
 )
 def test_output_that_nobody_reads(body, is_read, expected):
     """Ends a command without a traceback, as other programs end; another pipe that broke is a fault."""
-    program = f"from mae_dist import main\ndef entry(argv):\n    {body}\nmain.run(entry)"
+    program = f"from mae_dist import cli\ndef entry(argv):\n    {body}\ncli.run(entry)"
     reader, writer = os.pipe()
     if not is_read:
         os.close(reader)

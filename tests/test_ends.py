@@ -16,10 +16,10 @@ import pytest
 from absl.testing import flagsaver
 
 from mae_dist import cli, errors
-from mae_dist.preemption import Notices, Preempted
+from mae_dist.resilience.preemption import Notices, Preempted
 from tests.runs import ONLY_UPDATES, ROOT, last_step, run
 
-PROGRAM = "from mae_dist import main\ndef entry(argv):\n    {}\nmain.run(entry)"
+PROGRAM = "from mae_dist import cli\ndef entry(argv):\n    {}\ncli.run(entry)"
 FAULT = "from mae_dist import errors; raise errors.{}('what is wrong')"
 
 
@@ -52,7 +52,7 @@ def outcome(body: str, redirect: str = "", **env: str) -> tuple[int, str]:
         (FAULT.format("Diverged"), errors.EXIT_DIVERGED, "^error: what is wrong$"),
         (FAULT.format("StorageFault"), errors.EXIT_STORAGE, "^error: what is wrong$"),
         *[
-            (f"import os; main.end_when_told(); os.kill(os.getpid(), {int(number)})", errors.EXIT_PREEMPTED, "nothing")
+            (f"import os; cli.end_when_told(); os.kill(os.getpid(), {int(number)})", errors.EXIT_PREEMPTED, "nothing")
             for number in (signal.SIGTERM, signal.SIGHUP)  # to a training before and after it listens
         ],
         ("raise KeyboardInterrupt", errors.EXIT_INTERRUPTED, "^interrupted: the same command continues"),
@@ -220,7 +220,7 @@ def test_hangup_is_a_notice_unless_it_is_ignored():
 
 WATCH = """if True:
     import os, signal, time
-    from mae_dist.watch import Watch
+    from mae_dist.resilience.watchdog import Watch
     limits = ('start', 'step', 'data', 'checkpoint', 'evaluate', 'peer')
     with Watch(**{{f'{{name}}_secs': 1800.0 for name in limits}}) as watch:
         watch.expect_peers(lambda: {address!r})

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from configs import default
 from mae_dist import job, train
 from mae_dist.errors import StorageFault
-from mae_dist.goodput import GOODPUT_FILE, Ledger, span, summarize, total_steps
-from mae_dist.metrics import read_metrics
-from mae_dist.preemption import Notices
-from mae_dist.watch import Watch
+from mae_dist.metrics.goodput import GOODPUT_FILE, Ledger, span, summarize, total_steps
+from mae_dist.metrics.recorder import read_metrics
+from mae_dist.resilience.preemption import Notices
+from mae_dist.resilience.watchdog import Watch
 from tests.runs import smoke_config
 
 

@@ -7,8 +7,8 @@ from etils import epath
 
 from configs import default
 from mae_dist import config as config_lib
-from mae_dist import history
 from mae_dist.errors import StorageFault
+from mae_dist.metrics import history
 from tests.runs import smoke_config
 
 CONFIG = smoke_config(log_every_steps=5)

@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 
 from configs import default
 from mae_dist import config as config_lib
-from mae_dist import convert, job, pretrained
+from mae_dist import job
 from mae_dist.data import ArrayDataset
 from mae_dist.model import build as model_build
+from mae_dist.weights import convert, pretrained
 from tests import QUICK
 from tests.trained import save
 

@@ -8,14 +8,15 @@ import time
 import pytest
 from etils import epath
 
-from mae_dist import lock, storage
+from mae_dist import storage
 from mae_dist.errors import StorageFault
+from mae_dist.resilience import lock
 from tests.gcs_emulator import GcsEmulator
 
 HOLD = """
 import sys
 from etils import epath
-from mae_dist import lock
+from mae_dist.resilience import lock
 with lock.sole_user(epath.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -20,11 +20,13 @@ from tensorboardX.proto import event_pb2
 
 from configs import smoke
 from mae_dist import config as config_lib
-from mae_dist import metrics, storage, train
-from mae_dist.clu_without_tf import TensorBoardWriter
+from mae_dist import storage, train
 from mae_dist.errors import StorageFault
-from mae_dist.metrics import Recorder, Throughput, read_metrics
-from mae_dist.watch import Watch
+from mae_dist.metrics.recorder import Recorder, read_metrics
+from mae_dist.metrics.summary import environment, write_summary
+from mae_dist.metrics.tensorboard import TensorBoardWriter
+from mae_dist.metrics.throughput import Throughput
+from mae_dist.resilience.watchdog import Watch
 
 
 def _record(workdir: epath.Path, start_step: int, steps: range, loss: float = 0.5) -> None:
@@ -49,8 +51,8 @@ def _events(logdir: epath.Path) -> list:
 def test_nothing_imports_tensorflow(child_env):
     program = """
 import sys
-from mae_dist import metrics
-from mae_dist.clu_without_tf import metric_writers, periodic_actions
+from mae_dist.metrics import recorder
+from mae_dist.metrics.tensorboard import metric_writers, periodic_actions
 import clu.metrics
 assert periodic_actions.ReportProgress and metric_writers.AsyncMultiWriter
 assert "tensorflow" not in sys.modules
@@ -310,14 +312,12 @@ def test_summary_names_the_lowest_classes_of_the_last_evaluation_alone(workdir: 
 
 
 def test_summary_is_written_whole(workdir: epath.Path):
-    metrics.write_summary(
-        workdir, {"top1": jnp.float32(0.5), "best": {"loss": float("inf"), "steps": [1, np.int64(2)]}}
-    )
-    metrics.write_summary(workdir, {"top1": 0.75, **metrics.environment()})
+    write_summary(workdir, {"top1": jnp.float32(0.5), "best": {"loss": float("inf"), "steps": [1, np.int64(2)]}})
+    write_summary(workdir, {"top1": 0.75, **environment()})
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["top1"] == 0.75
     assert (summary["platform"], summary["device_count"], summary["process_count"]) == ("cpu", 8, 1)
     assert summary["jax"].count(".") >= 2
     assert [path.name for path in workdir.iterdir()] == ["summary.json"]
-    metrics.write_summary(workdir, {"best": {"loss": float("inf"), "steps": [1, np.int64(2)]}})
+    write_summary(workdir, {"best": {"loss": float("inf"), "steps": [1, np.int64(2)]}})
     assert json.loads((workdir / "summary.json").read_text()) == {"best": {"loss": None, "steps": [1, 2]}}

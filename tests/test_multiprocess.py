@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mae_dist import integrity
+from mae_dist.checkpoint import digests
 from tests.runs import end_of, records, run, start_processes
 
 ARGS = (
@@ -54,7 +54,7 @@ def test_two_processes_equal_one(alone, child_env, tmp_path):
         np.testing.assert_allclose([a[name] for name in b], [b[name] for name in b], rtol=1e-4, err_msg=str(a["step"]))
     assert (together / "pictures" / "step_00000020.png").stat().st_size > 10_000
     manifest = json.loads((together / "seals" / "20.json").read_text())
-    assert manifest == integrity.file_digests(epath.Path(together / "checkpoints" / "20"))
+    assert manifest == digests.file_digests(epath.Path(together / "checkpoints" / "20"))
     # Process 0 does not digest what the other wrote: that came from there.
     assert any(name.startswith("state/ocdbt.process_1/d/") for name in manifest)
 

@@ -17,11 +17,13 @@ from etils import epath
 from PIL import Image
 
 from configs import smoke
-from mae_dist import metrics, os_errors, report_pictures, report_runs, saved, storage
-from mae_dist.checkpoint import _command
+from mae_dist import os_errors, report_pictures, report_runs, storage
+from mae_dist.checkpoint import reader
+from mae_dist.checkpoint.__main__ import command
+from mae_dist.checkpoint.manifests import Seals
 from mae_dist.data import archives, open_split
 from mae_dist.errors import EXIT_CONFIG, EXIT_DONE, EXIT_PREEMPTED, EXIT_STORAGE, ConfigError, DataFault, StorageFault
-from mae_dist.seals import Seals
+from mae_dist.metrics.summary import write_summary
 from tests.runs import ONLY_UPDATES, ROOT, run, smoke_config, start, wait_for_step
 
 ALLOWED = " '\"`$%#&!;|<>(){}],:=+@^~é猫\u0301"
@@ -43,18 +45,18 @@ def params():
 
 
 def save(workdir):
-    saved.save_params(workdir, smoke.get_config(), params()[0], "a test")
+    reader.save_params(workdir, smoke.get_config(), params()[0], "a test")
     Seals(workdir).seal(0)
 
 
 def check(workdir):
     """The checkpoint in `workdir` is good, and what was saved."""
     tree, abstract, shardings = params()
-    _, restored = saved.load_params(workdir, abstract, shardings)
+    _, restored = reader.load_params(workdir, abstract, shardings)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(tree), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    assert saved.condition(workdir, 0) == []
-    assert saved.steps(workdir) == [0]
+    assert reader.condition(workdir, 0) == []
+    assert reader.steps(workdir) == [0]
 
 
 @pytest.mark.parametrize("kind", ["name", "parent", "relative", "link"])
@@ -91,7 +93,7 @@ def test_patterns(tmp_path, name, monkeypatch):
     storage.check_checkpoints(through, saving=True)
     save(through)
     check(through)
-    metrics.write_summary(through, {"step": 1})
+    write_summary(through, {"step": 1})
     moved = storage.absolute(tmp_path / name / "run")
     check(moved)
     (moved / "pictures").mkdir()
@@ -115,7 +117,7 @@ def test_backslash(tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "a\\b")
     for given in (str(tmp_path / "a\\b"), f"{tmp_path}/a\\b/"):
         with pytest.raises(ConfigError, match=r"has the character '\\\\'"):
-            saved.read_config(storage.absolute(given), smoke.get_config())
+            reader.read_config(storage.absolute(given), smoke.get_config())
 
 
 @pytest.mark.parametrize(("name", "shown"), BAD.items())
@@ -128,7 +130,7 @@ def test_backslash(tmp_path):
         lambda path: smoke_config(data__cache_dir=path),
         lambda path: smoke_config(model__mask_file=path),
         lambda path: smoke_config(init_from=path),
-        lambda path: _command(["list", path]),
+        lambda path: command(["list", path]),
         lambda path: report_runs.find_workdirs([path]),
     ],
 )
@@ -297,7 +299,7 @@ def test_cures(number, tmp_path):
     cure = os_errors._CURES[number]
     text = f"FAILED_PRECONDITION: {os.strerror(number)} [os_error_code='{number}']"
     for error in (OSError(number, os.strerror(number)), ValueError(text)):
-        with pytest.raises(StorageFault) as fault, saved.naming_damage(place, place):
+        with pytest.raises(StorageFault) as fault, reader.naming_damage(place, place):
             raise error
         assert cure in str(fault.value)
     assert os_errors.cure(ValueError("something else")) == ""
@@ -307,14 +309,14 @@ def test_broken_config(tmp_path):
     """No disk is full."""
     (tmp_path / "config.json").write_text('{"name": ')
     with pytest.raises(StorageFault, match=r"config\.json is damaged: .* continue the run"):
-        saved.read_config(epath.Path(tmp_path), smoke.get_config())
+        reader.read_config(epath.Path(tmp_path), smoke.get_config())
 
 
 @pytest.mark.parametrize("what", ["list", "verify", "rm-quarantine"])
 def test_checkpoints_of_nowhere(tmp_path, what):
     """A path mistyped is told, not taken for a run without checkpoints."""
     with pytest.raises(StorageFault, match="is not the workdir of a run"):
-        _command([what, str(tmp_path / "mistyped")])
+        command([what, str(tmp_path / "mistyped")])
 
 
 def test_full_disk_is_one_message(child_env, tmp_path):

@@ -21,12 +21,12 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from configs import default
-from mae_dist import aliases, layouts, pretrained
 from mae_dist.model import autoencoder
 from mae_dist.model.build import functional
 from mae_dist.optim.optimizer import decay_mask, make_optimizer
 from mae_dist.parallel.rules import logical_axes
 from mae_dist.tasks import losses
+from mae_dist.weights import aliases, layouts, pretrained
 from tests import QUICK
 
 torch.set_num_threads(1)  # its threads and XLA's would wait for each other

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mae_dist.errors import EXIT_DONE, EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_STALLED, EXIT_STORAGE, ConfigError
-from mae_dist.preemption import Notices, Preempted
+from mae_dist.resilience.preemption import Notices, Preempted
 from tests.runs import (
     ONLY_UPDATES,
     checkpoint_arrays,

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from configs import default, quickstart, recipes
-from mae_dist import cli, points, results, sweep, sweep_table, workers
+from mae_dist import cli, points, sweep, sweep_table, workers
 from mae_dist import config as config_lib
 from mae_dist.errors import (
     EXIT_CONFIG,
@@ -32,7 +32,8 @@ from mae_dist.errors import (
     ConfigError,
     StorageFault,
 )
-from mae_dist.lock import sole_user
+from mae_dist.metrics import results
+from mae_dist.resilience.lock import sole_user
 from tests.runs import ONLY_UPDATES, ROOT, records, run, smoke_config, start
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 from mae_dist.errors import EXIT_PEER_LOST, EXIT_STALLED
-from mae_dist.watch import Watch, Workers, kill_workers
+from mae_dist.resilience.watchdog import Watch, Workers, kill_workers
 from tests.runs import free_port, start_processes
 from tests.test_preemption import LONG
 
@@ -34,7 +34,7 @@ def test_time_is_accounted_once():
 def run_python(code):
     """(exit code, output, seconds) of Python code with the watch at hand."""
     began = time.monotonic()
-    prelude = f"import time, os, signal\nfrom mae_dist.watch import Watch\nNONE = {NONE}\n"
+    prelude = f"import time, os, signal\nfrom mae_dist.resilience.watchdog import Watch\nNONE = {NONE}\n"
     done = subprocess.run(
         [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=60, check=False
     )

@@ -19,9 +19,9 @@ from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mae_dist import weights
 from mae_dist.errors import ConfigError, DataFault, StorageFault
-from mae_dist.weights import read_tensors, write_tensors
+from mae_dist.weights import files
+from mae_dist.weights.files import read_tensors, write_tensors
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.bool]
 DTYPES += [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
@@ -218,7 +218,7 @@ def test_unwritable(tmp_path, suffix):
 
 def test_imports_are_light(child_env):
     """Neither JAX nor PyTorch: a directory of weights is looked at before JAX starts."""
-    program = "import sys, mae_dist.weights; assert not {'jax', 'torch', 'tensorflow'} & set(sys.modules)"
+    program = "import sys, mae_dist.weights.files; assert not {'jax', 'torch', 'tensorflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], env=child_env(), check=True, timeout=60)
 
 
@@ -373,7 +373,7 @@ def test_float8_of_safetensors(tmp_path):
 
 def test_through_a_bucket(tmp_path, monkeypatch):
     """A path with a scheme goes through a local copy, and leaves none."""
-    monkeypatch.setattr(weights.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
 
     class Bucket(type(epath.Path(tmp_path))):

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from mae_dist import pretrained, saved
+from mae_dist.checkpoint import reader
 from mae_dist.model.build import abstract_params
+from mae_dist.weights import pretrained
 from tests.runs import smoke_config
 
 NUM_CLASSES = 10
@@ -31,5 +32,5 @@ def in_memory(**overrides: Any) -> pretrained.Pretrained:
 
 def save(path: Path, source: pretrained.Pretrained) -> Path:
     """Stores a model in mae_dist's own layout."""
-    saved.save_params(epath.Path(path), source.config, source.load_whole(), "a test")
+    reader.save_params(epath.Path(path), source.config, source.load_whole(), "a test")
     return path

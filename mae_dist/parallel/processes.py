@@ -1,19 +1,15 @@
 """Start-up of one or many processes, and what only the first of them does."""
 
-import contextlib
 import logging as python_logging
 import math
 import os
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from absl import logging
 
-from mae_dist.errors import ConfigError, say
+from mae_dist.errors import ConfigError
 
 
 def initialize(
@@ -86,34 +82,6 @@ def _join(secs: dict[str, Any], *where: Any) -> None:
 
 class DevicesInUse(RuntimeError):
     """JAX has looked for its devices before the processes have joined."""
-
-
-@contextlib.contextmanager
-def interrupted_between_steps() -> Iterator[Callable[[], None]]:
-    """Holds Ctrl-C back until the function it gives is called, which then raises `KeyboardInterrupt`.
-
-    Raised anywhere, it can be swallowed by a callback, or tear a save apart. A second one is not held back.
-    """
-    pending = []
-
-    def note(number: int, frame: Any) -> None:
-        del number, frame
-        pending.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("interrupted: stopping after this update; once more to stop at once")
-
-    def stop() -> None:
-        if pending:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # the only one that may say so and is interrupted
-        yield stop
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def coordination() -> tuple[Any, str]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from clu import metrics as clu_metrics
 from ml_collections import ConfigDict
 
-from mae_dist import integrity
+from mae_dist.checkpoint.checksum import checksum
 from mae_dist.model import patches
 from mae_dist.model.build import Params, functional, make_model
 from mae_dist.model.layers import Constrain
@@ -69,7 +69,7 @@ def make_pretrain(config: ConfigDict, constrain: Constrain) -> Task:
 
 def _trace(images: jax.Array, ids_shuffle: jax.Array) -> jax.Array:
     """What each example and its mask are, as one number: uint32 (B,)."""
-    return jax.vmap(lambda image, ids: integrity.checksum(image) ^ integrity.checksum(ids + 1))(images, ids_shuffle)
+    return jax.vmap(lambda image, ids: checksum(image) ^ checksum(ids + 1))(images, ids_shuffle)
 
 
 def make_pictures(config: ConfigDict, pred: jax.Array, true: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import logging
 from etils import epath
 
-from mae_dist import integrity
+from mae_dist.checkpoint import digests
 from mae_dist.storage import children_of, write_text_atomically
 
 # Orbax's names of what one process alone writes; its checkpoint as a whole is put together by process 0.
@@ -42,7 +42,7 @@ class Seals:
         """Digests those files of a complete checkpoint that one of the processes wrote; None if it is gone."""
         checkpoint = self._checkpoints / str(step)
         try:
-            return integrity.file_digests(checkpoint, lambda name: _writer(name, num_processes) == process)
+            return digests.file_digests(checkpoint, lambda name: _writer(name, num_processes) == process)
         except FileNotFoundError:
             if checkpoint.exists():
                 raise
@@ -89,8 +89,8 @@ class Seals:
         def is_mine(name: str) -> bool:
             return shares.get(name, 0) == process  # process 0 finds what should not be there
 
-        found = integrity.file_digests(self._checkpoints / str(step), is_mine)
-        return integrity.differences({name: value for name, value in meant.items() if is_mine(name)}, found)
+        found = digests.file_digests(self._checkpoints / str(step), is_mine)
+        return digests.differences({name: value for name, value in meant.items() if is_mine(name)}, found)
 
     def quarantine(self, step: int, reason: str) -> epath.Path:
         """Moves a damaged checkpoint away, where it is never read again; returns the place."""

@@ -4,7 +4,7 @@ CLU imports TensorFlow for one class, its own TensorBoard writer. A placeholder 
 anything is imported, also where TensorFlow is installed: importing it costs seconds at every start. So do PyTorch and
 the clients of clouds, which tensorboardX imports if it can: nobody gives it tensors, and `epath` writes to buckets.
 
-    from mae_dist.clu_without_tf import metric_writers, periodic_actions
+    from mae_dist.metrics.tensorboard import metric_writers, periodic_actions
 """
 
 import os
@@ -39,7 +39,7 @@ class _NoSummaryWriter:
     def __init__(self, *args: Any, **kwargs: Any):
         raise NotImplementedError(
             "clu.metric_writers.SummaryWriter needs TensorFlow, which mae_dist does not load: "
-            "use mae_dist.clu_without_tf.TensorBoardWriter."
+            "use mae_dist.metrics.tensorboard.TensorBoardWriter."
         )
 
 

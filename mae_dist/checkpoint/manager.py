@@ -1,16 +1,14 @@
 """Checkpoints of a run: saved in the background by steps and minutes, verified, resumed from the newest good one.
 
-What lies where: `mae_dist/saved.py`. `python -m mae_dist.checkpoint verify|list|rm-quarantine W` looks after those of a
-workdir.
+What lies where: `mae_dist/checkpoint/reader.py`. `python -m mae_dist.checkpoint verify|list|rm-quarantine W` looks
+after those of a workdir.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
 import math
 import shlex
-import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -24,13 +22,14 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import console, errors, integrity, saved
+from mae_dist.checkpoint import digests as integrity
+from mae_dist.checkpoint import reader
+from mae_dist.checkpoint.manifests import Seals
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
 from mae_dist.parallel import shardings as sharding
-from mae_dist.seals import Seals
-from mae_dist.storage import absolute, check_checkpoints, naming_faults
+from mae_dist.storage import naming_faults
 
 _policy = ocp.checkpoint_managers
 _POLL_SECS = 0.05
@@ -96,8 +95,8 @@ class Checkpoints:
                 _policy.BestN(get_metric_fn=metric, reverse=lowest, n=1, keep_checkpoints_without_metrics=False),
             )
         self.directory = workdir / "checkpoints"
-        with saved.naming_damage(self.directory, self.directory.parent):
-            self._manager = saved.open_manager(
+        with reader.naming_damage(self.directory, self.directory.parent):
+            self._manager = reader.open_manager(
                 self.directory,
                 self._check_written,
                 save_decision_policy=_policy.AnySavePolicy(save),
@@ -121,7 +120,7 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            with saved.naming_damage(self.directory, self.directory.parent):
+            with reader.naming_damage(self.directory, self.directory.parent):
                 try:
                     self._seal(wait=True)
                 finally:
@@ -136,7 +135,7 @@ class Checkpoints:
     def _check_written(self) -> None:
         """In the background, before a checkpoint gets its name and old ones are deleted: can it be read back?"""
         step, names = self._saving
-        saved.check_readable(saved.written(self.directory, step), names)
+        reader.check_readable(reader.written(self.directory, step), names)
 
     def _write_manifest(self, step: int) -> None:
         """In the background, when a save has ended: digests its files, each process those that it wrote.
@@ -147,7 +146,7 @@ class Checkpoints:
             time.sleep(_POLL_SECS)
         share, fault = None, ""
         try:
-            if step in saved.steps(self.directory.parent):  # if not, the save failed, and the manager says so
+            if step in reader.steps(self.directory.parent):  # if not, the save failed, and the manager says so
                 share = self._seals.digest_share(step, jax.process_index(), jax.process_count())
         except Exception as error:  # a bucket's client has faults of its own
             fault = f"process {jax.process_index()}: {error}"
@@ -179,7 +178,7 @@ class Checkpoints:
         in `save`; it is tried again after a while, in the end a `StorageFault`.
         """
         try:
-            with saved.naming_damage(self.directory, self.directory.parent):
+            with reader.naming_damage(self.directory, self.directory.parent):
                 self._seal()
                 again = self._retry_at is not None and time.monotonic() >= self._retry_at
                 return bool(self._best(metrics)) or again or self._manager.should_save(step)
@@ -209,7 +208,7 @@ class Checkpoints:
                 time.sleep(max(0.0, (self._retry_at or 0.0) - time.monotonic()))
 
     def _attempt(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
-        with saved.naming_damage(self.directory, self.directory.parent):
+        with reader.naming_damage(self.directory, self.directory.parent):
             self._seal(wait=True)  # of the one before, which this one may delete
             if self.latest_step() == step:
                 return
@@ -241,7 +240,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
-        with saved.naming_damage(self.directory, self.directory.parent):
+        with reader.naming_damage(self.directory, self.directory.parent):
             self._seal(wait=True)
 
     def restore(
@@ -264,7 +263,7 @@ class Checkpoints:
             try:
                 state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint, default)
                 return state, step, meta.get("unfinished")
-            except saved.Damaged as damage:
+            except reader.Damaged as damage:
                 self._put_away(step, str(damage))
         reasons = self._seals.quarantined()
         if reasons:
@@ -300,12 +299,12 @@ class Checkpoints:
         path = self.directory / str(step)
         sealed = _check_files(self._seals, step, path)
         with _telling_damage(path, sealed):
-            meta = saved.read_meta(self._manager, step)
+            meta = reader.read_meta(self._manager, step)
             stored = config_lib.from_json(meta["config"], default)
-            stored_fingerprint = "" if saved.WEIGHTS_ONLY in meta else meta["data_fingerprint"]
-        if saved.WEIGHTS_ONLY in meta:
+            stored_fingerprint = "" if reader.WEIGHTS_ONLY in meta else meta["data_fingerprint"]
+        if reader.WEIGHTS_ONLY in meta:
             raise StorageFault(
-                f"{path} holds converted weights ({meta[saved.WEIGHTS_ONLY]}), not a run to continue; "
+                f"{path} holds converted weights ({meta[reader.WEIGHTS_ONLY]}), not a run to continue; "
                 "start one from them in another --workdir with "
                 f"--config.init_from={shlex.quote(str(self.directory.parent))}"
             )
@@ -320,8 +319,8 @@ class Checkpoints:
         for line in config_lib.differences(stored, config, ignore=()):
             logging.info("Continuing with a changed field: %s", line)
         with _telling_damage(path, sealed):
-            stored = saved.restore(self._manager, step, abstract.to_dict(), shardings.to_dict())
-        saved.check_values(meta.get("digests", {}), stored)
+            stored = reader.restore(self._manager, step, abstract.to_dict(), shardings.to_dict())
+        reader.check_values(meta.get("digests", {}), stored)
         return TrainState(**stored), meta
 
 
@@ -334,7 +333,7 @@ def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
         lines = seals.damage(step, jax.process_index(), jax.process_count())
     known, lines = _from_all(lines is not None, lines or [])
     if lines:
-        raise saved.Damaged("; ".join(lines[:5]))
+        raise reader.Damaged("; ".join(lines[:5]))
     return known
 
 
@@ -364,53 +363,7 @@ def _telling_damage(path: epath.Path, sealed: bool) -> Iterator[None]:
         raise
     except Exception as error:
         # Of an operating system's errors most are not the checkpoint's fault: permissions, a disk that is away.
-        if sealed or (isinstance(error, OSError) and not isinstance(error, saved.UNREADABLE)):
-            with saved.naming_damage(path, path.parent.parent):
+        if sealed or (isinstance(error, OSError) and not isinstance(error, reader.UNREADABLE)):
+            with reader.naming_damage(path, path.parent.parent):
                 raise
-        raise saved.Damaged(f"it cannot be read: {saved.first_line(error)}") from error
-
-
-def _command(argv: Sequence[str]) -> int:
-    """Runs `verify`, `list` or `rm-quarantine`; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mae_dist.checkpoint", description="Looks after a run's checkpoints."
-    )
-    parser.add_argument("what", choices=("verify", "list", "rm-quarantine"))
-    parser.add_argument("workdir", help="of the run; its processes may be running")
-    console.check_arguments(argv)
-    given = parser.parse_args(argv)
-    workdir = absolute(given.workdir)
-    check_checkpoints(workdir, saving=False)
-    seals, directory = Seals(workdir), workdir / "checkpoints"
-    if not (directory.exists() or (given.what == "rm-quarantine" and seals.quarantined())):
-        raise StorageFault(
-            f"{directory} does not exist: {workdir} is not the workdir of a run that has saved; correct it"
-        )
-    if given.what == "rm-quarantine":
-        print(f"{seals.empty_quarantine()} checkpoints deleted from quarantine")
-        return errors.EXIT_DONE
-    steps = saved.steps(workdir)
-    faults = 0
-    for step in steps:
-        path = directory / str(step)
-        files = list(integrity.files(path))
-        sealed = "sealed" if seals.has(step) else "not sealed"
-        line = (
-            f"{step:>10}  {sum(file.stat().length for file in files) / 2**20:8.1f} MiB  {len(files):4} files  {sealed}"
-        )
-        if given.what == "verify":
-            lines = saved.condition(workdir, step)
-            faults += bool(lines)
-            line += "  DAMAGED: " + "; ".join(lines[:5]) if lines else "  good"
-        print(line, flush=True)
-    for name, reason in seals.quarantined().items():
-        print(f"{name:>10}  in quarantine: {reason}")
-    if not steps:
-        print(f"{directory} is empty")
-    return errors.EXIT_STORAGE if faults else errors.EXIT_DONE
-
-
-if __name__ == "__main__":
-    errors.open_closed_streams()
-    console.set_up()
-    sys.exit(errors.exit_code_of(lambda: _command(sys.argv[1:])))
+        raise reader.Damaged(f"it cannot be read: {reader.first_line(error)}") from error

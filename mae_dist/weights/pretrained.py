@@ -13,11 +13,12 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import aliases, foreign, layouts, saved, weights
 from mae_dist import config as config_lib
+from mae_dist.checkpoint import reader
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.model import heads
 from mae_dist.model.build import abstract_params
+from mae_dist.weights import aliases, files, foreign, layouts
 
 Params = dict[str, Any]
 
@@ -82,14 +83,14 @@ def open_pretrained(path: epath.Path, default: ConfigDict, template: ConfigDict 
 
 
 def _from_workdir(path: epath.Path, default: ConfigDict) -> Pretrained:
-    config = saved.read_config(path, default)
-    step, shapes = saved.param_shapes(path)
+    config = reader.read_config(path, default)
+    step, shapes = reader.param_shapes(path)
     num_classes = shapes["head"]["linear"]["bias"].shape[0] if "head" in shapes else 0
     abstract = abstract_params(config, num_classes)
     abstract = {group: tree for group, tree in abstract.items() if group in shapes}
 
     def load(shardings: Params) -> Params:
-        return saved.load_params(path, _select(abstract, shardings, path), shardings)[1]
+        return reader.load_params(path, _select(abstract, shardings, path), shardings)[1]
 
     return Pretrained(config, f"{path}, step {step}", abstract, True, load)
 
@@ -156,18 +157,18 @@ def _from_timm(path: epath.Path, default: ConfigDict, template: ConfigDict | Non
 
 def _unwrapped(path: epath.Path) -> layouts.Tensors:
     """The tensors of the one model in a file or directory, by the model's own names."""
-    tensors = weights.read_tensors(path)
+    tensors = files.read_tensors(path)
     prefixes = aliases.prefixes_in(tensors)
     if len(prefixes) > 1:
         raise DataFault(
-            f"{path} holds {len(prefixes)} models, whose names begin with {weights.some(prefixes)}; "
-            + weights.how_to_extract(path, prefix=prefixes[-1])
+            f"{path} holds {len(prefixes)} models, whose names begin with {files.some(prefixes)}; "
+            + files.how_to_extract(path, prefix=prefixes[-1])
         )
     prefix = "".join(prefixes)
     outside = [name for name in tensors if not name.startswith(prefix)]
     if prefix:
-        left_out = f", and leaving out what does not: {weights.some(outside)}" if outside else ""
-        logging.warning("%s: taking the model whose names begin with %s%s", path, weights.some(prefixes), left_out)
+        left_out = f", and leaving out what does not: {files.some(outside)}" if outside else ""
+        logging.warning("%s: taking the model whose names begin with %s%s", path, files.some(prefixes), left_out)
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
 

@@ -12,9 +12,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import metrics
+from mae_dist.checkpoint.manifests import Seals
 from mae_dist.errors import StorageFault
-from mae_dist.seals import Seals
+from mae_dist.metrics.recorder import METRICS_FILE, read_metrics
+from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.storage import naming_faults, read_text
 
 
@@ -39,7 +40,7 @@ def check_start(workdir: epath.Path, config: ConfigDict, default: ConfigDict, st
         elif _last_step(workdir) < start - start % config.log_every_steps:
             logging.warning(
                 "%s ends at step %d and the checkpoint is of step %d: the records between them are lost",
-                *(workdir / metrics.METRICS_FILE, _last_step(workdir), start),
+                *(workdir / METRICS_FILE, _last_step(workdir), start),
             )
 
 
@@ -49,7 +50,7 @@ def _check_beginning(workdir: epath.Path, config: ConfigDict, default: ConfigDic
         f"choose another --workdir for a new run; to begin anew in this one, move {workdir} away or delete it, records "
         "and all"
     )
-    saved, summary = Seals(workdir).steps(), workdir / metrics.SUMMARY_FILE
+    saved, summary = Seals(workdir).steps(), workdir / SUMMARY_FILE
     evidence = [f"saved step {step}" for step in saved[-1:]] + [f"left {summary.name}"] * summary.exists()
     if evidence:
         raise StorageFault(
@@ -81,7 +82,7 @@ def finished_summary(workdir: epath.Path, step: int) -> dict[str, Any] | None:
     Raises:
       StorageFault: there is none, and the records do not reach `step`.
     """
-    path = workdir / metrics.SUMMARY_FILE
+    path = workdir / SUMMARY_FILE
     with naming_faults(path):
         text = read_text(path)
     try:
@@ -92,8 +93,8 @@ def finished_summary(workdir: epath.Path, step: int) -> dict[str, Any] | None:
         pass  # damaged, or not there
     if _last_step(workdir) < step:
         raise StorageFault(
-            f"{workdir} is trained to step {step}, but {metrics.METRICS_FILE} ends at step {_last_step(workdir)}, so "
-            f"its result cannot be written. Restore {metrics.METRICS_FILE} or {path.name} from a copy; the checkpoint "
+            f"{workdir} is trained to step {step}, but {METRICS_FILE} ends at step {_last_step(workdir)}, so "
+            f"its result cannot be written. Restore {METRICS_FILE} or {path.name} from a copy; the checkpoint "
             "is whole, and other commands can use it"
         )
     return None
@@ -101,5 +102,5 @@ def finished_summary(workdir: epath.Path, step: int) -> dict[str, Any] | None:
 
 def _last_step(workdir: epath.Path) -> int:
     """The last step in metrics.jsonl, 0 without records."""
-    records = metrics.read_metrics(workdir)
+    records = read_metrics(workdir)
     return int(records[-1]["step"]) if records else 0

@@ -15,65 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from mae_dist.checkpoint.checksum import SPREAD, mix, mixed_words, sums
+
 _CHUNK_BYTES = 2**22  # of a file
 _CHUNK_WORDS = 2**17  # of an array: what is left of the last one is computed for nothing
-_SPREAD = 0x9E3779B9  # an odd number whose multiples spread over all of uint32
 
 _compiling = threading.Lock()  # so that no two threads compile the same program
 
 
-def _mixed(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that spreads every bit over all (Murmur3's last step)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return x ^ (x >> 16)
-
-
-def _words(x: jax.Array) -> jax.Array:
-    """The bits of an array as uint32, one or more per value."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(
-        x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-    )
-    return bits.astype(jnp.uint32)
-
-
-def _mixed_words(x: jax.Array) -> jax.Array:
-    """Returns the words of an array, each mixed with its place in the whole array, whoever holds which part."""
-    words = _words(x)
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        place = place * jnp.uint32(words.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return _mixed(words ^ (place * jnp.uint32(_SPREAD)))
-
-
-def _sums(mixed: jax.Array, valid: jax.Array | bool = True) -> jax.Array:
-    """Returns uint32 (2,): sums modulo 2^32 over the `valid` words, in any order and so under any sharding.
-
-    One reduction makes both. For two of them the compiler would store the mixed words, as large as the array itself.
-    """
-    zero = jnp.uint32(0)
-    both = tuple(jnp.where(valid, words, zero) for words in (mixed, _mixed(mixed + jnp.uint32(1))))
-    axes = tuple(range(mixed.ndim))
-    return jnp.stack(jax.lax.reduce(both, (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes))
-
-
-def checksum(x: jax.Array) -> jax.Array:
-    """uint32 (): half a digest of an array, to be computed within a step."""
-    return jnp.sum(_mixed_words(x), dtype=jnp.uint32)
-
-
 def _sums_of_array(x: jax.Array) -> jax.Array:
-    return _sums(_mixed_words(x))
+    return sums(mixed_words(x))
 
 
 def _sums_of_chunk(words: jax.Array, start: jax.Array, count: jax.Array) -> jax.Array:
     """Returns what the first `count` of some words, at the places from `start` on, add to an array's sums."""
     index = jax.lax.iota(jnp.uint32, words.size)
-    return _sums(_mixed(words ^ ((start + index) * jnp.uint32(_SPREAD))), index < count)
+    return sums(mix(words ^ ((start + index) * jnp.uint32(SPREAD))), index < count)
 
 
 @functools.cache

@@ -80,7 +80,7 @@ def how_to_extract(path: epath.Path, **part: str) -> str:
     """The command by which `extract` takes one of several sets of weights, of which `part` is an example."""
     arguments = [json.dumps(os.fspath(path)), '"OUT.safetensors"']
     arguments += [f"{key}={json.dumps(value if len(value) <= 100 else '…')}" for key, value in part.items()]
-    command = f"from mae_dist import weights; weights.extract({', '.join(arguments)})"
+    command = f"from mae_dist.weights import files; files.extract({', '.join(arguments)})"
     return f"one of them is saved alone by python -c {shlex.quote(command)}"
 
 

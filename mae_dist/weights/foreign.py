@@ -13,10 +13,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import layouts
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.model import patches, positions
 from mae_dist.storage import naming_faults
+from mae_dist.weights import layouts
 
 # What the published weights were trained on.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

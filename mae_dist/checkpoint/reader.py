@@ -1,14 +1,14 @@
 """What saved checkpoints hold: read, judged and written without the run that they are of.
 
 Layout: `<workdir>/checkpoints/<step>/state` (Orbax) and `…/meta` (JSON: the config, the data set's fingerprint and the
-digests of the arrays); `mae_dist/seals.py` adds the files' digests.
+digests of the arrays); `mae_dist/checkpoint/manifests.py` adds the files' digests.
 """
 
 import contextlib
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -20,10 +20,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import integrity, os_errors
+from mae_dist import os_errors
+from mae_dist.checkpoint import digests
+from mae_dist.checkpoint.manifests import Seals
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.parallel.shardings import placed
-from mae_dist.seals import Seals
 from mae_dist.storage import check_checkpoints, is_local, naming_faults, write_text_atomically
 
 # In the meta of converted weights: where they came from.
@@ -64,8 +65,8 @@ def first_line(error: Exception) -> str:
 def check_values(meant: dict[str, str], tree: Any) -> None:
     """Raises `Damaged` if an array is not what was meant when it was saved; older checkpoints do not say."""
     if meant:
-        found = integrity.digests(tree)
-        lines = integrity.differences({name: value for name, value in meant.items() if name in found}, found)
+        found = digests.digests(tree)
+        lines = digests.differences({name: value for name, value in meant.items() if name in found}, found)
         if lines:
             raise Damaged("; ".join(lines[:5]))
 
@@ -266,7 +267,7 @@ def save_params(workdir: epath.Path, config: ConfigDict, params: dict[str, Any],
     """Writes trained parameters as a workdir of their own, at step 0 and without the state of an optimizer."""
     directory = workdir / "checkpoints"
     state = {"params": params}
-    names = [integrity.array_name(path) for path, _ in jax.tree.leaves_with_path(state)]
+    names = [digests.array_name(path) for path, _ in jax.tree.leaves_with_path(state)]
 
     def check() -> None:
         check_readable(written(directory, 0), names)
@@ -310,56 +311,3 @@ def condition(workdir: epath.Path, step: int) -> list[str]:
     finally:
         handler.close()
     return []
-
-
-# The fields that parameters depend on, by group; all must be equal to start from them.
-_SHARED = ("image_size", "channels", "patch_size", "cls_token", "pos_embed", "qkv_bias", "gelu", "norm_eps")
-FIELDS = {
-    "encoder": (
-        *(f"model.{name}" for name in (*_SHARED, "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale_init")),
-        "data.mean",
-        "data.std",
-    ),
-    "decoder": (
-        *(f"model.decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")),
-        "model.mask_token",
-        "pretrain.norm_pix_loss",
-    ),
-}
-
-
-def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) -> None:
-    """Raises `StorageFault` naming every field in which these groups of `source` differ from those of `config`."""
-    lines = []
-    for field in (field for group in groups for field in FIELDS[group]):
-        old, new = config_lib.get(source, field), config_lib.get(config, field)
-        if field == "model.layer_scale_init":  # the value is only where training starts; whether there is one matters
-            old, new = old > 0, new > 0
-        elif field.startswith("data.") and len(old) != len(new):  # one value stands for all channels
-            old, new = (value * config.model.channels if len(value) == 1 else value for value in (old, new))
-        if old != new:
-            lines.append(f"{field}: {old!r} -> {new!r}")
-    if lines:
-        raise StorageFault(
-            f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
-            + "\n  - ".join(lines)
-            + f"\nSet these as they were{_conversion(source, config, lines)}."
-        )
-
-
-def _conversion(source: ConfigDict, config: ConfigDict, lines: Sequence[str]) -> str:
-    """Returns how `convert` makes weights fit that differ in nothing but the images' size and channels, or ""."""
-    flags, fields = [], {line.partition(":")[0] for line in lines}
-    if source.model.image_size != config.model.image_size:
-        flags.append(f"--image_size={config.model.image_size[0]},{config.model.image_size[1]}")
-    if source.model.channels != config.model.channels:
-        flags.append(f"--channels={config.model.channels}")
-    if not fields <= {"model.image_size", "model.channels"}:
-        return ""
-    out = f"{config.init_from.rstrip('/')}_converted"
-    learned = " --config.model.pos_embed=learned" if "model.image_size" in fields else ""
-    return (
-        f", or convert the weights first: python -m mae_dist.convert {shlex.join([f'--source={config.init_from}'])} "
-        f"{shlex.join([f'--out={out}', '--to=mae_dist', *flags])} and train with "
-        f"{shlex.join([f'--config.init_from={out}'])}{learned}"
-    )

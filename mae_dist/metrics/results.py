@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist.errors import StorageFault
-from mae_dist.metrics import SUMMARY_FILE
+from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.storage import naming_faults, read_text
 
 # Of a summary, in the order of tables: figures of whole splits only (`top1` is of the last training batch alone). An

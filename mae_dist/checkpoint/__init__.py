@@ -1,0 +1,1 @@
+"""Checkpoints: saved asynchronously, verified when they are restored."""

@@ -1,0 +1,1 @@
+"""What a run records: metrics, goodput, its summary."""

@@ -1,0 +1,50 @@
+"""summary.json: the last values of a run, and where it ran."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from etils import epath
+
+from mae_dist.metrics.recorder import without_nan
+from mae_dist.storage import naming_faults, write_text_atomically
+
+SUMMARY_FILE = "summary.json"
+
+
+def last_values(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The last value of each name.
+
+    Of single classes (`val_top1/<class>`) those of the split's last evaluation alone: of many classes each evaluation
+    records its own lowest, and the others' would be of earlier ones.
+    """
+    last: dict[str, float] = {}
+    for record in records:
+        renewed = tuple({name.partition("/")[0] + "/" for name in record if "/" in name})
+        last = {name: value for name, value in last.items() if not name.startswith(renewed)} | dict(record)
+    return last
+
+
+def write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
+    """Writes summary.json atomically; values that are not finite become null."""
+    path = workdir / SUMMARY_FILE
+    with naming_faults(path):
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(without_nan(jax.device_get(dict(summary))), indent=2, allow_nan=False)
+        write_text_atomically(path, text + "\n")
+
+
+def environment() -> dict[str, str | int]:
+    """Versions and devices that a result depends on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {
+        "python": platform.python_version(),
+        **{name.replace("-", "_"): version(name) for name in packages},
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+    }

@@ -1,0 +1,1 @@
+"""What a run does when its machine, its peers or its device fail."""

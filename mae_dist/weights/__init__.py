@@ -1,0 +1,1 @@
+"""Trained weights from elsewhere and for elsewhere: other layouts, conversion."""

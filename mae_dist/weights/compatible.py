@@ -1,0 +1,61 @@
+"""Whether trained weights fit a config."""
+
+import shlex
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist.errors import StorageFault
+
+# The fields that parameters depend on, by group; all must be equal to start from them.
+_SHARED = ("image_size", "channels", "patch_size", "cls_token", "pos_embed", "qkv_bias", "gelu", "norm_eps")
+FIELDS = {
+    "encoder": (
+        *(f"model.{name}" for name in (*_SHARED, "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale_init")),
+        "data.mean",
+        "data.std",
+    ),
+    "decoder": (
+        *(f"model.decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")),
+        "model.mask_token",
+        "pretrain.norm_pix_loss",
+    ),
+}
+
+
+def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) -> None:
+    """Raises `StorageFault` naming every field in which these groups of `source` differ from those of `config`."""
+    lines = []
+    for field in (field for group in groups for field in FIELDS[group]):
+        old, new = config_lib.get(source, field), config_lib.get(config, field)
+        if field == "model.layer_scale_init":  # the value is only where training starts; whether there is one matters
+            old, new = old > 0, new > 0
+        elif field.startswith("data.") and len(old) != len(new):  # one value stands for all channels
+            old, new = (value * config.model.channels if len(value) == 1 else value for value in (old, new))
+        if old != new:
+            lines.append(f"{field}: {old!r} -> {new!r}")
+    if lines:
+        raise StorageFault(
+            f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
+            + "\n  - ".join(lines)
+            + f"\nSet these as they were{_conversion(source, config, lines)}."
+        )
+
+
+def _conversion(source: ConfigDict, config: ConfigDict, lines: Sequence[str]) -> str:
+    """Returns how `convert` makes weights fit that differ in nothing but the images' size and channels, or ""."""
+    flags, fields = [], {line.partition(":")[0] for line in lines}
+    if source.model.image_size != config.model.image_size:
+        flags.append(f"--image_size={config.model.image_size[0]},{config.model.image_size[1]}")
+    if source.model.channels != config.model.channels:
+        flags.append(f"--channels={config.model.channels}")
+    if not fields <= {"model.image_size", "model.channels"}:
+        return ""
+    out = f"{config.init_from.rstrip('/')}_converted"
+    learned = " --config.model.pos_embed=learned" if "model.image_size" in fields else ""
+    return (
+        f", or convert the weights first: python -m mae_dist.convert {shlex.join([f'--source={config.init_from}'])} "
+        f"{shlex.join([f'--out={out}', '--to=mae_dist', *flags])} and train with "
+        f"{shlex.join([f'--config.init_from={out}'])}{learned}"
+    )

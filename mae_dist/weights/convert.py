@@ -1,0 +1,306 @@
+"""Converts trained weights: to other layouts, image sizes and channels."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist import errors
+from mae_dist.checkpoint import reader
+from mae_dist.config import default
+from mae_dist.model import heads, patches, positions
+from mae_dist.parallel.rules import path_name
+from mae_dist.storage import appearing, check_checkpoints, naming_faults
+from mae_dist.weights import files, hugging_face, layouts, pretrained
+
+Params = dict[str, Any]
+
+
+def convert_weights(
+    source: pretrained.Pretrained,
+    out: epath.Path,
+    to: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    encoder_only: bool = False,
+) -> tuple[list[str], int]:
+    """Writes `source` to `out` in the layout `to`, whole or not at all.
+
+    Args:
+      source: what to convert; its config is changed.
+      out: a local path that does not exist.
+      to: `hf`, `timm` or `mae_dist`.
+      image_size: (height, width) to interpolate positions for.
+      channels: to adapt the products with patches to.
+      encoder_only: leave out the decoder or the head.
+
+    Returns:
+      The groups written and how many values there are in them.
+
+    Raises:
+      ConfigError: the layout cannot express the model, or the model cannot be of that size.
+      DataFault: values that are not finite.
+    """
+    if to == "timm" and out.suffix not in (".safetensors", ".pth"):
+        raise errors.ConfigError(f"--out={out}: a state dict is a file; end it in .safetensors or .pth")
+    if to == "mae_dist":
+        check_checkpoints(out, saving=True)
+    config, params = source.config, source.load_whole()
+    with config.unlocked():
+        if encoder_only:
+            params = {"encoder": params["encoder"]}
+        if image_size is not None:
+            params = resize_positions(params, config, image_size)
+        if channels is not None:
+            params = adapt_channels(params, config, channels)
+        if to == "hf":
+            params = fold_layer_scale(params, config)
+        if to != "mae_dist":
+            params = fold_batch_norm(params, config)
+        config.name = out.stem
+    config_lib.validate_model(config, masked="decoder" in params)
+    _check_finite(params, source.origin)
+    with appearing(out) as temporary, naming_faults(out):
+        write(temporary, params, config, to, source.origin)
+        _check_written(temporary, params, config)
+    return sorted(params, reverse=True), sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _check_finite(params: Params, origin: str) -> None:
+    bad = [path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not np.isfinite(leaf).all()]
+    if bad:
+        raise errors.DataFault(f"{origin}: values that are not finite in {', '.join(bad)}; use another checkpoint")
+
+
+def resize_positions(params: Params, config: ConfigDict, image_size: tuple[int, int]) -> Params:
+    """Interpolates position embeddings to the grid of `image_size` (height, width) and sets it in `config.model`.
+
+    Bicubic with a = -0.75 and half-pixel centres, as the paper's code does it for fine-tuning at another size. Fixed
+    positions become learned ones: an interpolated table is none of the fixed ones.
+    """
+    model = config.model
+    old = patches.grid_size(model.image_size, model.patch_size)
+    new = patches.grid_size(image_size, model.patch_size)
+    model.image_size = image_size
+    if old == new:
+        return params
+    result = {group: dict(tree) for group, tree in params.items()}
+    for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
+        if group in result:
+            learned = result[group].get("positions")
+            table = learned["embedding"] if learned else positions.fixed_positions(model.pos_embed, old, dim)
+            result[group]["positions"] = {"embedding": _interpolate(table.reshape(*old, dim), new).reshape(-1, dim)}
+    model.pos_embed = "learned"
+    return result
+
+
+def fold_layer_scale(params: Params, config: ConfigDict) -> Params:
+    """Multiplies LayerScale into the products before it, for layouts without: the same function, up to rounding."""
+    if config.model.layer_scale_init == 0:
+        return params
+    config.model.layer_scale_init = 0.0
+    result = dict(params)
+    for group in ("encoder", "decoder"):
+        if group in params:
+            blocks = dict(params[group]["stack"]["blocks"])
+            scales = (blocks.pop("scale1"), blocks.pop("scale2"))  # (layers, D)
+            for layer, last, scale in (("attn", "out", scales[0]), ("mlp", "fc2", scales[1])):
+                product = blocks[layer][last]
+                kernel = product["kernel"] * scale.reshape(len(scale), *[1] * (product["kernel"].ndim - 2), -1)
+                blocks[layer] = {**blocks[layer], last: {"kernel": kernel, "bias": product["bias"] * scale}}
+            result[group] = {**params[group], "stack": {"blocks": blocks}}
+    logging.info("LayerScale is multiplied into the products before it: this layout has none")
+    return result
+
+
+def fold_batch_norm(params: Params, config: ConfigDict) -> Params:
+    """Multiplies a probe's BatchNorm into the product after it, for layouts without: the same function of features."""
+    if "batch_norm" not in params:
+        return params
+    config.classify.batch_norm = False
+    first = "hidden" if "hidden" in params["head"] else "linear"
+    product, statistics = params["head"][first], params["batch_norm"]
+    kernel = product["kernel"] / np.sqrt(statistics["var"] + heads.EPS)[:, None]
+    bias = product["bias"] - statistics["mean"] @ kernel
+    logging.info("BatchNorm is multiplied into the product after it: this layout has none")
+    rest = {group: tree for group, tree in params.items() if group != "batch_norm"}
+    return {**rest, "head": {**params["head"], first: {"kernel": kernel, "bias": bias}}}
+
+
+def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(gh, gw, D) -> (*grid, D)."""
+    import cv2
+
+    # A few values at a time: OpenCV's images have at most four channels where it interpolates exactly.
+    columns = [
+        cv2.resize(np.ascontiguousarray(table[..., i]), (grid[1], grid[0]), interpolation=cv2.INTER_CUBIC)
+        for i in range(table.shape[-1])
+    ]
+    return np.stack(columns, axis=-1).astype(np.float32)
+
+
+def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
+    """Makes the products with patches those of `channels`, and sets these and the scaling of pixels in `config`.
+
+    An opaque image whose colours are equal, gray, gives the same tokens as before. Beyond that: a gray model sees the
+    mean of red, green and blue; alpha that a model did not know is ignored, and alpha that it loses is taken to be 255
+    everywhere. The decoder predicts the same pixels, red, green and blue their mean for a gray model, and alpha 255;
+    but with `norm_pix_loss` it predicts in units of the deviation of a whole patch, whose channels are others now: red,
+    green and blue then are as the old channels or their mean, alpha as the patch's mean, and none of it is exact.
+    """
+    model, data, old = config.model, config.data, config.model.channels
+    if channels == old:
+        return params
+    if not {old, channels} <= {1, 3, 4}:
+        raise errors.ConfigError(f"--channels={channels} from {old}: there can be 1 (gray), 3 (RGB) or 4 (RGBA)")
+    old_mean, old_std = (np.array(values * (old if len(values) == 1 else 1)) for values in (data.mean, data.std))
+    data.mean, data.std = _adapt(data.mean, old, channels, alpha=0.0), _adapt(data.std, old, channels, alpha=1.0)
+    mean, std = (np.array(values * (channels if len(values) == 1 else 1)) for values in (data.mean, data.std))
+    model.channels = channels
+    result = {group: dict(tree) for group, tree in params.items()}
+    # With x' the new channels' scaled pixels, the old ones are x = x' @ matrix + shift.
+    mix, opaque = _mix_channels(channels, old)
+    matrix, shift = std[:, None] * mix / old_std, (mean @ mix + opaque - old_mean) / old_std
+    embed = result["encoder"]["patch_embed"]
+    kernel = embed["kernel"].reshape(-1, old, embed["kernel"].shape[-1]).astype(np.float64)  # (ph * pw, C, D)
+    result["encoder"]["patch_embed"] = {
+        "kernel": (matrix @ kernel).reshape(-1, kernel.shape[-1]).astype(embed["kernel"].dtype),
+        "bias": (embed["bias"] + np.einsum("c,pcd->d", shift, kernel)).astype(embed["bias"].dtype),
+    }
+    if "decoder" in result:
+        mix, opaque = _mix_channels(old, channels)
+        matrix, shift = old_std[:, None] * mix / std, (old_mean @ mix + opaque - mean) / std
+        if config.pretrain.norm_pix_loss:
+            matrix, shift = mix, np.zeros(channels)
+            logging.warning(
+                "pretrain.norm_pix_loss: the decoder predicts in units of the deviation of a patch over all channels, "
+                "which are others now; its predictions are near the old ones, not equal"
+            )
+
+        def columns(x: np.ndarray, shift: Any) -> np.ndarray:
+            """(…, ph * pw * C) -> the same of the new channels."""
+            y = x.reshape(*x.shape[:-1], -1, old) @ matrix + shift
+            return y.reshape(*y.shape[:-2], -1).astype(x.dtype)
+
+        pred = result["decoder"]["pred"]
+        result["decoder"]["pred"] = {"kernel": columns(pred["kernel"], 0), "bias": columns(pred["bias"], shift)}
+    logging.info(
+        "%d channels for %d: pixels are scaled by data.mean=%s and data.std=%s now, which a config that begins from "
+        "these weights has to say too",
+        channels,
+        old,
+        data.mean,
+        data.std,
+    )
+    return result
+
+
+def _adapt(values: tuple[float, ...], old: int, channels: int, alpha: float) -> tuple[float, ...]:
+    """Mean or std of the pixels for other channels; that of gray is the colours' mean."""
+    if len(values) == 1:
+        return values
+    if channels == 1:
+        return (sum(values[:3]) / 3,)
+    return (*values[:3], *[alpha] * (channels - 3))
+
+
+def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin: str) -> None:
+    """Writes parameters in a layout; `ConfigError` names what the layout cannot express."""
+    if to == "mae_dist":
+        reader.save_params(path, config, params, origin)
+        return
+    faults = _not_expressible(params, config, to)
+    if faults:
+        helps = len(params) > 1 and not _not_expressible({"encoder": params["encoder"]}, config, to)
+        raise errors.ConfigError(
+            f"the {to} layout cannot express this model:\n  - "
+            + "\n  - ".join(faults)
+            + "\n"
+            + ("--encoder_only leaves out the decoder or the head; " if helps else "")
+            + "--to=mae_dist expresses everything."
+        )
+    tensors = layouts.to_layout(params, config.model, to)
+    if to == "timm":
+        files.write_tensors(path, tensors)
+        return
+    path.mkdir(parents=True)
+    files.write_tensors(path / "model.safetensors", tensors)
+    for name, value in _hugging_face_files(params, config).items():
+        (path / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def not_in_hugging_face(params: Params, config: ConfigDict) -> list[str]:
+    model, classify, faults = config.model, config.classify, []
+    if model.cls_token == "none":
+        faults.append("there is no class token (model.cls_token)")
+    if "norm" not in params["encoder"] and "head" not in params:
+        faults.append("the encoder has no last norm, its head has one instead (classify.norm_after_pool)")
+    if "decoder" in params and any(height != width for height, width in (model.image_size, model.patch_size)):
+        faults.append(f"images {model.image_size} and patches {model.patch_size} are not square")
+    if "decoder" in params and model.masking != "random":
+        logging.warning("Hugging Face's ViTMAE masks at random; the run masked by %r", model.masking)
+    if "head" in params and classify.pool != "cls":
+        faults.append(f"its classifier reads the class token, and this one pools by {classify.pool!r}")
+    return faults
+
+
+def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """config.json and preprocessor_config.json."""
+    model = config.model
+    architecture = {"decoder": "ViTMAEForPreTraining", "head": "ViTForImageClassification"}
+
+    described: dict[str, Any] = {
+        **hugging_face.describe(model, config.pretrain.norm_pix_loss),
+        "architectures": [next((architecture[g] for g in params if g in architecture), "ViTMAEModel")],
+        "model_type": "vit" if "head" in params else "vit_mae",
+        "torch_dtype": "float32",
+    }
+    if "head" in params:  # ViT knows of no decoder and no mask
+        own = ("mask_ratio", "norm_pix_loss")
+        described = {key: v for key, v in described.items() if key not in own and not key.startswith("decoder_")}
+        names = {str(i): f"LABEL_{i}" for i in range(params["head"]["linear"]["bias"].shape[0])}
+        described |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+    mean, std = (list(v) * (model.channels if len(v) == 1 else 1) for v in (config.data.mean, config.data.std))
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": model.image_size[0], "width": model.image_size[1]},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
+    return {"config.json": described, "preprocessor_config.json": preprocessor}
+
+
+def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None:
+    """Reads back what was written and compares every value that a layout keeps apart."""
+    reread = pretrained.open_pretrained(path, default.get_config(), config).load_whole()
+    for place, leaf in jax.tree_util.tree_leaves_with_path(params):
+        other: Any = reread
+        for key in place:
+            other = other.get(key.key, np.zeros(0)) if isinstance(other, dict) else other
+        assert np.array_equal(leaf, other), f"{path_name(place)} was not written as it is"
+
+
+def _mix_channels(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels in 0..1 of `source` channels as those of `target`: x @ mix + opaque, (source, target) and (target,)."""
+    colors = min(source, 3), min(target, 3)
+    mix = np.zeros((source, target))
+    mix[: colors[0], : colors[1]] = np.eye(colors[0]) if colors[0] == colors[1] else 1 / colors[0]
+    opaque = np.zeros(target)
+    opaque[3:] = 1.0
+    return mix, opaque
+
+
+def _not_expressible(params: Params, config: ConfigDict, to: str) -> list[str]:
+    faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
+    return faults + (not_in_hugging_face(params, config) if to == "hf" else [])
