@@ -10,7 +10,7 @@ from mae_dist.config.default import get_config as default_config
 from mae_dist.config.named import get_config
 
 if TYPE_CHECKING:
-    from mae_dist.encoder import load_encoder
+    from mae_dist.evaluation.encoder import load_encoder
 
 __all__ = ["default_config", "get_config", "load_encoder"]
 
@@ -18,7 +18,7 @@ __all__ = ["default_config", "get_config", "load_encoder"]
 def __getattr__(name: str) -> Any:
     """Imports JAX only when it is needed: a typo on a command line is told before."""
     if name == "load_encoder":
-        from mae_dist.encoder import load_encoder
+        from mae_dist.evaluation.encoder import load_encoder
 
         return load_encoder
     raise AttributeError(f"module 'mae_dist' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -23,11 +23,15 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cli, encoder, errors, hardware, input_speed, job, steps
+from mae_dist import cli, errors, hardware, input_speed
 from mae_dist.cpu import cores
+from mae_dist.cpu.microbatches import choose_products, num_pieces
 from mae_dist.cpu.start import use_cores
 from mae_dist.data import local_rows, to_global
+from mae_dist.data.from_config import open_data
+from mae_dist.evaluation.encode import make_feature_step
 from mae_dist.model import flops, patches
+from mae_dist.training import job
 from mae_dist.weights import hugging_face
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
@@ -144,7 +148,7 @@ class _Ours:
 
     def __init__(self, config: ConfigDict, what: str):
         self.what = what
-        self.job = built = job.build(config, jax.devices(), job.open_data(config))
+        self.job = built = job.build(config, jax.devices(), open_data(config))
         self.batch_size = config.global_batch_size
         self.parts: dict[str, list[float]] = {}
         device = built.mesh.devices.flat[0]
@@ -176,9 +180,9 @@ class _Ours:
 
             return update
         self.flops_per_image = flops.forward_flops(config)
-        self.choices["pieces"] = steps.num_pieces(config, built.mesh, self.batch_size)
-        self.choices["products"] = steps.choose_products(config, built.mesh, self.flops_per_image)
-        step = encoder.make_feature_step(config, built.mesh, built.shardings.params, self.batch_size, ("mean",))
+        self.choices["pieces"] = num_pieces(config, built.mesh, self.batch_size)
+        self.choices["products"] = choose_products(config, built.mesh, self.flops_per_image)
+        step = make_feature_step(config, built.mesh, built.shardings.params, self.batch_size, ("mean",))
         return lambda batch: step(self._state.params, batch)
 
     def _place(self, host_batch: Any) -> Any:

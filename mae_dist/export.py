@@ -19,7 +19,8 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import cli, encoder, errors
+from mae_dist import cli, errors
+from mae_dist.evaluation.encode import KINDS, make_encode, needed_shapes, scale
 from mae_dist.model import patches
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.build import functional
@@ -69,11 +70,11 @@ def make_function(
     images = jax.ShapeDtypeStruct((batch, *model.image_size, model.channels), jnp.dtype(dtype))
     if what == "reconstruction" and "decoder" not in source.abstract:
         raise errors.ConfigError(f"{source.origin} has no decoder, so it cannot reconstruct; use --what=encoder")
-    shapes = encoder.needed_shapes(source) if what == "encoder" else source.abstract
+    shapes = needed_shapes(source) if what == "encoder" else source.abstract
     params = source.load_here(shapes)
     if what == "encoder":
-        kinds = [kind for kind in encoder.KINDS if kind != "cls" or model.cls_token != "none"]
-        encode = encoder.make_encode(config, kinds)
+        kinds = [kind for kind in KINDS if kind != "cls" or model.cls_token != "none"]
+        encode = make_encode(config, kinds)
         return lambda x: encode(params, x), {"images": images}
     rows, columns = patches.grid_size(model.image_size, model.patch_size)
     noise = jax.ShapeDtypeStruct((batch, rows * columns), jnp.float32)
@@ -87,7 +88,7 @@ def _make_reconstruction(config: ConfigDict, params: Any) -> Function:
         model = bind(params)
         _, kept = model.draw_ids_shuffle(jax.random.split(jax.random.key(0), 1))  # how many; which, the noise says
         ids_shuffle = jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32)
-        pred, true, mask = model(encoder.scale(images, config), ids_shuffle, kept, None)
+        pred, true, mask = model(scale(images, config), ids_shuffle, kept, None)
         return {**make_pictures(config, pred, true, mask), "mask": mask}
 
     return reconstruct

@@ -16,10 +16,13 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import cli, encoder, errors, extract, job
+from mae_dist import cli, errors
 from mae_dist.cpu import start
 from mae_dist.data import Dataset
-from mae_dist.extract import Columns
+from mae_dist.data.from_config import open_dataset
+from mae_dist.evaluation import extract
+from mae_dist.evaluation.encode import KINDS
+from mae_dist.evaluation.extract import Columns
 from mae_dist.model import patches
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute, appearing, naming_faults
@@ -30,7 +33,7 @@ _OUT = flags.DEFINE_string("out", None, "The directory to write.", allow_overrid
 _SPLIT = flags.DEFINE_string(
     "split", "test", "train, val or test of the config, or an expression such as train[:10%].", allow_override=True
 )
-_KINDS = flags.DEFINE_list("kinds", ["mean"], f"What to write, of {', '.join(encoder.KINDS)}.")
+_KINDS = flags.DEFINE_list("kinds", ["mean"], f"What to write, of {', '.join(KINDS)}.")
 _BLOCK = flags.DEFINE_integer("block", None, "Of which block's output, from 1; by default the last, normalised.")
 _FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "parquet"], "Of the shards.")
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 10_000, "Examples in a shard.", lower_bound=1)
@@ -52,7 +55,7 @@ def features(argv: Sequence[str]) -> int:
     # Refuses what the model has not, before data are opened.
     compute = extract.prepare(source, config, _KINDS.value, _BLOCK.value)
     split = extract.split_expression(config, "split", split)
-    dataset = job.open_dataset(config, split)
+    dataset = open_dataset(config, split)
     logging.info("%s; %d images of %s", source.origin, dataset.num_examples, split)
     # Only the first process writes: on another machine, a process may have the same number.
     with appearing(out) if processes.is_primary() else contextlib.nullcontext(out) as temporary:

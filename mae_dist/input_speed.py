@@ -20,10 +20,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import job
 from mae_dist.cpu.cores import given_environment, num_cores
 from mae_dist.data import Dataset, num_readers
-from mae_dist.data.tfds_source import TfdsDataset
+from mae_dist.data.from_config import open_dataset, train_batches
+from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
 
 _MANY = 1 << 40
@@ -104,7 +104,7 @@ def _kib(process: int, file: str, field: str) -> int:
 @contextlib.contextmanager
 def pipelines(config: ConfigDict, against_torch: bool) -> Iterator[list[Pipeline]]:
     """The config's pipeline and, if asked for, PyTorch's with as many workers (or one for each of our threads)."""
-    dataset = job.open_dataset(config, config.data.train_split)
+    dataset = open_dataset(config, config.data.train_split)
     opened = [("mae_dist", "mae_dist.input_speed", json.loads(config_lib.to_json(config)))]
     if against_torch:
         opened.append(("torch", "mae_dist.torch_input", _torch_options(config, dataset)))
@@ -185,9 +185,9 @@ def watch(config: ConfigDict, minutes: float) -> Iterator[Result]:
 
 def serve(config: ConfigDict) -> None:
     """Takes the first batch, then as many as each line of the input says, and prints the seconds."""
-    dataset = job.open_dataset(config, config.data.train_split)
+    dataset = open_dataset(config, config.data.train_split)
     rows = np.arange(config.global_batch_size)
-    with job.train_batches(config, dataset, start_step=0, total_steps=_MANY, rows=rows) as batches:
+    with train_batches(config, dataset, start_step=0, total_steps=_MANY, rows=rows) as batches:
         next(batches)
         print("ready", flush=True)
         for line in sys.stdin:

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags, logging
 
-from mae_dist import cli, errors, extract, job, readout
+from mae_dist import cli, errors
 from mae_dist.cpu import start
+from mae_dist.data.from_config import open_dataset
+from mae_dist.evaluation import extract, knn_ridge
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute
 from mae_dist.weights import pretrained
@@ -45,13 +47,13 @@ def knn(argv: Sequence[str]) -> int:
     config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
     compute = extract.prepare(source, config, [_KIND.value])
     train, test = (
-        job.open_dataset(config, extract.split_expression(config, flag.name, flag.value))
+        open_dataset(config, extract.split_expression(config, flag.name, flag.value))
         for flag in (_TRAIN_SPLIT, _TEST_SPLIT)
     )
     logging.info("%s; %d images against %d", source.origin, test.num_examples, train.num_examples)
     columns = [extract.whole(compute(dataset), _KIND.value) for dataset in (train, test)]
     options = {"k": _K.value, "temperature": _TEMPERATURE.value, "ridge": _RIDGE.value}
-    found = readout.top1(*columns, num_classes=train.num_classes, **options)
+    found = knn_ridge.top1(*columns, num_classes=train.num_classes, **options)
     if processes.is_primary():
         counts = {"num_train": len(columns[0]["label"]), "num_test": len(columns[1]["label"])}
         if _JSON.value:

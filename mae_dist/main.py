@@ -49,7 +49,8 @@ def _train(argv: Sequence[str]) -> int:
     with watchdog.Watch(**config.deadlines) as watching, notices.handling(_METADATA_SERVER.value):
         import jax
 
-        from mae_dist import job, train
+        from mae_dist.data.from_config import open_data
+        from mae_dist.training import job, loop
 
         join_processes(watching, notices)
         try:
@@ -59,10 +60,10 @@ def _train(argv: Sequence[str]) -> int:
                 kind = jax.devices()[0].device_kind
                 logging.info("workdir %s, %d devices of kind %s", workdir, jax.device_count(), kind)
                 job.check_mesh(config, jax.device_count())  # before any data is fetched
-                built = job.build(config, jax.devices(), job.open_data(config))
+                built = job.build(config, jax.devices(), open_data(config))
             gc.freeze()
             gc.enable()
-            return train.train(built, workdir, default_config(), watching, notices)
+            return loop.train(built, workdir, default_config(), watching, notices)
         except preemption.Preempted:
             logging.warning("Preempted before there was anything to save; the same command begins or continues.")
             return errors.EXIT_PREEMPTED

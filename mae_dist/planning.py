@@ -11,18 +11,20 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mae_dist import errors, hardware, hlo, job, roofline, topology
+from mae_dist import errors, hardware, hlo, roofline, topology
 from mae_dist.data import DescribedDataset, is_prepared, known_sizes
+from mae_dist.data.from_config import Data, open_data
 from mae_dist.model.build import param_count
 from mae_dist.optim.train_state import split_frozen
 from mae_dist.parallel.shardings import bytes_per_device
+from mae_dist.training import job
 
 Report = dict[str, Any]
 _FIT_COMPILATIONS = 3  # at most, for each value of model.remat
 _SWEEP_COMPILATIONS = 3  # at most, for each mesh that is wanted compiled
 
 
-def described_data(config: ConfigDict) -> job.Data:
+def described_data(config: ConfigDict) -> Data:
     """The splits of a config, as descriptions where their sizes are known; nothing is downloaded, copied or decoded.
 
     Raises:
@@ -32,16 +34,16 @@ def described_data(config: ConfigDict) -> job.Data:
     if data.source != "tfds" or (known_sizes(data.name) is None and is_prepared(data.name, data.data_dir)):
         config = config.copy_and_resolve_references()
         config.data.update(stage=False, cache="stream")
-        return job.open_data(config)
+        return open_data(config)
     splits = [data[f"{name}_split"] for name in ("train", "val", "test")]
     if not splits[0]:
         raise errors.ConfigError("data.train_split is empty; name a split, as 'train' or 'train[:80%]'")
     train, val, test = (DescribedDataset(data.name, split) if split else None for split in splits)
     assert train is not None
-    return job.Data(train, val, test)
+    return Data(train, val, test)
 
 
-def examine(config: ConfigDict, place: topology.Topology, data: job.Data) -> Report:
+def examine(config: ConfigDict, place: topology.Topology, data: Data) -> Report:
     """Compiles the update of `config` for the devices of `place`: everything the tables say, as plain values."""
     built = job.build(config, place.devices, data)
     batch, started = built.abstract_batch, time.monotonic()
@@ -199,7 +201,7 @@ def _time(report: Report, secs: dict[str, float | None]) -> None:
     report["days"] = report["total_epochs"] / report["epochs_per_day"] if rate else None
 
 
-def search_fit(config: ConfigDict, place: topology.Topology, data: job.Data, first: Report) -> Iterator[Report]:
+def search_fit(config: ConfigDict, place: topology.Topology, data: Data, first: Report) -> Iterator[Report]:
     """For each value of model.remat, batches down to the first that fits: what each was compiled to need.
 
     What does not fit tells bytes per image, and so which half, quarter, … of its batch to compile next.
@@ -248,7 +250,7 @@ def valid_meshes(config: ConfigDict, place: topology.Topology) -> Iterator[Confi
                 yield changed
 
 
-def sweep(config: ConfigDict, place: topology.Topology, data: job.Data, num_compiled: int) -> Report:
+def sweep(config: ConfigDict, place: topology.Topology, data: Data, num_compiled: int) -> Report:
     """Ranks the valid meshes: what fits first, then what was compiled, then by the time of a step at best.
 
     Meshes are compiled in the order that theory gives, until `num_compiled` of them fit, at most three times as many.

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from mae_dist import cli, errors, job, pictures, train
+from mae_dist import cli, errors
 from mae_dist import config as config_lib
 from mae_dist.checkpoint import reader
+from mae_dist.data.from_config import open_data
+from mae_dist.evaluation import pictures
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute
+from mae_dist.training import job
+from mae_dist.training.run import draw_reconstructions
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "How many images, the first of the split.", lower_bound=1)
@@ -51,13 +55,13 @@ def reconstruct(argv: Sequence[str]) -> int:
             f"{workdir} is a {config.task}: it has no decoder; give the workdir of its pretraining"
         )
     config_lib.validate(config)
-    built = job.build(config, jax.devices(), job.open_data(config))
+    built = job.build(config, jax.devices(), open_data(config))
     dataset = getattr(built.data, _SPLIT.value)
     if dataset is None:
         raise errors.ConfigError(f"--split={_SPLIT.value}: the run has no such split (data.{_SPLIT.value}_split is '')")
     step, params = reader.load_params(workdir, built.abstract_state.params, built.shardings.params)
     with jax.set_mesh(built.mesh):
-        grid = train.draw_reconstructions(built, params, dataset, step, _NUM_IMAGES.value)
+        grid = draw_reconstructions(built, params, dataset, step, _NUM_IMAGES.value)
     out = absolute(_OUT.value) if _OUT.value else workdir / "pictures" / f"{_SPLIT.value}_{step:08d}.png"
     pictures.write_png(out, grid)
     print(f"{config.name}: step {step}, {min(_NUM_IMAGES.value, dataset.num_examples)} {_SPLIT.value} images in {out}")

@@ -15,8 +15,9 @@ from typing import Any
 from absl import flags, logging
 from etils import epath
 
-from mae_dist import cli, errors, pictures, report_figures, report_pictures, report_tables
+from mae_dist import cli, errors, report_figures, report_pictures, report_tables
 from mae_dist.cpu import start
+from mae_dist.evaluation import pictures
 from mae_dist.report_groups import Group, group, scalar_names
 from mae_dist.report_model import Viewer, embed
 from mae_dist.report_page import Content, Html, document, figure, legend, picture, plots, section, tag, warning

@@ -14,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_dist import encoder, evaluate, job, steps
+from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import Dataset
+from mae_dist.data.from_config import open_dataset
 from mae_dist.errors import DataFault
+from mae_dist.evaluation import evaluate
+from mae_dist.evaluation.encode import make_encode, needed_shapes
+from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model.build import functional, make_model
 from mae_dist.model.layers import unconstrained
 from mae_dist.parallel import shardings as sharding
@@ -83,7 +87,7 @@ class Viewer:
         split = config.data[f"{name}_split"]
         key = json.dumps([config.data.to_dict(), config.model.image_size, config.model.channels, split])
         if key not in self._splits:
-            self._splits[key] = job.open_dataset(config, split)
+            self._splits[key] = open_dataset(config, split)
         dataset = self._splits[key]
         images, outputs, labels = self._run(source, dataset)
         width = config.model.embed_dim
@@ -101,12 +105,12 @@ class Viewer:
     def _run(self, source: pretrained.Pretrained, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first images, features with any logits behind them (N, D or D + Y), labels (N,)."""
         config, mesh = source.config, self._mesh
-        shapes = encoder.needed_shapes(source) if config.task == "pretrain" else source.abstract
+        shapes = needed_shapes(source) if config.task == "pretrain" else source.abstract
         shardings = sharding.param_shardings(mesh, shapes)
         batch_sharding, shards = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
         batch_size = math.ceil(_BATCH_SIZE / shards) * shards
-        pieces = steps.num_pieces(config, mesh, batch_size)
-        step = steps.make_eval_step(
+        pieces = num_pieces(config, mesh, batch_size)
+        step = make_eval_step(
             _make_forward(config, source.num_classes), mesh=mesh, params=shardings, per_example=True, pieces=pieces
         )
         images, outputs, labels, left = [], [], [], self._max_images
@@ -127,7 +131,7 @@ class Viewer:
 def _make_forward(config: ConfigDict, num_classes: int) -> Any:
     """(params, batch) -> float32 (B, D) features, with a classifier's logits behind them (B, D + Y)."""
     if config.task == "pretrain":
-        encode = encoder.make_encode(config, ("mean",))
+        encode = make_encode(config, ("mean",))
         return lambda params, batch: encode(params, batch["image"])["mean"]
     bind = functional(functools.partial(make_model, config, num_classes, unconstrained)).bind
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from mae_dist.evaluate import NUM_LOWEST
+from mae_dist.evaluation.evaluate import NUM_LOWEST
 from mae_dist.metrics.summary import last_values
 from mae_dist.report_groups import Group, mean_std
 from mae_dist.report_model import Seen

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist import errors
-from mae_dist.checkpoint import __main__
+from mae_dist.checkpoint import __main__ as checkpoint_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +26,7 @@ def parse(module: str, arguments: Sequence[str]) -> ConfigDict | None:
     """
     if module == "checkpoint":
         with contextlib.suppress(errors.StorageFault):  # the arguments are right and there is no such workdir
-            __main__.command([*arguments[:-1], f"/nowhere/{arguments[-1]}"])
+            checkpoint_command.command([*arguments[:-1], f"/nowhere/{arguments[-1]}"])
         return None
     argv = [module, *arguments]
     values = _defined(module, argv)
@@ -46,9 +46,12 @@ def flag_names(module: str) -> set[str]:
 def _defined(module: str, argv: Sequence[str]) -> flags.FlagValues:
     """The flags of a command, defined anew: those of the process are of all commands that it has imported."""
     values = flags.FlagValues()
-    for name in dict.fromkeys(("main", module)):
-        namespace = vars(importlib.import_module(f"mae_dist.{name}")) | {"values": values, "argv": argv}
-        for call in _definitions(ROOT / "mae_dist" / f"{name}.py"):
+    for name in dict.fromkeys(("cli", module)):
+        path = ROOT / "mae_dist" / name
+        is_package = path.is_dir()
+        code = importlib.import_module(f"mae_dist.{name}{'.__main__' if is_package else ''}")
+        namespace = vars(code) | {"values": values, "argv": argv}
+        for call in _definitions(path / "__main__.py" if is_package else path.with_suffix(".py")):
             eval(compile(ast.Expression(call), name, "eval"), namespace)
     return values
 

@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from configs import smoke
 from mae_dist import config as config_lib
-from mae_dist import job
 from mae_dist.data import local_rows, to_global
+from mae_dist.data.from_config import open_data
+from mae_dist.training import job
 from tests import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def smoke_config(**overrides: Any) -> ConfigDict:
 
 def losses(config: ConfigDict, num_devices: int) -> tuple[np.ndarray, Any]:
     """Really optimises for `config.total_steps` on the first devices: (loss of every update, final state)."""
-    built = job.build(config, jax.devices()[:num_devices], job.open_data(config))
+    built = job.build(config, jax.devices()[:num_devices], open_data(config))
     rows = local_rows(built.batch_sharding, config.global_batch_size)
     values = []
     with jax.set_mesh(built.mesh), built.train_batches(built.data.train, 0, rows) as batches:

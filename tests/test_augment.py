@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
-from mae_dist import augment
-from mae_dist.augment import OPERATIONS, UNIFORMS_PER_LAYER, RandAugment
+from mae_dist.data import randaugment as augment
+from mae_dist.data.randaugment import OPERATIONS, UNIFORMS_PER_LAYER, RandAugment
 from mae_dist.errors import ConfigError
 
 MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from configs import default
-from mae_dist import job
 from mae_dist.checkpoint import reader
 from mae_dist.checkpoint.manager import Checkpoints
+from mae_dist.data.from_config import open_data
 from mae_dist.errors import StorageFault
+from mae_dist.training import job
 from tests.runs import smoke_config
 
 KEEP = {"every_steps": 1, "every_minutes": 0.0, "keep_latest": 2, "keep_every_steps": 0, "keep_best": "", "retries": 0}
@@ -24,7 +25,7 @@ def build(shape=(1, 1, 1), **overrides):
     """A job on smoke.py with a mesh of this shape; it holds no state, and compiles once for all tests."""
     data, fsdp, tensor = shape
     config = smoke_config(mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor, **overrides)
-    return job.build(config, jax.devices()[: data * fsdp * tensor], job.open_data(config))
+    return job.build(config, jax.devices()[: data * fsdp * tensor], open_data(config))
 
 
 def new_state(built):

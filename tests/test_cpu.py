@@ -17,13 +17,14 @@ from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mae_dist import job
 from mae_dist.cpu import cores as cpu
 from mae_dist.cpu import start
 from mae_dist.data import local_rows, to_global
+from mae_dist.data.from_config import open_data
 from mae_dist.errors import ConfigError
 from mae_dist.model import autoencoder, flops, layers, onednn
 from mae_dist.tasks.make import make_task
+from mae_dist.training import job
 from tests import QUICK
 from tests.runs import ONLY_UPDATES, losses, run, smoke_config
 
@@ -171,7 +172,7 @@ def test_evaluation_in_pieces(monkeypatch):
     for pieces in (1, 4):
         monkeypatch.setattr(cpu, "num_pieces", lambda *args, pieces=pieces: pieces)
         config = smoke_config(task="finetune", data__num_examples=100)
-        built = job.build(config, jax.devices()[:2], job.open_data(config))
+        built = job.build(config, jax.devices()[:2], open_data(config))
         with jax.set_mesh(built.mesh):
             state = jax.jit(built.init, out_shardings=built.shardings)()
             rows = local_rows(built.batch_sharding, 32)
@@ -215,7 +216,7 @@ def test_pieces_take_one_trace(monkeypatch):
         autoencoder.MaskedAutoencoder, "removed_patches", lambda *args, **kw: traced.append(1) or forward(*args, **kw)
     )
     config = smoke_config(accum_steps=2)
-    built = job.build(config, jax.devices()[:2], job.open_data(config))
+    built = job.build(config, jax.devices()[:2], open_data(config))
     traced.clear()
     batch = {"image": jax.ShapeDtypeStruct((config.global_batch_size, *config.model.image_size, 3), jnp.uint8)}
     with jax.set_mesh(built.mesh):
@@ -226,7 +227,7 @@ def test_pieces_take_one_trace(monkeypatch):
 def test_one_compilation():
     """An update gives back just what the next one takes: another type somewhere, and it would be compiled again."""
     config = smoke_config(model__layer_scale_init=0.1)
-    built = job.build(config, jax.devices()[:2], job.open_data(config))
+    built = job.build(config, jax.devices()[:2], open_data(config))
     rows = local_rows(built.batch_sharding, config.global_batch_size)
     with jax.set_mesh(built.mesh):
         state = jax.jit(built.init, out_shardings=built.shardings)()

@@ -31,8 +31,8 @@ from mae_dist.data import (
 )
 from mae_dist.data.batches import stream_indices
 from mae_dist.data.splits import Span, parse_split
+from mae_dist.data.transforms import RandomCrops
 from mae_dist.errors import ConfigError, DataFault
-from mae_dist.transforms import RandomCrops
 
 ALL_KINDS = ["none", "flip", "crop_flip"]
 RANDAUGMENT = RandAugment(2, 9.0, 0.5, (128, 0, 255))

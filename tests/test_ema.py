@@ -9,8 +9,9 @@ import numpy as np
 
 from configs import default
 from mae_dist import config as config_lib
-from mae_dist import job
 from mae_dist.checkpoint import reader
+from mae_dist.data.from_config import open_data
+from mae_dist.training import job
 from mae_dist.weights import pretrained
 from tests.runs import compile_quickly, first_batch, smoke_config
 from tests.test_checkpoint import new_state, open_checkpoints, save
@@ -20,7 +21,7 @@ from tests.test_checkpoint import new_state, open_checkpoints, save
 def build(**overrides: Any) -> job.Job:
     """A job on two devices that share the parameters."""
     config = smoke_config(mesh__fsdp=2, model__depth=1, ema_decay=0.6, **overrides)
-    return job.build(config, jax.devices()[:2], job.open_data(config))
+    return job.build(config, jax.devices()[:2], open_data(config))
 
 
 def on_host(tree: Any) -> Any:

@@ -13,8 +13,9 @@ from etils import epath
 import mae_dist
 from mae_dist import config
 from mae_dist.checkpoint import manager
-from mae_dist.encoder import KINDS, Encoder
 from mae_dist.errors import ConfigError, DataFault
+from mae_dist.evaluation.encode import KINDS
+from mae_dist.evaluation.encoder import Encoder
 from mae_dist.optim.train_state import TrainState
 from mae_dist.weights import convert
 from tests import reference

@@ -226,16 +226,17 @@ def test_a_failed_save_does_not_hold_up_the_end(child_env, tmp_path):
         import sys, threading
         from etils import epath
         from configs import smoke
-        from mae_dist import errors, main, saved
+        from mae_dist import cli, errors
+        from mae_dist.checkpoint import reader
 
         def entry(argv):
             try:
-                saved.save_params(epath.Path(sys.argv.pop()), smoke.get_config(), {"encoder": {}}, "a test")
+                reader.save_params(epath.Path(sys.argv.pop()), smoke.get_config(), {"encoder": {}}, "a test")
             except errors.StorageFault:
                 print([thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax")])
                 return 0
 
-        main.run(entry)
+        cli.run(entry)
     """
     command = [sys.executable, "-c", program, str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, env=child_env(), capture_output=True, text=True, timeout=60, check=False)
@@ -260,13 +261,14 @@ def test_update_is_compiled_while_the_state_is_created(child_env, tmp_path):
 def test_a_fault_of_ours_while_the_update_is_compiled(child_env, tmp_path):
     """A traceback and code 1: an interpreter that ends beside a compilation would crash, and tell of that instead."""
     program = """if True:
-        from mae_dist import job, main
+        from mae_dist import cli, main
+        from mae_dist.training import job
 
         def broken(self, default):
             raise RuntimeError("a bug")
 
         job.Job.fresh_state = broken
-        main.run(main.main)
+        cli.run(main.main)
     """
     command = [sys.executable, "-c", program, "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}"]
     env = {name: value for name, value in child_env().items() if name != "JAX_COMPILATION_CACHE_DIR"}

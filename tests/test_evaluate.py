@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from mae_dist import evaluate, job
 from mae_dist.data import ArrayDataset
+from mae_dist.data.from_config import open_data
+from mae_dist.evaluation import evaluate
+from mae_dist.training import job
 from tests.runs import smoke_config
 
 
@@ -15,7 +17,7 @@ from tests.runs import smoke_config
 def build(devices=8, **overrides):
     """A job on smoke.py and its state, which no test changes."""
     config = smoke_config(**{"data__num_examples": 510, "eval__batch_size": 32, **overrides})
-    built = job.build(config, jax.devices()[:devices], job.open_data(config))
+    built = job.build(config, jax.devices()[:devices], open_data(config))
     return built, jax.jit(built.init, out_shardings=built.shardings)()
 
 

@@ -9,8 +9,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from mae_dist import cli, encoder, export
+from mae_dist import cli, export
 from mae_dist.errors import ConfigError
+from mae_dist.evaluation import encoder
+from mae_dist.evaluation.encode import KINDS
 from mae_dist.model import masking, patches
 from mae_dist.model.layers import unconstrained
 from mae_dist.parallel import processes
@@ -119,7 +121,7 @@ def test_encoder(exported, case):
     """What Encoder.features gives, of each kind that the model has."""
     source, results = exported[case]
     ours, (images, _, _) = encoder.Encoder(source), draw(source)
-    kinds = [kind for kind in encoder.KINDS if kind != "cls" or source.config.model.cls_token != "none"]
+    kinds = [kind for kind in KINDS if kind != "cls" or source.config.model.cls_token != "none"]
     assert_results(case, results, {kind: ours.features(images, kind) for kind in kinds})
 
 

@@ -12,8 +12,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 import mae_dist
-from mae_dist import cli, features, job
+from mae_dist import cli, features
 from mae_dist.data import ArrayDataset
+from mae_dist.data import from_config as data_from_config
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from tests.runs import free_port, smoke_config, start
 from tests.trained import in_memory, save
@@ -34,7 +35,7 @@ def trained(tmp_path_factory):
 def wanted(trained):
     """Labels and features of the test split from one device, all at once."""
     config = smoke_config(**FIELDS)
-    examples = job.open_dataset(config, config.data.test_split).examples(np.arange(102))
+    examples = data_from_config.open_dataset(config, config.data.test_split).examples(np.arange(102))
     encoder = mae_dist.load_encoder(trained)
     computed = {"mean": encoder.features(examples["image"]), "patches": encoder.features(examples["image"], "patches")}
     return {"index": np.arange(102, dtype=np.int32), "label": examples["label"], **computed}
@@ -105,7 +106,7 @@ def test_every_image_once_and_in_order(compute, trained, wanted, tmp_path, capsy
         "block": None,
         "shapes": {"mean": [32], "patches": [4, 4, 32]},
         "count": 102,
-        "class_names": list(job.open_dataset(smoke_config(**FIELDS), "test").class_names),
+        "class_names": list(data_from_config.open_dataset(smoke_config(**FIELDS), "test").class_names),
         "files": [{"name": f"0000{i}.npz", "count": count} for i, count in enumerate((40, 40, 22))],
     }
     assert os.listdir(out.parent) == ["out"]
@@ -131,7 +132,7 @@ def test_less_than_a_batch_of_another_split(compute, trained, tmp_path):
     assert compute(tmp_path / "out", config, split="train[5:12]", block=0, shard_size=7) == 0
     description, columns = read(tmp_path / "out")
     assert (description["block"], description["data"]["split"]) == (0, "train[5:12]")
-    examples = job.open_dataset(config, "train[5:12]").examples(np.arange(7))
+    examples = data_from_config.open_dataset(config, "train[5:12]").examples(np.arange(7))
     wanted = mae_dist.load_encoder(trained).features(examples["image"], block=0)
     assert_columns(columns, {"index": np.arange(7), "label": examples["label"], "mean": wanted})
 
@@ -150,7 +151,7 @@ def test_unreadable_images_are_left_out(compute, tmp_path, monkeypatch):
     """The others keep their numbers; more than config.data allows are a fault, and nothing is left behind."""
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     dataset = SomeUnreadable({"image": images, "label": np.arange(20, dtype=np.int32) % 10}, num_classes=10)
-    monkeypatch.setattr(job, "open_dataset", lambda config, split: dataset)
+    monkeypatch.setattr(data_from_config, "open_dataset", lambda config, split: dataset)
     assert compute(tmp_path / "out", shard_size=10, block=0) == 0
     description, columns = read(tmp_path / "out")
     assert description["count"] == 18

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import default
-from mae_dist import job, train
+from mae_dist.data.from_config import open_data
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.goodput import GOODPUT_FILE, Ledger, span, summarize, total_steps
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.resilience.preemption import Notices
 from mae_dist.resilience.watchdog import Watch
+from mae_dist.training import job, loop
 from tests.runs import smoke_config
 
 
@@ -116,9 +117,9 @@ def test_the_figures_of_a_run_agree_with_its_ledger(workdir):
         pictures__every_steps=0,
         pictures__every_epochs=0.0,
     )
-    built = job.build(config, jax.devices()[:1], job.open_data(config))
+    built = job.build(config, jax.devices()[:1], open_data(config))
     with Watch(**config.deadlines) as watch:
-        assert train.train(built, workdir, default.get_config(), watch, Notices()) == 0
+        assert loop.train(built, workdir, default.get_config(), watch, Notices()) == 0
     records = [record for record in read_metrics(workdir) if "step_secs" in record]
     line = json.loads((workdir / GOODPUT_FILE).read_text().splitlines()[-1])
     secs = line["secs"]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from flax import nnx
 
-from mae_dist import job
+from mae_dist.data.from_config import open_data
 from mae_dist.model import heads
+from mae_dist.training import job
 from tests.runs import compile_quickly, first_batch, smoke_config
 
 PROBE: dict[str, Any] = {
@@ -76,7 +77,7 @@ def test_statistics_are_of_the_whole_batch():
                 state, metrics[i] = update(state, batch)
         return built, batch, update, metrics, state
 
-    data = job.open_data(smoke_config(**PROBE))
+    data = open_data(smoke_config(**PROBE))
     built, batch, update, metrics, state = trained(1, cpu__pieces=1)
     assert set(state.ema) == {"head"}
     assert not [path for path, _ in jax.tree.leaves_with_path(state.opt_state) if "batch_norm" in str(path)]

@@ -20,82 +20,74 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "hugging_face",
         "names",
         "os_errors",
-        "readout",
-        "resample",
         "torch_input",
     ),
     (
-        "augment",
         "console",
         "model",
         "parallel",
         "storage",
         "topology",
-        "transforms",
     ),
     (
-        "config",
         "optim",
         "report_plot",
         "resilience",
         "roofline",
     ),
     (
+        "data",
+        "report_page",
+    ),
+    ("config",),
+    (
         "checkpoint",
         "cpu",
-        "data",
         "points",
-        "profiler",
-        "report_page",
     ),
     (
         "cli",
-        "evaluate",
+        "input_speed",
         "metrics",
-        "pictures",
         "tasks",
         "weights",
         "workers",
     ),
     (
         "convert",
+        "evaluation",
         "prepare",
         "report_runs",
-        "steps",
         "sweep_table",
     ),
     (
-        "encoder",
-        "job",
-        "report_groups",
-        "sweep",
-    ),
-    (
         "export",
-        "extract",
-        "input_speed",
-        "planning",
-        "report_figures",
+        "features",
+        "knn",
+        "report_groups",
         "report_model",
-        "report_tables",
-        "train",
+        "sweep",
+        "training",
     ),
     (
         "benchmark",
-        "features",
-        "knn",
         "main",
-        "plan",
+        "planning",
         "reconstruct",
+        "report_figures",
         "report_pictures",
+        "report_tables",
     ),
-    ("report",),
+    (
+        "plan",
+        "report",
+    ),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
 
 def dotted(path: Path) -> str:
-    """mae_dist/data/cache.py -> mae_dist.data.cache; a package's __init__.py is the package."""
+    """mae_dist/data/sources/cache.py -> mae_dist.data.sources.cache; a package's __init__.py is the package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -121,7 +113,7 @@ def ours(path: Path) -> set[str]:
 
 
 def top(name: str) -> str:
-    """mae_dist.data.cache -> data."""
+    """mae_dist.data.sources.cache -> data."""
     return name.split(".")[1]
 
 
@@ -197,7 +189,7 @@ def test_training_starts_without_other_frameworks(child_env):
     run(
         child_env,
         "-c",
-        f"import sys, mae_dist.main, mae_dist.train; assert not {names} & set(sys.modules); import torch",
+        f"import sys, mae_dist.main, mae_dist.training.loop; assert not {names} & set(sys.modules); import torch",
     )
 
 

@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 
 from configs import default
 from mae_dist import config as config_lib
-from mae_dist import job
 from mae_dist.data import ArrayDataset
+from mae_dist.data.from_config import Data
 from mae_dist.model import build as model_build
+from mae_dist.training import job
 from mae_dist.weights import convert, pretrained
 from tests import QUICK
 from tests.trained import save
@@ -148,7 +149,7 @@ def built():
         rng, shape = np.random.default_rng(0), (*config.model.image_size, config.model.channels)
         images, labels = rng.integers(0, 256, (8, *shape), np.uint8), rng.integers(0, NUM_CLASSES, 8)
         data = ArrayDataset({"image": images, "label": labels.astype(np.int32)}, num_classes=NUM_CLASSES)
-        made = job.build(config, jax.devices()[:1], job.Data(data, data, None))
+        made = job.build(config, jax.devices()[:1], Data(data, data, None))
         batch = {
             name: jax.device_put(
                 rng.normal(size=value.shape).astype(np.float32)

@@ -15,11 +15,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from mae_dist import input_speed, job, torch_input
+from mae_dist import input_speed, torch_input
 from mae_dist.data.batches import Batches, HostBatch
-from mae_dist.data.tfds_source import TfdsDataset
+from mae_dist.data.from_config import open_data, open_dataset
+from mae_dist.data.sources.tfds import TfdsDataset
+from mae_dist.data.transforms import CROP_UNIFORMS, Augment, RandomCrops
 from mae_dist.errors import EXIT_CONFIG, ConfigError, DataFault
-from mae_dist.transforms import CROP_UNIFORMS, Augment, RandomCrops
+from mae_dist.training import job
 from tests.conftest import ROOT
 from tests.test_tfds import prepare_shapes
 
@@ -38,7 +40,7 @@ def test_the_other_pipeline_makes_the_same_of_the_same_records(config: ConfigDic
     prepare_shapes(tmp_path / "square", sizes=[(40 + 7 * i, 40 + 7 * i) for i in range(12)], fixed=False)
     config.data.update(data_dir=str(tmp_path / "square"), crop_scale=(1.0, 1.0))
     config.model.image_size = (24, 16)
-    dataset = job.open_dataset(config, "train")
+    dataset = open_dataset(config, "train")
     assert isinstance(dataset, TfdsDataset)
     options = input_speed._torch_options(config, dataset)
     others = torch_input.Records(options["spans"], options["image_size"], options["mode"], options["scale"])
@@ -111,7 +113,7 @@ def test_what_is_measured_is_what_trains(config: ConfigDict, monkeypatch: pytest
     monkeypatch.setattr(Batches, "__next__", noted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("2\n"))
     input_speed.serve(config)
-    built = job.build(config, jax.devices(), job.open_data(config))
+    built = job.build(config, jax.devices(), open_data(config))
     with built.train_batches(built.data.train, 0, np.arange(8)) as batches:
         expected = [take(batches) for _ in range(3)]
     for batch, same in zip(taken, expected, strict=True):
@@ -120,7 +122,7 @@ def test_what_is_measured_is_what_trains(config: ConfigDict, monkeypatch: pytest
 
 
 def test_the_files_may_be_many(config: ConfigDict) -> None:
-    dataset = job.open_dataset(config, "train")
+    dataset = open_dataset(config, "train")
     options = input_speed._torch_options(config, dataset)
     options["spans"] *= 1 + (1 << 17) // len(options["spans"][0])  # more than an argument of a command may hold
     pipeline = input_speed.Pipeline("torch", "mae_dist.torch_input", options)

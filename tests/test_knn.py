@@ -11,9 +11,10 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from mae_dist import cli, evaluate, knn, readout
+from mae_dist import cli, knn
 from mae_dist.data import FirstExamples
 from mae_dist.errors import EXIT_DONE, EXIT_PREEMPTED, ConfigError
+from mae_dist.evaluation import evaluate, knn_ridge
 from tests.runs import ONLY_UPDATES, end_of, records, run, start_processes
 from tests.test_evaluate import build
 from tests.trained import in_memory, save
@@ -45,7 +46,7 @@ def test_knn_is_scikit_learns(clouds, k, temperature):
         return np.exp((distances.min(axis=1, keepdims=True) - distances) / temperature)
 
     theirs = KNeighborsClassifier(k, metric="cosine", weights=cast(Any, weights)).fit(train.astype(np.float64), labels)
-    ours = readout.knn_predict(train, labels, test, num_classes=7, k=k, temperature=temperature)
+    ours = knn_ridge.knn_predict(train, labels, test, num_classes=7, k=k, temperature=temperature)
     np.testing.assert_array_equal(ours, theirs.predict(test.astype(np.float64)))
 
 
@@ -59,7 +60,7 @@ def test_ridge_is_scikit_learns(clouds, ridge):
     assert 0.5 < np.mean(wanted == true) < 0.99  # clouds that everything or nothing separates would show little
     for constant in (0, 1000.1):
         columns = [np.pad(x, ((0, 0), (0, 1)), constant_values=constant) for x in (train, test)]
-        found = readout.ridge_predict(columns[0], labels, columns[1], num_classes=7, ridge=ridge)
+        found = knn_ridge.ridge_predict(columns[0], labels, columns[1], num_classes=7, ridge=ridge)
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -67,10 +68,10 @@ def test_few_examples_and_zeros():
     """Fewer examples than neighbours, a class without any, features that are all zero."""
     train, labels = np.array([[1, 0], [0, 1], [0, 0.9]], np.float32), np.array([2, 0, 0], np.int32)
     test = np.array([[9, 0.1], [0.1, 1], [0, 0]], np.float32)
-    found = readout.knn_predict(train, labels, test, num_classes=4, k=20, temperature=0.07)
+    found = knn_ridge.knn_predict(train, labels, test, num_classes=4, k=20, temperature=0.07)
     assert found.tolist() == [2, 0, 0]  # the zeros are as near to all: the majority
     nothing = np.zeros_like(test)
-    assert readout.ridge_predict(nothing, labels, nothing, num_classes=4).tolist() == [0, 0, 0]
+    assert knn_ridge.ridge_predict(nothing, labels, nothing, num_classes=4).tolist() == [0, 0, 0]
 
 
 def test_devices_change_nothing():
@@ -87,7 +88,7 @@ def test_devices_change_nothing():
         train, test = features(FirstExamples(built.data.train, 150)), features(built.data.test)
         np.testing.assert_array_equal(train["label"], built.data.train.examples(np.arange(150))["label"])
         assert test["features"].shape == (102, 32)
-        found.append((train, test, readout.top1(train, test, num_classes=10, k=20, temperature=0.07, ridge=1e-3)))
+        found.append((train, test, knn_ridge.top1(train, test, num_classes=10, k=20, temperature=0.07, ridge=1e-3)))
     for ours, theirs in zip(found[0][:2], found[1][:2], strict=True):
         np.testing.assert_allclose(ours["features"], theirs["features"], rtol=1e-5, atol=1e-5)
     assert found[0][2] == found[1][2]

@@ -20,13 +20,14 @@ from tensorboardX.proto import event_pb2
 
 from configs import smoke
 from mae_dist import config as config_lib
-from mae_dist import storage, train
+from mae_dist import storage
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.recorder import Recorder, read_metrics
 from mae_dist.metrics.summary import environment, write_summary
 from mae_dist.metrics.tensorboard import TensorBoardWriter
 from mae_dist.metrics.throughput import Throughput
 from mae_dist.resilience.watchdog import Watch
+from mae_dist.training.summary import finish
 
 
 def _record(workdir: epath.Path, start_step: int, steps: range, loss: float = 0.5) -> None:
@@ -304,7 +305,7 @@ def test_summary_names_the_lowest_classes_of_the_last_evaluation_alone(workdir: 
         ):
             recorder.write_scalars(step, scalars)
             recorder.commit(step)
-    assert train.finish(job, workdir, 20) == 0
+    assert finish(job, workdir, 20) == 0
     summary = json.loads((workdir / "summary.json").read_text())
     found = {name: value for name, value in summary.items() if "loss" in name or "top1" in name}
     expected = {"loss": 2.0, "val_top1_min": 0.3, "val_top1/dog": 0.3, "val_top1/owl": 0.4, "test_top1/cat/a": 0.5}

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_dist import job
+from mae_dist.data.from_config import Data, open_data
 from mae_dist.errors import ConfigError
 from mae_dist.model import layers
 from mae_dist.model.build import abstract_params
 from mae_dist.tasks import losses, mixing
 from mae_dist.tasks.make import make_task
+from mae_dist.training import job
 from tests import QUICK
 from tests.runs import compile_quickly, first_batch, smoke_config
 
@@ -121,10 +122,10 @@ def test_labels():
 
 @pytest.fixture(scope="module")
 def data():
-    return job.open_data(smoke_config(**MIXED))
+    return open_data(smoke_config(**MIXED))
 
 
-def first_update(data: job.Data, num_devices: int, **options: Any) -> list[tuple[float, float]]:
+def first_update(data: Data, num_devices: int, **options: Any) -> list[tuple[float, float]]:
     """(loss, norm of the gradient) of the first images and parameters as steps 0, 1, 2 and 1 again, by one program."""
     built = job.build(smoke_config(**{**MIXED, **options}), jax.devices()[:num_devices], data)
     batch, values = first_batch(built), []

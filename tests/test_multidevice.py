@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from mae_dist import job
+from mae_dist.data.from_config import open_data
 from mae_dist.parallel import shardings
 from mae_dist.parallel.rules import path_name
+from mae_dist.training import job
 from tests.runs import losses, smoke_config
 
 
@@ -56,7 +57,7 @@ def test_accumulation_equals_one_large_batch():
 def test_state_is_created_in_its_shards():
     """No parameter or moment ever lies whole on a device that should hold a part of it."""
     config = smoke_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
-    built = job.build(config, jax.devices(), job.open_data(config))
+    built = job.build(config, jax.devices(), open_data(config))
     before = sum(array.nbytes for array in jax.live_arrays())
     state = jax.jit(built.init, out_shardings=built.shardings)()
     new = sum(array.nbytes for array in jax.live_arrays()) - before
@@ -72,11 +73,11 @@ def test_batch_that_does_not_divide_names_both_numbers():
     """Refused before any device work."""
     config = smoke_config(global_batch_size=60, mesh__data=8)
     with pytest.raises(ValueError, match=r"global_batch_size=60.*= 8; nearest that does: 64"):
-        job.build(config, jax.devices(), job.open_data(config))
+        job.build(config, jax.devices(), open_data(config))
 
 
 def test_heads_that_do_not_divide_name_both_numbers():
     """As above, for the tensor axis."""
     config = smoke_config(mesh__data=1, mesh__tensor=8)
     with pytest.raises(ValueError, match=r"model.num_heads=4 does not divide by mesh.tensor=8"):
-        job.build(config, jax.devices(), job.open_data(config))
+        job.build(config, jax.devices(), open_data(config))

@@ -21,9 +21,10 @@ from mae_dist import os_errors, report_pictures, report_runs, storage
 from mae_dist.checkpoint import reader
 from mae_dist.checkpoint.__main__ import command
 from mae_dist.checkpoint.manifests import Seals
-from mae_dist.data import archives, open_split
+from mae_dist.data import open_split
 from mae_dist.errors import EXIT_CONFIG, EXIT_DONE, EXIT_PREEMPTED, EXIT_STORAGE, ConfigError, DataFault, StorageFault
 from mae_dist.metrics.summary import write_summary
+from mae_dist.prepare import archives
 from tests.runs import ONLY_UPDATES, ROOT, run, smoke_config, start, wait_for_step
 
 ALLOWED = " '\"`$%#&!;|<>(){}],:=+@^~é猫\u0301"
@@ -191,11 +192,11 @@ def read(data_dir, **changes):
 @pytest.mark.parametrize("name", [*GOOD[:2], "~", "x@4", "a[0:5]", "*?\\"])
 def test_data_lie_anywhere(tmp_path, name):
     """Images, what is prepared of them, the cache and the staged copy, where Orbax has no say."""
-    from mae_dist import prepare
+    from mae_dist.prepare import __main__
 
-    prepare.flags.FLAGS(["test"])
+    __main__.flags.FLAGS(["test"])
     place = tmp_path / name
-    prepare._prepare_folder(make_tree(place / "tree", name.strip()), "mine", str(place / "data"))
+    __main__._prepare_folder(make_tree(place / "tree", name.strip()), "mine", str(place / "data"))
     for changes in ({"cache": "memory"}, {"cache": "stream"}, {"cache": "stream", "stage": True}):
         dataset = read(place / "data", cache_dir=str(place / "cache"), **changes)
         assert dataset.class_names == (name.strip(),)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_dist import pictures
+from mae_dist.evaluation import pictures
 from mae_dist.model.layers import unconstrained
 from mae_dist.tasks import losses
 from mae_dist.tasks.make import make_task

@@ -22,11 +22,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
 
-from mae_dist import job
-from mae_dist import prepare as prepare_module
-from mae_dist.data import archives, open_split, records
-from mae_dist.data.tfds_source import TfdsDataset
+from mae_dist.data import open_split
+from mae_dist.data.files import check_space
+from mae_dist.data.from_config import open_data
+from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, DataFault
+from mae_dist.prepare import __main__ as prepare_module
+from mae_dist.prepare import archives, tfds_writer
 from tests import commands
 from tests.conftest import ROOT
 
@@ -130,7 +132,7 @@ def test_imagenet_is_what_tfds_reads(
     done = prepare("imagenet2012", f"--manual_dir={manual_dir}", f"--data_dir={tmp_path}", "--allow_incomplete")
     assert done.returncode == EXIT_DONE, done.stderr
     assert "train 11, validation 9" in done.stdout
-    opened = job.open_data(_config_of(done.stdout))
+    opened = open_data(_config_of(done.stdout))
     assert (opened.train.num_examples, opened.val and opened.val.num_examples, opened.test) == (11, 9, None)
     builder: Any = tfds.builder("imagenet2012", data_dir=tmp_path)
     assert builder.is_prepared()
@@ -256,7 +258,7 @@ def test_a_folder_becomes_a_data_set(
         archives.folder_images(folder, skip_undecodable=False)
     done = prepare(f"--from_folder={folder}", "--name=my_set", f"--data_dir={tmp_path}", "--skip_undecodable")
     assert done.returncode == EXIT_DONE, done.stderr
-    opened = job.open_data(_config_of(done.stdout))
+    opened = open_data(_config_of(done.stdout))
     assert (opened.train.num_examples, opened.val and opened.val.num_examples, opened.test) == (4, 1, None)
     train, validation = _open(tmp_path, "my_set", "train"), _open(tmp_path, "my_set", "validation")
     assert train.class_names == ("cat", "dog")
@@ -298,7 +300,7 @@ def test_a_folder_that_changed_is_not_prepared_already(
     shutil.rmtree(str(refused.value).split()[0])
     again = command(**given)
     assert again.splitlines()[1] == first.splitlines()[1]
-    assert job.open_data(_config_of(again)).train.num_examples == int(now.split()[1])
+    assert open_data(_config_of(again)).train.num_examples == int(now.split()[1])
 
 
 def test_a_folder_prepared_by_an_earlier_version(
@@ -348,14 +350,14 @@ _SLOW = """
 import sys, time
 import pytest
 from pathlib import Path
-from mae_dist.data import records
+from mae_dist.prepare import tfds_writer
 from tests.test_prepare import begin
-write = records._Shard.write
+write = tfds_writer._Shard.write
 def slowly(self, features):
     write(self, features)
     print("written", flush=True)
     time.sleep(1)
-records._Shard.write = slowly
+tfds_writer._Shard.write = slowly
 begin(Path(sys.argv[1]), Path(sys.argv[2]), pytest.MonkeyPatch())
 """
 
@@ -367,13 +369,13 @@ def begin(folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     in_threes = staticmethod(lambda size, count: -(-count // 3))
     monkeypatch.setattr(shard_utils.ShardConfig, "calculate_number_shards", in_threes)
-    monkeypatch.setattr(records, "_THREADS", 1)
+    monkeypatch.setattr(tfds_writer, "_THREADS", 1)
     splits, classes = archives.folder_images(folder, False)
     features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=classes)}
     features["file_name"] = tfds.features.Text()
     identity = DatasetIdentity("many", tfds.core.Version("1.0.0"), str(directory), "")
     info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-    records.write_dataset(info, directory, splits)
+    tfds_writer.write_dataset(info, directory, splits)
 
 
 def test_a_killed_preparation_goes_on(
@@ -411,12 +413,12 @@ def test_a_preparation_from_other_images_begins_again(
 ) -> None:
     splits, _ = archives.folder_images(folder, False)
     incomplete = tmp_path / ".1.0.0.incomplete"
-    records._begin(incomplete, splits)
+    tfds_writer._begin(incomplete, splits)
     (incomplete / "shard").touch()
-    records._begin(incomplete, splits)
+    tfds_writer._begin(incomplete, splits)
     assert (incomplete / "shard").exists()
-    records._begin(incomplete, {"train": splits["train"].limited(2)})
+    tfds_writer._begin(incomplete, {"train": splits["train"].limited(2)})
     assert "begun from other images" in caplog.text
     assert not (incomplete / "shard").exists()
     with pytest.raises(DataFault, match=r"GB free and 1000000\.00 GB are to be written"):
-        records.check_space(tmp_path, 10**15)
+        check_space(tmp_path, 10**15)

@@ -11,7 +11,7 @@ from etils import epath
 
 from mae_dist.config.checks import parse_steps
 from mae_dist.errors import ConfigError
-from mae_dist.profiler import Profiler
+from mae_dist.training.profiler import Profiler
 from tests.runs import ONLY_UPDATES, last_step, records, run, start, wait_for_step
 
 SMOKE = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.checkpoint.every_steps=1000")

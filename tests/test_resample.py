@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae_dist.resample import resize_box, resize_boxes
+from mae_dist.data.resample import resize_box, resize_boxes
 
 BICUBIC = Image.Resampling.BICUBIC
 Box = tuple[float, float, float, float]

@@ -14,8 +14,11 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from mae_dist.data import open_split, records, staging
+from mae_dist.data import files, open_split
+from mae_dist.data.files import temporary_beside
+from mae_dist.data.sources import staging
 from mae_dist.errors import DataFault, StorageFault
+from mae_dist.prepare import tfds_writer
 from tests.gcs_emulator import Blob, GcsEmulator, Refused
 from tests.test_tfds import ARGUMENTS, prepare_shapes
 
@@ -122,7 +125,7 @@ def test_without_locks_hosts_write_to_names_of_their_own(
     def no_locks(handle: object, operation: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(records.fcntl, "flock", no_locks)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     images = _images(prepared, tmp_path, stage=True)
     assert "cannot be locked ([Errno 37] No locks available)" in caplog.text
     (copy,) = _copies(tmp_path, "train")
@@ -131,9 +134,9 @@ def test_without_locks_hosts_write_to_names_of_their_own(
     other.write_bytes(b"under way on another host")
     np.testing.assert_array_equal(_images(prepared, tmp_path, stage=True), images)
     assert other.read_bytes() == b"under way on another host"
-    assert records.temporary_beside(copy) != other
-    monkeypatch.setattr(records.socket, "gethostname", lambda: "elsewhere")
-    assert records.temporary_beside(copy) == other
+    assert temporary_beside(copy) != other
+    monkeypatch.setattr(files.socket, "gethostname", lambda: "elsewhere")
+    assert temporary_beside(copy) == other
 
 
 def test_a_fault_is_blamed_on_its_side(
@@ -146,7 +149,7 @@ def test_a_fault_is_blamed_on_its_side(
         with pytest.raises(StorageFault, match=rf"cannot read or write {cache}/staged/.*Not a directory"):
             _images(source, cache, stage=stage)
     cache.unlink()
-    temporary = records.temporary_beside
+    temporary = temporary_beside
     monkeypatch.setattr(staging, "temporary_beside", lambda path: Path("/dev/full"))
     for source, stage in ((url, False), (prepared, True)):
         with pytest.raises(StorageFault, match=rf"cannot read or write {cache}/staged/.*No space left on device"):
@@ -166,8 +169,8 @@ def test_a_fault_is_blamed_on_its_side(
 
 
 def test_too_little_space_is_told_before(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = records.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(records.shutil, "disk_usage", lambda path: usage)
+    usage = tfds_writer.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(tfds_writer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataFault, match=r"has 0\.00 GB free and .* choose a place on a larger disk"):
         _images(prepared, tmp_path, stage=True)
 

@@ -28,15 +28,15 @@ from mae_dist.data import (
     Dataset,
     DescribedDataset,
     RandAugment,
-    cifar,
     eval_batches,
     is_prepared,
     open_split,
     train_batches,
 )
-from mae_dist.data.tfds_source import TfdsDataset
+from mae_dist.data.sources import cifar
+from mae_dist.data.sources.tfds import TfdsDataset
+from mae_dist.data.transforms import decode_image
 from mae_dist.errors import ConfigError, DataFault
-from mae_dist.transforms import decode_image
 from tests.test_resample import pillows
 
 NAMES = ["cat", "dog", "owl"]
@@ -421,6 +421,6 @@ def test_a_set_that_needs_tensorflow_to_be_prepared_says_so(tmp_path: Path) -> N
 
 
 def test_nothing_here_imports_tensorflow() -> None:
-    code = "import sys, mae_dist.data.tfds_source, mae_dist.data.cifar; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys, mae_dist.data.sources.tfds, mae_dist.data.sources.cifar; sys.exit('tensorflow' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

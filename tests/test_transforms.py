@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae_dist.errors import ConfigError
-from mae_dist.resample import resize_box
-from mae_dist.transforms import (
+from mae_dist.data.resample import resize_box
+from mae_dist.data.transforms import (
     CROP_UNIFORMS,
     Augment,
     RandomCrops,
@@ -26,6 +25,7 @@ from mae_dist.transforms import (
     random_crop_boxes,
     resize_images,
 )
+from mae_dist.errors import ConfigError
 from tests.test_resample import pillows
 
 SIDES = st.integers(1, 700)

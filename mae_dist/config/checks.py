@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
-from mae_dist import augment, transforms
 from mae_dist.config.stored import flatten, get
+from mae_dist.data import randaugment, transforms
 from mae_dist.errors import ConfigError, nearest
 from mae_dist.model import layers, masking, onednn, patches, positions
 from mae_dist.storage import absolute_name
@@ -338,8 +338,8 @@ def _retention_faults(options: ConfigDict) -> Iterator[str]:
 
 def _augment_faults(config: ConfigDict) -> Iterator[str]:
     data, batch = config.data, config.global_batch_size
-    if data.randaug_magnitude > augment.MAX_MAGNITUDE:
-        yield f"data.randaug_magnitude={data.randaug_magnitude} must be at most {augment.MAX_MAGNITUDE:g}"
+    if data.randaug_magnitude > randaugment.MAX_MAGNITUDE:
+        yield f"data.randaug_magnitude={data.randaug_magnitude} must be at most {randaugment.MAX_MAGNITUDE:g}"
     if data.randaug_magnitude and data.augment == "none":
         yield (
             f"data.randaug_magnitude={data.randaug_magnitude} and data.augment='none'; RandAugment follows 'flip' or "

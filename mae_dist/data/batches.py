@@ -25,12 +25,12 @@ import grain
 import numpy as np
 from absl import flags
 
-from mae_dist.augment import RandAugment
 from mae_dist.data import draws
 from mae_dist.data.dataset import Dataset
+from mae_dist.data.randaugment import RandAugment
+from mae_dist.data.transforms import CROP_UNIFORMS, Augment, RandomCrops, flip_images
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.resilience.watchdog import Workers
-from mae_dist.transforms import CROP_UNIFORMS, Augment, RandomCrops, flip_images
 
 _MAX_THREADS = 16
 _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up

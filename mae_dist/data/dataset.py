@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from mae_dist.data.transforms import RandomCrops, crop_images
 from mae_dist.errors import DataFault
-from mae_dist.transforms import RandomCrops, crop_images
 
 # Images of one size up to this many decoded bytes are kept in memory by cache="auto": CIFAR is 154 MB.
 AUTO_CACHE_BYTES = 2 * 1024**3

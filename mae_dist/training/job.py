@@ -13,10 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import steps
 from mae_dist.cpu import cores
-from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
+from mae_dist.cpu.microbatches import choose_products, num_pieces
+from mae_dist.data import Dataset
+from mae_dist.data.from_config import Data, train_batches
 from mae_dist.errors import ConfigError
+from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model.flops import count_kept_patches, encoder_passes_of, train_flops_per_image
 from mae_dist.optim import train_state as state
 from mae_dist.optim.optimizer import make_optimizer
@@ -28,17 +30,9 @@ from mae_dist.parallel.rules import logical_axes
 from mae_dist.storage import absolute
 from mae_dist.tasks.base import Task
 from mae_dist.tasks.make import make_task
+from mae_dist.training.train_step import TrainStep, make_train_step
 from mae_dist.weights import pretrained
 from mae_dist.weights.compatible import check_fits
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The splits of a run; None where a config leaves one empty."""
-
-    train: Dataset
-    val: Dataset | None
-    test: Dataset | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Job:
     init: Callable[[], TrainState]
     abstract_state: TrainState
     shardings: TrainState
-    train_step: steps.TrainStep
+    train_step: TrainStep
     eval_step: Any
     feature_step: Any
     reconstruct_step: Any
@@ -124,45 +118,6 @@ class Job:
         )
 
 
-def train_batches(config: ConfigDict, dataset: Dataset, *, start_step: int, total_steps: int, rows: Any) -> Any:
-    """`rows` of the batches of updates `start_step` .. `total_steps` - 1, as a config has them made."""
-    options = config.data
-    fill = tuple(min(255, max(0, round(255 * value))) for value in options.mean)  # as timm
-    return batches.train_batches(
-        dataset,
-        augment=Augment(options.augment, tuple(options.crop_scale)),
-        randaugment=RandAugment(options.randaug_layers, options.randaug_magnitude, options.randaug_std, fill)
-        if options.randaug_magnitude
-        else None,
-        repeats=options.repeats,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        start_step=start_step,
-        total_steps=total_steps,
-        rows=rows,
-        num_workers=options.num_workers,
-    )
-
-
-def open_data(config: ConfigDict) -> Data:
-    """Opens the splits of `config.data`, downloading or decoding what is not there yet."""
-    if not config.data.train_split:
-        raise ConfigError("data.train_split is empty; name a split, as 'train' or 'train[:80%]'")
-    splits = [config.data[f"{name}_split"] for name in ("train", "val", "test")]
-    train, val, test = (open_dataset(config, split) if split else None for split in splits)
-    assert train is not None
-    return Data(train, val, test)
-
-
-def open_dataset(config: ConfigDict, split: str) -> Dataset:
-    """Opens a split expression of the source that `config.data` names, for the images that `config.model` takes."""
-    options = config.data.to_dict()
-    pipeline = ("augment", "crop_scale", "randaug_layers", "randaug_magnitude", "randaug_std", "repeats", "num_workers")
-    for name in ("train_split", "val_split", "test_split", *pipeline, "mean", "std"):
-        del options[name]  # of the pipeline and the model, not of the source
-    return open_split(split, image_size=config.model.image_size, channels=config.model.channels, **options)
-
-
 def check_mesh(config: ConfigDict, num_devices: int) -> None:
     """Raises `ConfigError` for what cannot be split over the devices: the mesh itself, batches, heads."""
     shape = dict(zip(AXES, mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
@@ -212,13 +167,13 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     num_kept = count_kept_patches(config)
     flops_per_image = train_flops_per_image(config, data.train.num_classes, num_kept)
     config = config.copy_and_resolve_references()
-    by_cores, products = sharding.is_by_cores(mesh), steps.choose_products(config, mesh, flops_per_image)
+    by_cores, products = sharding.is_by_cores(mesh), choose_products(config, mesh, flops_per_image)
     if by_cores:
         config.cpu.products = products
     if not config.cpu.pieces:
         config.cpu.pieces = 1
         if encoder_passes:
-            config.cpu.pieces = steps.num_pieces(
+            config.cpu.pieces = num_pieces(
                 config,
                 mesh,
                 config.global_batch_size // config.accum_steps,
@@ -229,7 +184,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
             )
     config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
-    eval_pieces = steps.num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
+    eval_pieces = num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
     trainable, _ = state.split_frozen(logical_axes(task.abstract_params), task.frozen)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
@@ -244,7 +199,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     init = state.make_init(task.init_params, tx, task.frozen, config.seed, has_ema)
     abstract_state = state.abstract_state(task.abstract_params, tx, task.frozen, has_ema)
     shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
-    train_step = steps.make_train_step(
+    train_step = make_train_step(
         task,
         tx,
         lr_fn,
@@ -260,9 +215,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     )
 
     def forward(fn: Any, per_example: bool, pieces: int = eval_pieces) -> Any:
-        return fn and steps.make_eval_step(
-            fn, mesh=mesh, params=shardings.params, per_example=per_example, pieces=pieces
-        )
+        return fn and make_eval_step(fn, mesh=mesh, params=shardings.params, per_example=per_example, pieces=pieces)
 
     return Job(
         config=config,
@@ -275,7 +228,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         shardings=shardings,
         train_step=train_step,
         eval_step=forward(task.evaluate, per_example=False, pieces=eval_pieces if encoder_passes else 1),
-        feature_step=forward(task.features, per_example=True, pieces=steps.num_pieces(config, mesh, eval_batch_size)),
+        feature_step=forward(task.features, per_example=True, pieces=num_pieces(config, mesh, eval_batch_size)),
         reconstruct_step=forward(task.reconstruct, per_example=True, pieces=1),
         batch_sharding=sharding.batch_sharding(mesh),
         eval_batch_size=eval_batch_size,

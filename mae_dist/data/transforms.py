@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from mae_dist.data.resample import Box, resize_box, resize_boxes
 from mae_dist.errors import ConfigError
-from mae_dist.resample import Box, resize_box, resize_boxes
 
 # The data pipeline already runs one image per thread or process; OpenCV's own pool would only fight XLA for the cores.
 cv2.setNumThreads(0)

@@ -1,11 +1,11 @@
 """One door to every source of examples."""
 
-from mae_dist.data.cache import cache_root, decode_once, fits_in_memory
 from mae_dist.data.dataset import Dataset
-from mae_dist.data.digits import open_digits
-from mae_dist.data.staging import Staging
-from mae_dist.data.synthetic import open_synthetic
-from mae_dist.data.tfds_source import open_tfds
+from mae_dist.data.sources.cache import cache_root, decode_once, fits_in_memory
+from mae_dist.data.sources.digits import open_digits
+from mae_dist.data.sources.staging import Staging
+from mae_dist.data.sources.synthetic import open_synthetic
+from mae_dist.data.sources.tfds import open_tfds
 from mae_dist.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from mae_dist.data.dataset import ArrayDataset, Dataset, digest
 from mae_dist.data.splits import Span, parse_split
+from mae_dist.data.transforms import RandomCrops, crop_images
 from mae_dist.errors import ConfigError
-from mae_dist.transforms import RandomCrops, crop_images
 
 SHAPES = ("disc", "square", "triangle", "ring", "cross")
 _BASE_SPLITS = ("train", "test")  # the position is part of an example's random key

@@ -8,15 +8,12 @@ Legend: N images of a split.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,10 @@ import numpy as np
 
 from mae_dist import names, os_errors
 from mae_dist.data import draws
+from mae_dist.data.files import Progress, check_space, locked, remove_temporaries, run_all, temporary_beside
 from mae_dist.errors import DataFault
 
 _THREADS = 8  # reading waits for the disk, writing is C++
-_PROGRESS_SECS = 10.0
 _OVERHEAD = 1.01  # of records and indices over the images' own bytes
 _PLAN = "plan.json"
 _INFO = "dataset_info.json"
@@ -224,52 +221,6 @@ def _write_missing(shards: list[_Shard], features: Any) -> None:
             progress.add(sizes[shard.path])
 
 
-def run_all(pool: ThreadPoolExecutor, work: Callable[[Any], None], items: list[Any]) -> Iterator[Any]:
-    """The items in the order their work gets done; after a fault nothing more is begun."""
-    from concurrent.futures import as_completed
-
-    futures = {pool.submit(work, item): item for item in items}
-    try:
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-class Progress:
-    """Tells now and then how far something is."""
-
-    def __init__(self, what: str, count: int, size: int):
-        self._what, self._count, self._size = what, count, size
-        self._began = self._told = time.monotonic()
-        self._done = self._bytes = 0
-
-    def add(self, size: int) -> None:
-        self._done, self._bytes = self._done + 1, self._bytes + size
-        now = time.monotonic()
-        if now - self._told < _PROGRESS_SECS and self._done < self._count:
-            return
-        self._told = now
-        rate = self._bytes / max(now - self._began, 1e-3)
-        left = (self._size - self._bytes) / max(rate, 1.0)
-        _LOG.info(
-            "%d of %d %s, %.1f of %.1f GB, %.0f MB/s, %.0f s left",
-            *(self._done, self._count, self._what, self._bytes / 1e9, self._size / 1e9, rate / 1e6, left),
-        )
-
-
-def check_space(directory: Path, needed: int) -> None:
-    """Raises DataFault if a directory's disk has not so many bytes free."""
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise DataFault(
-            f"{directory} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are to be written; free some space, "
-            "or choose a place on a larger disk"
-        )
-
-
 def _write_info(info: Any, directory: Path, shards: Mapping[str, list[_Shard]]) -> None:
     """dataset_info.json and features.json, by TFDS."""
     from tensorflow_datasets.core import splits
@@ -287,35 +238,3 @@ def _write_info(info: Any, directory: Path, shards: Mapping[str, list[_Shard]]) 
     info.set_file_format("array_record", override=True)
     info.set_splits(splits.SplitDict(infos))
     info.write_to_directory(directory)
-
-
-def temporary_beside(path: Path) -> Path:
-    """A name that no other process writes to, on this host or another, until the file gets its own."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-
-
-def remove_temporaries(directory: Path) -> None:
-    """Removes what killed processes of this host left in a directory, for the one that holds its lock.
-
-    Not what other hosts left: some file systems grant a lock to one process of each host, and they may be at work.
-    """
-    for path in directory.glob(f".*.{socket.gethostname()}.*.tmp"):
-        path.unlink()
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Holds an exclusive lock among the processes of one host, and of others, where the file system can.
-
-    Some network file systems have no locks. There the value is False: others may do the same at the same time, each
-    under names of its own, and what it renames into place is whole all the same.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            alone = True
-        except OSError as error:
-            _LOG.warning("%s cannot be locked (%s): other processes may do the same work", path, error)
-            alone = False
-        yield alone

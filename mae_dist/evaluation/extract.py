@@ -12,9 +12,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mae_dist import encoder, evaluate
 from mae_dist.data import Dataset
 from mae_dist.errors import ConfigError
+from mae_dist.evaluation import evaluate
+from mae_dist.evaluation.encode import make_feature_step, needed_shapes
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.weights import pretrained
@@ -62,11 +63,11 @@ def prepare(
     unreadable images are left out.
     """
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())
-    shardings = sharding.param_shardings(mesh, encoder.needed_shapes(source))
+    shardings = sharding.param_shardings(mesh, needed_shapes(source))
     batch_sharding = sharding.batch_sharding(mesh)
     shards = sharding.num_batch_shards(mesh)
     batch_size = math.ceil(config.eval.batch_size / shards) * shards
-    step = encoder.make_feature_step(config, mesh, shardings, batch_size, kinds, block)
+    step = make_feature_step(config, mesh, shardings, batch_size, kinds, block)
     loaded: list[Any] = []  # the parameters, once they are needed
 
     def fetch(part: Any) -> Columns:

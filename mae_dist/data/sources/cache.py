@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mae_dist.data.dataset import AUTO_CACHE_BYTES, ArrayDataset, digest, map_array
-from mae_dist.data.tfds_source import TfdsDataset
+from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.storage import local
 

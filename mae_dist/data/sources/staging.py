@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from mae_dist import storage
-from mae_dist.data.records import Progress, check_space, locked, remove_temporaries, run_all, temporary_beside
+from mae_dist.data.files import Progress, check_space, locked, remove_temporaries, run_all, temporary_beside
 from mae_dist.errors import DataFault
 
 _THREADS = 8

@@ -4,8 +4,8 @@ import numpy as np
 
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.splits import parse_split
+from mae_dist.data.transforms import RandomCrops
 from mae_dist.errors import ConfigError
-from mae_dist.transforms import RandomCrops
 
 # Name of a TFDS data set -> examples of each split, and classes.
 SIZES: dict[str, tuple[dict[str, int], int]] = {

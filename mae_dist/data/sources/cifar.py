@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 
-from mae_dist.data.records import locked
+from mae_dist.data.files import locked
 from mae_dist.errors import DataFault
 
 _CONNECT_SECS = 5.0

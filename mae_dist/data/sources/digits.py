@@ -5,8 +5,8 @@ import numpy as np
 from mae_dist.data import draws
 from mae_dist.data.dataset import ArrayDataset, digest
 from mae_dist.data.splits import parse_split
+from mae_dist.data.transforms import resize_images
 from mae_dist.errors import ConfigError
-from mae_dist.transforms import resize_images
 
 _TRAIN_SHARE = 0.8
 

@@ -16,8 +16,9 @@ from typing import Any
 from absl import flags, logging
 
 from mae_dist import cli, errors
-from mae_dist.data import archives, cifar
-from mae_dist.data.records import is_prepared, write_dataset
+from mae_dist.data.sources import cifar
+from mae_dist.prepare import archives
+from mae_dist.prepare.tfds_writer import is_prepared, write_dataset
 from mae_dist.storage import local
 
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Where the archives of ImageNet are.")

@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 
 from mae_dist import names
-from mae_dist.data.records import Images, Progress
+from mae_dist.data.files import Progress
+from mae_dist.data.transforms import UndecodableImage, decode_image
 from mae_dist.errors import ConfigError, DataFault
-from mae_dist.transforms import UndecodableImage, decode_image
+from mae_dist.prepare.tfds_writer import Images
 
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 _IMAGENET_CLASS_COUNTS = {"train": (732, 1300), "validation": (50, 50)}  # fewest and most images of a class

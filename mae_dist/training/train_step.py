@@ -1,7 +1,6 @@
 """The compiled steps: one update, one evaluation batch. Pure functions of (state, batch), sharded and donated."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mae_dist.cpu import cores, folding
-from mae_dist.model import flops, onednn, patches
+from mae_dist.model import onednn
 from mae_dist.optim.optimizer import nonfinite_counts
 from mae_dist.optim.train_state import TrainState, split_frozen
 from mae_dist.parallel.shardings import batch_sharding, is_by_cores, is_data_parallel, on_each_device, replicated
@@ -197,90 +195,4 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=cores.options_to_train() if is_by_cores(mesh) else None,
-    )
-
-
-def num_pieces(
-    config: ConfigDict,
-    mesh: Mesh,
-    images: int,
-    num_patches: int | None = None,
-    *,
-    decoder: bool = False,
-    update: bool = False,
-    rows_together: int = 1,
-) -> int:
-    """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
-
-    Args:
-      config: validated.
-      mesh: what it runs on.
-      images: of all devices together.
-      num_patches: the encoder sees of an image; None for all.
-      decoder: whether the decoder runs too.
-      update: whether gradients are computed.
-      rows_together: see `tasks.Task`; a piece holds whole groups of them.
-    """
-    if not is_by_cores(mesh):
-        return 1
-    model, has_cls = config.model, int(config.model.cls_token != "none")
-    length = math.prod(patches.grid_size(model.image_size, model.patch_size))
-    seen = length if num_patches is None else num_patches
-    sizes = [(seen + has_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
-    if decoder:
-        sizes.append((length + has_cls, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_mlp_ratio))
-    largest = max(
-        flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
-        for tokens, width, heads, ratio in sizes
-    )
-    return cores.num_pieces(
-        images // mesh.size // rows_together,
-        largest * rows_together,
-        (seen + has_cls) * rows_together if update else 0,
-    )
-
-
-def choose_products(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str:
-    """What computes a program's products on `mesh`, of `onednn.BACKENDS`: what the config says, or what suits here."""
-    if not is_by_cores(mesh) or config.model.dtype != "float32":
-        return "xla"
-    return onednn.choose(flops_per_image) if config.cpu.products == "auto" else config.cpu.products
-
-
-def make_eval_step(
-    fn: Callable[[Any, Batch], Any],
-    *,
-    mesh: Mesh,
-    params: Any,
-    per_example: bool = False,
-    pieces: int = 1,
-    products: str = "xla",
-) -> Any:
-    """Compiles (params, batch) -> outputs: whole on every device, or split over examples like the batch.
-
-    Args:
-      fn: (params, batch) -> arrays of one row per example, or else metrics whose fields are sums over examples.
-      mesh: what it runs on.
-      params: the shardings of the parameters it is given.
-      per_example: which of the two `fn` returns.
-      pieces: each device computes its examples in so many pieces, one after another; needs a data-parallel mesh.
-      products: what computes them on such a mesh of CPU devices, of `onednn.BACKENDS`.
-    """
-
-    def in_pieces(params: Any, batch: Batch) -> Any:
-        if pieces == 1:
-            return fn(params, batch)
-        split = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
-        out = jax.lax.map(functools.partial(fn, params), split)  # (pieces, ...)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if per_example else x.sum(axis=0), out)
-
-    compute = in_pieces
-    if is_data_parallel(mesh):
-        compute = on_each_device(
-            onednn.using(products, in_pieces), mesh, 1, combine=None if per_example else jax.lax.psum
-        )
-    return jax.jit(
-        compute,
-        in_shardings=(params, batch_sharding(mesh)),
-        out_shardings=batch_sharding(mesh) if per_example else replicated(mesh),
     )

@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_dist.data.dataset import Dataset, check_labels, digest
-from mae_dist.data.staging import Staging
-from mae_dist.errors import ConfigError, DataFault
-from mae_dist.storage import absolute_name
-from mae_dist.transforms import (
+from mae_dist.data.sources.staging import Staging
+from mae_dist.data.transforms import (
     PHOTOGRAPH_FROM,
     RandomCrops,
     UndecodableImage,
@@ -26,6 +24,8 @@ from mae_dist.transforms import (
     decode_image,
     header_size,
 )
+from mae_dist.errors import ConfigError, DataFault
+from mae_dist.storage import absolute_name
 
 _OPEN_THREADS = 16
 _READ_RECORDS = 32  # held at a time, as files: those of a whole batch are as large as the batch
@@ -282,7 +282,7 @@ def _find_builder(name: str, data_dir: str) -> Any:
 
 
 def _open_builder(name: str, data_dir: str) -> Any:
-    from mae_dist.data import cifar
+    from mae_dist.data.sources import cifar
 
     builder = _find_builder(name, data_dir)
     if not builder.is_prepared():

@@ -1,9 +1,6 @@
-"""The one training loop: restore or begin, update, log, evaluate, draw, save."""
+"""What the loop does besides the step, each part deciding by itself whether it is due."""
 
 import contextlib
-import json
-import math
-import statistics
 import sys
 import threading
 import time
@@ -13,164 +10,32 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import errors, evaluate, hardware, pictures, readout
+from mae_dist import errors, hardware
 from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
-from mae_dist.job import Data, Job
-from mae_dist.metrics import goodput, history
+from mae_dist.data.from_config import Data
+from mae_dist.evaluation import evaluate, knn_ridge, pictures
 from mae_dist.metrics.goodput import Ledger
-from mae_dist.metrics.recorder import Recorder, read_metrics
-from mae_dist.metrics.summary import SUMMARY_FILE, environment, last_values, write_summary
+from mae_dist.metrics.recorder import Recorder
 from mae_dist.metrics.tensorboard import periodic_actions
 from mae_dist.metrics.throughput import Throughput
 from mae_dist.optim.train_state import TrainState
-from mae_dist.parallel import processes, shardings
-from mae_dist.profiler import Profiler
-from mae_dist.resilience.interrupt import interrupted_between_steps
-from mae_dist.resilience.lock import Held, sole_user
+from mae_dist.parallel import processes
 from mae_dist.resilience.preemption import Notices, Preempted
 from mae_dist.resilience.watchdog import Watch
-from mae_dist.storage import naming_faults, read_text, set_aside, write_text_atomically
+from mae_dist.training.job import Job
+from mae_dist.training.profiler import Profiler
 
 
-def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, notices: Notices) -> int:
-    """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
-
-    Returns:
-      `errors.EXIT_DONE`, or `errors.EXIT_PREEMPTED` after a preemption notice, the state saved.
-
-    Raises:
-      StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.
-      DataFault: an example cannot be read.
-      Diverged: `config.max_skipped_steps` updates in a row had a non-finite gradient.
-      Preempted: before there was anything to save.
-    """
-    _warn_of_bad_records(job.data)
-    total_steps = job.schedule.total_steps
-    with (
-        sole_user(workdir) if processes.is_primary() else contextlib.nullcontext(Held()) as held,
-        interrupted_between_steps() as stop_if_interrupted,
-        _checkpoints(job, workdir) as checkpoints,
-        jax.set_mesh(job.mesh),
-    ):
-        compilation = _compile_ahead(job, checkpoints, watch)
-        with watch.during("restore"), notices.interrupting():
-            state, start, unfinished = _restore_or_begin(job, checkpoints, default)
-        logging.info("%s", job.overview())
-        if processes.is_primary():
-            history.check_start(workdir, job.config, default, start, total_steps)
-            _repair_config(job, workdir)
-        if start >= total_steps and unfinished is None:
-            return finish(job, workdir, start)
-        with _recorder(workdir, start) as recorder:
-            _write_config(job, workdir)
-            notices.check()
-            run = _Run(job, workdir, recorder, state.params, watch, notices, start, compilation)
-            with run, run.profiler, watch.during("step"):
-                if unfinished is not None and not run.conclude_again(start, state, unfinished):
-                    return run.preempted(start)
-                for step, batch in run.batches(start):
-                    held.check()
-                    state, on_device = run.update(step, state, batch)
-                    run.log(step, on_device)
-                    pending = run.conclude(step, state)
-                    run.stop_if_diverged(step)
-                    ending = pending is not None or notices.poll()
-                    run.save(checkpoints, step, state, pending, last=ending or step == total_steps)
-                    stop_if_interrupted()
-                    if (ending and step < total_steps) or pending is not None:
-                        return run.preempted(step)
-                if run.step < total_steps:  # told to end while it waited for a batch
-                    if run.step == 0:
-                        raise Preempted
-                    run.save(checkpoints, run.step, state, None, last=True)
-                    return run.preempted(run.step)
-                run.ended = "done"
-    return finish(job, workdir, total_steps)
-
-
-def _compile_ahead(job: Job, checkpoints: Checkpoints, watch: Watch) -> threading.Thread:
-    """Begins to compile the update, if there is one to come, in a thread that ends when that is done.
-
-    The first call of the update finds it in JAX's caches. A fault of the compiler is left to that call, which meets it
-    again. Tracing comes first: it would only take turns with that of what creates the state.
-    """
-    thread = threading.Thread(daemon=True)
-    if (checkpoints.latest_step() or 0) < job.schedule.total_steps:
-        with watch.during("compile"):
-            lowered = job.train_step.lower(shardings.placed(job.abstract_state, job.shardings), job.abstract_batch)
-
-        def compile_update() -> None:
-            with contextlib.suppress(Exception):
-                lowered.compile()
-
-        thread = threading.Thread(target=compile_update, daemon=True)
-    thread.start()
-    return thread
-
-
-def _warn_of_bad_records(data: Data) -> None:
-    for name, dataset in (("train", data.train), ("val", data.val), ("test", data.test)):
-        if dataset is not None and dataset.bad_records:
-            names = ", ".join(dataset.bad_records)
-            logging.warning("%s: left out %d undecodable records: %s", name, len(dataset.bad_records), names)
-
-
-def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
-    options = job.config.checkpoint.to_dict()
-    return Checkpoints(
-        workdir, **options, log_every_steps=job.config.log_every_steps, total_steps=job.schedule.total_steps
-    )
-
-
-def _recorder(workdir: epath.Path, start: int) -> Recorder:
-    primary = processes.is_primary()
-    return Recorder(workdir, start_step=start, is_primary=primary, log_lines=not _shows_bar())
-
-
-def _shows_bar() -> bool:
+def shows_bar() -> bool:
     """A terminal gets a progress bar, anything else plain lines."""
     return sys.stderr.isatty() and processes.is_primary()
 
 
-def _restore_or_begin(
-    job: Job, checkpoints: Checkpoints, default: ConfigDict
-) -> tuple[TrainState, int, dict[str, float] | None]:
-    """The newest good checkpoint of the workdir, or a new state: (state, updates done, record left `unfinished`)."""
-    began = time.monotonic()
-    restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint, default)
-    if restored is None:
-        return job.fresh_state(default), 0, None
-    state, step, unfinished = restored
-    logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
-    return state, step, unfinished
-
-
-def _write_config(job: Job, workdir: epath.Path) -> None:
-    if processes.is_primary():
-        path = workdir / "config.json"
-        with naming_faults(path):
-            workdir.mkdir(parents=True, exist_ok=True)
-            set_aside(workdir / SUMMARY_FILE)  # of a run that was shorter
-            write_text_atomically(path, config_lib.to_json(job.config) + "\n")
-
-
-def _repair_config(job: Job, workdir: epath.Path) -> None:
-    """Writes a damaged config.json again: a checkpoint has just shown that the run is of this config."""
-    path = workdir / "config.json"
-    if path.exists():
-        with naming_faults(path):
-            try:
-                json.loads(read_text(path))
-            except ValueError:
-                write_text_atomically(path, config_lib.to_json(job.config) + "\n")
-
-
-class _Run:
+class Run:
     """What the loop does besides the update, each part deciding by itself whether it is due."""
 
     def __init__(
@@ -215,7 +80,7 @@ class _Run:
         self._compilation = compilation
         self._compiled = False
 
-    def __enter__(self) -> "_Run":
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -237,7 +102,7 @@ class _Run:
         job, total = self.job, self.job.schedule.total_steps
         rows = local_rows(job.batch_sharding, job.config.global_batch_size)
         progress = periodic_actions.ReportProgress(num_train_steps=total, every_secs=60.0)
-        shown = _shows_bar()
+        shown = shows_bar()
         with (
             tqdm(total=total, initial=start, unit="step", disable=not shown, dynamic_ncols=True) as self.bar,
             job.train_batches(self.data.train, start, rows) as self.host_batches,
@@ -376,7 +241,7 @@ class _Run:
         with self._pause(state, "evaluate"):
             train = features(FirstExamples(job.data.train, options.num_train))
             for prefix, dataset in present.items():
-                found = readout.top1(
+                found = knn_ridge.top1(
                     train,
                     features(dataset),
                     num_classes=job.data.train.num_classes,
@@ -447,37 +312,3 @@ def _with_features(job: Job, params: Any) -> Data:
     )
     logging.info("Features of the frozen encoder computed once, in %.1f s", time.monotonic() - began)
     return data
-
-
-def finish(job: Job, workdir: epath.Path, step: int) -> int:
-    """Writes summary.json from metrics.jsonl, unless it is there, and prints the one line of result."""
-    if not processes.is_primary():
-        return errors.EXIT_DONE
-    summary = history.finished_summary(workdir, step)
-    if summary is None:
-        summary = _summary(job, workdir, step)
-        with naming_faults(workdir):
-            set_aside(workdir / SUMMARY_FILE)
-        write_summary(workdir, summary)
-    accuracies = ("val_top1", "test_top1", *config_lib.ONLINE, "test_knn_top1", "test_ridge_top1")
-    shown = ("loss", "val_loss", "test_loss", *accuracies, "images_per_sec")
-    values = ", ".join(f"{name} {summary[name]:.4g}" for name in shown if summary.get(name) is not None)
-    print(f"{job.config.name}: step {step} of {job.schedule.total_steps}, {values} ({workdir})", flush=True)
-    return errors.EXIT_DONE
-
-
-def _summary(job: Job, workdir: epath.Path, step: int) -> dict[str, Any]:
-    """What summary.json says of the run."""
-    records = read_metrics(workdir)
-    rates = [record["images_per_sec"] for record in records if math.isfinite(record.get("images_per_sec", math.nan))]
-    timing = ("step_secs", "eta_secs", "images_per_sec", "data_wait", "mfu")
-    return {
-        "name": job.config.name,
-        "task": job.config.task,
-        "step": step,
-        "total_steps": job.schedule.total_steps,
-        **{name: value for name, value in last_values(records).items() if name not in ("step", *timing)},
-        "images_per_sec": statistics.median(rates) if rates else None,
-        "goodput": goodput.summarize(workdir),
-        "environment": environment(),
-    }

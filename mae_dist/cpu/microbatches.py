@@ -1,0 +1,57 @@
+"""Into how many microbatches a CPU device computes its examples, and what computes its matrix products."""
+
+import math
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_dist.cpu import cores
+from mae_dist.model import flops, onednn, patches
+from mae_dist.parallel.shardings import is_by_cores
+
+
+def num_pieces(
+    config: ConfigDict,
+    mesh: Mesh,
+    images: int,
+    num_patches: int | None = None,
+    *,
+    decoder: bool = False,
+    update: bool = False,
+    rows_together: int = 1,
+) -> int:
+    """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
+
+    Args:
+      config: validated.
+      mesh: what it runs on.
+      images: of all devices together.
+      num_patches: the encoder sees of an image; None for all.
+      decoder: whether the decoder runs too.
+      update: whether gradients are computed.
+      rows_together: see `tasks.Task`; a piece holds whole groups of them.
+    """
+    if not is_by_cores(mesh):
+        return 1
+    model, has_cls = config.model, int(config.model.cls_token != "none")
+    length = math.prod(patches.grid_size(model.image_size, model.patch_size))
+    seen = length if num_patches is None else num_patches
+    sizes = [(seen + has_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
+    if decoder:
+        sizes.append((length + has_cls, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_mlp_ratio))
+    largest = max(
+        flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
+        for tokens, width, heads, ratio in sizes
+    )
+    return cores.num_pieces(
+        images // mesh.size // rows_together,
+        largest * rows_together,
+        (seen + has_cls) * rows_together if update else 0,
+    )
+
+
+def choose_products(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str:
+    """What computes a program's products on `mesh`, of `onednn.BACKENDS`: what the config says, or what suits here."""
+    if not is_by_cores(mesh) or config.model.dtype != "float32":
+        return "xla"
+    return onednn.choose(flops_per_image) if config.cpu.products == "auto" else config.cpu.products

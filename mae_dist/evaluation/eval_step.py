@@ -1,0 +1,51 @@
+"""The compiled step of an evaluation."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mae_dist.model import onednn
+from mae_dist.parallel.shardings import batch_sharding, is_data_parallel, on_each_device, replicated
+from mae_dist.tasks.base import Batch
+
+
+def make_eval_step(
+    fn: Callable[[Any, Batch], Any],
+    *,
+    mesh: Mesh,
+    params: Any,
+    per_example: bool = False,
+    pieces: int = 1,
+    products: str = "xla",
+) -> Any:
+    """Compiles (params, batch) -> outputs: whole on every device, or split over examples like the batch.
+
+    Args:
+      fn: (params, batch) -> arrays of one row per example, or else metrics whose fields are sums over examples.
+      mesh: what it runs on.
+      params: the shardings of the parameters it is given.
+      per_example: which of the two `fn` returns.
+      pieces: each device computes its examples in so many pieces, one after another; needs a data-parallel mesh.
+      products: what computes them on such a mesh of CPU devices, of `onednn.BACKENDS`.
+    """
+
+    def in_pieces(params: Any, batch: Batch) -> Any:
+        if pieces == 1:
+            return fn(params, batch)
+        split = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)
+        out = jax.lax.map(functools.partial(fn, params), split)  # (pieces, ...)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if per_example else x.sum(axis=0), out)
+
+    compute = in_pieces
+    if is_data_parallel(mesh):
+        compute = on_each_device(
+            onednn.using(products, in_pieces), mesh, 1, combine=None if per_example else jax.lax.psum
+        )
+    return jax.jit(
+        compute,
+        in_shardings=(params, batch_sharding(mesh)),
+        out_shardings=batch_sharding(mesh) if per_example else replicated(mesh),
+    )

@@ -1,0 +1,1 @@
+"""Turns folders and archives of images into data sets on disk."""

@@ -1,0 +1,1 @@
+"""One run: everything wired together, and the loop."""

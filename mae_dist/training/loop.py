@@ -1,0 +1,156 @@
+"""The one training loop: restore or begin, update, log, evaluate, draw, save."""
+
+import contextlib
+import json
+import threading
+import time
+
+import jax
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist.checkpoint.manager import Checkpoints
+from mae_dist.data.from_config import Data
+from mae_dist.metrics import history
+from mae_dist.metrics.recorder import Recorder
+from mae_dist.metrics.summary import SUMMARY_FILE
+from mae_dist.optim.train_state import TrainState
+from mae_dist.parallel import processes, shardings
+from mae_dist.resilience.interrupt import interrupted_between_steps
+from mae_dist.resilience.lock import Held, sole_user
+from mae_dist.resilience.preemption import Notices, Preempted
+from mae_dist.resilience.watchdog import Watch
+from mae_dist.storage import naming_faults, read_text, set_aside, write_text_atomically
+from mae_dist.training.job import Job
+from mae_dist.training.run import Run, shows_bar
+from mae_dist.training.summary import finish
+
+
+def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, notices: Notices) -> int:
+    """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
+
+    Returns:
+      `errors.EXIT_DONE`, or `errors.EXIT_PREEMPTED` after a preemption notice, the state saved.
+
+    Raises:
+      StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.
+      DataFault: an example cannot be read.
+      Diverged: `config.max_skipped_steps` updates in a row had a non-finite gradient.
+      Preempted: before there was anything to save.
+    """
+    _warn_of_bad_records(job.data)
+    total_steps = job.schedule.total_steps
+    with (
+        sole_user(workdir) if processes.is_primary() else contextlib.nullcontext(Held()) as held,
+        interrupted_between_steps() as stop_if_interrupted,
+        _checkpoints(job, workdir) as checkpoints,
+        jax.set_mesh(job.mesh),
+    ):
+        compilation = _compile_ahead(job, checkpoints, watch)
+        with watch.during("restore"), notices.interrupting():
+            state, start, unfinished = _restore_or_begin(job, checkpoints, default)
+        logging.info("%s", job.overview())
+        if processes.is_primary():
+            history.check_start(workdir, job.config, default, start, total_steps)
+            _repair_config(job, workdir)
+        if start >= total_steps and unfinished is None:
+            return finish(job, workdir, start)
+        with _recorder(workdir, start) as recorder:
+            _write_config(job, workdir)
+            notices.check()
+            run = Run(job, workdir, recorder, state.params, watch, notices, start, compilation)
+            with run, run.profiler, watch.during("step"):
+                if unfinished is not None and not run.conclude_again(start, state, unfinished):
+                    return run.preempted(start)
+                for step, batch in run.batches(start):
+                    held.check()
+                    state, on_device = run.update(step, state, batch)
+                    run.log(step, on_device)
+                    pending = run.conclude(step, state)
+                    run.stop_if_diverged(step)
+                    ending = pending is not None or notices.poll()
+                    run.save(checkpoints, step, state, pending, last=ending or step == total_steps)
+                    stop_if_interrupted()
+                    if (ending and step < total_steps) or pending is not None:
+                        return run.preempted(step)
+                if run.step < total_steps:  # told to end while it waited for a batch
+                    if run.step == 0:
+                        raise Preempted
+                    run.save(checkpoints, run.step, state, None, last=True)
+                    return run.preempted(run.step)
+                run.ended = "done"
+    return finish(job, workdir, total_steps)
+
+
+def _compile_ahead(job: Job, checkpoints: Checkpoints, watch: Watch) -> threading.Thread:
+    """Begins to compile the update, if there is one to come, in a thread that ends when that is done.
+
+    The first call of the update finds it in JAX's caches. A fault of the compiler is left to that call, which meets it
+    again. Tracing comes first: it would only take turns with that of what creates the state.
+    """
+    thread = threading.Thread(daemon=True)
+    if (checkpoints.latest_step() or 0) < job.schedule.total_steps:
+        with watch.during("compile"):
+            lowered = job.train_step.lower(shardings.placed(job.abstract_state, job.shardings), job.abstract_batch)
+
+        def compile_update() -> None:
+            with contextlib.suppress(Exception):
+                lowered.compile()
+
+        thread = threading.Thread(target=compile_update, daemon=True)
+    thread.start()
+    return thread
+
+
+def _warn_of_bad_records(data: Data) -> None:
+    for name, dataset in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if dataset is not None and dataset.bad_records:
+            names = ", ".join(dataset.bad_records)
+            logging.warning("%s: left out %d undecodable records: %s", name, len(dataset.bad_records), names)
+
+
+def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
+    options = job.config.checkpoint.to_dict()
+    return Checkpoints(
+        workdir, **options, log_every_steps=job.config.log_every_steps, total_steps=job.schedule.total_steps
+    )
+
+
+def _recorder(workdir: epath.Path, start: int) -> Recorder:
+    primary = processes.is_primary()
+    return Recorder(workdir, start_step=start, is_primary=primary, log_lines=not shows_bar())
+
+
+def _restore_or_begin(
+    job: Job, checkpoints: Checkpoints, default: ConfigDict
+) -> tuple[TrainState, int, dict[str, float] | None]:
+    """The newest good checkpoint of the workdir, or a new state: (state, updates done, record left `unfinished`)."""
+    began = time.monotonic()
+    restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint, default)
+    if restored is None:
+        return job.fresh_state(default), 0, None
+    state, step, unfinished = restored
+    logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
+    return state, step, unfinished
+
+
+def _write_config(job: Job, workdir: epath.Path) -> None:
+    if processes.is_primary():
+        path = workdir / "config.json"
+        with naming_faults(path):
+            workdir.mkdir(parents=True, exist_ok=True)
+            set_aside(workdir / SUMMARY_FILE)  # of a run that was shorter
+            write_text_atomically(path, config_lib.to_json(job.config) + "\n")
+
+
+def _repair_config(job: Job, workdir: epath.Path) -> None:
+    """Writes a damaged config.json again: a checkpoint has just shown that the run is of this config."""
+    path = workdir / "config.json"
+    if path.exists():
+        with naming_faults(path):
+            try:
+                json.loads(read_text(path))
+            except ValueError:
+                write_text_atomically(path, config_lib.to_json(job.config) + "\n")
