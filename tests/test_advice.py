@@ -27,12 +27,13 @@ from ml_collections import ConfigDict
 import configs.default
 from configs import recipes, smoke
 from mae_dist import config as config_lib
-from mae_dist import errors, points
+from mae_dist import errors
 from mae_dist.metrics import results
 from mae_dist.model import masking
 from mae_dist.model.build import abstract_params
 from mae_dist.parallel import shardings
 from mae_dist.parallel.mesh import AXES, mesh_shape
+from mae_dist.sweep import points
 from mae_dist.training import job
 from mae_dist.weights import pretrained
 from mae_dist.weights.compatible import check_fits

@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from mae_dist import input_speed, torch_input
+from mae_dist.benchmark import inputs, torch_input
 from mae_dist.data.batches import Batches, HostBatch
 from mae_dist.data.from_config import open_data, open_dataset
 from mae_dist.data.sources.tfds import TfdsDataset
@@ -42,7 +42,7 @@ def test_the_other_pipeline_makes_the_same_of_the_same_records(config: ConfigDic
     config.model.image_size = (24, 16)
     dataset = open_dataset(config, "train")
     assert isinstance(dataset, TfdsDataset)
-    options = input_speed._torch_options(config, dataset)
+    options = inputs._torch_options(config, dataset)
     others = torch_input.Records(options["spans"], options["image_size"], options["mode"], options["scale"])
     assert len(others) == 12
     uniforms = np.random.default_rng(0).random((12, CROP_UNIFORMS))
@@ -61,20 +61,20 @@ def test_the_other_pipeline_makes_the_same_of_the_same_records(config: ConfigDic
 
 
 def test_both_are_measured_by_turns_and_stopped_between(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = input_speed.Pipeline.run
+    run = inputs.Pipeline.run
     turns = []
 
-    def watched(self: input_speed.Pipeline, count: int) -> float:
+    def watched(self: inputs.Pipeline, count: int) -> float:
         seconds = run(self, count)
         turns.append(self.name)
         deadline = time.monotonic() + 20
-        while not all(_is_stopped(process) for process in input_speed._group(self._process.pid)):
+        while not all(_is_stopped(process) for process in inputs._group(self._process.pid)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         return seconds
 
-    monkeypatch.setattr(input_speed.Pipeline, "run", watched)
-    result = input_speed.measure(config, against_torch=True, repeats=2, secs=0.05)
+    monkeypatch.setattr(inputs.Pipeline, "run", watched)
+    result = inputs.measure(config, against_torch=True, repeats=2, secs=0.05)
     assert turns == ["mae_dist", "torch"] * 3
     assert result["images_per_sec"] > 0
     assert result["ratio"] > 0
@@ -84,18 +84,18 @@ def test_both_are_measured_by_turns_and_stopped_between(config: ConfigDict, monk
         changed = config.copy_and_resolve_references()
         changed.data.update(other)
         with pytest.raises(ConfigError, match="--against torch compares decoding and random crops"):
-            input_speed.measure(changed, against_torch=True, repeats=1, secs=0.05)
+            inputs.measure(changed, against_torch=True, repeats=1, secs=0.05)
 
 
 def test_a_long_trial_tells_speed_and_memory_again_and_again(config: ConfigDict) -> None:
-    lines = list(input_speed.watch(config, minutes=0.01))
+    lines = list(inputs.watch(config, minutes=0.01))
     assert lines[-1]["minutes"] >= 0.01
     assert min(line["images_per_sec"] for line in lines) > 0
     assert min(line["total_mib"] for line in lines) > 10
 
 
 def test_a_pipeline_that_ends_is_told(config: ConfigDict) -> None:
-    with input_speed.pipelines(config, against_torch=False) as (pipeline,):
+    with inputs.pipelines(config, against_torch=False) as (pipeline,):
         os.killpg(pipeline._process.pid, signal.SIGKILL)
         with pytest.raises(DataFault, match="mae_dist ended with code -9"):
             pipeline.run(1)
@@ -112,7 +112,7 @@ def test_what_is_measured_is_what_trains(config: ConfigDict, monkeypatch: pytest
 
     monkeypatch.setattr(Batches, "__next__", noted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("2\n"))
-    input_speed.serve(config)
+    inputs.serve(config)
     built = job.build(config, jax.devices(), open_data(config))
     with built.train_batches(built.data.train, 0, np.arange(8)) as batches:
         expected = [take(batches) for _ in range(3)]
@@ -123,9 +123,9 @@ def test_what_is_measured_is_what_trains(config: ConfigDict, monkeypatch: pytest
 
 def test_the_files_may_be_many(config: ConfigDict) -> None:
     dataset = open_dataset(config, "train")
-    options = input_speed._torch_options(config, dataset)
+    options = inputs._torch_options(config, dataset)
     options["spans"] *= 1 + (1 << 17) // len(options["spans"][0])  # more than an argument of a command may hold
-    pipeline = input_speed.Pipeline("torch", "mae_dist.torch_input", options)
+    pipeline = inputs.Pipeline("torch", "mae_dist.benchmark.torch_input", options)
     try:
         assert pipeline.run(1) > 0
     finally:

@@ -17,7 +17,7 @@ from etils import epath
 from PIL import Image
 
 from configs import smoke
-from mae_dist import os_errors, report_pictures, report_runs, storage
+from mae_dist import os_errors, storage
 from mae_dist.checkpoint import reader
 from mae_dist.checkpoint.__main__ import command
 from mae_dist.checkpoint.manifests import Seals
@@ -25,6 +25,8 @@ from mae_dist.data import open_split
 from mae_dist.errors import EXIT_CONFIG, EXIT_DONE, EXIT_PREEMPTED, EXIT_STORAGE, ConfigError, DataFault, StorageFault
 from mae_dist.metrics.summary import write_summary
 from mae_dist.prepare import archives
+from mae_dist.report import pictures
+from mae_dist.report.runs import collect, find_workdirs
 from tests.runs import ONLY_UPDATES, ROOT, run, smoke_config, start, wait_for_step
 
 ALLOWED = " '\"`$%#&!;|<>(){}],:=+@^~é猫\u0301"
@@ -99,7 +101,7 @@ def test_patterns(tmp_path, name, monkeypatch):
     check(moved)
     (moved / "pictures").mkdir()
     (moved / "pictures" / "step_00000001.png").write_bytes(b"")
-    assert [path.name for path in report_pictures.some_pictures(moved)] == ["step_00000001.png"]
+    assert [path.name for path in pictures.some_pictures(moved)] == ["step_00000001.png"]
     assert Seals(moved).quarantined() == {}
     Seals(moved).quarantine(0, "a test")
     assert list(Seals(moved).quarantined().values()) == ["a test"]
@@ -132,7 +134,7 @@ def test_backslash(tmp_path):
         lambda path: smoke_config(model__mask_file=path),
         lambda path: smoke_config(init_from=path),
         lambda path: command(["list", path]),
-        lambda path: report_runs.find_workdirs([path]),
+        lambda path: find_workdirs([path]),
     ],
 )
 def test_refused_for_everything(tmp_path, name, shown, give):
@@ -226,7 +228,7 @@ def test_report_of_a_folder(tmp_path):
     for name in ("run~", "run\udcff"):
         save(epath.Path(tmp_path / "clean"))
         os.rename(tmp_path / "clean", tmp_path / name)
-    runs, unreadable = report_runs.collect(report_runs.find_workdirs([str(tmp_path)]), smoke.get_config())
+    runs, unreadable = collect(find_workdirs([str(tmp_path)]), smoke.get_config())
     assert [run.workdir.name for run in runs] == ["run~"]
     (line,) = unreadable
     assert "has the byte 0xff, which is not UTF-8" in line

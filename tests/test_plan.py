@@ -13,11 +13,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import imagenet_vit_b16, imagenet_vit_h14, imagenet_vit_l16
-from mae_dist import errors, hardware, hlo, plan, planning, roofline, topology
+from mae_dist import errors, hardware
 from mae_dist.data import DescribedDataset
 from mae_dist.errors import ConfigError
 from mae_dist.model.build import abstract_params, param_count
 from mae_dist.parallel.mesh import make_mesh, num_slices
+from mae_dist.plan import hlo, planning, roofline, topology
+from mae_dist.plan import text as plan_text
 from tests import QUICK
 from tests.runs import run, smoke_config
 from tests.test_tfds import prepare_shapes
@@ -276,7 +278,7 @@ def test_why_it_does_not_fit(monkeypatch):
         f"parameters + optimizer state {state:.2f} GiB are whole on every chip: raise mesh.fsdp "
         f"({state / 8:.2f} GiB over a whole slice)"
     )
-    assert "it does not fit: 1." in plan.text(report, place)
+    assert "it does not fit: 1." in plan_text.text(report, place)
     first, second = examine(smoke_config(**model, mesh__fsdp=4), place)["reasons"]
     assert first.startswith("parameters + optimizer state")
     assert f"are split over 4: raise mesh.fsdp ({state / 8:.2f} GiB over a whole slice)" in first
@@ -420,7 +422,7 @@ def test_sweep():
     assert meshes[1, 4, 1]["state_bytes"] < meshes[2, 2, 1]["state_bytes"] < meshes[4, 1, 1]["state_bytes"]
     order = [row["expected"]["ICI"] for row in report["sweep"]]
     assert order == sorted(order)
-    text = plan.sweep_text(report)
+    text = plan_text.sweep_text(report)
     assert text.count("(theory)") == 5
     assert "data=2 x fsdp=1 x tensor=2" in text
 
@@ -450,7 +452,7 @@ def test_sweep_beyond_what_the_compiler_refuses(monkeypatch):
     assert best["step_secs"] <= second["step_secs"]
     assert best["step_secs"] > max(row["step_secs"] for row in report["sweep"][2:-2]), "it counts memory too"
     assert report["fits"]
-    assert plan.sweep_text(report).count("does not fit") == 2
+    assert plan_text.sweep_text(report).count("does not fit") == 2
 
 
 def test_sweep_of_which_nothing_fits(monkeypatch):
@@ -461,7 +463,7 @@ def test_sweep_of_which_nothing_fits(monkeypatch):
     assert len(given) == 3
     assert any(row["fits"] for row in report["sweep"])
     assert not report["fits"]
-    assert "none of those that were compiled fits" in plan.sweep_text(report)
+    assert "none of those that were compiled fits" in plan_text.sweep_text(report)
 
 
 def test_the_batch_that_fits(monkeypatch):

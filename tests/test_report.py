@@ -18,20 +18,12 @@ from PIL import Image
 
 from configs import default, recipes
 from mae_dist import config as config_lib
-from mae_dist import (
-    points,
-    report,
-    report_figures,
-    report_groups,
-    report_model,
-    report_pictures,
-    report_plot,
-    report_runs,
-    report_tables,
-)
 from mae_dist.errors import ConfigError, DataFault, StorageFault
-from mae_dist.report_groups import group
-from mae_dist.report_runs import Masking, collect, find_workdirs
+from mae_dist.report import __main__, figures, model, pictures, tables
+from mae_dist.report.groups import Group, family_names, group, mean_std
+from mae_dist.report.plot import _drawn, _style
+from mae_dist.report.runs import Masking, Run, collect, find_workdirs
+from mae_dist.sweep import points
 from tests.runs import run
 
 HOSTILE = "<script>alert('$x$')</script> & co"
@@ -83,7 +75,7 @@ def make(out, *workdirs, **values):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(out=str(out), **values):
-        assert report.report(["report", *map(str, workdirs)]) == 0
+        assert __main__.report(["report", *map(str, workdirs)]) == 0
     return Path(out).read_text(encoding="utf-8")
 
 
@@ -212,12 +204,12 @@ def test_groups_and_deviation(trained):
     """
     groups = read(trained)
     assert [(one.label, len(one.runs)) for one in groups] == [("mae", 1), ("mae_probe_s*", 2)]
-    mean, std = report_groups.mean_std(groups[1].values("test_top1"))
+    mean, std = mean_std(groups[1].values("test_top1"))
     assert mean == pytest.approx(0.6)
     assert std == pytest.approx(math.sqrt(0.02))
     assert {run.masking for run in groups[1].runs} == {Masking("random", 0.75)}
-    assert report_tables.number(0.33012, 0.0151) == "0.330 ± 0.015"
-    assert report_tables.number(1234.5) == "1,234"
+    assert tables.number(0.33012, 0.0151) == "0.330 ± 0.015"
+    assert tables.number(1234.5) == "1,234"
 
 
 def test_other_fields_make_other_groups(trained, tmp_path):
@@ -231,11 +223,11 @@ def test_other_fields_make_other_groups(trained, tmp_path):
     both, grid, half, wide = groups
     assert (grid.shown.masking, half.shown.masking) == (Masking("grid", 0.75), Masking("random", 0.5))
     assert both.family == grid.family == half.family != wide.family
-    (ratio,) = report_figures.against_masking([both, half], "test_top1", "Test")
+    (ratio,) = figures.against_masking([both, half], "test_top1", "Test")
     assert ratio.alt == "Test against the masking ratio: random 0.5: 50.00 %; random 0.75: 60.00 ± 14.14 % (n = 2)"
-    (strategy,) = report_figures.against_masking([both, grid], "test_top1", "Test")
+    (strategy,) = figures.against_masking([both, grid], "test_top1", "Test")
     assert strategy.alt.startswith("Test against the masking strategy: grid 0.75: 50.00 %; random 0.75: 60.00")
-    assert not report_figures.against_masking([both, wide], "test_top1", "Test")
+    assert not figures.against_masking([both, wide], "test_top1", "Test")
 
 
 def test_a_sweep_against_its_masking(tmp_path):
@@ -249,7 +241,7 @@ def test_a_sweep_against_its_masking(tmp_path):
     groups = read(tmp_path)
     probes = [one for one in groups if one.task == "probe"]
     assert [len(one.runs) for one in probes] == [2] * 4
-    (plot,) = report_figures.against_masking(probes, "test_top1", "Test")
+    (plot,) = figures.against_masking(probes, "test_top1", "Test")
     found = plot.alt.removeprefix("Test against the masking ratio: ").split("; ")
     assert found == [
         "hidden_dim 128, random 0.5: 37.50 ± 17.68 % (n = 2)",
@@ -259,16 +251,16 @@ def test_a_sweep_against_its_masking(tmp_path):
     ]
     scratch = [one for one in groups if one.task == "finetune"]
     assert [len(one.values("test_top1")) for one in scratch] == [2, 2]
-    assert not report_figures.against_masking(scratch, "test_top1", "Test")
+    assert not figures.against_masking(scratch, "test_top1", "Test")
 
 
 def test_the_legend_covers_nothing(tmp_path):
     """It is below the axes, which keep their height however many experiments there are."""
     fake_sweep(tmp_path, ["model.mask_ratio=.5,.75", "classify.hidden_dim=1,2,3,4,5,6"], ["probe"], lambda *_: 0.5)
     probes = [one for one in read(tmp_path) if one.task == "probe"]
-    (plot,) = report_figures.against_masking(probes, "test_top1", "Test")
-    with report_plot._style(plot, "#000000"):
-        figure = report_plot._drawn(plot)
+    (plot,) = figures.against_masking(probes, "test_top1", "Test")
+    with _style(plot, "#000000"):
+        figure = _drawn(plot)
         figure.draw_without_rendering()
         (legend,), (axes,) = figure.legends, figure.axes
         assert len(legend.get_texts()) == 6
@@ -321,12 +313,12 @@ def test_other_weights_make_other_groups(tmp_path):
         [f"{name}_0", f"{name}_1"] for name in weights
     )
     assert Masking("random", 0.6) in [one.shown.masking for one in groups]
-    assert len(set(report_groups.family_names(groups).values())) == len(weights)
+    assert len(set(family_names(groups).values())) == len(weights)
     for name in ("cross", "ring"):
         fake(tmp_path / "masks" / name, name=name, model__masking="user", model__mask_file=f"{name}.npy", val_top1=0.5)
     groups = read(tmp_path / "masks")
     assert len(groups) == 2
-    (plot,) = report_figures.against_masking(groups, "val_top1", "Val")
+    (plot,) = figures.against_masking(groups, "val_top1", "Val")
     assert "user cross.npy 0.75: 50.00 %" in plot.alt
 
 
@@ -348,15 +340,15 @@ def test_features_without_distances():
     ):
         features = features.astype(np.float32)
         labels = np.zeros(len(features), np.int64)
-        seen = report_model.Seen("a test", "none", ("x",), np.zeros((0, 4, 4, 3), np.uint8), features, labels, None)
+        seen = model.Seen("a test", "none", ("x",), np.zeros((0, 4, 4, 3), np.uint8), features, labels, None)
         with pytest.raises(DataFault, match=words):
-            report_model.embed(seen)
+            model.embed(seen)
 
 
 def test_shares_are_told_in_percent():
     """Also of the lowest and the median class; a loss is none."""
     shares = [name for name in ("val_top1", "top5", "val_top1_min", "test_top1_median", "val_loss", "val_knn_top1")
-              if report_tables.is_share(name)]  # fmt: skip
+              if tables.is_share(name)]  # fmt: skip
     assert shares == ["val_top1", "top5", "val_top1_min", "test_top1_median", "val_knn_top1"]
 
 
@@ -440,7 +432,7 @@ def test_wrong_arguments(tmp_path):
 
 def test_steps_and_epochs():
     """A run under way knows its length from its ledger, or of an older version from its own estimate."""
-    run_now = report_runs.Run(workdir=None, config=default.get_config())  # pyright: ignore[reportArgumentType]
+    run_now = Run(workdir=None, config=default.get_config())  # pyright: ignore[reportArgumentType]
     assert run_now.total_steps is None
     run_now.records = [{"step": 100, "step_secs": 0.5, "eta_secs": 450.0}]
     assert run_now.total_steps == 1000
@@ -454,7 +446,7 @@ def test_steps_and_epochs():
 def test_accuracies_of_classes_are_of_the_last_evaluation(lowest):
     """Of many classes each evaluation names its own lowest; the picture says so, and none is of an earlier one."""
     config = default.get_config()
-    runs = [report_runs.Run(workdir=None, config=config) for _ in range(2)]  # pyright: ignore[reportArgumentType]
+    runs = [Run(workdir=None, config=config) for _ in range(2)]  # pyright: ignore[reportArgumentType]
     for run_now, (dog, owl) in zip(runs, ((0.3, 0.5), (0.5, math.nan)), strict=True):
         run_now.records = [
             {"step": 10, "val_top1": 0.5, "val_top1/cat": 0.1, "val_top1/dog": 0.2},
@@ -463,8 +455,8 @@ def test_accuracies_of_classes_are_of_the_last_evaluation(lowest):
         ]
         if lowest:
             run_now.records[1]["val_top1_min"] = dog
-    one = report_groups.Group("mae", "", runs)
-    plot = report_pictures.per_class([one], report_figures.line_styles([one]))
+    one = Group("mae", "", runs)
+    plot = pictures.per_class([one], figures.line_styles([one]))
     assert plot is not None
     what = "The 5 least accurate classes of each run" if lowest else "Accuracy of each class"
     assert plot.title == f"{what} (val)"

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from configs import default, quickstart, recipes
-from mae_dist import cli, points, sweep, sweep_table, workers
+from mae_dist import cli
 from mae_dist import config as config_lib
 from mae_dist.errors import (
     EXIT_CONFIG,
@@ -34,6 +34,9 @@ from mae_dist.errors import (
 )
 from mae_dist.metrics import results
 from mae_dist.resilience.lock import sole_user
+from mae_dist.sweep import __main__, points, workers
+from mae_dist.sweep import runner as sweep_runner
+from mae_dist.sweep.table import Table, describe, read_description
 from tests.runs import ONLY_UPDATES, ROOT, records, run, smoke_config, start
 
 
@@ -117,7 +120,7 @@ def test_a_baseline_without_masking_is_one_for_all(tmp_path):
         assert len(same) == 6
         assert all(other.arguments == one.arguments and other.config == one.config for other in same)
     assert found[0].fault
-    trainings = sweep._trainings([point for point in found if not point.fault])
+    trainings = sweep_runner.trainings([point for point in found if not point.fault])
     names = [stage.name for stages in trainings.values() for stage in stages]
     assert [names.count(name) for name in ("pretrain", "finetune", "scratch")] == [20, 20, 4]
     assert len({len(point.stages) for point in found}) == 1
@@ -219,8 +222,8 @@ def test_killed_and_continued(child_env, tmp_path, monkeypatch):
     stored = config_lib.from_json((out / good / "config.json").read_text(), default.get_config())
     for steps, finished in ((300, True), (301, False)):
         stored.total_steps = steps
-        assert sweep._is_finished(points.Stage("pretrain", out / good, stored, ())) is finished
-    assert not sweep._is_finished(points.Stage("pretrain", out / good, config, ()))  # evaluates, for one
+        assert sweep_runner.is_finished(points.Stage("pretrain", out / good, stored, ())) is finished
+    assert not sweep_runner.is_finished(points.Stage("pretrain", out / good, config, ()))  # evaluates, for one
 
 
 def stage_of(workdir, script, init_from: object = ""):
@@ -236,7 +239,7 @@ def scripted(tmp_path, monkeypatch):
 
     The workdir of a point's first is named by its number, and what begins from it by that, a comma and another number.
     """
-    monkeypatch.setattr(sweep, "_command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
+    monkeypatch.setattr(sweep_runner, "command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
 
     def make(*scripts, jobs=1):
         todo = []
@@ -244,7 +247,7 @@ def scripted(tmp_path, monkeypatch):
             place = tmp_path / str(i)
             follow = [stage_of(tmp_path / f"{i},{j}", text, place) for j, text in enumerate(following)]
             todo.append(points.Point(str(i), {}, 0, (stage_of(place, first), *follow), ""))
-        return sweep.Runner(todo, [[]] * jobs)
+        return sweep_runner.Runner(todo, [[]] * jobs)
 
     return make
 
@@ -267,13 +270,13 @@ def test_codes_of_runs(scripted, tmp_path, capsys):
 
 def test_a_failure_takes_along_only_what_begins_from_it(tmp_path, monkeypatch):
     """A probe takes nothing, a pretraining its probes, neither the baseline."""
-    monkeypatch.setattr(sweep, "_command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
+    monkeypatch.setattr(sweep_runner, "command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
     todo = []
     for i, code in enumerate((0, 1)):
         first = stage_of(tmp_path / str(i), f"exit {code}")
         probes = [stage_of(tmp_path / f"{i},{j}", f"exit {1 - j}", first.workdir) for j in (0, 1)]
         todo.append(points.Point(str(i), {}, 0, (first, *probes, stage_of(tmp_path / f"{i},scratch", "exit 0")), ""))
-    runner = sweep.Runner(todo, [[]])
+    runner = sweep_runner.Runner(todo, [[]])
     assert runner.run() == EXIT_INTERNAL
     assert set(runner.failures) == {"0,0", "1"}
     assert [attempts(tmp_path / name) for name in ("0", "0,0", "0,1", "0,scratch")] == [1, 1, 1, 1]
@@ -300,8 +303,8 @@ def test_faults_of_one_point_leave_the_others_alone(scripted, tmp_path):
     for name in "01":
         shutil.rmtree(tmp_path / name, ignore_errors=True)
     (tmp_path / "0").unlink(missing_ok=True)
-    sweep_table.describe(epath.Path(tmp_path), ["seed"], [], described)
-    assert sweep.show_table(epath.Path(tmp_path)) == EXIT_DONE
+    describe(epath.Path(tmp_path), ["seed"], [], described)
+    assert __main__.show_table(epath.Path(tmp_path)) == EXIT_DONE
 
 
 @pytest.mark.parametrize(
@@ -369,8 +372,8 @@ def test_table_over_seeds(tmp_path, capsys, older):
     described.append({"name": "none", "fields": fields, "seed": 0, "fault": "keeps nothing", "follow": follow})
     if older:
         described = [{name: value for name, value in point.items() if name != "follow"} for point in described]
-    sweep_table.describe(out, ["model.mask_ratio"], ["probe"], described)
-    assert sweep.show_table(out) == EXIT_DONE
+    describe(out, ["model.mask_ratio"], ["probe"], described)
+    assert __main__.show_table(out) == EXIT_DONE
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
     std = statistics.stdev(losses["0.25"])
     assert lines[:4] == [
@@ -404,12 +407,10 @@ def test_spare_panels_and_runs_without_figures(tmp_path):
     for i, metrics in enumerate((figures, {})):
         finished(tmp_path / str(i), **metrics)
         described.append({"name": str(i), "fields": {"model.depth": i}, "seed": 0, "fault": "", "follow": {}})
-    sweep_table.describe(epath.Path(tmp_path), ["model.depth"], [], described)
-    description = sweep_table.read_description(epath.Path(tmp_path))
+    describe(epath.Path(tmp_path), ["model.depth"], [], described)
+    description = read_description(epath.Path(tmp_path))
     assert description is not None
-    table = sweep_table.Table(
-        description, lambda name: results.read_result(epath.Path(tmp_path) / name, default.get_config())
-    )
+    table = Table(description, lambda name: results.read_result(epath.Path(tmp_path) / name, default.get_config()))
     assert [row["seeds"] for row in table.rows] == [1, 1]
     panels = table.figure("model.depth").axes
     assert [panel.axison for panel in panels] == [True] * 4 + [False] * 2
@@ -445,7 +446,7 @@ def test_what_makes_a_finished_training_another(tmp_path, field, value, is_finis
     finished(tmp_path / "0")
     config = default.get_config()
     config.update_from_flattened_dict({field: value})
-    assert sweep._is_finished(points.Stage("pretrain", tmp_path / "0", config, ())) is is_finished
+    assert sweep_runner.is_finished(points.Stage("pretrain", tmp_path / "0", config, ())) is is_finished
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
@@ -453,13 +454,13 @@ def test_points_that_cannot_work_are_failures(tmp_path, monkeypatch, capsys):
     """In the list at the end and in the exit code; the config itself need not be able to work."""
     argv = ["sweep", "--config=configs/smoke.py", "--config.model.mask_ratio=2.0", "--config.model.masking=grid"]
     monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
-    monkeypatch.setattr(sweep, "_command", lambda stage: ["true"])
+    monkeypatch.setattr(sweep_runner, "command", lambda stage: ["true"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
     with flagsaver.flagsaver():
         cli.parse_flags([argv[0], f"--config={ROOT / 'configs' / 'smoke.py'}", *argv[2:]])
         with flagsaver.flagsaver(over=["model.mask_ratio=.6,.75"]):
-            assert sweep.sweep([]) == EXIT_CONFIG
+            assert __main__.sweep([]) == EXIT_CONFIG
     assert "FAILED mask_ratio=0.6,seed=0: cannot work: model.masking" in capsys.readouterr().out.splitlines()[-1]
     assert (tmp_path / "runs" / "sweep_smoke" / "mask_ratio=0.75,seed=0" / "log.txt").exists()
 
@@ -518,6 +519,6 @@ def test_wrong_flags(tmp_path, monkeypatch, values, words):
     with flagsaver.flagsaver():
         cli.parse_flags(argv)
         with flagsaver.flagsaver(**{"out": str(tmp_path / "out"), **values}), pytest.raises(ConfigError) as error:
-            sweep.sweep([])
+            __main__.sweep([])
     assert words in str(error.value)
     assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from mae_dist.errors import UserError
-from mae_dist.report_groups import Group, differing_fields, mean_std, scalar_names
-from mae_dist.report_page import Content, Html, Row, table, tag, warning
-from mae_dist.report_plot import duration
-from mae_dist.report_runs import Run, checkpoints
+from mae_dist.report.groups import Group, differing_fields, mean_std, scalar_names
+from mae_dist.report.page import Content, Html, Row, table, tag, warning
+from mae_dist.report.plot import duration
+from mae_dist.report.runs import Run, checkpoints
 
 Value = Callable[[Run], float | None]
 Column = tuple[str, Value, Callable[[float, float | None], str]]  # head, value of a run, (mean, std) as text

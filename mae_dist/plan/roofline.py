@@ -14,9 +14,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist import hardware, hlo
+from mae_dist import hardware
 from mae_dist.model import patches
 from mae_dist.parallel.rules import path_name
+from mae_dist.plan import hlo
 
 
 @dataclasses.dataclass(frozen=True)

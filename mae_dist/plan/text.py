@@ -1,30 +1,8 @@
-"""Would it fit, and how fast could it be, on hardware that is not here?
+"""A plan in words."""
 
-`python -m mae_dist.plan --config F --topology v5e:16x16 [--num_slices 2] [--global_batch_size B] [--fit] [--sweep]
-[--json out.json] [--config.a.b=value …]` compiles the real update for a TPU slice (extra `tpu`, but no TPU) or for the
-CPU (`cpu:8`) and says what the compiler made of it. Exit code 0 if it fits, 1 if it does not.
-"""
+from mae_dist import hardware
+from mae_dist.plan import planning, topology
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-
-from absl import flags
-
-from mae_dist import cli, errors, hardware, planning, topology
-from mae_dist.storage import local
-
-_TOPOLOGY = flags.DEFINE_string("topology", None, "What to plan for, as v5e:16x16, v4:4x4x4, v5p:2x2x2 or cpu:8.")
-_NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "How many such slices.")
-_BATCH = flags.DEFINE_integer("global_batch_size", None, "The same as --config.global_batch_size.")
-_JSON = flags.DEFINE_string("json", None, "Also write everything to this file.", allow_override=True)
-_FIT = flags.DEFINE_bool("fit", None, "Search batches and model.remat that fit (default: where the config does not).")
-_SWEEP = flags.DEFINE_bool("sweep", False, "Rank all meshes, and compile the best.")
-_COMPILE = flags.DEFINE_integer(
-    "compile", 3, "Compile --sweep's meshes until so many fit, at most three times as many.", lower_bound=0
-)
-
-_NOT_FITTING = 1  # shared with a traceback's; a plan that does not fit has none
 _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
   memory: temporaries are activations, gradients and all else that lives within a step: the compiler's sum
   compute: analytic FLOPs of matrix products, with remat=blocks a third more; peaks: flops.py
@@ -32,41 +10,6 @@ _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all a
   ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring
   dcn: a chip's bytes to other slices over its share of the host's network card
   bytes: payload is the whole array exchanged (of permutations what one chip sends), ring what leaves one chip"""
-
-
-def plan(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
-    del argv
-    topology.use_no_accelerator()
-    config = cli.given_config()
-    if config is not None and _BATCH.value is not None:
-        config.global_batch_size = _BATCH.value
-    config = cli.needed_config()
-    out = _new_json(_JSON.value) if _JSON.value else None
-    place = topology.describe(cli.required(_TOPOLOGY), _NUM_SLICES.value)
-    data = planning.described_data(config)
-    if _SWEEP.value:
-        report = planning.sweep(config, place, data, _COMPILE.value)
-        print(sweep_text(report))
-    else:
-        report = planning.examine(config, place, data)
-        print(text(report, place), flush=True)
-        if _FIT.value or (_FIT.value is None and not report["fits"]):
-            report["fit"] = list(planning.search_fit(config, place, data, report))
-            print(fit_text(report["fit"]))
-    if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return errors.EXIT_DONE if report["fits"] else _NOT_FITTING
-
-
-def _new_json(path: str) -> Path:
-    """Returns where to write; a `ConfigError` where no file can be: better than after minutes of compiling."""
-    out = Path(local(path, "--json", "write to a local path"))
-    if out.is_dir() or not out.parent.is_dir():
-        raise errors.ConfigError(
-            f"--json={path}: a file in a directory that exists is needed; mkdir -p it, or name another"
-        )
-    return out
 
 
 def gib(size: float | None) -> str:
@@ -188,7 +131,3 @@ def sweep_text(report: planning.Report) -> str:
             "none of those that were compiled fits" if any(row["compiled"] for row in report["sweep"]) else "none fits"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    cli.run(plan)

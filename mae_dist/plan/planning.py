@@ -11,12 +11,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mae_dist import errors, hardware, hlo, roofline, topology
+from mae_dist import errors, hardware
 from mae_dist.data import DescribedDataset, is_prepared, known_sizes
 from mae_dist.data.from_config import Data, open_data
 from mae_dist.model.build import param_count
 from mae_dist.optim.train_state import split_frozen
 from mae_dist.parallel.shardings import bytes_per_device
+from mae_dist.plan import hlo, roofline, topology
 from mae_dist.training import job
 
 Report = dict[str, Any]

@@ -1,8 +1,7 @@
-"""Hugging Face's ViTMAE: how it describes a model of ours, and a process that does its steps when told to.
+"""Hugging Face's ViTMAE in PyTorch: how it describes a model of ours, and a process that does its steps when told to.
 
-`python -m mae_dist.hugging_face '{"config": {…}, …}'` prints `ready <compile seconds>`, and after each line `<n>` on
-its input the seconds that n steps took; `mae_dist.benchmark` compares with it. It
-imports neither JAX nor anything of mae_dist.
+`python -m mae_dist.benchmark.hugging_face '{"config": {…}, …}'` prints `ready <compile seconds>`, and after each line
+`<n>` of its input the seconds that n steps took. It imports neither JAX nor anything of mae_dist.
 """
 
 import json

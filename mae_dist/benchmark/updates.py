@@ -1,12 +1,4 @@
-"""Measures a config here: `python -m mae_dist.benchmark --config F [--against hf] [--what features] [--scaling]`.
-
-`--what input` measures the training input alone, by turns with a DataLoader of PyTorch if `--against torch`, or once a
-minute for `--minutes`.
-
-Repeats of several updates with the real data pipeline; medians, and the spread as (largest - smallest) / median.
-`--against hf` takes turns with Hugging Face's ViTMAE of the same shape in PyTorch, eager and compiled, on as many
-threads (extra `parity`). `--scaling` measures one change after another, each in a process of its own.
-"""
+"""Steps or features of a config, by turns with Hugging Face's in PyTorch."""
 
 import json
 import math
@@ -15,18 +7,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cli, errors, hardware, input_speed
+from mae_dist import hardware
 from mae_dist.cpu import cores
 from mae_dist.cpu.microbatches import choose_products, num_pieces
-from mae_dist.cpu.start import use_cores
 from mae_dist.data import local_rows, to_global
 from mae_dist.data.from_config import open_data
 from mae_dist.evaluation.encode import make_feature_step
@@ -34,82 +24,16 @@ from mae_dist.model import flops, patches
 from mae_dist.training import job
 from mae_dist.weights import hugging_face
 
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of lines.")
-_AGAINST = flags.DEFINE_enum("against", None, ["hf", "torch"], "Take turns with another: torch for --what input.")
-_WHAT = flags.DEFINE_enum(
-    "what",
-    "train",
-    ["train", "features", "input"],
-    "Updates, features of whole images, or the training input alone.",
-    allow_override=True,
-)
-_SCALING = flags.DEFINE_bool("scaling", False, "A table over batch sizes, image sizes, model sizes and CPU devices.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "How often each is measured.", lower_bound=1)
-_MINUTES = flags.DEFINE_float("minutes", 0.0, "With --what input: a line each minute, for so long.", lower_bound=0.0)
-_SECS = flags.DEFINE_float("secs", 3.0, "About how long a repeat takes.", lower_bound=0.01)
-
 Result = dict[str, Any]
 
 
-def benchmark(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
-    del argv
-    _check_flags()
-    config = cli.needed_config()
-    if _SCALING.value:
-        return _scaling(config)
-    if _WHAT.value == "input":
-        return _input(config)
-    use_cores(config, "")
-    ours = _Ours(config, _WHAT.value)
-    others = {}
-    if _AGAINST.value:
-        others = {
-            name: _Theirs(config, _WHAT.value, name == "compiled", ours.job.num_kept) for name in ("eager", "compiled")
-        }
-    _show(_measure(ours, others))
-    return errors.EXIT_DONE
-
-
-def _check_flags() -> None:
-    is_input = _WHAT.value == "input"
-    if _AGAINST.value and is_input != (_AGAINST.value == "torch"):
-        raise errors.ConfigError(
-            f"--against {_AGAINST.value} does not do --what {_WHAT.value}: torch is for input, hf for all else"
-        )
-    if _MINUTES.value and (not is_input or _AGAINST.value):
-        raise errors.ConfigError("--minutes is for --what input without --against; leave it out, or the other")
-    if _SCALING.value and is_input:
-        raise errors.ConfigError("--scaling is of models, and --what input has none; leave one out")
-
-
-def _show(result: Result) -> None:
-    if _JSON.value:
-        print(json.dumps(result), flush=True)
-        return
-    width = max(map(len, result))
-    for name, value in result.items():
-        print(f"{name:{width}}  {value:.4g}" if isinstance(value, float) else f"{name:{width}}  {value}", flush=True)
-
-
-def _input(config: ConfigDict) -> int:
-    """Measures the training input without a model."""
-    if _MINUTES.value:
-        for line in input_speed.watch(config, _MINUTES.value):
-            print(json.dumps(line), flush=True)
-        return errors.EXIT_DONE
-    against_torch = _AGAINST.value == "torch"
-    _show(input_speed.measure(config, against_torch=against_torch, repeats=_REPEATS.value, secs=_SECS.value))
-    return errors.EXIT_DONE
-
-
-def _measure(ours: "_Ours", others: dict[str, "_Theirs"]) -> Result:
+def measure(ours: "Ours", others: dict[str, "Theirs"], *, repeats: int, secs: float) -> Result:
     """Takes turns; every figure is the median over the repeats."""
     subjects: dict[str, Any] = {"mae_dist": ours, **{name: other for name, other in others.items() if other.works}}
-    counts = {name: max(1, round(_SECS.value / subject.run(2) * 2)) for name, subject in subjects.items()}
+    counts = {name: max(1, round(secs / subject.run(2) * 2)) for name, subject in subjects.items()}
     ours.parts.clear()
     rates: dict[str, list[float]] = {name: [] for name in subjects}
-    for _ in range(_REPEATS.value):
+    for _ in range(repeats):
         for name, subject in subjects.items():
             rates[name].append(counts[name] * ours.batch_size / subject.run(counts[name]))
     own = rates.pop("mae_dist")
@@ -119,7 +43,7 @@ def _measure(ours: "_Ours", others: dict[str, "_Theirs"]) -> Result:
         "what": ours.what,
         "images_per_sec": rate,
         "spread": (max(own) - min(own)) / rate,
-        "repeats": _REPEATS.value,
+        "repeats": repeats,
         "step_secs": ours.batch_size / rate,
         **{f"{part}_share": statistics.median(values) for part, values in ours.parts.items()},
         "mfu": rate * ours.flops_per_image / peak,
@@ -143,7 +67,7 @@ def _measure(ours: "_Ours", others: dict[str, "_Theirs"]) -> Result:
     return result
 
 
-class _Ours:
+class Ours:
     """A config's updates on its own data, or its encoder on whole images."""
 
     def __init__(self, config: ConfigDict, what: str):
@@ -227,7 +151,7 @@ class _Ours:
         self._batches.close()
 
 
-class _Theirs:
+class Theirs:
     """Hugging Face's model in a process of its own, idle until it is its turn."""
 
     def __init__(self, config: ConfigDict, what: str, compiled: bool, num_kept: int):
@@ -247,7 +171,7 @@ class _Theirs:
             },
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mae_dist.hugging_face", json.dumps(options)],
+            [sys.executable, "-m", "mae_dist.benchmark.hugging_face", json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -272,43 +196,3 @@ class _Theirs:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
-
-
-def _variations(config: ConfigDict) -> Iterator[tuple[str, list[str]]]:
-    """(what is changed, overrides)."""
-    model, batch = config.model, config.global_batch_size
-    yield "as configured", []
-    for factor in (0.25, 4):
-        yield f"batch {int(batch * factor)}", [f"--config.global_batch_size={int(batch * factor)}"]
-    height, width = model.image_size
-    yield f"images {2 * height}x{2 * width}", [f"--config.model.image_size=({2 * height}, {2 * width})"]
-    yield f"width {2 * model.embed_dim}", [f"--config.model.embed_dim={2 * model.embed_dim}"]
-    yield f"depth {2 * model.depth}", [f"--config.model.depth={2 * model.depth}"]
-    for devices in sorted({1, cores.num_cores()}):
-        yield f"{devices} CPU devices", [f"--config.cpu.devices={devices}"]
-    yield "in one piece", ["--config.cpu.pieces=1"]
-
-
-def _scaling(config: ConfigDict) -> int:
-    """Prints a line for each variation."""
-    given = [value for value in sys.argv[1:] if not value.startswith(("--scaling", "--json", "--against"))]
-    first = None
-    print(f"{'':18} {'images/s':>9} {'relative':>9} {'MFU':>6} {'memory MiB':>11} {'compile s':>10}  devices x pieces")
-    for name, overrides in _variations(config):
-        command = [sys.executable, "-m", "mae_dist.benchmark", *given, *overrides, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"{name:18} {(done.stderr.strip().splitlines() or ['failed'])[-1]}", flush=True)
-            continue
-        r = json.loads(done.stdout.strip().splitlines()[-1])
-        first = first or r["images_per_sec"]
-        print(
-            f"{name:18} {r['images_per_sec']:9.0f} {r['images_per_sec'] / first:9.2f} {r['mfu']:6.2f} "
-            f"{r['peak_memory_mib']:11.0f} {r['compile_secs']:10.1f}  {r['devices']} x {r['pieces']}",
-            flush=True,
-        )
-    return errors.EXIT_DONE
-
-
-if __name__ == "__main__":
-    cli.run(benchmark)

@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mae_dist.report_groups import Group, family_names, mean_std
-from mae_dist.report_plot import COLORS, DASHES, MARKERS, Line, Plot, duration, shorten
-from mae_dist.report_runs import Run
+from mae_dist.report.groups import Group, family_names, mean_std
+from mae_dist.report.plot import COLORS, DASHES, MARKERS, Line, Plot, duration, shorten
+from mae_dist.report.runs import Run
 
 # Parts of a run's time: label, colour, and the phases of the ledger that belong to it.
 TIME = (

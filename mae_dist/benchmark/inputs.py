@@ -105,9 +105,9 @@ def _kib(process: int, file: str, field: str) -> int:
 def pipelines(config: ConfigDict, against_torch: bool) -> Iterator[list[Pipeline]]:
     """The config's pipeline and, if asked for, PyTorch's with as many workers (or one for each of our threads)."""
     dataset = open_dataset(config, config.data.train_split)
-    opened = [("mae_dist", "mae_dist.input_speed", json.loads(config_lib.to_json(config)))]
+    opened = [("mae_dist", "mae_dist.benchmark.inputs", json.loads(config_lib.to_json(config)))]
     if against_torch:
-        opened.append(("torch", "mae_dist.torch_input", _torch_options(config, dataset)))
+        opened.append(("torch", "mae_dist.benchmark.torch_input", _torch_options(config, dataset)))
     with contextlib.ExitStack() as stack:
         started = []
         for arguments in opened:

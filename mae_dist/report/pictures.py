@@ -14,9 +14,9 @@ from PIL import Image
 
 from mae_dist.evaluation.evaluate import NUM_LOWEST
 from mae_dist.metrics.summary import last_values
-from mae_dist.report_groups import Group, mean_std
-from mae_dist.report_model import Seen
-from mae_dist.report_plot import MARKERS, Line, Plot, shorten
+from mae_dist.report.groups import Group, mean_std
+from mae_dist.report.model import Seen
+from mae_dist.report.plot import MARKERS, Line, Plot, shorten
 from mae_dist.storage import naming_faults
 
 RIGHT, WRONG = "#0072B2", "#D55E00"

@@ -15,14 +15,16 @@ from typing import Any
 from absl import flags, logging
 from etils import epath
 
-from mae_dist import cli, errors, report_figures, report_pictures, report_tables
+from mae_dist import cli, errors
 from mae_dist.cpu import start
-from mae_dist.evaluation import pictures
-from mae_dist.report_groups import Group, group, scalar_names
-from mae_dist.report_model import Viewer, embed
-from mae_dist.report_page import Content, Html, document, figure, legend, picture, plots, section, tag, warning
-from mae_dist.report_plot import Line, Plot, write_files
-from mae_dist.report_runs import Run, collect, find_workdirs
+from mae_dist.evaluation.pictures import note_on_moments
+from mae_dist.report import pictures, tables
+from mae_dist.report.figures import against_masking, curve, line_styles, time_bars
+from mae_dist.report.groups import Group, group, scalar_names
+from mae_dist.report.model import Viewer, embed
+from mae_dist.report.page import Content, Html, document, figure, legend, picture, plots, section, tag, warning
+from mae_dist.report.plot import Line, Plot, write_files
+from mae_dist.report.runs import Run, collect, find_workdirs
 from mae_dist.storage import absolute, naming_faults, write_text_atomically
 
 _OUT = flags.DEFINE_string("out", None, "The HTML file to write.", allow_override=True)
@@ -73,14 +75,12 @@ class _Page:
     def __init__(self, groups: Sequence[Group], figures: epath.Path | None):
         self.groups, self._figures = groups, figures
         self.runs = [run for one in groups for run in one.runs]
-        self.styles = report_figures.line_styles(groups)
+        self.styles = line_styles(groups)
 
     def head(self, unreadable: Sequence[str]) -> Content:
         """A sentence for each run, and what could not be read."""
         sentences = [
-            tag(
-                "li", tag("strong", run.label), f": {report_tables.sentence(run)} (", tag("code", str(run.workdir)), ")"
-            )
+            tag("li", tag("strong", run.label), f": {tables.sentence(run)} (", tag("code", str(run.workdir)), ")")
             for run in self.runs
         ]
         faults = [warning(tag("strong", run.label), f": {fault}") for run in self.runs for fault in run.faults]
@@ -98,9 +98,9 @@ class _Page:
             section(
                 "results",
                 "Results",
-                report_tables.results(self.groups),
-                report_tables.cost(self.groups),
-                report_tables.environments(self.runs),
+                tables.results(self.groups),
+                tables.cost(self.groups),
+                tables.environments(self.runs),
             )
         ]
         against = []
@@ -111,7 +111,7 @@ class _Page:
         if against:
             note = "Points are means over seeds, bars sample standard deviations, small dots single seeds."
             parts.append(section("masking", "Accuracy against masking", tag("p", note, class_="soft"), plots(against)))
-        bars = report_figures.time_bars(self.runs)
+        bars = time_bars(self.runs)
         if bars is not None:
             parts.append(
                 section("time", "Where the time went", legend(bars.legend), plots([self.figure(bars)], wide=True))
@@ -124,10 +124,10 @@ class _Page:
         for name in others:
             if name.startswith("val_"):
                 final = f"test_{name.removeprefix('val_')}"
-                title = report_tables.long_title_of(name) + (", ◆ test" if final in others else "")
-                wanted[name] = title, {"percent": report_tables.is_share(name), "final": final}
+                title = tables.long_title_of(name) + (", ◆ test" if final in others else "")
+                wanted[name] = title, {"percent": tables.is_share(name), "final": final}
         drawn = [
-            report_figures.curve(groups, self.styles, metric=name, title=title, **options)
+            curve(groups, self.styles, metric=name, title=title, **options)
             for name, (title, options) in (wanted | _RATES).items()
         ]
         found = [plot for plot in drawn if plot is not None]
@@ -147,7 +147,7 @@ class _Page:
         return [
             self.figure(plot)
             for name in accuracies
-            for plot in report_figures.against_masking(groups, name, report_tables.long_title_of(name))
+            for plot in against_masking(groups, name, tables.long_title_of(name))
         ]
 
     def of_pictures(self) -> list[tuple[str, str, Html]]:
@@ -166,7 +166,7 @@ class _Page:
 
     def of_models(self, viewer: Viewer | None) -> list[tuple[str, str, Html]]:
         """Accuracy of classes from the records; predictions and features of one run of each group."""
-        classes = report_pictures.per_class([one for one in self.groups if one.task != "pretrain"], self.styles)
+        classes = pictures.per_class([one for one in self.groups if one.task != "pretrain"], self.styles)
         parts: list[Content] = []
         if classes is not None:
             parts += [legend(classes.legend), plots([self.figure(classes)])]
@@ -189,7 +189,7 @@ class _Page:
         name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in run.label)
         drawn, faults = [], []
         if seen.predictions is not None:
-            drawn += [report_pictures.predictions(seen, name), report_pictures.confusion(seen, name)]
+            drawn += [pictures.predictions(seen, name), pictures.confusion(seen, name)]
         origin = run.origins[0].place if run.origins else None
         encoder = next((other for other in self.groups if origin in [run.workdir for run in other.runs]), None)
         note = f"From checkpoint {seen.origin}, on {seen.split}."
@@ -197,33 +197,33 @@ class _Page:
             note += f" The features are those of {encoder.label}: a probe leaves the encoder as it is."
         else:
             try:
-                drawn.append(report_pictures.embedding(*embed(seen), seen.class_names, name))
+                drawn.append(pictures.embedding(*embed(seen), seen.class_names, name))
             except errors.DataFault as fault:
                 faults.append(warning(f"No picture of the features of {run.label}: {fault}"))
         return [head, tag("p", note, class_="soft"), faults, plots([self.figure(plot) for plot in drawn])]
 
     def of_files(self, arrays: bool) -> list[tuple[str, str, Html]]:
         return [
-            section("configs", "Configurations", report_tables.configs(self.runs)),
-            section("checkpoints", "Checkpoints", report_tables.states(self.runs, arrays=arrays)),
+            section("configs", "Configurations", tables.configs(self.runs)),
+            section("checkpoints", "Checkpoints", tables.states(self.runs, arrays=arrays)),
         ]
 
 
 def _pictures(run: Run) -> Html | None:
     """Some of a run's pictures with their steps; a file that is none is told."""
     shown = []
-    for path in report_pictures.some_pictures(run.workdir):
+    for path in pictures.some_pictures(run.workdir):
         step = int(path.stem.removeprefix("step_"))
         epoch = f", epoch {step / run.steps_per_epoch:.3g}" if run.steps_per_epoch else ""
         caption = f"Update {step:,}{epoch}"
         try:
-            uri = report_pictures.to_data_uri(path)
+            uri = pictures.to_data_uri(path)
         except OSError as error:
             shown.append(warning(f"{path} cannot be read: {error}"))
             continue
         alt = f"{run.label}, update {step}: originals, masked, reconstructions, and these with the visible patches"
         shown.append(picture(uri, caption, alt))
-    note = pictures.note_on_moments(run.config)
+    note = note_on_moments(run.config)
     about = tag("p", f"Drawn {note}.", class_="soft") if note else ""
     return tag("div", about, plots(shown, wide=True)) if shown else None
 

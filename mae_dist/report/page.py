@@ -7,7 +7,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-from mae_dist.report_plot import Line, Plot, to_svg
+from mae_dist.report.plot import Line, Plot, to_svg
 
 _CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --wash: #f4f6f8;

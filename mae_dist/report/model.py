@@ -25,7 +25,7 @@ from mae_dist.model.build import functional, make_model
 from mae_dist.model.layers import unconstrained
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
-from mae_dist.report_runs import Run
+from mae_dist.report.runs import Run
 from mae_dist.tasks.base import scale_pixels
 from mae_dist.weights import pretrained
 

@@ -32,7 +32,7 @@ def start(command: Sequence[str], log: Path, cores: Sequence[int]) -> subprocess
     parent dies; its data is safe then, as after any kill.
     """
     # Not by preexec_fn, which forks a process that may have threads: this module goes first, then becomes the command.
-    before = [sys.executable, "-m", "mae_dist.workers", str(os.getpid()), ",".join(map(str, cores))]
+    before = [sys.executable, "-m", "mae_dist.sweep.workers", str(os.getpid()), ",".join(map(str, cores))]
     with log.open("ab") as output:
         return subprocess.Popen(
             [*before, *command],

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist.config.stored import MASKING
 from mae_dist.metrics import results
-from mae_dist.report_runs import Masking, Origin, Run
+from mae_dist.report.runs import Masking, Origin, Run
 
 # Fields in which runs of one group may differ: what repeats an experiment, and where it was carried out.
 _NOT_THE_EXPERIMENT = ("seed", "name", "init_from", "data.data_dir", "data.cache_dir", "cpu")

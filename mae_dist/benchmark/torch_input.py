@@ -1,8 +1,8 @@
 """The usual input pipeline in PyTorch, Pillow and a DataLoader, in a process that takes from it when told to.
 
-`python -m mae_dist.torch_input` takes the line `{"spans": […], …}` from its input and prints `ready`, and after each
-further line `<n>` the seconds that n batches took; `mae_dist.input_speed` compares with it. Random resized crop and
-flip are torchvision's, written out. It imports neither JAX nor anything of mae_dist.
+`python -m mae_dist.benchmark.torch_input` reads the line `{"spans": […], …}` and prints `ready`, and after each further
+line `<n>` the seconds that n batches took. Random resized crop and flip are torchvision's, written out. It imports
+neither JAX nor anything of mae_dist.
 """
 
 import io

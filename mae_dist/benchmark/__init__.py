@@ -1,0 +1,1 @@
+"""Measures steps, features and input here, by turns with others'."""

@@ -1,0 +1,1 @@
+"""What a mesh of accelerators that are not here would hold, exchange and take."""

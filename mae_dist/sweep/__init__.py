@@ -1,0 +1,1 @@
+"""Many runs: every combination of some fields' values, under several seeds."""
