@@ -101,7 +101,7 @@ def _check_fields(config: Any) -> None:
 
     if not isinstance(config, ConfigDict):
         raise errors.ConfigError(f"{_config_file()}: get_config() returns {config!r}; it must be a ConfigDict")
-    faults = config_lib.field_faults(config, default_config())
+    faults = config_lib.field_faults(config)
     if faults:
         lines = [f"{fault} ({_line_with(field)})" for field, fault in faults.items()]
         raise errors.ConfigError("the config is not as configs/default.py has it:\n  - " + "\n  - ".join(lines))
@@ -117,13 +117,6 @@ def _line_with(words: str) -> str:
     with open(_config_file(), encoding="utf-8", errors="replace") as file:
         numbers = [number for number, line in enumerate(file, start=1) if word.search(line)]
     return f"{_config_file()}, line {numbers[-1]}" if numbers else _config_file()
-
-
-def default_config() -> ConfigDict:
-    """The fields that a stored config may lack."""
-    from mae_dist.config import default
-
-    return default.get_config()
 
 
 def join_processes(watching: Any = None, notices: Any = None) -> None:

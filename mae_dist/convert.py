@@ -28,7 +28,7 @@ def convert(argv: Sequence[str]) -> int:
     processes.quiet_unless_primary()
     path, to = cli.required(_SOURCE), cli.required(_TO)
     out = cli.new_local_path(cli.required(_OUT))
-    source = pretrained.open_pretrained(absolute(path), cli.default_config(), cli.given_config())
+    source = pretrained.open_pretrained(absolute(path), cli.given_config())
     groups, count = convert_weights(
         source,
         out,

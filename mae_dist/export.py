@@ -47,7 +47,7 @@ def export(argv: Sequence[str]) -> int:
     if unknown or not _PLATFORMS.value:
         raise errors.ConfigError(f"--platforms={','.join(_PLATFORMS.value)}: choose of cpu, cuda, rocm and tpu")
     out = cli.new_local_path(out_value)
-    source = pretrained.open_pretrained(absolute(workdir), cli.default_config(), cli.given_config())
+    source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
     function, arguments = make_function(source, _WHAT.value, _INPUT.value)
     exported = jax.export.export(jax.jit(function), platforms=_PLATFORMS.value)(*arguments.values())
     with appearing(out) as temporary, naming_faults(out):

@@ -50,7 +50,7 @@ def features(argv: Sequence[str]) -> int:
     start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
     cli.join_processes()
     out = cli.new_local_path(out_value)
-    source = pretrained.open_pretrained(absolute(workdir), cli.default_config(), cli.given_config())
+    source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
     config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
     # Refuses what the model has not, before data are opened.
     compute = extract.prepare(source, config, _KINDS.value, _BLOCK.value)

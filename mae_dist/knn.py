@@ -43,7 +43,7 @@ def knn(argv: Sequence[str]) -> int:
             raise errors.ConfigError(f"--{flag.name}={flag.value} must be above 0")
     start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
     cli.join_processes()
-    source = pretrained.open_pretrained(absolute(workdir), cli.default_config(), cli.given_config())
+    source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
     config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
     compute = extract.prepare(source, config, [_KIND.value])
     train, test = (

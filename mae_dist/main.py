@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from mae_dist import cli, errors
-from mae_dist.cli import WORKDIR, default_config, end_when_told, is_single_process, join_processes, needed_config, run
+from mae_dist.cli import WORKDIR, end_when_told, is_single_process, join_processes, needed_config, run
 from mae_dist.cpu.start import use_cores
 
 flags.adopt_module_key_flags(cli)  # --help shows them too
@@ -63,7 +63,7 @@ def _train(argv: Sequence[str]) -> int:
                 built = job.build(config, jax.devices(), open_data(config))
             gc.freeze()
             gc.enable()
-            return loop.train(built, workdir, default_config(), watching, notices)
+            return loop.train(built, workdir, watching, notices)
         except preemption.Preempted:
             logging.warning("Preempted before there was anything to save; the same command begins or continues.")
             return errors.EXIT_PREEMPTED

@@ -42,7 +42,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     del argv
     workdir = absolute(cli.required(_WORKDIR))
     processes.quiet_unless_primary()
-    config = reader.read_config(workdir, cli.default_config())
+    config = reader.read_config(workdir)
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)
         config.accum_steps = config.cpu.pieces = 1

@@ -492,16 +492,16 @@ def line_in(text: str) -> str:
 def test_damaged_config_and_summary_are_written_again(place, child_env):
     """By the cure that the message gives: the run's own command, after the summary was deleted."""
     (line,) = scripts_of("configs/smoke.py")
-    workdir, default = epath.Path(place / "runs/smoke"), configs.default.get_config()
+    workdir = epath.Path(place / "runs/smoke")
     before = [(workdir / name).read_text() for name in ("config.json", "summary.json")]
     (workdir / "config.json").write_text(before[0][:50])
     with pytest.raises(errors.StorageFault, match=r"delete summary\.json, and the run's own command writes both"):
-        results.read_result(workdir, default)
+        results.read_result(workdir)
     (workdir / "summary.json").unlink()
     run_line(line, place, child_env())
     assert (workdir / "config.json").read_text() == before[0]
     assert json.loads((workdir / "summary.json").read_text()).keys() == json.loads(before[1]).keys()
-    assert results.read_result(workdir, default) is not None
+    assert results.read_result(workdir) is not None
 
 
 def test_weights_of_another_size_are_converted_as_said(place, child_env):
@@ -516,7 +516,7 @@ def test_weights_of_another_size_are_converted_as_said(place, child_env):
     given = ["--config", "configs/smoke.py", *shlex.split(then.rstrip("."))]
     config = commands.parse("main", [*given, "--config.model.image_size=(24, 16)", "--config.model.channels=1"])
     assert config is not None
-    converted = pretrained.open_pretrained(epath.Path(config.init_from), configs.default.get_config())
+    converted = pretrained.open_pretrained(epath.Path(config.init_from))
     check_fits(converted.config, config, ("encoder", "decoder"))
     config.model.embed_dim = 64
     with pytest.raises(errors.StorageFault) as refused:

@@ -56,7 +56,7 @@ def encoder_tensors(tensors):
 
 
 def opened(path: Path, template: ConfigDict | None = None) -> pretrained.Pretrained:
-    return pretrained.open_pretrained(epath.Path(path), default.get_config(), template)
+    return pretrained.open_pretrained(epath.Path(path), template)
 
 
 def stored(path: Path, tensors: dict[str, np.ndarray]) -> Path:
@@ -122,7 +122,7 @@ def test_each_assumption_is_said_and_its_cure_works(child_env, tmp_path, caplog,
     code, output = run(child_env(), *arguments, *typed, module="convert")
     assert code == 0, output
     assert "assuming" not in output
-    found = config_lib.from_json((tmp_path / "w" / "config.json").read_text(), default.get_config())
+    found = config_lib.from_json((tmp_path / "w" / "config.json").read_text())
     for field in fields:
         assert config_lib.get(found, field) == OTHERWISE[field], field
         assert f"{field}={OTHERWISE[field]!r}" in output  # what was taken from the config is said, too

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import default
 from mae_dist.checkpoint import reader
 from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.data.from_config import open_data
@@ -47,9 +46,7 @@ def save(checkpoints, built, state, step, metrics=None):
 
 def restore(checkpoints, built):
     """The newest good state for the mesh of `built`."""
-    restored = checkpoints.restore(
-        built.abstract_state, built.shardings, built.config, built.fingerprint, default.get_config()
-    )
+    restored = checkpoints.restore(built.abstract_state, built.shardings, built.config, built.fingerprint)
     assert restored is not None
     state, step, _ = restored
     assert step == checkpoints.latest_step()
@@ -212,7 +209,7 @@ def test_weights_of_a_pretraining(workdir, task):
         save(checkpoints, source, state, 3)
     # Another seed: the encoder could not be equal by chance.
     built = build((4, 1, 2), task=task, init_from=str(workdir), seed=5)
-    loaded = built.fresh_state(default.get_config())
+    loaded = built.fresh_state()
     for group in ("encoder", "decoder") if task == "pretrain" else ("encoder",):
         a, b = (jax.tree.leaves(params[group]) for params in (loaded.params, state.params))
         for x, y in zip(a, b, strict=True):
@@ -227,7 +224,7 @@ def test_encoder_without_its_norm_is_refused(workdir):
     reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="finetune", init_from=str(workdir))
     with pytest.raises(StorageFault, match=r"has no encoder/norm, .*norm_after_pool"):
-        built.fresh_state(default.get_config())
+        built.fresh_state()
 
 
 def test_converted_weights_are_not_continued(workdir):
@@ -244,7 +241,7 @@ def test_encoder_that_does_not_fit_is_refused(workdir):
     reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="probe", init_from=str(workdir), model__embed_dim=64, model__depth=3)
     with pytest.raises(StorageFault, match=r"model.embed_dim: 32 -> 64\n.*model.depth: 2 -> 3"):
-        built.fresh_state(default.get_config())
+        built.fresh_state()
 
 
 def test_faults_advise_to_verify_the_workdir(workdir):
@@ -257,13 +254,13 @@ def test_faults_advise_to_verify_the_workdir(workdir):
         reader.load_params(workdir, built.abstract_state.params, built.shardings.params)
     (workdir / "config.json").write_text("{")
     with pytest.raises(StorageFault, match=rf"^{workdir}/config.json is damaged: .*continue the run"):
-        reader.read_config(workdir, default.get_config())
+        reader.read_config(workdir)
 
 
 def test_missing_workdir_and_missing_checkpoint_are_named(workdir):
     """What init_from or --workdir should have been."""
     with pytest.raises(StorageFault, match=r"no config\.json"):
-        reader.read_config(workdir, default.get_config())
+        reader.read_config(workdir)
     (workdir / "checkpoints").mkdir(parents=True)
     built = build()
     with pytest.raises(StorageFault, match="holds no checkpoint"):

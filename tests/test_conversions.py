@@ -11,7 +11,6 @@ import torch
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs import default
 from mae_dist.errors import ConfigError
 from mae_dist.model import heads
 from mae_dist.weights import convert, pretrained
@@ -142,7 +141,7 @@ def test_layouts(tmp_path, to, channels, fields):
     out = epath.Path(tmp_path / ("w.safetensors" if to == "timm" else "w"))
     convert.convert_weights(source, out, to, channels=channels)
     # The source's config is that of what was written: for timm what the files do not say.
-    back = pretrained.open_pretrained(out, default.get_config(), source.config if to == "timm" else None)
+    back = pretrained.open_pretrained(out, source.config if to == "timm" else None)
     after = np.repeat(gray, channels or 3, -1)
     after[..., 3:] = 255
     assert back.config.model.channels == after.shape[-1]
@@ -159,7 +158,7 @@ def test_image_size(tmp_path):
     params["encoder"]["positions"]["embedding"] = table.permute(0, 2, 3, 1).reshape(12, -1).numpy()
     gray = np.random.default_rng(1).integers(0, 256, (2, 24, 8, 1), np.uint8)
     wanted = tokens_of(config, params, np.repeat(gray, 3, -1))
-    back = pretrained.open_pretrained(epath.Path(tmp_path / "w"), default.get_config())
+    back = pretrained.open_pretrained(epath.Path(tmp_path / "w"))
     np.testing.assert_allclose(tokens_of(back.config, back.load_whole(), gray), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -168,9 +167,9 @@ def test_a_run_converted_to_itself_is_untouched(tmp_path):
     source = trained(3)
     params = source.load_whole()
     save(tmp_path / "run", source)
-    again = pretrained.open_pretrained(epath.Path(tmp_path / "run"), default.get_config())
+    again = pretrained.open_pretrained(epath.Path(tmp_path / "run"))
     convert.convert_weights(again, epath.Path(tmp_path / "w"), "mae_dist", channels=3)
-    back = pretrained.open_pretrained(epath.Path(tmp_path / "w"), default.get_config())
+    back = pretrained.open_pretrained(epath.Path(tmp_path / "w"))
     assert back.config.data == source.config.data
     np.testing.assert_array_equal(
         back.load_whole()["encoder"]["patch_embed"]["kernel"], params["encoder"]["patch_embed"]["kernel"]

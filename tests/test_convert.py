@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTMAEModel
 
-from configs import default
 from mae_dist.checkpoint import reader
 from mae_dist.convert import _sizes
 from mae_dist.errors import ConfigError, DataFault, StorageFault
@@ -77,7 +76,7 @@ def in_memory(config: ConfigDict, params: Any) -> pretrained.Pretrained:
 
 
 def opened(path: Any, template: ConfigDict | None = None) -> pretrained.Pretrained:
-    return pretrained.open_pretrained(epath.Path(path), default.get_config(), template)
+    return pretrained.open_pretrained(epath.Path(path), template)
 
 
 def largest_difference(a: Any, b: Any) -> float:

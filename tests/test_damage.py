@@ -11,7 +11,6 @@ from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import default
 from mae_dist.checkpoint import digests
 from mae_dist.checkpoint import reader as saved_lib
 from mae_dist.checkpoint.manifests import Seals
@@ -33,9 +32,7 @@ def restore(workdir):
     """(step, arrays) of what a run would continue from, or None."""
     built = build()
     with open_checkpoints(workdir) as checkpoints:
-        restored = checkpoints.restore(
-            built.abstract_state, built.shardings, built.config, built.fingerprint, default.get_config()
-        )
+        restored = checkpoints.restore(built.abstract_state, built.shardings, built.config, built.fingerprint)
     return restored and (restored[1], [np.asarray(leaf) for leaf in jax.tree.leaves(restored[0])])
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import default
 from mae_dist import config as config_lib
 from mae_dist.checkpoint import reader
 from mae_dist.data.from_config import open_data
@@ -66,13 +65,11 @@ def test_what_is_handed_on(workdir):
     (workdir / "config.json").write_text(config_lib.to_json(built.config))
     with open_checkpoints(workdir) as checkpoints:
         save(checkpoints, built, state, 3)
-        restored = checkpoints.restore(
-            built.abstract_state, built.shardings, built.config, built.fingerprint, default.get_config()
-        )
+        restored = checkpoints.restore(built.abstract_state, built.shardings, built.config, built.fingerprint)
     assert restored is not None
     jax.tree.map(np.testing.assert_array_equal, on_host(restored[0]), on_host(state))
     assert "ema.head.linear.bias" in json.loads((workdir / "checkpoints/3/meta/metadata").read_text())["digests"]
-    source = pretrained.open_pretrained(workdir, default.get_config())
+    source = pretrained.open_pretrained(workdir)
     jax.tree.map(np.testing.assert_array_equal, source.load_whole(), expected)
     _, encoder = reader.load_params(
         workdir,
@@ -87,7 +84,7 @@ def test_starts_from_the_weights_it_is_given(workdir):
     source = build()
     reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="finetune", init_from=str(workdir), seed=5)
-    state = built.fresh_state(default.get_config())
+    state = built.fresh_state()
     jax.tree.map(np.testing.assert_array_equal, on_host(state.ema), on_host(state.params))
     for average, param in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
         shards = zip(average.addressable_shards, param.addressable_shards, strict=True)

@@ -264,7 +264,7 @@ def test_a_fault_of_ours_while_the_update_is_compiled(child_env, tmp_path):
         from mae_dist import cli, main
         from mae_dist.training import job
 
-        def broken(self, default):
+        def broken(self):
             raise RuntimeError("a bug")
 
         job.Job.fresh_state = broken

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import default
 from mae_dist.data.from_config import open_data
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.goodput import GOODPUT_FILE, Ledger, span, summarize, total_steps
@@ -119,7 +118,7 @@ def test_the_figures_of_a_run_agree_with_its_ledger(workdir):
     )
     built = job.build(config, jax.devices()[:1], open_data(config))
     with Watch(**config.deadlines) as watch:
-        assert loop.train(built, workdir, default.get_config(), watch, Notices()) == 0
+        assert loop.train(built, workdir, watch, Notices()) == 0
     records = [record for record in read_metrics(workdir) if "step_secs" in record]
     line = json.loads((workdir / GOODPUT_FILE).read_text().splitlines()[-1])
     secs = line["secs"]

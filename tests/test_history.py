@@ -5,7 +5,6 @@ import json
 import pytest
 from etils import epath
 
-from configs import default
 from mae_dist import config as config_lib
 from mae_dist.errors import StorageFault
 from mae_dist.metrics import history
@@ -15,7 +14,7 @@ CONFIG = smoke_config(log_every_steps=5)
 
 
 def check(workdir: epath.Path, start: int, total_steps: int = 20, **overrides: object) -> None:
-    history.check_start(workdir, smoke_config(log_every_steps=5, **overrides), default.get_config(), start, total_steps)
+    history.check_start(workdir, smoke_config(log_every_steps=5, **overrides), start, total_steps)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def shapes_once():
 
     @functools.cache
     def remembered(described: str, num_classes: int) -> Any:
-        return compute(config_lib.from_json(described, default.get_config()), num_classes)
+        return compute(config_lib.from_json(described), num_classes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_build, "abstract_params", lambda config, n: remembered(config_lib.to_json(config), n))
@@ -100,7 +100,7 @@ def source(tmp_path_factory):
 
     @functools.cache
     def make(described: str, kind: str) -> tuple[Path, Any]:
-        config = config_lib.from_json(described, default.get_config())
+        config = config_lib.from_json(described)
         path = root / f"{len(list(root.iterdir()))}" / kind
         path.parent.mkdir()
         if kind == "hf_classifier":
@@ -145,7 +145,7 @@ def built():
 
     @functools.cache
     def make(described: str) -> tuple[job.Job, Any, Any]:
-        config = config_lib.from_json(described, default.get_config())
+        config = config_lib.from_json(described)
         rng, shape = np.random.default_rng(0), (*config.model.image_size, config.model.channels)
         images, labels = rng.integers(0, 256, (8, *shape), np.uint8), rng.integers(0, NUM_CLASSES, 8)
         data = ArrayDataset({"image": images, "label": labels.astype(np.int32)}, num_classes=NUM_CLASSES)
@@ -178,7 +178,7 @@ def test_begins_from(source, built, names, kind):
     made, batch, update = built(config)
     made = dataclasses.replace(made, config=config)
     with jax.set_mesh(made.mesh):
-        state = made.fresh_state(default.get_config())
+        state = made.fresh_state()
         check_loaded(config, state.params, written, kind)
         for _ in range(2):
             state, metrics = update(state, batch)

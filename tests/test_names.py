@@ -120,7 +120,7 @@ def test_backslash(tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "a\\b")
     for given in (str(tmp_path / "a\\b"), f"{tmp_path}/a\\b/"):
         with pytest.raises(ConfigError, match=r"has the character '\\\\'"):
-            reader.read_config(storage.absolute(given), smoke.get_config())
+            reader.read_config(storage.absolute(given))
 
 
 @pytest.mark.parametrize(("name", "shown"), BAD.items())
@@ -228,7 +228,7 @@ def test_report_of_a_folder(tmp_path):
     for name in ("run~", "run\udcff"):
         save(epath.Path(tmp_path / "clean"))
         os.rename(tmp_path / "clean", tmp_path / name)
-    runs, unreadable = collect(find_workdirs([str(tmp_path)]), smoke.get_config())
+    runs, unreadable = collect(find_workdirs([str(tmp_path)]))
     assert [run.workdir.name for run in runs] == ["run~"]
     (line,) = unreadable
     assert "has the byte 0xff, which is not UTF-8" in line
@@ -312,7 +312,7 @@ def test_broken_config(tmp_path):
     """No disk is full."""
     (tmp_path / "config.json").write_text('{"name": ')
     with pytest.raises(StorageFault, match=r"config\.json is damaged: .* continue the run"):
-        reader.read_config(epath.Path(tmp_path), smoke.get_config())
+        reader.read_config(epath.Path(tmp_path))
 
 
 @pytest.mark.parametrize("what", ["list", "verify", "rm-quarantine"])

@@ -126,7 +126,7 @@ class Pair:
 def make_pair(shape: Shape, path: Path) -> Pair:
     theirs = hugging_face(shape)
     theirs.save_pretrained(path)
-    ours = pretrained.open_pretrained(epath.Path(path), default.get_config())
+    ours = pretrained.open_pretrained(epath.Path(path))
     params = jax.tree.map(jnp.asarray, ours.load_whole())
     value_and_grad = jax.jit(jax.value_and_grad(make_forward(ours.config), has_aux=True), compiler_options=QUICK)
     return Pair(shape, theirs, ours, params, value_and_grad)

@@ -81,7 +81,7 @@ def make(out, *workdirs, **values):
 
 def read(*workdirs):
     """The runs in these workdirs, in groups."""
-    runs, unreadable = collect(find_workdirs(map(str, workdirs)), default.get_config())
+    runs, unreadable = collect(find_workdirs(map(str, workdirs)))
     assert not unreadable
     return group(runs)
 
@@ -102,8 +102,8 @@ def fake(workdir, *, config=None, done=True, **values):
 
 def fake_sweep(out, over, then, accuracy):
     """The workdirs of a sweep over two seeds; `accuracy` of (stage, its config) is the test top-1 of what follows."""
-    base, file = default.get_config(), default.__file__
-    follow = [points.next_stage(name, getattr(recipes, name), {}, base, file) for name in then]
+    base = default.get_config()
+    follow = [points.next_stage(name, getattr(recipes, name), {}) for name in then]
     first = points.first_stage(base, file, {})
     for point in points.make_points(points.parse_over(over, base), range(2), out, first, follow):
         assert not point.fault

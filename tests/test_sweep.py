@@ -89,8 +89,7 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     base = quickstart.get_config()
     base.model.masking = "block"
     first = points.first_stage(base, "F.py", {})({"seed": 3}, tmp_path / "p=0.5,seed=3")
-    default_file = default.__file__
-    make = points.next_stage("probe", recipes.probe, {"total_epochs": "7"}, default.get_config(), default_file)
+    make = points.next_stage("probe", recipes.probe, {"total_epochs": "7"})
     stage = make(first, tmp_path / "seed=3")
     assert stage.workdir == tmp_path / "p=0.5,seed=3,probe"
     assert (stage.config.task, stage.config.init_from, stage.config.seed) == ("probe", str(first.workdir), 3)
@@ -101,16 +100,16 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     values(sys.argv)
     assert config_lib.differences(parsed.value, stage.config, ignore=()) == []
     assert base.task == first.config.task == "pretrain"
-    scratch = points.next_stage("scratch", recipes.scratch, {}, default.get_config(), default_file)
+    scratch = points.next_stage("scratch", recipes.scratch, {})
     stage = scratch(first, tmp_path / "seed=3")
     assert (stage.config.init_from, stage.workdir) == ("", tmp_path / "seed=3,scratch")
 
 
 def test_a_baseline_without_masking_is_one_for_all(tmp_path):
     """From nothing, it is the same training for every masking, and is done at the first point that can work."""
-    base, file = quickstart.get_config(), default.__file__
+    base = quickstart.get_config()
     over = points.parse_over(["model.mask_ratio=0.6,.5,.75", "model.masking=grid,random", "model.depth=1,2"], base)
-    follow = [points.next_stage(name, getattr(recipes, name), {}, default.get_config(), file)
+    follow = [points.next_stage(name, getattr(recipes, name), {})
               for name in ("finetune", "scratch")]  # fmt: skip
     found = points.make_points(over, [0, 1], tmp_path, points.first_stage(base, "F.py", {}), follow)
     scratch = {point.stages[2].workdir.name for point in found}
@@ -219,7 +218,7 @@ def test_killed_and_continued(child_env, tmp_path, monkeypatch):
 
     # Once more, what is finished is left as it is; another length of the run is not finished.
     config = smoke_config(**{"data__val_split": "test", "total_steps": 300})
-    stored = config_lib.from_json((out / good / "config.json").read_text(), default.get_config())
+    stored = config_lib.from_json((out / good / "config.json").read_text())
     for steps, finished in ((300, True), (301, False)):
         stored.total_steps = steps
         assert sweep_runner.is_finished(points.Stage("pretrain", out / good, stored, ())) is finished
@@ -410,7 +409,7 @@ def test_spare_panels_and_runs_without_figures(tmp_path):
     describe(epath.Path(tmp_path), ["model.depth"], [], described)
     description = read_description(epath.Path(tmp_path))
     assert description is not None
-    table = Table(description, lambda name: results.read_result(epath.Path(tmp_path) / name, default.get_config()))
+    table = Table(description, lambda name: results.read_result(epath.Path(tmp_path) / name))
     assert [row["seeds"] for row in table.rows] == [1, 1]
     panels = table.figure("model.depth").axes
     assert [panel.axison for panel in panels] == [True] * 4 + [False] * 2

@@ -198,6 +198,4 @@ def serve(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    from mae_dist.config import default
-
-    serve(config_lib.from_json(sys.stdin.readline(), default.get_config()))
+    serve(config_lib.from_json(sys.stdin.readline()))

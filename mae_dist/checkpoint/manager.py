@@ -244,14 +244,14 @@ class Checkpoints:
             self._seal(wait=True)
 
     def restore(
-        self, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str, default: ConfigDict
+        self, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str
     ) -> tuple[TrainState, int, dict[str, float] | None] | None:
         """The newest good state, its step and the `unfinished` of its meta; None before any save.
 
         The state is laid out by `shardings`, whatever mesh saved it.
 
         Damaged checkpoints go to quarantine, for all processes alike. Fields that `config` has and the checkpoint lacks
-        count as `default` for it.
+        count as their defaults.
 
         Raises:
           StorageFault: the checkpoint belongs to another configuration or other data, and every field that differs is
@@ -261,7 +261,7 @@ class Checkpoints:
         self._background.submit(integrity.programs, placed.to_dict())  # before digests need them
         while (step := self.latest_step()) is not None:
             try:
-                state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint, default)
+                state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint)
                 return state, step, meta.get("unfinished")
             except reader.Damaged as damage:
                 self._put_away(step, str(damage))
@@ -294,13 +294,12 @@ class Checkpoints:
         shardings: TrainState,
         config: ConfigDict,
         fingerprint: str,
-        default: ConfigDict,
     ) -> tuple[TrainState, dict[str, Any]]:
         path = self.directory / str(step)
         sealed = _check_files(self._seals, step, path)
         with _telling_damage(path, sealed):
             meta = reader.read_meta(self._manager, step)
-            stored = config_lib.from_json(meta["config"], default)
+            stored = config_lib.from_json(meta["config"])
             stored_fingerprint = "" if reader.WEIGHTS_ONLY in meta else meta["data_fingerprint"]
         if reader.WEIGHTS_ONLY in meta:
             raise StorageFault(

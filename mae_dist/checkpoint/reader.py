@@ -171,7 +171,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: Any, shardings:
     return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
-def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
+def read_config(workdir: epath.Path) -> ConfigDict:
     """The config of the run in `workdir`."""
     path = workdir / "config.json"
     if not path.exists():
@@ -182,7 +182,7 @@ def read_config(workdir: epath.Path, default: ConfigDict) -> ConfigDict:
     with naming_faults(path):
         text = path.read_bytes()
     try:
-        return config_lib.from_json(text.decode(), default)
+        return config_lib.from_json(text.decode())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageFault(
             f"{path} is damaged: {first_line(error)}. Restore it from a copy, or "

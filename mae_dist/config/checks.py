@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
+from mae_dist.config import default
 from mae_dist.config.stored import flatten, get
 from mae_dist.data import randaugment, transforms
 from mae_dist.errors import ConfigError, nearest
@@ -112,9 +113,9 @@ ONLINE = ("val_knn_top1", "val_ridge_top1")
 PATHS = ("init_from", "model.mask_file", "data.data_dir", "data.cache_dir")
 
 
-def field_faults(config: ConfigDict, default: ConfigDict) -> dict[str, str]:
-    """Dotted path -> what is wrong, of every field that `default` does not have, that is missing or of another type."""
-    found, known = dict(flatten(config)), dict(flatten(default))
+def field_faults(config: ConfigDict) -> dict[str, str]:
+    """Dotted path -> what is wrong, of every field that does not exist, that is missing or of another type."""
+    found, known = dict(flatten(config)), dict(flatten(default.get_config()))
     faults = {}
     for field in found.keys() - known.keys():
         section, _, name = field.rpartition(".")

@@ -7,6 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mae_dist.config import default
+
 # What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
 # it computes.
 FREE = (
@@ -57,9 +59,9 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
-def from_json(text: str, default: ConfigDict) -> ConfigDict:
+def from_json(text: str) -> ConfigDict:
     """A config as stored by `to_json`, with fields added since then at their default."""
-    config = default.copy_and_resolve_references()
+    config = default.get_config()
     with config.ignore_type():
         for field, value in flatten(json.loads(text)):
             section, _, key = field.rpartition(".")

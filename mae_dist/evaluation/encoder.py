@@ -129,6 +129,5 @@ def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None)
     Raises:
       DataFault, StorageFault, ConfigError: as `mae_dist.weights.pretrained.open_pretrained`.
     """
-    from mae_dist.config import default
 
-    return Encoder(pretrained.open_pretrained(absolute(path), default.get_config(), config))
+    return Encoder(pretrained.open_pretrained(absolute(path), config))

@@ -19,13 +19,12 @@ from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.storage import naming_faults, read_text
 
 
-def check_start(workdir: epath.Path, config: ConfigDict, default: ConfigDict, start: int, total_steps: int) -> None:
+def check_start(workdir: epath.Path, config: ConfigDict, start: int, total_steps: int) -> None:
     """Raises a `StorageFault` where a start would replace what is recorded by less, and logs what is missing.
 
     Args:
       workdir: the run's directory.
       config: of this start.
-      default: the fields that a stored config may lack.
       start: the step of the checkpoint that it continues from, 0 for none.
       total_steps: where it is to end.
     """
@@ -36,7 +35,7 @@ def check_start(workdir: epath.Path, config: ConfigDict, default: ConfigDict, st
         )
     with naming_faults(workdir):
         if start == 0:
-            _check_beginning(workdir, config, default)
+            _check_beginning(workdir, config)
         elif _last_step(workdir) < start - start % config.log_every_steps:
             logging.warning(
                 "%s ends at step %d and the checkpoint is of step %d: the records between them are lost",
@@ -44,7 +43,7 @@ def check_start(workdir: epath.Path, config: ConfigDict, default: ConfigDict, st
             )
 
 
-def _check_beginning(workdir: epath.Path, config: ConfigDict, default: ConfigDict) -> None:
+def _check_beginning(workdir: epath.Path, config: ConfigDict) -> None:
     """As `check_start`, where there is no checkpoint."""
     cure = (
         f"choose another --workdir for a new run; to begin anew in this one, move {workdir} away or delete it, records "
@@ -61,7 +60,7 @@ def _check_beginning(workdir: epath.Path, config: ConfigDict, default: ConfigDic
     if not last:
         return
     try:
-        stored = config_lib.from_json(read_text(workdir / "config.json"), default)
+        stored = config_lib.from_json(read_text(workdir / "config.json"))
         lines = config_lib.differences(stored, config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         lines = [f"its config.json cannot be read: {error}"]

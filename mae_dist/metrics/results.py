@@ -37,7 +37,7 @@ class Result:
     metrics: dict[str, float]
 
 
-def read_result(workdir: epath.Path, default: ConfigDict) -> Result | None:
+def read_result(workdir: epath.Path) -> Result | None:
     """The result in a workdir; None if its run is not there or not finished.
 
     Raises:
@@ -52,7 +52,7 @@ def read_result(workdir: epath.Path, default: ConfigDict) -> Result | None:
         if summary["step"] != summary["total_steps"]:
             return None
         found = {name: summary[name] for name in METRICS if summary.get(name) is not None}
-        return Result(config_lib.from_json(texts[0], default), found)
+        return Result(config_lib.from_json(texts[0]), found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageFault(
             f"config.json or {SUMMARY_FILE} in {workdir} is damaged: {error}; delete {SUMMARY_FILE}, and the run's own "

@@ -54,12 +54,11 @@ def report(argv: Sequence[str]) -> int:
     out = absolute(cli.required(_OUT))
     logging.set_verbosity(logging.ERROR)  # Orbax tells of every array that it reads
     start.use_all_cores(None)
-    default = cli.default_config()
-    runs, unreadable = collect(find_workdirs(argv[1:]), default)
+    runs, unreadable = collect(find_workdirs(argv[1:]))
     if not runs:
         raise errors.StorageFault("no run can be read:\n  - " + "\n  - ".join(unreadable))
     page = _Page(group(runs), absolute(_FIGURES.value) if _FIGURES.value else None)
-    viewer = None if _QUICK.value else Viewer(default, _DATA_DIR.value, _MAX_IMAGES.value)
+    viewer = None if _QUICK.value else Viewer(_DATA_DIR.value, _MAX_IMAGES.value)
     sections = [*page.of_records(), *page.of_pictures(), *page.of_models(viewer), *page.of_files(viewer is not None)]
     title = f"Report on {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs"
     with naming_faults(out):

@@ -63,13 +63,12 @@ class Viewer:
     """Shows test images to models; splits that several of them share are opened once.
 
     Args:
-      default: configs/default.py.
       data_dir: where TFDS keeps data sets, if not where a run had it.
       max_images: the most of a split that a model sees.
     """
 
-    def __init__(self, default: ConfigDict, data_dir: str, max_images: int):
-        self._default, self._data_dir, self._max_images = default, data_dir, max_images
+    def __init__(self, data_dir: str, max_images: int):
+        self._data_dir, self._max_images = data_dir, max_images
         self._splits: dict[str, Dataset] = {}
         self._mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices())
 
@@ -79,7 +78,7 @@ class Viewer:
         Raises:
           UserError: there is no good checkpoint, the data are not there, or either cannot be read.
         """
-        source = pretrained.open_pretrained(run.workdir, self._default)
+        source = pretrained.open_pretrained(run.workdir)
         config = source.config
         name = "test" if config.data.test_split else "val" if config.data.val_split else "train"
         with config.unlocked():

@@ -153,12 +153,12 @@ def find_workdirs(paths: Iterable[str]) -> list[epath.Path]:
     return list(found.values())
 
 
-def collect(workdirs: Sequence[epath.Path], default: ConfigDict) -> tuple[list[Run], list[str]]:
+def collect(workdirs: Sequence[epath.Path]) -> tuple[list[Run], list[str]]:
     """The runs in these workdirs, and sentences about those whose config cannot be read."""
     runs, unreadable = [], []
     for workdir in workdirs:
         try:
-            runs.append(_read(workdir, default))
+            runs.append(_read(workdir))
         except (UserError, ValueError, KeyError, TypeError) as error:  # a config.json of whatever kind
             unreadable.append(f"{workdir}: {_first_line(error)}")
     names = collections.Counter(run.config.name for run in runs)
@@ -172,8 +172,8 @@ def collect(workdirs: Sequence[epath.Path], default: ConfigDict) -> tuple[list[R
     return runs, unreadable
 
 
-def _read(workdir: epath.Path, default: ConfigDict) -> Run:
-    run = Run(workdir, reader.read_config(workdir, default))
+def _read(workdir: epath.Path) -> Run:
+    run = Run(workdir, reader.read_config(workdir))
 
     def tried(read: Any, otherwise: Any) -> Any:
         try:
@@ -187,7 +187,7 @@ def _read(workdir: epath.Path, default: ConfigDict) -> Run:
     run.span = tried(goodput.span, None)
     run.planned_steps = tried(goodput.total_steps, None)
     run.summary = tried(_read_summary, {})
-    run.origins = _find_origins(run.config.init_from, workdir, default)
+    run.origins = _find_origins(run.config.init_from, workdir)
     run.masking = _masking(run)
     return run
 
@@ -206,11 +206,11 @@ def _read_summary(workdir: epath.Path) -> dict[str, Any]:
         raise StorageFault(f"{path} is damaged: {error}; the run's own command writes it again") from error
 
 
-def _find_origins(init_from: str, workdir: epath.Path, default: ConfigDict) -> list[Origin]:
+def _find_origins(init_from: str, workdir: epath.Path) -> list[Origin]:
     """The weights behind `init_from`, and what those were trained from, in turn."""
     origins: list[Origin] = []
     while init_from and len(origins) < 10:  # a ring is nobody's intention, but would never end
-        origin = _find_origin(init_from, workdir, default)
+        origin = _find_origin(init_from, workdir)
         origins.append(origin)
         if origin.place is None or origin.config is None:
             break
@@ -218,7 +218,7 @@ def _find_origins(init_from: str, workdir: epath.Path, default: ConfigDict) -> l
     return origins
 
 
-def _find_origin(init_from: str, workdir: epath.Path, default: ConfigDict) -> Origin:
+def _find_origin(init_from: str, workdir: epath.Path) -> Origin:
     """The weights at `init_from`, or beside the run if both were moved."""
     places = [workdir.parent / config_lib.last_name(init_from)]
     with contextlib.suppress(UserError):  # a bucket out of reach
@@ -234,7 +234,7 @@ def _find_origin(init_from: str, workdir: epath.Path, default: ConfigDict) -> Or
         try:
             # No run's first checkpoint is of step 0: that is where converted weights are.
             trained_here = "model_type" not in stored and not (place / "checkpoints" / "0").exists()
-            config = config_lib.from_json(text, default) if trained_here else None
+            config = config_lib.from_json(text) if trained_here else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a config.json of whatever kind
             config = None
         return Origin(place, init_from, stored, config)

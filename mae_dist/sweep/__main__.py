@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mae_dist import cli, errors
-from mae_dist.config import named, recipes
+from mae_dist.config import recipes
 from mae_dist.metrics import results
 from mae_dist.resilience.lock import sole_user
 from mae_dist.storage import check_checkpoints, local
@@ -90,7 +90,7 @@ def _base() -> ConfigDict:
 
 def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
     """What the flags ask for, each point checked."""
-    flag, default = flags.FLAGS["config"], cli.default_config()
+    flag = flags.FLAGS["config"]
     if unknown := [name for name in _THEN.value if name not in _RECIPES]:
         raise errors.ConfigError(f"--then={unknown[0]} is not one of {', '.join(_RECIPES)}")
     if _THEN.value and base.task != "pretrain":
@@ -102,13 +102,12 @@ def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
         if recipe not in changes or not field:
             raise errors.ConfigError(f"--set={text}: write <recipe>.<field>=value, with a recipe of --then")
         changes[recipe][field.removeprefix("config.")] = value
-    file = str(named.path("default"))
     return points.make_points(
         points.parse_over(_OVER.value, base),
         range(base.seed, base.seed + _SEEDS.value),
         Path(out),
         points.first_stage(base, config_flags.get_config_filename(flag), config_flags.get_override_values(flag)),
-        [points.next_stage(name, getattr(recipes, name), changes[name], default, file) for name in _THEN.value],
+        [points.next_stage(name, getattr(recipes, name), changes[name]) for name in _THEN.value],
     )
 
 
@@ -117,11 +116,10 @@ def show_table(out: epath.Path) -> int:
     description = read_description(out)
     if description is None:
         raise errors.ConfigError(f"--out={out} is not the directory of a sweep: it has no sweep.json")
-    default = cli.default_config()
 
     def read(name: str) -> results.Result | None:
         try:
-            return results.read_result(out / name, default)
+            return results.read_result(out / name)
         except errors.StorageFault as fault:
             print(f"left out: {fault}", flush=True)
             return None

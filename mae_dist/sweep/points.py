@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist.config import default
 from mae_dist.config.stored import MASKING
 from mae_dist.errors import ConfigError
 
@@ -133,8 +134,6 @@ def next_stage(
     name: str,
     recipe: Callable[[ConfigDict], ConfigDict],
     changes: Mapping[str, str],
-    default: ConfigDict,
-    default_file: str,
 ) -> Callable[[Stage, Path], Stage]:
     """A function that makes the training by a recipe of configs/recipes.py from another one.
 
@@ -144,22 +143,23 @@ def next_stage(
       name: of the recipe.
       recipe: config of a pretraining -> its config, which starts from the pretrained weights or from none.
       changes: field -> value as text, made after the recipe.
-      default: what `default_file` gives; the command names every field that differs from it.
-      default_file: configs/default.py.
     """
+    known = dict(config_lib.flatten(default.get_config()))
 
     def make(first: Stage, unmasked: Path) -> Stage:
         config = recipe(first.config.copy_and_resolve_references())
         if config.init_from:
             config.init_from, beside = str(first.workdir), first.workdir
         else:
-            config, beside = _changed(config, {field: config_lib.get(default, field) for field in MASKING}), unmasked
+            config, beside = (
+                _changed(config, {field: config_lib.get(default.get_config(), field) for field in MASKING}),
+                unmasked,
+            )
         config = _changed(config, {field: parse_value(config, field, text) for field, text in changes.items()})
-        known = dict(config_lib.flatten(default))
         fields = [field for field, value in config_lib.flatten(config) if value != known[field]]
         arguments = (_argument(field, config_lib.get(config, field)) for field in fields)
         workdir = beside.with_name(f"{beside.name},{name}")
-        return Stage(name, workdir, config, (f"--config={default_file}", *arguments))
+        return Stage(name, workdir, config, ("--config=default", *arguments))
 
     return make
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from etils import epath
 
-from mae_dist import cli, errors
 from mae_dist import config as config_lib
+from mae_dist import errors
 from mae_dist.metrics import results
 from mae_dist.sweep import workers
 from mae_dist.sweep.points import Point, Stage
@@ -42,7 +42,7 @@ def trainings(todo: Sequence[Point]) -> dict[str, list[Stage]]:
 
 def is_finished(stage: Stage) -> bool:
     """Whether the training has come to its end, with all that its result depends on as it is now."""
-    found = results.read_result(epath.Path(stage.workdir), cli.default_config())
+    found = results.read_result(epath.Path(stage.workdir))
     return found is not None and not config_lib.differences(found.config, stage.config, ignore=HARMLESS)
 
 
@@ -212,7 +212,7 @@ class Runner:
     @staticmethod
     def _figures(stage: Stage) -> str:
         try:
-            found = results.read_result(epath.Path(stage.workdir), cli.default_config())
+            found = results.read_result(epath.Path(stage.workdir))
         except errors.StorageFault as fault:
             return str(fault)
         return ", ".join(f"{name} {value:.4f}" for name, value in (found.metrics if found else {}).items())

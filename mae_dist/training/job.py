@@ -87,7 +87,7 @@ class Job:
     def overview(self) -> str:
         return parallel_overview.overview(self.mesh, self.abstract_state, self.shardings)
 
-    def fresh_state(self, default: ConfigDict) -> TrainState:
+    def fresh_state(self) -> TrainState:
         """The state at step 0, created in its shards; trained weights from `config.init_from` if that is set.
 
         A pretraining takes encoder and, where there is one, decoder; probe and finetune the encoder.
@@ -99,7 +99,7 @@ class Job:
         new = jax.jit(self.init, out_shardings=self.shardings, compiler_options=options)()
         if not self.config.init_from:
             return new
-        source = pretrained.open_pretrained(absolute(self.config.init_from), default, self.config)
+        source = pretrained.open_pretrained(absolute(self.config.init_from), self.config)
         if self.config.model.layer_scale_init and not source.config.model.layer_scale_init:
             logging.info("%s has no LayerScale: it begins as 1 in every block, the same function", source.origin)
             source = pretrained.with_unit_layer_scale(source)

@@ -8,7 +8,6 @@ import time
 import jax
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist.checkpoint.manager import Checkpoints
@@ -28,7 +27,7 @@ from mae_dist.training.run import Run, shows_bar
 from mae_dist.training.summary import finish
 
 
-def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, notices: Notices) -> int:
+def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices) -> int:
     """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
 
     Returns:
@@ -50,10 +49,10 @@ def train(job: Job, workdir: epath.Path, default: ConfigDict, watch: Watch, noti
     ):
         compilation = _compile_ahead(job, checkpoints, watch)
         with watch.during("restore"), notices.interrupting():
-            state, start, unfinished = _restore_or_begin(job, checkpoints, default)
+            state, start, unfinished = _restore_or_begin(job, checkpoints)
         logging.info("%s", job.overview())
         if processes.is_primary():
-            history.check_start(workdir, job.config, default, start, total_steps)
+            history.check_start(workdir, job.config, start, total_steps)
             _repair_config(job, workdir)
         if start >= total_steps and unfinished is None:
             return finish(job, workdir, start)
@@ -123,14 +122,12 @@ def _recorder(workdir: epath.Path, start: int) -> Recorder:
     return Recorder(workdir, start_step=start, is_primary=primary, log_lines=not shows_bar())
 
 
-def _restore_or_begin(
-    job: Job, checkpoints: Checkpoints, default: ConfigDict
-) -> tuple[TrainState, int, dict[str, float] | None]:
+def _restore_or_begin(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int, dict[str, float] | None]:
     """The newest good checkpoint of the workdir, or a new state: (state, updates done, record left `unfinished`)."""
     began = time.monotonic()
-    restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint, default)
+    restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint)
     if restored is None:
-        return job.fresh_state(default), 0, None
+        return job.fresh_state(), 0, None
     state, step, unfinished = restored
     logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
     return state, step, unfinished

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist import errors
 from mae_dist.checkpoint import reader
-from mae_dist.config import default
 from mae_dist.model import heads, patches, positions
 from mae_dist.parallel.rules import path_name
 from mae_dist.storage import appearing, check_checkpoints, naming_faults
@@ -283,7 +282,7 @@ def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[st
 
 def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None:
     """Reads back what was written and compares every value that a layout keeps apart."""
-    reread = pretrained.open_pretrained(path, default.get_config(), config).load_whole()
+    reread = pretrained.open_pretrained(path, config).load_whole()
     for place, leaf in jax.tree_util.tree_leaves_with_path(params):
         other: Any = reread
         for key in place:

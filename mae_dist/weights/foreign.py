@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist.config import default
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.model import patches, positions
 from mae_dist.storage import naming_faults
@@ -38,9 +39,9 @@ class Description:
       template: the user's config, if there is one.
     """
 
-    def __init__(self, origin: str, default: ConfigDict, template: ConfigDict | None):
+    def __init__(self, origin: str, template: ConfigDict | None):
         self.origin, self.template = origin, template
-        self.config = default.copy_and_resolve_references().unlock()
+        self.config = default.get_config().unlock()
         if template is not None:
             given = template.copy_and_resolve_references()
             with self.config.ignore_type():

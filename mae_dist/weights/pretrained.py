@@ -55,13 +55,12 @@ class Pretrained:
         return jax.tree.map(np.asarray, self.load_here(self.abstract))
 
 
-def open_pretrained(path: epath.Path, default: ConfigDict, template: ConfigDict | None = None) -> Pretrained:
+def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pretrained:
     """Finds out what `path` is and describes it.
 
     Args:
       path: the workdir of a run, a directory that `convert` wrote, one in Hugging Face's layout (ViTMAE, ViT), or a
         `.pth` or `.safetensors` file in timm's.
-      default: configs/default.py.
       template: a config for what the weights do not say, as heads and scaling of pixels in timm's layout, and for
         data. What neither says is assumed, with a line in the log. It may be of another task.
 
@@ -73,17 +72,17 @@ def open_pretrained(path: epath.Path, default: ConfigDict, template: ConfigDict 
     if path.is_dir():
         stored = foreign.read_json(path / "config.json")
         if stored is not None and "model_type" in stored:
-            return _from_hugging_face(path, stored, default, template)
-        return _from_workdir(path, default)
+            return _from_hugging_face(path, stored, template)
+        return _from_workdir(path)
     if not path.exists():
         raise ConfigError(
             f"{path} does not exist; train that run first, or give a run's workdir, a directory of weights, or a file"
         )
-    return _from_timm(path, default, template)
+    return _from_timm(path, template)
 
 
-def _from_workdir(path: epath.Path, default: ConfigDict) -> Pretrained:
-    config = reader.read_config(path, default)
+def _from_workdir(path: epath.Path) -> Pretrained:
+    config = reader.read_config(path)
     step, shapes = reader.param_shapes(path)
     num_classes = shapes["head"]["linear"]["bias"].shape[0] if "head" in shapes else 0
     abstract = abstract_params(config, num_classes)
@@ -109,15 +108,13 @@ def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:
     return {key: _select(tree[key], value, origin, f"{name}{key}/") for key, value in wanted.items()}
 
 
-def _from_hugging_face(
-    path: epath.Path, stored: dict[str, Any], default: ConfigDict, template: ConfigDict | None
-) -> Pretrained:
+def _from_hugging_face(path: epath.Path, stored: dict[str, Any], template: ConfigDict | None) -> Pretrained:
     if stored["model_type"] not in ("vit_mae", "vit"):
         raise DataFault(
             f"{path / 'config.json'}: model_type {stored['model_type']!r} is no masked autoencoder; it can be "
             "'vit_mae', or 'vit' for a classifier"
         )
-    described = foreign.Description(f"Hugging Face layout in {path}", default, template)
+    described = foreign.Description(f"Hugging Face layout in {path}", template)
     tensors = aliases.with_standard_names(_unwrapped(path))
     try:
         foreign.describe_hugging_face(described, stored, tensors)
@@ -127,8 +124,8 @@ def _from_hugging_face(
     return _from_tensors(described, tensors, "hf")
 
 
-def _from_timm(path: epath.Path, default: ConfigDict, template: ConfigDict | None) -> Pretrained:
-    described = foreign.Description(f"timm layout in {path}", default, template)
+def _from_timm(path: epath.Path, template: ConfigDict | None) -> Pretrained:
+    described = foreign.Description(f"timm layout in {path}", template)
     tensors = _unwrapped(path)
     if any(name.startswith(("vit.", "embeddings.")) for name in tensors):
         raise DataFault(
