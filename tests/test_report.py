@@ -104,7 +104,7 @@ def fake_sweep(out, over, then, accuracy):
     """The workdirs of a sweep over two seeds; `accuracy` of (stage, its config) is the test top-1 of what follows."""
     base = default.get_config()
     follow = [points.next_stage(name, getattr(recipes, name), {}) for name in then]
-    first = points.first_stage(base, file, {})
+    first = points.first_stage(base, default.__file__, {})
     for point in points.make_points(points.parse_over(over, base), range(2), out, first, follow):
         assert not point.fault
         for stage in point.stages:
