@@ -23,7 +23,7 @@ from mae_dist.convert import _sizes
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.model import build as model_build
 from mae_dist.model import masking, positions
-from mae_dist.model.layers import unconstrained
+from mae_dist.model.hooks import PLAIN
 from mae_dist.tasks import losses
 from mae_dist.weights import convert, files, foreign, layouts, pretrained
 from mae_dist.weights.compatible import check_fits
@@ -183,7 +183,7 @@ def test_transformers_gives_the_same_loss(tmp_path, overrides):
     images, noise = rng.random((3, 16, 16, 3), np.float32), rng.random((3, 16), np.float32)
     output = theirs(torch.from_numpy(images).permute(0, 3, 1, 2), noise=torch.from_numpy(noise))
 
-    bind = model_build.functional(functools.partial(model_build.make_model, config, 0, unconstrained)).bind
+    bind = model_build.functional(functools.partial(model_build.make_model, config, 0, PLAIN)).bind
 
     def loss(params: Any) -> jax.Array:
         ids_shuffle = jax.numpy.argsort(noise, axis=1).astype(np.int32)
@@ -268,7 +268,7 @@ def timm_classifier(tensors: dict[str, torch.Tensor], images: torch.Tensor, head
 
 def our_logits(config: ConfigDict, params: Any, images: np.ndarray) -> np.ndarray:
     """By the task that fine-tunes, for scaled images."""
-    bind = model_build.functional(functools.partial(model_build.make_model, config, NUM_CLASSES, unconstrained)).bind
+    bind = model_build.functional(functools.partial(model_build.make_model, config, NUM_CLASSES, PLAIN)).bind
     return np.asarray(jax.jit(lambda p: bind(p)(images, None), compiler_options=QUICK)(params))
 
 
@@ -360,7 +360,7 @@ def test_channels(old, new):
         pred[name] = np.repeat(gray, old, -1).reshape(value.shape)
 
     def predict(config: ConfigDict, params: Any) -> np.ndarray:
-        bind = model_build.functional(functools.partial(model_build.make_model, config, 0, unconstrained)).bind
+        bind = model_build.functional(functools.partial(model_build.make_model, config, 0, PLAIN)).bind
         ids = np.tile(np.arange(16, dtype=np.int32), (2, 1))
         x = np.repeat(images, config.model.channels, -1)
         pred = jax.jit(lambda p: bind(p)(x, ids, 4, None)[0], compiler_options=QUICK)(params)

@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mae_dist.cpu import cores as cpu
-from mae_dist.cpu import start
+from mae_dist.cpu import onednn, start
 from mae_dist.data import local_rows, to_global
 from mae_dist.data.from_config import open_data
 from mae_dist.errors import ConfigError
-from mae_dist.model import autoencoder, flops, layers, onednn
+from mae_dist.model import autoencoder, flops
+from mae_dist.model.hooks import PLAIN
 from mae_dist.tasks.make import make_task
 from mae_dist.training import job
 from tests import QUICK
@@ -189,7 +190,7 @@ def test_evaluation_in_pieces(monkeypatch):
 def test_training_loss_is_that_of_the_whole_prediction(overrides):
     """Decoding in shuffled order and the removed patches only: the loss and gradient of He et al. all the same."""
     config = smoke_config(**overrides)
-    task = make_task(config, 10, layers.unconstrained)
+    task = make_task(config, 10, PLAIN)
     params = task.init_params(jax.random.key(0))
     images = jax.random.randint(jax.random.key(1), (4, *config.model.image_size, 3), 0, 256, jnp.int32)
     batch = {"image": images.astype(jnp.uint8), "index": jnp.arange(4, dtype=jnp.int32), "weight": jnp.ones(4)}

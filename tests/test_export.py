@@ -14,7 +14,7 @@ from mae_dist.errors import ConfigError
 from mae_dist.evaluation import encoder
 from mae_dist.evaluation.encode import KINDS
 from mae_dist.model import masking, patches
-from mae_dist.model.layers import unconstrained
+from mae_dist.model.hooks import PLAIN
 from mae_dist.parallel import processes
 from mae_dist.tasks.make import make_task
 from tests import QUICK
@@ -130,7 +130,7 @@ def test_reconstruction(exported, case):
     """What a run's own pictures show for the same masks; the number of removed patches is the model's."""
     source, results = exported[case]
     _, batch, ids = draw(source)
-    task = make_task(source.config, 0, unconstrained)
+    task = make_task(source.config, 0, PLAIN)
     assert task.reconstruct is not None
     pictures = jax.jit(task.reconstruct, compiler_options=QUICK)(source.load_whole(), batch)
     length = ids.shape[1]

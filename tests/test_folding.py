@@ -9,6 +9,7 @@ import pytest
 
 from mae_dist.cpu import folding
 from mae_dist.model.build import abstract_params
+from mae_dist.model.hooks import PLAIN
 from mae_dist.tasks.make import make_task
 from tests import QUICK
 from tests.runs import smoke_config
@@ -38,7 +39,7 @@ def names(tree: Any) -> set[str]:
 def test_computes_the_same(variant):
     """Loss and gradients, of random parameters: scales of one and biases of zero would hide their being left out."""
     source = in_memory(**VARIANTS[variant])
-    task = make_task(source.config, 10, lambda x, axes: x)
+    task = make_task(source.config, 10, PLAIN)
     params = jax.tree.map(jnp.asarray, source.load_whole())
     size = source.config.model.image_size
     rng = np.random.default_rng(0)

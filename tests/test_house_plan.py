@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "cli",
         "metrics",
+        "platforms",
         "tasks",
         "weights",
     ),

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from mae_dist.model import layers
+from mae_dist.model.hooks import PLAIN
 from tests import QUICK
 
 BATCH, TOKENS, DIM = 6, 5, 8
@@ -34,7 +35,7 @@ def make_stack(*, scan: bool = False, remat: str = "none", drop_path: float = 0.
         dropout=dropout,
         scan=scan,
         remat=remat,
-        constrain=layers.unconstrained,
+        hooks=PLAIN,
         rngs=nnx.Rngs(0),
         **BLOCK,
     )

@@ -10,8 +10,8 @@ import pytest
 
 from mae_dist.data.from_config import Data, open_data
 from mae_dist.errors import ConfigError
-from mae_dist.model import layers
 from mae_dist.model.build import abstract_params
+from mae_dist.model.hooks import PLAIN
 from mae_dist.tasks import losses, mixing
 from mae_dist.tasks.make import make_task
 from mae_dist.training import job
@@ -159,7 +159,7 @@ def test_every_update_draws_anew(data, kind):
 def test_every_example_draws_anew(kind):
     """The same two images in all pairs: each gets another loss, and in another update another one again."""
     config = smoke_config(**{**MIXED, **ALONE[kind]})
-    task = make_task(config, 10, layers.unconstrained)
+    task = make_task(config, 10, PLAIN)
     rng = np.random.default_rng(0)
     # Random values also where training starts near zero: else the images would hardly matter.
     params = jax.tree.map(
@@ -210,7 +210,7 @@ def test_scan_remat_and_dtype_change_nothing_but_digits():
 
     def update(dtype: str, scan: bool, remat: str) -> tuple[float, np.ndarray]:
         config = smoke_config(**options, model__dtype=dtype, model__scan=scan, model__remat=remat)
-        task = make_task(config, 10, layers.unconstrained)
+        task = make_task(config, 10, PLAIN)
         grad_fn = jax.value_and_grad(lambda p: task.loss(p, batch, keys)[0].mean())
         value, grads = jax.jit(grad_fn, compiler_options=QUICK)(params)
         return float(value), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])

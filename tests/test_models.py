@@ -13,12 +13,15 @@ import pytest
 from flax import nnx
 
 from configs import cifar_medium, cifar_small
-from mae_dist.model import autoencoder, layers, patches
+from mae_dist.model import autoencoder, patches
 from mae_dist.model.build import param_count
 from mae_dist.model.classifier import Classifier
+from mae_dist.model.hooks import PLAIN
 from mae_dist.parallel.rules import path_name
 from mae_dist.tasks import losses
+from mae_dist.tasks.make import make_task
 from tests import QUICK, reference
+from tests.runs import smoke_config
 
 BATCH = 3
 # The paper's options in the smallest size that still has several of everything.
@@ -315,7 +318,7 @@ def make_classifier(**options: Any) -> Classifier:
         "batch_norm": False,
         **options,
     }
-    return Classifier(BASE, **settings, constrain=layers.unconstrained, rngs=nnx.Rngs(0))
+    return Classifier(BASE, **settings, hooks=PLAIN, rngs=nnx.Rngs(0))
 
 
 def test_classifier_pools_all_patches():
@@ -353,3 +356,21 @@ def test_heads(options, count):
     assert set(params) - {"batch_norm"} == {"encoder", "head"}
     assert ("batch_norm" in params) == options.get("batch_norm", False)
     assert param_count(params["head"]) == count
+
+
+def test_forward_mode():
+    """The plain model has a directional derivative: the inner product of the gradient with the direction."""
+    config = smoke_config()
+    task = make_task(config, 10, PLAIN)
+    params = task.init_params(jax.random.key(0))
+    images = jax.random.randint(jax.random.key(1), (2, *config.model.image_size, 3), 0, 256, jnp.int32)
+    batch, keys = {"image": images.astype(jnp.uint8)}, jax.random.split(jax.random.key(2), 2)
+    direction = jax.tree.map(jnp.ones_like, params)
+
+    def loss(params):
+        return task.loss(params, batch, keys)[0].mean()
+
+    value, along = jax.jvp(loss, (params,), (direction,))
+    expected, gradient = jax.value_and_grad(loss)(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(along, sum(leaf.sum() for leaf in jax.tree.leaves(gradient)), rtol=1e-4)

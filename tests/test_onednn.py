@@ -1,5 +1,6 @@
 """Products by oneDNN: equal to those by XLA, called where they should be, and only where they are known to work."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,24 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec as P
 
-from mae_dist.model import functional, onednn
-from mae_dist.model.attention import attention
+from mae_dist import platforms
+from mae_dist.cpu import kernels, onednn
+from mae_dist.parallel.mesh import make_mesh
 from tests import QUICK
+from tests.runs import smoke_config
 
 CALL = "__onednn$matmul"
-
-
-def per_device(fn: Any, backend: str = "onednn") -> Any:
-    """`fn` as a device computes it for itself, with products by `backend`."""
-    fn = onednn.using(backend, fn)
-    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), compiler_options=QUICK)
-
-
-def product(x: Any) -> Any:
-    return onednn.matmul(x, x, (False, False), onednn.in_use())
 
 
 @pytest.fixture
@@ -55,38 +46,33 @@ def test_equals_numpy(sizes, batch, transposed):
     given_a, given_b = (x.swapaxes(-1, -2) if t else x for x, t in zip((a, b), transposed, strict=True))
     for backend in onednn.BACKENDS:
         if backend == "xla" or onednn.has_onednn():
-            got = per_device(lambda a, b: onednn.matmul(a, b, transposed, onednn.in_use()), backend)(given_a, given_b)
+            matmul = functools.partial(onednn.matmul, transposed=transposed, by_onednn=backend == "onednn")
+            got = jax.jit(matmul, compiler_options=QUICK)(given_a, given_b)
             np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.sqrt(k))
 
 
 @needs_onednn
-def test_called_only_per_device_and_for_float32():
+@pytest.mark.parametrize(("dtype", "calls"), [(jnp.float32, (3, 8)), (jnp.bfloat16, (0, 0))])
+def test_called_for_float32(dtype, calls):
+    """Two matmuls of attention and one affine; in the gradient four and two more, without the last one's value."""
+    q, kernel = jnp.ones((2, 5, 3, 8), dtype), jnp.ones((3, 8, 24), dtype)
+
+    def loss(q: Any, kernel: Any, by_onednn: bool) -> Any:
+        hooks = kernels.make_hooks(by_onednn)
+        return hooks.affine(hooks.attention(q, q, q), kernel, None, 2).astype(jnp.float32).sum()
+
+    for fn, count in zip((loss, jax.grad(loss, argnums=(0, 1))), calls, strict=True):
+        for by_onednn in (True, False):
+            text = jax.jit(fn, static_argnums=2).lower(q, kernel, by_onednn).as_text()
+            assert text.count(CALL) == (count if by_onednn else 0)
+
+
+def test_only_where_each_device_computes_its_own_examples():
     """An array that is split over devices is none that another library could see."""
-    x = jnp.ones((4, 4))
-    assert CALL in per_device(lambda x: product(x)).lower(x).as_text()
-    assert CALL not in per_device(lambda x: product(x), "xla").lower(x).as_text()
-    assert CALL not in jax.jit(onednn.using("onednn", lambda x: product(x))).lower(x).as_text()
-    half = x.astype(jnp.bfloat16)
-    assert CALL not in per_device(lambda x: product(x)).lower(half).as_text()
-
-
-@needs_onednn
-@pytest.mark.parametrize("first", onednn.BACKENDS)
-def test_traces_are_not_mixed_up(first):
-    """JAX knows a function that it traced before by its identity and shapes; not by what computes its products."""
-    q, kernel = jnp.ones((2, 5, 3, 8)), jnp.ones((3, 8, 24))
-
-    def loss(q: Any, kernel: Any) -> Any:
-        affine: Any = functional.affine
-        return affine(attention(q, q, q), kernel, None, 2).sum()
-
-    gradient = jax.grad(loss, argnums=(0, 1))
-    backends = (first, *(backend for backend in onednn.BACKENDS if backend != first))
-    for fn, calls in ((loss, 3), (gradient, 8)):
-        for backend in backends:
-            text = per_device(fn, backend).lower(q, kernel).as_text()
-            # Forward: two of attention, one affine; in the gradient four and two more, without the last one's value.
-            assert text.count(CALL) == (calls if backend == "onednn" else 0)
+    config = smoke_config(cpu__products="onednn")
+    for mesh, by_onednn in (({"data": 8, "fsdp": 1, "tensor": 1}, True), ({"data": 4, "fsdp": 2, "tensor": 1}, False)):
+        chosen = platforms.choose_matmul(config, make_mesh(mesh, jax.devices()), 1e12)
+        assert chosen == ("onednn" if by_onednn and onednn.has_onednn() else "xla")
 
 
 @pytest.mark.parametrize("what", ["version", "system", "machine"])
@@ -108,14 +94,13 @@ def test_not_where_it_is_unknown(monkeypatch, unknown, what):
 
 
 def test_a_fault_is_no_crash(monkeypatch, unknown):
-    """A library without it raises where the one product is tried; products are XLA's then."""
+    """A library without it raises where the one matmul is tried; matmuls are XLA's then."""
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such call")
 
     monkeypatch.setattr(onednn, "_call", missing)
-    x = jnp.ones((4, 4))
-    assert CALL not in per_device(lambda x: product(x)).lower(x).as_text()
+    assert not onednn.has_onednn()
 
 
 @pytest.mark.parametrize(

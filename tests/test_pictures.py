@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mae_dist.evaluation import pictures
-from mae_dist.model.layers import unconstrained
+from mae_dist.model.hooks import PLAIN
 from mae_dist.tasks import losses
 from mae_dist.tasks.make import make_task
 from tests import QUICK, trained
@@ -18,7 +18,7 @@ def test_only_true_moments_show_removed_pixels(pix_stats: str) -> None:
     """A reconstruction that follows changed removed pixels has seen them: so does one with their true moments."""
     source = trained.in_memory(pretrain__norm_pix_loss=True, pictures__pix_stats=pix_stats)
     model = source.config.model
-    task = make_task(source.config, 0, unconstrained)
+    task = make_task(source.config, 0, PLAIN)
     assert task.reconstruct is not None
     reconstruct, params = jax.jit(task.reconstruct, compiler_options=QUICK), source.load_whole()
     rng = np.random.default_rng(0)

@@ -22,6 +22,7 @@ from configs import default, smoke
 from mae_dist.errors import ConfigError
 from mae_dist.model import build as model_build
 from mae_dist.model import layers
+from mae_dist.model.hooks import PLAIN
 from mae_dist.optim.optimizer import make_optimizer
 from mae_dist.optim.train_state import make_init, split_frozen, state_shardings
 from mae_dist.parallel.mesh import AXES, make_mesh, mesh_devices, mesh_shape, num_slices
@@ -225,7 +226,7 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
     """(init, abstract state, shardings) of the smoke model."""
     config = smoke.get_config()
     config.task = task_name
-    task = make_task(config, 10, layers.unconstrained)
+    task = make_task(config, 10, PLAIN)
     axes = logical_axes(task.abstract_params)
     options = config.optim.to_dict()
     del options["warmup_epochs"]

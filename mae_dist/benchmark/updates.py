@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mae_dist import hardware
+from mae_dist import hardware, platforms
 from mae_dist.cpu import cores
-from mae_dist.cpu.microbatches import choose_products, num_pieces
+from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import local_rows, to_global
 from mae_dist.data.from_config import open_data
 from mae_dist.evaluation.encode import make_feature_step
@@ -105,7 +105,7 @@ class Ours:
             return update
         self.flops_per_image = flops.forward_flops(config)
         self.choices["pieces"] = num_pieces(config, built.mesh, self.batch_size)
-        self.choices["products"] = choose_products(config, built.mesh, self.flops_per_image)
+        self.choices["products"] = platforms.choose_matmul(config, built.mesh, self.flops_per_image)
         step = make_feature_step(config, built.mesh, built.shardings.params, self.batch_size, ("mean",))
         return lambda batch: step(self._state.params, batch)
 

@@ -12,12 +12,12 @@ from mae_dist.config import default
 from mae_dist.config.stored import flatten, get
 from mae_dist.data import randaugment, transforms
 from mae_dist.errors import ConfigError, nearest
-from mae_dist.model import layers, masking, onednn, patches, positions
+from mae_dist.model import layers, masking, patches, positions
 from mae_dist.storage import absolute_name
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("pretrain", "probe", "finetune"),
-    "cpu.products": ("auto", *onednn.BACKENDS),
+    "cpu.products": ("auto", "onednn", "xla"),
     "model.masking": masking.STRATEGIES,
     "model.cls_token": layers.CLS_TOKENS,
     "model.mask_token": layers.MASK_TOKENS,

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_dist.cpu import cores
-from mae_dist.model import flops, onednn, patches
+from mae_dist.model import flops, patches
 from mae_dist.parallel.shardings import is_by_cores
 
 
@@ -48,10 +48,3 @@ def num_pieces(
         largest * rows_together,
         (seen + has_cls) * rows_together if update else 0,
     )
-
-
-def choose_products(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str:
-    """What computes a program's products on `mesh`, of `onednn.BACKENDS`: what the config says, or what suits here."""
-    if not is_by_cores(mesh) or config.model.dtype != "float32":
-        return "xla"
-    return onednn.choose(flops_per_image) if config.cpu.products == "auto" else config.cpu.products

@@ -12,14 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_dist.cpu.microbatches import choose_products, num_pieces
+from mae_dist import platforms
+from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model import autoencoder, patches
 from mae_dist.model.build import functional
 from mae_dist.model.flops import forward_flops
-from mae_dist.model.layers import Constrain, unconstrained
-from mae_dist.parallel.shardings import make_constrain
+from mae_dist.model.hooks import PLAIN, Hooks
 from mae_dist.tasks.base import scale_pixels
 from mae_dist.weights import pretrained
 
@@ -27,9 +27,7 @@ KINDS = ("mean", "cls", "patches")
 Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
-def make_encode(
-    config: ConfigDict, kinds: Sequence[str], block: int | None = None, constrain: Constrain = unconstrained
-) -> Encode:
+def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = None, hooks: Hooks = PLAIN) -> Encode:
     """A pure function of (parameters, images) that sees all patches and has nothing random.
 
     Args:
@@ -37,7 +35,7 @@ def make_encode(
         normalises what it pooled (`classify.norm_after_pool`), whose `mean` and `cls` need `head` too.
       kinds: which of `mean`, `cls` and `patches` to return.
       block: tokens as they leave this block, 1 the first, 0 before it, without a norm; None: the last, normalised.
-      constrain: pins the layout of activations.
+      hooks: change how a platform computes it, see `model/hooks.py`.
 
     Returns:
       The function. Its images are uint8 in 0..255 or floating-point in 0..1, (B, H, W, C). Its result has float32
@@ -58,7 +56,7 @@ def make_encode(
 
     def make_encoder(rngs: nnx.Rngs) -> autoencoder.Encoder:
         return autoencoder.MaskedAutoencoder(
-            **model.to_dict(), final_norm=not norm_in_head, constrain=constrain, rngs=rngs
+            **model.to_dict(), final_norm=not norm_in_head, hooks=hooks, rngs=rngs
         ).encoder
 
     bind = functional(make_encoder).bind
@@ -89,14 +87,14 @@ def make_feature_step(
 
     `shardings` are those of the parameters it is given, `batch_size` the images of all devices together.
     """
-    encode = make_encode(config, kinds, block, make_constrain(mesh))
+    matmul = platforms.choose_matmul(config, mesh, forward_flops(config))
+    encode = make_encode(config, kinds, block, platforms.make_hooks(config, mesh, matmul))
     return make_eval_step(
         lambda params, batch: encode(params, batch["image"]),
         mesh=mesh,
         params=shardings,
         per_example=True,
         pieces=num_pieces(config, mesh, batch_size),
-        products=choose_products(config, mesh, forward_flops(config)),
     )
 
 

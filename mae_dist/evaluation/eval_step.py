@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mae_dist.model import onednn
 from mae_dist.parallel.shardings import batch_sharding, is_data_parallel, on_each_device, replicated
 from mae_dist.tasks.base import Batch
 
@@ -19,7 +18,6 @@ def make_eval_step(
     params: Any,
     per_example: bool = False,
     pieces: int = 1,
-    products: str = "xla",
 ) -> Any:
     """Compiles (params, batch) -> outputs: whole on every device, or split over examples like the batch.
 
@@ -29,7 +27,6 @@ def make_eval_step(
       params: the shardings of the parameters it is given.
       per_example: which of the two `fn` returns.
       pieces: each device computes its examples in so many pieces, one after another; needs a data-parallel mesh.
-      products: what computes them on such a mesh of CPU devices, of `onednn.BACKENDS`.
     """
 
     def in_pieces(params: Any, batch: Batch) -> Any:
@@ -41,9 +38,7 @@ def make_eval_step(
 
     compute = in_pieces
     if is_data_parallel(mesh):
-        compute = on_each_device(
-            onednn.using(products, in_pieces), mesh, 1, combine=None if per_example else jax.lax.psum
-        )
+        compute = on_each_device(in_pieces, mesh, 1, combine=None if per_example else jax.lax.psum)
     return jax.jit(
         compute,
         in_shardings=(params, batch_sharding(mesh)),

@@ -13,7 +13,8 @@ from flax import nnx
 from mae_dist.model import masking as model_masking
 from mae_dist.model import patches
 from mae_dist.model.functional import dropout, fold_in, layer_norm, linear
-from mae_dist.model.layers import Constrain, Stack, normal02, unconstrained, xavier
+from mae_dist.model.hooks import PLAIN, Hooks
+from mae_dist.model.layers import Stack, normal02, xavier
 from mae_dist.model.positions import Positions
 
 
@@ -42,6 +43,7 @@ class Encoder(nnx.Module):
         pos_embed: str,
         norm_eps: float,
         dtype: Any,
+        hooks: Hooks,
         rngs: nnx.Rngs,
         final_norm: bool = True,
         **stack: Any,
@@ -50,11 +52,11 @@ class Encoder(nnx.Module):
         self.positions = Positions(pos_embed, grid, embed_dim, rngs=rngs)
         self.has_cls = cls_token != "none"
         self.cls_token = _token(cls_token, embed_dim, rngs)
-        self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, rngs=rngs, **stack)
+        self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, hooks=hooks, rngs=rngs, **stack)
         self.final_norm = final_norm
         if final_norm:
             self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs)
-        self.dtype, self.dropout = dtype, stack["dropout"]
+        self.dtype, self.dropout, self.hooks = dtype, stack["dropout"], hooks
 
     def __call__(
         self, x: jax.Array, ids_keep: jax.Array | None, keys: jax.Array | None, num_blocks: int | None = None
@@ -75,13 +77,13 @@ class Encoder(nnx.Module):
             # Gathering raw patches before embedding them: K products instead of L.
             x = patches.take_patches(x, ids_keep)  # (B, K, P)
             position = position[0][ids_keep]  # (B, K, D)
-        x = linear(self.patch_embed, x) + position  # (B, K, D)
+        x = linear(self.patch_embed, x, affine=self.hooks.affine) + position  # (B, K, D)
         if self.has_cls:
             cls = _token_value(self.cls_token, x.shape[0], 1, x.shape[2], self.dtype)
             x = jnp.concatenate([cls, x], axis=1)  # (B, 1 + K, D)
         x = dropout(x, self.dropout, fold_in(keys, self.stack.depth))
         x = self.stack(x, keys, num_blocks)
-        return layer_norm(self.norm, x) if self.final_norm and num_blocks is None else x
+        return layer_norm(self.norm, x, normalize=self.hooks.normalize) if self.final_norm and num_blocks is None else x
 
     def pool(self, tokens: jax.Array, pool: str) -> jax.Array:
         """Tokens (B, N, D) -> (B, D): the class token (`cls`) or the mean over patches (`gap`)."""
@@ -104,27 +106,27 @@ class Decoder(nnx.Module):
         pos_embed: str,
         norm_eps: float,
         dtype: Any,
+        hooks: Hooks,
         rngs: nnx.Rngs,
         **stack: Any,
     ):
         self.embed = nnx.Linear(in_dim, embed_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.mask_token = _token(mask_token, embed_dim, rngs)
         self.positions = Positions(pos_embed, grid, embed_dim, rngs=rngs)
-        self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, rngs=rngs, **stack)
+        self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, hooks=hooks, rngs=rngs, **stack)
         self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs)
         self.pred = nnx.Linear(embed_dim, patch_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
-        self.has_cls, self.dtype = has_cls, dtype
+        self.has_cls, self.dtype, self.hooks = has_cls, dtype, hooks
 
     def __call__(self, latent: jax.Array, ids_restore: jax.Array, keys: jax.Array | None) -> jax.Array:
         """latent (B, N, D), ids_restore (B, L) -> float32 predictions (B, L, P)."""
-        x = linear(self.embed, latent)  # (B, N, E)
+        x = linear(self.embed, latent, affine=self.hooks.affine)  # (B, N, E)
         cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
         b, kept, dim = x.shape
         removed = _token_value(self.mask_token, b, ids_restore.shape[1] - kept, dim, self.dtype)
         x = patches.take_patches(jnp.concatenate([x, removed], axis=1), ids_restore)  # (B, L, E) in raster order
         x = jnp.concatenate([cls, x + self.positions(self.dtype)], axis=1)
-        x = layer_norm(self.norm, self.stack(x, keys))[:, int(self.has_cls) :]
-        return linear(self.pred, x).astype(jnp.float32)
+        return self._predict(self.stack(x, keys)[:, int(self.has_cls) :])
 
     def predict_removed(self, latent: jax.Array, ids_shuffle: jax.Array, keys: jax.Array | None) -> jax.Array:
         """The same predictions, of the removed patches only and in their shuffled order: float32 (B, L - K, P).
@@ -132,14 +134,19 @@ class Decoder(nnx.Module):
         For training, where nothing else is looked at: attention does not mind the order, so nothing is put back into
         raster order, and the last block spares what only visible patches would need.
         """
-        x = linear(self.embed, latent)  # (B, N, E)
+        x = linear(self.embed, latent, affine=self.hooks.affine)  # (B, N, E)
         cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
         b, kept, dim = x.shape
         num_removed = ids_shuffle.shape[1] - kept
         removed = _token_value(self.mask_token, b, num_removed, dim, self.dtype)
         x = jnp.concatenate([x, removed], axis=1) + self.positions(self.dtype)[0][ids_shuffle]  # (B, L, E)
         x = self.stack(jnp.concatenate([cls, x], axis=1), keys, num_out=num_removed)
-        return linear(self.pred, layer_norm(self.norm, x)).astype(jnp.float32)
+        return self._predict(x)
+
+    def _predict(self, x: jax.Array) -> jax.Array:
+        """Tokens (B, N, E) -> float32 values of their patches (B, N, P)."""
+        x = layer_norm(self.norm, x, normalize=self.hooks.normalize)
+        return linear(self.pred, x, affine=self.hooks.affine).astype(jnp.float32)
 
 
 class MaskedAutoencoder(nnx.Module):
@@ -175,7 +182,7 @@ class MaskedAutoencoder(nnx.Module):
         scan: bool,
         remat: str,
         final_norm: bool = True,  # of the encoder; a classifier may normalise what it pooled instead
-        constrain: Constrain = unconstrained,
+        hooks: Hooks = PLAIN,
         rngs: nnx.Rngs,
     ):
         self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
@@ -194,7 +201,7 @@ class MaskedAutoencoder(nnx.Module):
             "gelu": gelu,
             "scan": scan,
             "remat": remat,
-            "constrain": constrain,
+            "hooks": hooks,
             "rngs": rngs,
         }
         self.encoder = Encoder(

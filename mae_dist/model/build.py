@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.classifier import Classifier
-from mae_dist.model.layers import Constrain, unconstrained
+from mae_dist.model.hooks import PLAIN, Hooks
 
 
 def param_count(params: Any) -> int:
@@ -45,11 +45,11 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     return Functional(nnx.to_pure_dict(abstract), init, functools.partial(nnx.merge, graphdef))
 
 
-def make_model(config: ConfigDict, num_classes: int, constrain: Constrain, rngs: nnx.Rngs) -> Any:
+def make_model(config: ConfigDict, num_classes: int, hooks: Hooks, rngs: nnx.Rngs) -> Any:
     """The module that `config` describes: a `MaskedAutoencoder`, or a `Classifier` for `num_classes`."""
     fields, options = config.model.to_dict(), config.classify
     if config.task == "pretrain":
-        return MaskedAutoencoder(**fields, constrain=constrain, rngs=rngs)
+        return MaskedAutoencoder(**fields, hooks=hooks, rngs=rngs)
     return Classifier(
         fields,
         num_classes=num_classes,
@@ -58,11 +58,11 @@ def make_model(config: ConfigDict, num_classes: int, constrain: Constrain, rngs:
         pool=options.pool,
         norm_after_pool=options.norm_after_pool,
         batch_norm=options.batch_norm,
-        constrain=constrain,
+        hooks=hooks,
         rngs=rngs,
     )
 
 
 def abstract_params(config: ConfigDict, num_classes: int) -> Params:
     """The shapes of the parameters of `config`'s model, by group."""
-    return functional(functools.partial(make_model, config, num_classes, unconstrained)).abstract
+    return functional(functools.partial(make_model, config, num_classes, PLAIN)).abstract

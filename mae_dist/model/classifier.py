@@ -11,7 +11,7 @@ from flax import nnx
 from mae_dist.model import patches
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.heads import BatchNorm, Head
-from mae_dist.model.layers import Constrain, unconstrained
+from mae_dist.model.hooks import PLAIN, Hooks
 
 
 class Classifier(nnx.Module):
@@ -31,10 +31,10 @@ class Classifier(nnx.Module):
         pool: str,
         norm_after_pool: bool,
         batch_norm: bool,
-        constrain: Constrain = unconstrained,
+        hooks: Hooks = PLAIN,
         rngs: nnx.Rngs,
     ):
-        autoencoder = MaskedAutoencoder(**model, final_norm=not norm_after_pool, constrain=constrain, rngs=rngs)
+        autoencoder = MaskedAutoencoder(**model, final_norm=not norm_after_pool, hooks=hooks, rngs=rngs)
         self.encoder, self.patch_size = autoencoder.encoder, autoencoder.patch_size
         norm_eps = model["norm_eps"] if norm_after_pool else 0.0
         self.head = Head(

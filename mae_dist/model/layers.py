@@ -4,7 +4,6 @@ Shapes: B batch, N tokens, D width, H heads, hd = D / H, M MLP width.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,24 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mae_dist.model.attention import attention
-from mae_dist.model.functional import drop_path, dropout, fold_in, gelu, layer_norm, linear
+from mae_dist.model import functional
+from mae_dist.model.functional import drop_path, dropout, fold_in, layer_norm
+from mae_dist.model.hooks import PLAIN, Hooks
 
 CLS_TOKENS = ("learned", "zero", "none")
 MASK_TOKENS = ("learned", "zero")
 REMAT_POLICIES = ("none", "blocks", "dots")
-# A hook that pins an activation's layout; the models know logical axes only, never a mesh.
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 TOKENS = ("batch", "patches", None)
 
 xavier = nnx.initializers.xavier_uniform()
 normal02 = nnx.initializers.normal(0.02)
-
-
-def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """The hook of a single device: leaves `x` as it is."""
-    del axes
-    return x
 
 
 def _unstack(x: jax.Array) -> list[jax.Array]:
@@ -40,14 +32,16 @@ def _unstack(x: jax.Array) -> list[jax.Array]:
 class Attention(nnx.Module):
     """Multi-head self-attention; q, k and v come from one product whose weights split along heads."""
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dtype: Any, rngs: nnx.Rngs, hooks: Hooks = PLAIN):
         head_dim = dim // num_heads
         make = functools.partial(nnx.LinearGeneral, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.qkv = make(dim, (3, num_heads, head_dim), use_bias=qkv_bias)
         self.out = make((num_heads, head_dim), dim, axis=(-2, -1))
+        self.hooks = hooks
 
     def __call__(self, x: jax.Array, num_out: int | None = None) -> jax.Array:
         """x (B, N, D) -> (B, N, D), or only the last `num_out` tokens, which look at all."""
+        linear = functools.partial(functional.linear, affine=self.hooks.affine)
         if num_out is None:
             qkv = linear(self.qkv, x)  # (B, N, 3, H, hd)
             q, k, v = _unstack(qkv)
@@ -55,20 +49,22 @@ class Attention(nnx.Module):
             q = linear(self.qkv, x[:, -num_out:], 0)  # (B, num_out, H, hd)
             kv = linear(self.qkv, x, slice(1, 3))  # (B, N, 2, H, hd)
             k, v = _unstack(kv)
-        return linear(self.out, attention(q, k, v))
+        return linear(self.out, self.hooks.attention(q, k, v))
 
 
 class Mlp(nnx.Module):
     """Linear, GELU, linear."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, gelu: str, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, dim: int, hidden_dim: int, *, gelu: str, dtype: Any, rngs: nnx.Rngs, hooks: Hooks = PLAIN):
         make = functools.partial(nnx.Linear, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.fc1 = make(dim, hidden_dim)
         self.fc2 = make(hidden_dim, dim)
         self.approximate = gelu == "tanh"
+        self.hooks = hooks
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(self.fc2, gelu(linear(self.fc1, x), self.approximate))
+        linear = functools.partial(functional.linear, affine=self.hooks.affine)
+        return linear(self.fc2, self.hooks.gelu(linear(self.fc1, x), self.approximate))
 
 
 class Block(nnx.Module):
@@ -87,16 +83,17 @@ class Block(nnx.Module):
         dropout: float,
         dtype: Any,
         rngs: nnx.Rngs,
+        hooks: Hooks = PLAIN,
     ):
         self.norm1 = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, dtype=dtype, hooks=hooks, rngs=rngs)
         self.norm2 = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu=gelu, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu=gelu, dtype=dtype, hooks=hooks, rngs=rngs)
         self.scaled = layer_scale_init > 0
         if self.scaled:
             self.scale1 = nnx.Param(jnp.full((dim,), layer_scale_init, jnp.float32))
             self.scale2 = nnx.Param(jnp.full((dim,), layer_scale_init, jnp.float32))
-        self.dropout = dropout
+        self.dropout, self.hooks = dropout, hooks
 
     def __call__(
         self, x: jax.Array, drop_path_rate: Any, keys: jax.Array | None, num_out: int | None = None
@@ -104,7 +101,7 @@ class Block(nnx.Module):
         """x (B, N, D) -> (B, N, D), or only the last `num_out` tokens."""
         attend = functools.partial(self.attn, num_out=num_out)
         for site, (norm, layer) in enumerate(((self.norm1, attend), (self.norm2, self.mlp))):
-            branch = layer(layer_norm(norm, x))  # (B, N, D)
+            branch = layer(layer_norm(norm, x, normalize=self.hooks.normalize))  # (B, N, D)
             if num_out is not None:
                 x = x[:, -num_out:]
             if self.scaled:
@@ -130,18 +127,18 @@ class Stack(nnx.Module):
         drop_path: float,
         scan: bool,
         remat: str,
-        constrain: Constrain,
+        hooks: Hooks,
         rngs: nnx.Rngs,
         **block: Any,
     ):
         keys = jax.random.split(rngs.params(), depth)
-        self.blocks = nnx.vmap(lambda key: Block(dim, rngs=nnx.Rngs(key), **block))(keys)
+        self.blocks = nnx.vmap(lambda key: Block(dim, hooks=hooks, rngs=nnx.Rngs(key), **block))(keys)
         self.depth = depth
         self.drop_path = drop_path
         self.stochastic = drop_path > 0 or block["dropout"] > 0
         self.scan = scan
         self.remat = remat
-        self.constrain = constrain
+        self.hooks = hooks
 
     def __call__(
         self, x: jax.Array, keys: jax.Array | None, num_blocks: int | None = None, num_out: int | None = None
@@ -165,13 +162,13 @@ class Stack(nnx.Module):
             block_params, index, rate = layer
             block = nnx.merge(graphdef, block_params)
             x = block(x, rate if self.drop_path > 0 else None, fold_in(keys, index), num_out)
-            return self.constrain(x, TOKENS), None
+            return self.hooks.constrain(x, TOKENS), None
 
         whole, last = functools.partial(apply, None), functools.partial(apply, num_out)
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             whole, last = (jax.checkpoint(f, policy=policy, prevent_cse=not self.scan) for f in (whole, last))
-        x = self.constrain(x, TOKENS)
+        x = self.hooks.constrain(x, TOKENS)
         num_alike = depth - 1 if num_out is not None else depth  # the last block is another function then
         if self.scan:
             layers = (params, jnp.arange(self.depth), jnp.asarray(rates))

@@ -22,7 +22,7 @@ from mae_dist.evaluation import evaluate
 from mae_dist.evaluation.encode import make_encode, needed_shapes
 from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model.build import functional, make_model
-from mae_dist.model.layers import unconstrained
+from mae_dist.model.hooks import PLAIN
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.report.runs import Run
@@ -132,7 +132,7 @@ def _make_forward(config: ConfigDict, num_classes: int) -> Any:
     if config.task == "pretrain":
         encode = make_encode(config, ("mean",))
         return lambda params, batch: encode(params, batch["image"])["mean"]
-    bind = functional(functools.partial(make_model, config, num_classes, unconstrained)).bind
+    bind = functional(functools.partial(make_model, config, num_classes, PLAIN)).bind
 
     def forward(params: Any, batch: Any) -> jax.Array:
         model = bind(params)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist.model.build import Params, functional, make_model
-from mae_dist.model.layers import Constrain
+from mae_dist.model.hooks import Hooks
 from mae_dist.tasks import losses, mixing
 from mae_dist.tasks.base import Batch, Task, scale_pixels
 
@@ -61,11 +61,11 @@ def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[j
     return augment
 
 
-def make_classify(config: ConfigDict, num_classes: int, constrain: Constrain) -> Task:
+def make_classify(config: ConfigDict, num_classes: int, hooks: Hooks) -> Task:
     mean, std, options = config.data.mean, config.data.std, config.classify
     probe = config.task == "probe"
 
-    abstract, init, bind = functional(functools.partial(make_model, config, num_classes, constrain))
+    abstract, init, bind = functional(functools.partial(make_model, config, num_classes, hooks))
 
     def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
         return bind(params).features(scale_pixels(batch["image"], mean, std), keys)

@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from mae_dist.checkpoint.checksum import checksum
 from mae_dist.model import patches
 from mae_dist.model.build import Params, functional, make_model
-from mae_dist.model.layers import Constrain
+from mae_dist.model.hooks import Hooks
 from mae_dist.tasks import losses
 from mae_dist.tasks.base import Batch, Task, scale_pixels, unscale_pixels
 
 
-def make_pretrain(config: ConfigDict, constrain: Constrain) -> Task:
+def make_pretrain(config: ConfigDict, hooks: Hooks) -> Task:
     mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
-    abstract, init, bind = functional(functools.partial(make_model, config, 0, constrain))
+    abstract, init, bind = functional(functools.partial(make_model, config, 0, hooks))
 
     def forward(params: Params, batch: Batch, mask_keys: jax.Array) -> Any:
         model = bind(params)

@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist import platforms
 from mae_dist.cpu import cores
-from mae_dist.cpu.microbatches import choose_products, num_pieces
+from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import Dataset
 from mae_dist.data.from_config import Data, train_batches
 from mae_dist.errors import ConfigError
@@ -162,14 +163,16 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
     pretrain = config.task == "pretrain"
-    task = make_task(config, data.train.num_classes, sharding.make_constrain(mesh))
     encoder_passes = encoder_passes_of(config)
     num_kept = count_kept_patches(config)
     flops_per_image = train_flops_per_image(config, data.train.num_classes, num_kept)
     config = config.copy_and_resolve_references()
-    by_cores, products = sharding.is_by_cores(mesh), choose_products(config, mesh, flops_per_image)
+    by_cores, matmul = sharding.is_by_cores(mesh), platforms.choose_matmul(config, mesh, flops_per_image)
+    task = make_task(config, data.train.num_classes, platforms.make_hooks(config, mesh, matmul))
+    # Programs with calls of oneDNN cannot be stored: not worth it for an evaluation.
+    eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(config, mesh))
     if by_cores:
-        config.cpu.products = products
+        config.cpu.products = matmul
     if not config.cpu.pieces:
         config.cpu.pieces = 1
         if encoder_passes:
@@ -209,7 +212,6 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
         ema_decay=config.ema_decay,
-        products=products,
         # A scanned stack would have its blocks put together in every piece.
         fold=by_cores and config.cpu.fold and not config.model.scan and task.statistics is None,
     )
@@ -227,9 +229,9 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         abstract_state=abstract_state,
         shardings=shardings,
         train_step=train_step,
-        eval_step=forward(task.evaluate, per_example=False, pieces=eval_pieces if encoder_passes else 1),
-        feature_step=forward(task.features, per_example=True, pieces=num_pieces(config, mesh, eval_batch_size)),
-        reconstruct_step=forward(task.reconstruct, per_example=True, pieces=1),
+        eval_step=forward(eval_task.evaluate, per_example=False, pieces=eval_pieces if encoder_passes else 1),
+        feature_step=forward(eval_task.features, per_example=True, pieces=num_pieces(config, mesh, eval_batch_size)),
+        reconstruct_step=forward(eval_task.reconstruct, per_example=True, pieces=1),
         batch_sharding=sharding.batch_sharding(mesh),
         eval_batch_size=eval_batch_size,
         encoder_passes=encoder_passes,

@@ -10,7 +10,6 @@ import optax
 from jax.sharding import Mesh
 
 from mae_dist.cpu import cores, folding
-from mae_dist.model import onednn
 from mae_dist.optim.optimizer import nonfinite_counts
 from mae_dist.optim.train_state import TrainState, split_frozen
 from mae_dist.parallel.shardings import batch_sharding, is_by_cores, is_data_parallel, on_each_device, replicated
@@ -65,7 +64,7 @@ def _average(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
     return jax.tree.map(lambda average, value: average + rate * (value - average), ema, new)
 
 
-def _make_to_features(task: Task, mesh: Mesh, pieces: int, products: str) -> Callable[[Any, Batch], Batch]:
+def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Batch], Batch]:
     """(params, batch) -> the batch with `features` of a frozen encoder in the place of images, computed in pieces."""
 
     def compute(params: Any, images: Batch) -> jax.Array:
@@ -74,7 +73,7 @@ def _make_to_features(task: Task, mesh: Mesh, pieces: int, products: str) -> Cal
         return _join_microbatches(jax.lax.map(functools.partial(task.features, params), split), task.rows_together)
 
     if is_data_parallel(mesh):
-        compute = on_each_device(onednn.using(products, compute), mesh, num_whole=1, combine=None)
+        compute = on_each_device(compute, mesh, num_whole=1, combine=None)
 
     def to_features(params: Any, batch: Batch) -> Batch:
         if "features" in batch:  # computed once, before the run
@@ -96,7 +95,7 @@ def _through_folded(gradient: Gradient) -> Gradient:
     return compute
 
 
-def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, products: str, fold: bool) -> Gradient:
+def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Gradient:
     """(trainable, frozen, batch, keys (B,)) -> the gradient of the mean loss and the metrics, of all devices."""
     shapes, _ = split_frozen(task.abstract_params, task.frozen)
 
@@ -127,7 +126,7 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, products: str, fold
     if fold:
         compute = _through_folded(compute)
     if is_data_parallel(mesh):
-        compute = on_each_device(onednn.using(products, compute), mesh, num_whole=2, combine=jax.lax.psum)
+        compute = on_each_device(compute, mesh, num_whole=2, combine=jax.lax.psum)
         shares *= mesh.size
     return lambda *args: _divide(compute(*args), shares)  # once, in the operations that take the gradient
 
@@ -143,21 +142,19 @@ def make_train_step(
     global_batch_size: int,
     accum_steps: int,
     ema_decay: float,
-    products: str,
     fold: bool,
 ) -> TrainStep:
     """Compiles on first call: (state, batch) -> (state, metrics), the old state donated.
 
-    On a data-parallel mesh of CPU devices `products` says what computes them (`onednn.BACKENDS`); with `fold` gradients
-    are computed with folded parameters (`folding`).
+    With `fold` gradients are computed with folded parameters (`cpu/folding.py`).
 
     Every example has its own key, derived from (seed, step, row): masks and dropout do not depend on the number of
     devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further means of the task,
     lr, grad_norm (before clipping), param_norm, skipped_steps (in all) and skipped_run (in a row).
     """
 
-    gradient = _make_gradient(task, mesh, accum_steps, products, fold)
-    to_features = _make_to_features(task, mesh, accum_steps, products)
+    gradient = _make_gradient(task, mesh, accum_steps, fold)
+    to_features = _make_to_features(task, mesh, accum_steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -9,16 +9,13 @@ again, which takes ten seconds: small models, whose products matter less, do wit
 run.
 """
 
-import contextvars
 import functools
 import json
 import math
 import platform
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +27,8 @@ BACKENDS = ("onednn", "xla")
 _TARGET = "__onednn$matmul"
 _KNOWN = ((0, 10), (0, 11))  # first and first not any more: a version that does not know the fields would abort
 _WORTH = {"avx512f": 1e8, "avx2": 2e9}  # FLOPs an image: an update of cifar_small 6e7, cifar_medium 3e8, vit_tiny 6e9
-_NOT_STORED = "Error writing persistent compilation cache entry .*std::bad_alloc"
+NOT_STORED = "Error writing persistent compilation cache entry .*std::bad_alloc"
 _CPUINFO = Path("/proc/cpuinfo")
-_use = contextvars.ContextVar("onednn", default=False)
 
 
 def choose(flops_per_image: float) -> str:
@@ -42,27 +38,6 @@ def choose(flops_per_image: float) -> str:
     """
     worth = flops_per_image >= _least_worth() and jax.process_count() == 1
     return "onednn" if worth and has_onednn() else "xla"
-
-
-def using(backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, traced with products by `backend` where a device of this process's cores computes for itself."""
-    if backend != "onednn":
-        return fn
-    if not has_onednn():
-        logging.warning("This machine or this jaxlib has no oneDNN: products are computed by XLA, to other last bits.")
-        return fn
-    # JAX tries to store programs with such calls all the same.
-    warnings.filterwarnings("ignore", _NOT_STORED, UserWarning)
-
-    @functools.wraps(fn)
-    def traced(*args: Any) -> Any:
-        token = _use.set(True)
-        try:
-            return fn(*args)
-        finally:
-            _use.reset(token)
-
-    return traced
 
 
 def _least_worth() -> float:
@@ -84,7 +59,7 @@ def has_onednn() -> bool:
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(12, dtype=np.float32).reshape(4, 3)
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _NOT_STORED, UserWarning)
+            warnings.filterwarnings("ignore", NOT_STORED, UserWarning)
             found = np.asarray(jax.jit(functools.partial(_call, transposed=(False, True)))(a, b))
     except jax.errors.JaxRuntimeError as error:
         logging.warning("oneDNN cannot be called: %s", error)
@@ -107,20 +82,6 @@ def _call(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool]) -> jax.Arra
     return call(a, b)
 
 
-def computes_for_itself() -> bool:
-    """Whether this is within a program for each device's own examples: no axis of an array is split over devices."""
-    return jax.sharding.get_abstract_mesh().are_all_axes_manual
-
-
-def in_use() -> bool:
-    """Whether products that are traced now should be oneDNN's.
-
-    To be asked where a function is traced that JAX will not take for one that it has traced before: it knows functions
-    by identity and shapes, and nothing of `using`.
-    """
-    return _use.get() and computes_for_itself()
-
-
 def matmul(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool], by_onednn: bool) -> jax.Array:
     """The products (*batch, M, N) of matrices a (*batch, M, K) and b (*batch, K, N), on a CPU.
 
@@ -128,7 +89,7 @@ def matmul(a: jax.Array, b: jax.Array, transposed: tuple[bool, bool], by_onednn:
       a: matrices, (*batch, K, M) where they are transposed.
       b: matrices, (*batch, N, K) where they are transposed.
       transposed: whether a is, whether b is.
-      by_onednn: what `in_use` said; of other types than float32 products are XLA's.
+      by_onednn: otherwise, and for other types than float32, by XLA.
     """
     if by_onednn and a.dtype == b.dtype == jnp.float32:
         return _call(a, b, transposed)

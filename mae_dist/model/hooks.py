@@ -1,0 +1,41 @@
+"""The hook by which a platform changes how a model is computed, but for rounding not the result.
+
+A module is given one `Hooks` and calls its functions. The default is plain JAX, which any transformation goes through,
+forward mode too. `mae_dist/platforms.py` chooses.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from mae_dist.model import functional
+from mae_dist.model.attention import attention
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Returns `x` as it is: a single device has nothing to pin."""
+    del axes
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """Functions that a model's modules call.
+
+    Attributes:
+      constrain: (array, logical axes) -> array; pins an activation's layout. Models know logical axes, never a mesh.
+      affine: as `functional.affine`.
+      normalize: as `functional.normalize`.
+      gelu: as `functional.gelu`.
+      attention: as `attention.attention`.
+    """
+
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained
+    affine: Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array] = functional.affine
+    normalize: Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array] = functional.normalize
+    gelu: Callable[[jax.Array, bool], jax.Array] = functional.gelu
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attention
+
+
+PLAIN = Hooks()

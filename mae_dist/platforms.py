@@ -1,0 +1,49 @@
+"""The one place that chooses what a platform computes differently from plain JAX."""
+
+import functools
+import warnings
+
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_dist.cpu import kernels, onednn
+from mae_dist.model.attention import fits_fused_kernel, fused_attention, has_fused_kernel
+from mae_dist.model.hooks import Hooks
+from mae_dist.parallel import shardings
+
+
+def choose_matmul(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str:
+    """Returns what computes a program's matmuls on `mesh`, of `onednn.BACKENDS`: as the config says, or what is fast.
+
+    Args:
+      config: validated.
+      mesh: what it runs on.
+      flops_per_image: of the program: small ones are not worth what oneDNN costs at start.
+    """
+    if not shardings.is_by_cores(mesh) or config.model.dtype != "float32":
+        return "xla"
+    wanted = config.cpu.products
+    if wanted == "auto":
+        return onednn.choose(flops_per_image)
+    if wanted == "onednn" and not onednn.has_onednn():
+        logging.warning("This machine or this jaxlib has no oneDNN: XLA computes matmuls, to other last bits.")
+        return "xla"
+    return wanted
+
+
+def make_hooks(config: ConfigDict, mesh: Mesh, matmul: str = "xla") -> Hooks:
+    """Returns the model's hooks for `mesh`, with matmuls on a CPU by `matmul`, of `onednn.BACKENDS`."""
+    constrain = shardings.make_constrain(mesh)
+    if shardings.is_by_cores(mesh):
+        if matmul == "onednn":  # JAX tries to store programs with such calls all the same
+            warnings.filterwarnings("ignore", onednn.NOT_STORED, UserWarning)
+        return kernels.make_hooks(matmul == "onednn")
+    head_dim = config.model.embed_dim // config.model.num_heads
+    if (
+        mesh.devices.flat[0].platform == "gpu"
+        and fits_fused_kernel(config.model.dtype, head_dim)
+        and has_fused_kernel()
+    ):
+        return Hooks(constrain=constrain, attention=functools.partial(fused_attention, "cudnn"))
+    return Hooks(constrain=constrain)
