@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,21 +111,18 @@ def test_a_run_keeps_its_choices(machine, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"cpu": {"devices": 2, "pieces": 4, "products": "onednn", "fold": False}})
     )
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(coordinator_address=None):
-        for overrides, cores, found in (
-            ({}, 8, (2, 4)),
-            ({"cpu__pieces": 8}, 8, (2, 8)),
-            ({"cpu__devices": 1}, 8, (1, 0)),
-            ({}, 1, (1, 0)),
-        ):
-            machine.setattr(cpu, "num_cores", lambda cores=cores: cores)
-            machine.delenv("XLA_FLAGS", raising=False)
-            config = smoke_config(**overrides)
-            start.use_cores(config, str(tmp_path))
-            assert (config.cpu.devices, config.cpu.pieces) == found
-            assert (config.cpu.products, config.cpu.fold) == ("onednn", False)
+    for overrides, cores, found in (
+        ({}, 8, (2, 4)),
+        ({"cpu__pieces": 8}, 8, (2, 8)),
+        ({"cpu__devices": 1}, 8, (1, 0)),
+        ({}, 1, (1, 0)),
+    ):
+        machine.setattr(cpu, "num_cores", lambda cores=cores: cores)
+        machine.delenv("XLA_FLAGS", raising=False)
+        config = smoke_config(**overrides)
+        start.use_cores(config, str(tmp_path))
+        assert (config.cpu.devices, config.cpu.pieces) == found
+        assert (config.cpu.products, config.cpu.fold) == ("onednn", False)
 
 
 @pytest.mark.parametrize(
@@ -137,23 +132,17 @@ def test_a_run_keeps_its_choices(machine, tmp_path):
 def test_devices_chosen_for_a_run_can_compute_it(machine, tmp_path, overrides, devices):
     """125 images are whole shares of 250, but no whole pairs to mix, and no ten pieces."""
     machine.setattr(cpu, "num_cores", lambda: 2)
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
     config = smoke_config(global_batch_size=250, **overrides)
-    with flagsaver.flagsaver(coordinator_address=None):
-        start.use_cores(config, str(tmp_path))
+    start.use_cores(config, str(tmp_path))
     assert config.cpu.devices == devices
     job.check_mesh(config, devices)
 
 
 def test_more_devices_than_cores(machine, tmp_path):
     """They would wait for each other for ever; a mesh that needs them is refused where meshes are checked."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(coordinator_address=None):
-        with pytest.raises(ConfigError, match=r"cpu\.devices=9 and this process may use 8 cores"):
-            start.use_cores(smoke_config(cpu__devices=9), str(tmp_path))
-        start.use_cores(smoke_config(mesh__data=16), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cpu\.devices=9 and this process may use 8 cores"):
+        start.use_cores(smoke_config(cpu__devices=9), str(tmp_path))
+    start.use_cores(smoke_config(mesh__data=16), str(tmp_path))
     assert "XLA_FLAGS" not in os.environ
 
 

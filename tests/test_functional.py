@@ -1,5 +1,7 @@
 """What layers are made of: randomness per example, and gradients of their own against those that JAX derives."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
