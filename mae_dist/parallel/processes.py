@@ -11,6 +11,9 @@ from absl import logging
 
 from mae_dist.errors import ConfigError
 
+# Environment variables of Slurm's steps, Open MPI, and TPU pods.
+_SET_BY_LAUNCHERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES", "MEGASCALE_SLICE_ID")
+
 
 def initialize(
     coordinator_address: str | None,
@@ -46,7 +49,8 @@ def initialize(
         try:
             _join(secs)
         except ValueError as error:
-            if "coordinator_address should be defined" not in str(error):  # JAX's word for "no cluster found"
+            # JAX raises it where it finds no cluster.
+            if _is_in_cluster() and "coordinator_address should be defined" not in str(error):
                 raise ConfigError(
                     f"the cluster this process seems to be in cannot be joined: {error}; give "
                     "--coordinator_address, --num_processes and --process_id"
@@ -62,6 +66,11 @@ def initialize(
     _join(secs, coordinator_address, num_processes, process_id)
 
 
+def _is_in_cluster() -> bool:
+    """True if a launcher of several processes, of those that JAX knows, seems to have started this one."""
+    return any(name in os.environ for name in _SET_BY_LAUNCHERS)
+
+
 def _check_port(address: str) -> None:
     """Raises a `ConfigError` if process 0 cannot listen at host:port, for JAX dies of that by a signal."""
     port = int(address.rpartition(":")[2])
@@ -75,7 +84,7 @@ def _join(secs: dict[str, Any], *where: Any) -> None:
     try:
         jax.distributed.initialize(*where, **secs)
     except RuntimeError as error:
-        if "before any JAX calls" not in str(error):
+        if (where or _is_in_cluster()) and "before any JAX calls" not in str(error):
             raise
         raise DevicesInUse(str(error)) from error
 
@@ -85,13 +94,25 @@ class DevicesInUse(RuntimeError):
 
 
 def coordination() -> tuple[Any, str]:
-    """(client, host:port of process 0) of JAX's coordination service; (None, "") where nothing was joined.
+    """Returns (client, host:port of process 0) of JAX's coordination service; (None, "") where nothing was joined.
 
-    There is no public way to it; `preemption` and `watch` need a place where processes leave word for each other.
+    There is no public way to it; `preemption` and `watchdog` need a place where processes leave messages for each
+    other. A single process does not ask.
+
+    Raises:
+      ConfigError: several processes, and a version of JAX that keeps the client elsewhere.
     """
-    from jax._src import distributed as internal
+    if not jax.distributed.is_initialized():
+        return None, ""
+    try:
+        from jax._src import distributed as internal
 
-    return internal.global_state.client, internal.global_state.coordinator_address or ""
+        return internal.global_state.client, internal.global_state.coordinator_address or ""
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"several processes cannot exchange messages with jax {jax.__version__} ({error}); install a version that "
+            "pyproject.toml names"
+        ) from error
 
 
 def send_to_first(key: str, text: str, timeout_secs: float) -> list[str] | None:
@@ -122,7 +143,7 @@ def send_to_first(key: str, text: str, timeout_secs: float) -> list[str] | None:
 
 
 def is_primary() -> bool:
-    """Whether this process writes metrics, pictures and log lines."""
+    """True if this process writes metrics, pictures and log lines."""
     return jax.process_index() == 0
 
 
