@@ -28,7 +28,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; what is wrong with it, the config's file or an override of it is a `ConfigError`."""
     console.check_arguments(argv)
-    argv = _with_config_path(argv)
+    argv = with_config_path(argv)
     try:
         rest = flags.FLAGS(list(argv))
         if CONFIG.value is not None:
@@ -40,7 +40,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _with_config_path(argv: Sequence[str]) -> list[str]:
+def with_config_path(argv: Sequence[str]) -> list[str]:
     """Puts the path of its file in the place of the name of a config that comes with the package."""
     found = list(argv)
     for place, argument in enumerate(argv[1:], start=1):

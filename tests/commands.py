@@ -10,8 +10,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from mae_dist import cli, errors
 from mae_dist import config as config_lib
-from mae_dist import errors
 from mae_dist.checkpoint import __main__ as checkpoint_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def parse(module: str, arguments: Sequence[str]) -> ConfigDict | None:
         with contextlib.suppress(errors.StorageFault):  # the arguments are right and there is no such workdir
             checkpoint_command.command([*arguments[:-1], f"/nowhere/{arguments[-1]}"])
         return None
-    argv = [module, *arguments]
+    argv = cli.with_config_path([module, *arguments])
     values = _defined(module, argv)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # of config_flags

@@ -151,7 +151,7 @@ def test_unreadable_images_are_left_out(compute, tmp_path, monkeypatch):
     """The others keep their numbers; more than config.data allows are a fault, and nothing is left behind."""
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     dataset = SomeUnreadable({"image": images, "label": np.arange(20, dtype=np.int32) % 10}, num_classes=10)
-    monkeypatch.setattr(data_from_config, "open_dataset", lambda config, split: dataset)
+    monkeypatch.setattr(features, "open_dataset", lambda config, split: dataset)
     assert compute(tmp_path / "out", shard_size=10, block=0) == 0
     description, columns = read(tmp_path / "out")
     assert description["count"] == 18

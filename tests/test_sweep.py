@@ -96,7 +96,9 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     assert (stage.config.total_epochs, stage.config.model.masking) == (7.0, "block")
     values = flags.FlagValues()
     parsed = config_flags.DEFINE_config_file("config", flag_values=values)
-    monkeypatch.setattr(sys, "argv", ["main", *stage.arguments])  # config_flags looks for overrides there
+    monkeypatch.setattr(
+        sys, "argv", cli.with_config_path(["main", *stage.arguments])
+    )  # config_flags looks for overrides there
     values(sys.argv)
     assert config_lib.differences(parsed.value, stage.config, ignore=()) == []
     assert base.task == first.config.task == "pretrain"

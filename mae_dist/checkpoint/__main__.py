@@ -1,4 +1,4 @@
-"""Lists, verifies and cleans checkpoints: `python -m mae_dist.checkpoint COMMAND WORKDIR`."""
+"""Looks after the checkpoints of a run: `python -m mae_dist.checkpoint verify|list|rm-quarantine WORKDIR`."""
 
 import argparse
 import sys
