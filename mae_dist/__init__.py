@@ -11,8 +11,9 @@ from mae_dist.config.named import get_config
 
 if TYPE_CHECKING:
     from mae_dist.evaluation.encoder import load_encoder
+    from mae_dist.model import masking
 
-__all__ = ["default_config", "get_config", "load_encoder"]
+__all__ = ["default_config", "get_config", "load_encoder", "masking"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from mae_dist.evaluation.encoder import load_encoder
 
         return load_encoder
+    if name == "masking":
+        from mae_dist.model import masking
+
+        return masking
     raise AttributeError(f"module 'mae_dist' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -15,6 +15,7 @@ from mae_dist.data.from_config import open_data
 from mae_dist.evaluation import pictures
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute
+from mae_dist.task_kinds import kind_of
 from mae_dist.training import job
 from mae_dist.training.run import draw_reconstructions
 
@@ -50,7 +51,7 @@ def reconstruct(argv: Sequence[str]) -> int:
         config.global_batch_size = config.eval.batch_size = jax.device_count()
         config.data.data_dir = _DATA_DIR.value or config.data.data_dir
         config.pictures.pix_stats = _PIX_STATS.value or config.pictures.pix_stats
-    if config.task != "pretrain":
+    if not kind_of(config).has_decoder:
         raise errors.ConfigError(
             f"{workdir} is a {config.task}: it has no decoder; give the workdir of its pretraining"
         )

@@ -214,7 +214,7 @@ def test_probabilities(field, value):
 @pytest.mark.parametrize("field", list(config_lib.CHOICES))
 def test_choices(field):
     """The message lists them and offers the nearest."""
-    right = config_lib.CHOICES[field][0]
+    right = next(iter(config_lib.CHOICES[field]))
     message = fault(**{field: right + "x"})
     assert f"{field}={right + 'x'!r} is not one of {', '.join(config_lib.CHOICES[field])}." in message
     assert f"Did you mean {right!r}?" in message

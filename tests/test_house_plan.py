@@ -21,15 +21,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "console",
-        "model",
         "parallel",
+        "registry",
         "storage",
     ),
     (
         "optim",
         "resilience",
+        "task_kinds",
     ),
-    ("data",),
+    (
+        "data",
+        "model",
+    ),
     ("config",),
     (
         "checkpoint",

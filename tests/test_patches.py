@@ -1,6 +1,8 @@
 """Patches, masks and position embeddings against pictures drawn by hand and loops written out."""
 
 import functools
+import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -17,6 +19,8 @@ from tests import reference
 GRID = (4, 6)
 LENGTH = 24
 CHECKER = (np.indices(GRID).sum(axis=0) % 2).reshape(-1).astype(np.int32)
+CHECKER_FILE = os.path.join(tempfile.mkdtemp(), "checker.npy")
+np.save(CHECKER_FILE, CHECKER)
 STRATEGIES = ("random", "grid", "block", "user")
 KEYS = jax.random.split(jax.random.key(0), 64)
 
@@ -24,12 +28,11 @@ KEYS = jax.random.split(jax.random.key(0), 64)
 @functools.cache
 def drawer(strategy: str, grid: tuple[int, int] = GRID, mask_ratio: float = 0.75):
     """A compiled keys (B,) -> (ids_shuffle, kept, ids_restore, mask)."""
-    user_mask = CHECKER if strategy == "user" else None
 
     @jax.jit
     def run(keys: jax.Array):
         ids, kept = masking.draw_ids_shuffle(
-            keys, strategy=strategy, grid=grid, mask_ratio=mask_ratio, user_mask=user_mask
+            keys, strategy=strategy, grid=grid, mask_ratio=mask_ratio, mask_file=CHECKER_FILE
         )
         restore = masking.restore_ids(ids)
         return ids, kept, restore, masking.mask_from_ids(restore, kept)

@@ -299,7 +299,7 @@ class Checkpoints:
         sealed = _check_files(self._seals, step, path)
         with _telling_damage(path, sealed):
             meta = reader.read_meta(self._manager, step)
-            stored = config_lib.from_json(meta["config"])
+            stored = config_lib.from_json(meta["config"], for_use=False)
             stored_fingerprint = "" if reader.WEIGHTS_ONLY in meta else meta["data_fingerprint"]
         if reader.WEIGHTS_ONLY in meta:
             raise StorageFault(

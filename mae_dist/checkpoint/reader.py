@@ -23,7 +23,7 @@ from mae_dist import config as config_lib
 from mae_dist import os_errors
 from mae_dist.checkpoint import digests
 from mae_dist.checkpoint.manifests import Seals
-from mae_dist.errors import StorageFault, UserError
+from mae_dist.errors import ConfigError, StorageFault, UserError
 from mae_dist.parallel.shardings import placed
 from mae_dist.storage import check_checkpoints, is_local, naming_faults, write_text_atomically
 
@@ -183,6 +183,8 @@ def read_config(workdir: epath.Path) -> ConfigDict:
         text = path.read_bytes()
     try:
         return config_lib.from_json(text.decode())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageFault(
             f"{path} is damaged: {first_line(error)}. Restore it from a copy, or "

@@ -4,19 +4,24 @@ Fields and their defaults are in configs/default.py; there are none here.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from ml_collections import ConfigDict
 
 from mae_dist.config import default
+from mae_dist.config.imports import import_modules
 from mae_dist.config.stored import flatten, get
-from mae_dist.data import randaugment, transforms
+from mae_dist.data import AUGMENTATIONS, SOURCES, randaugment
 from mae_dist.errors import ConfigError, nearest
 from mae_dist.model import layers, masking, patches, positions
+from mae_dist.optim.optimizer import OPTIMIZERS
+from mae_dist.registry import Registry
 from mae_dist.storage import absolute_name
+from mae_dist.task_kinds import TASK_KINDS, kind_of
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("pretrain", "probe", "finetune"),
+# A registry's choices grow as modules register theirs.
+CHOICES: dict[str, Collection[str]] = {
+    "task": TASK_KINDS,
     "cpu.products": ("auto", "onednn", "xla"),
     "model.masking": masking.STRATEGIES,
     "model.cls_token": layers.CLS_TOKENS,
@@ -27,10 +32,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": layers.REMAT_POLICIES,
     "classify.head": ("linear", "mlp"),
     "classify.pool": ("gap", "cls"),
-    "optim.name": ("adamw", "sgd", "lars"),
+    "optim.name": OPTIMIZERS,
     "optim.schedule": ("cosine", "constant"),
-    "data.source": ("tfds", "digits", "synthetic"),
-    "data.augment": transforms.AUGMENT_KINDS,
+    "data.source": SOURCES,
+    "data.augment": AUGMENTATIONS,
     "data.cache": ("auto", "memory", "stream"),
     "pictures.pix_stats": ("true", "visible"),
 }
@@ -130,7 +135,11 @@ def field_faults(config: ConfigDict) -> dict[str, str]:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises one `ConfigError` that lists everything in `config` that cannot work, each with the cure."""
+    """Raises one `ConfigError` that lists everything in `config` that cannot work, each with the cure.
+
+    Imports the modules of `config.imports` first, whose names are choices too.
+    """
+    import_modules(config.imports)
     _raise(_faults(config))
 
 
@@ -140,6 +149,7 @@ def validate_model(config: ConfigDict, *, masked: bool) -> None:
     Trained weights may have any task and the config that uses them another. `masked`: there is a decoder, so that
     masks have to fit too.
     """
+    import_modules(config.imports)
     _raise((*_field_faults(config, "model."), *_model_faults(config.model, masked), *_scaling_faults(config)))
 
 
@@ -151,9 +161,11 @@ def _raise(faults: Iterable[str]) -> None:
 
 def _faults(config: ConfigDict) -> Iterator[str]:
     yield from _field_faults(config)
-    yield from _model_faults(config.model, masked=config.task == "pretrain")
+    known = config.task in TASK_KINDS
+    yield from _model_faults(config.model, masked=known and kind_of(config).has_decoder)
     yield from _scaling_faults(config)
-    yield from _run_faults(config)
+    if known:
+        yield from _run_faults(config)
 
 
 def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:
@@ -161,7 +173,10 @@ def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:
     for field, choices in CHOICES.items():
         value = get(config, field)
         if field.startswith(prefix) and value not in choices:
-            yield f"{field}={value!r} is not one of {', '.join(choices)}.{nearest(str(value), choices)}"
+            if isinstance(choices, Registry):
+                yield choices.fault(value)
+            else:
+                yield f"{field}={value!r} is not one of {', '.join(choices)}.{nearest(str(value), choices)}"
     for fields, test, needed in (
         (POSITIVE, lambda v: v > 0, "must be above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
@@ -209,27 +224,34 @@ def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
         yield f"model.channels={model.channels} must be 1 (gray), 3 (RGB) or 4 (RGBA)"
     try:
         grid = patches.grid_size(model.image_size, model.patch_size)
-        if masked:
-            if model.masking == "grid":
-                masking.grid_mask(grid, model.mask_ratio)
-            elif model.masking == "user":
-                masking.load_user_mask(model.mask_file, grid)
-            else:
-                length = grid[0] * grid[1]
-                kept = masking.num_keep(length, model.mask_ratio) if math.isfinite(model.mask_ratio) else 0
-                if length == 1:
-                    yield (
-                        f"model.patch_size={model.patch_size} leaves one patch of model.image_size={model.image_size}, "
-                        "and one must be kept and one removed; choose smaller patches"
-                    )
-                elif not 0 < kept < length:
-                    lowest, highest = math.ceil(1e4 / length) / 1e4, math.floor(1e4 - 1e4 / length) / 1e4
-                    yield (
-                        f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one "
-                        f"must be kept and one removed: choose {lowest:g} to {highest:g}"
-                    )
+        if masked and model.masking in masking.STRATEGIES:
+            yield from _mask_faults(model, grid)
     except ConfigError as error:
         yield str(error)
+
+
+def _mask_faults(model: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
+    """Checks how many patches are kept; raises the strategy's own `ConfigError`."""
+    length = grid[0] * grid[1]
+    kept = masking.count_kept(strategy=model.masking, grid=grid, mask_ratio=model.mask_ratio, mask_file=model.mask_file)
+    if length == 1:
+        yield (
+            f"model.patch_size={model.patch_size} leaves one patch of model.image_size={model.image_size}, "
+            "and one must be kept and one removed; choose smaller patches"
+        )
+    elif 0 < kept < length:
+        return
+    elif masking.STRATEGIES.get(model.masking).count is masking.count_by_ratio:
+        lowest, highest = math.ceil(1e4 / length) / 1e4, math.floor(1e4 - 1e4 / length) / 1e4
+        yield (
+            f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one "
+            f"must be kept and one removed: choose {lowest:g} to {highest:g}"
+        )
+    else:
+        yield (
+            f"model.masking={model.masking!r} keeps {kept} of {length} patches by its own count; at least one must be "
+            "kept and one removed: correct that function, or choose another model.masking"
+        )
 
 
 def _scaling_faults(config: ConfigDict) -> Iterator[str]:
@@ -260,12 +282,13 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
             f"total_epochs={config.total_epochs}; lower it too: "
             f"the paper warms up for a twentieth, here {config.total_epochs / 20:g}"
         )
-    if config.classify.batch_norm and config.task != "probe":
+    kind = kind_of(config)
+    if config.classify.batch_norm and kind.trains_encoder:
         yield (
             f"classify.batch_norm is for task='probe' and task={config.task!r}: its statistics are over the whole "
             "batch, whose features only a frozen encoder computes ahead; set it to False"
         )
-    if config.task != "finetune":
+    if not kind.finetunes:
         for name in ("mixup", "cutmix", "erase_prob"):
             if config.classify[name]:
                 yield (
@@ -273,7 +296,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
                     "to 0: a head alone underfits, and a pretraining has no labels"
                 )
     decay = config.optim.layer_decay
-    if decay > 1 or (decay != 1 and config.task != "finetune"):
+    if decay > 1 or (decay != 1 and not kind.finetunes):
         yield (
             f"optim.layer_decay={decay} with task={config.task!r}: it must be at most 1, and 1 but for "
             "task='finetune', where the layers far from a new head change least"
@@ -281,12 +304,12 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
     yield from _retention_faults(config.checkpoint)
-    if config.task == "probe" and not config.init_from:
-        yield "task='probe' needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
-    pools = config.task != "pretrain" or config.online.every_epochs or config.online.every_steps
+    if not kind.trains_encoder and not config.init_from:
+        yield f"task={config.task!r} needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
+    pools = not kind.has_decoder or config.online.every_epochs or config.online.every_steps
     if pools and config.classify.pool == "cls" and config.model.cls_token == "none":
         yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
-    if config.task == "probe" and config.classify.norm_after_pool:
+    if not kind.trains_encoder and config.classify.norm_after_pool:
         yield (
             "classify.norm_after_pool is for task='finetune': a probe keeps the encoder as it is, with its own norm; "
             "set it to False"
@@ -296,7 +319,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         yield f"data.crop_scale={config.data.crop_scale} must be (low, high) with 0 < low <= high <= 1"
     yield from _augment_faults(config)
     metric = config.checkpoint.keep_best
-    metrics = ("val_loss", *ONLINE) if config.task == "pretrain" else ("val_loss", "val_top1", "val_top5")
+    metrics = ("val_loss", *ONLINE) if kind.has_decoder else ("val_loss", "val_top1", "val_top5")
     if metric and metric not in metrics:
         yield f"checkpoint.keep_best={metric!r} is not one of {', '.join(metrics)} (or '').{nearest(metric, metrics)}"
     section = "online" if metric in ONLINE else "eval"
@@ -310,7 +333,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
         yield str(error)
     if not config.name:
         yield "name='' must not be empty: it names the run's directory"
-    if config.task == "pretrain" and config.pretrain.norm_pix_loss:
+    if kind.has_decoder and config.pretrain.norm_pix_loss:
         values = math.prod(config.model.patch_size) * config.model.channels
         if values == 1:
             yield (

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.task = (
         "pretrain"  # pretrain | probe (frozen encoder) | finetune (all weights; from scratch without init_from)
     )
+    config.imports = ()  # modules of yours that register tasks, masking strategies, sources, optimizers, augmentations
     config.init_from = ""  # trained weights to start from: a workdir, what convert wrote, Hugging Face's or timm's
     config.seed = 0  # decides everything random: initial weights, order of the data, augmentation, masks, dropout
 

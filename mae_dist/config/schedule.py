@@ -4,10 +4,12 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from mae_dist.task_kinds import kind_of
+
 
 def rows_together(config: ConfigDict) -> int:
     """So many rows of a batch, one after another, are one device's: mixup and cutmix need pairs."""
-    return 2 if config.task == "finetune" and (config.classify.mixup or config.classify.cutmix) else 1
+    return 2 if kind_of(config).finetunes and (config.classify.mixup or config.classify.cutmix) else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ def schedule(config: ConfigDict, num_examples: int) -> Schedule:
         total_steps=total,
         warmup_steps=round(total * config.optim.warmup_epochs / config.total_epochs),
         eval_every_steps=every(config.eval),
-        online_every_steps=every(config.online) if config.task == "pretrain" else 0,
+        online_every_steps=every(config.online) if kind_of(config).has_decoder else 0,
         pictures_every_steps=every(config.pictures),
     )
 

@@ -8,11 +8,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mae_dist.config import default
+from mae_dist.config.imports import import_modules
+from mae_dist.task_kinds import TASK_KINDS
 
 # What may differ between a checkpoint and the config that continues it: how and where the run is carried out, not what
 # it computes.
 FREE = (
     "name",
+    "imports",
     "cpu",
     "mesh",
     "accum_steps",
@@ -59,8 +62,15 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
-def from_json(text: str) -> ConfigDict:
-    """A config as stored by `to_json`, with fields added since then at their default."""
+def from_json(text: str, *, for_use: bool = True) -> ConfigDict:
+    """Returns a config as stored by `to_json`, with fields added since then at their default.
+
+    Imports the modules of its `imports`, unless it is not for use, but for comparison with another.
+
+    Raises:
+      ConfigError: such a module cannot be imported, or the task is unknown without one.
+      ValueError, KeyError, TypeError, AttributeError: `text` is no such config.
+    """
     config = default.get_config()
     with config.ignore_type():
         for field, value in flatten(json.loads(text)):
@@ -68,6 +78,9 @@ def from_json(text: str) -> ConfigDict:
             target = get(config, section) if section else config
             if key in target:
                 target[key] = tuple(value) if isinstance(value, list) else value
+    if for_use:
+        import_modules(config.imports)
+        TASK_KINDS.get(config.task)
     return config.lock()
 
 

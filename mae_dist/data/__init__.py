@@ -4,12 +4,15 @@ from mae_dist.data.batches import Batches, eval_batches, num_readers, train_batc
 from mae_dist.data.dataset import ArrayDataset, Dataset, FirstExamples
 from mae_dist.data.placement import local_rows, to_global
 from mae_dist.data.randaugment import RandAugment
+from mae_dist.data.sources import SOURCES, register_source
 from mae_dist.data.sources.described import DescribedDataset, known_sizes
 from mae_dist.data.sources.open_split import open_split
 from mae_dist.data.sources.tfds import is_prepared
-from mae_dist.data.transforms import Augment
+from mae_dist.data.transforms import AUGMENTATIONS, Augment, register_augmentation
 
 __all__ = [
+    "AUGMENTATIONS",
+    "SOURCES",
     "ArrayDataset",
     "Augment",
     "Batches",
@@ -23,6 +26,8 @@ __all__ = [
     "local_rows",
     "num_readers",
     "open_split",
+    "register_augmentation",
+    "register_source",
     "to_global",
     "train_batches",
 ]

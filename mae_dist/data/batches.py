@@ -28,7 +28,7 @@ from absl import flags
 from mae_dist.data import draws
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.randaugment import RandAugment
-from mae_dist.data.transforms import CROP_UNIFORMS, Augment, RandomCrops, flip_images
+from mae_dist.data.transforms import AUGMENTATIONS, CROP_UNIFORMS, Augment, Augmentation, RandomCrops, flip_images
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.resilience.watchdog import Workers
 
@@ -50,6 +50,7 @@ class _TrainBatch:
 
     dataset: Dataset
     augment: Augment
+    augmentation: Augmentation  # pickled with its function by name, so that a worker imports the user's module
     randaugment: RandAugment | None
     repeats: int
     seed: int
@@ -59,17 +60,21 @@ class _TrainBatch:
     def __call__(self, step: int) -> HostBatch:
         num_unique = self.global_batch_size // self.repeats
         indices = stream_indices(self.seed, step, num_unique, self.rows % num_unique, self.dataset.num_examples)
-        if self.augment.kind == "none":
-            flip, crops = None, None
-        else:
+        flip = crops = None
+        if self.augmentation.flip or self.augmentation.crop:
             shape = (self.global_batch_size, 1 + CROP_UNIFORMS)
             # Drawn for the whole global batch, so that a row's numbers do not depend on who computes it.
             numbers = draws.uniforms(draws.AUGMENT, self.seed, step, shape)[self.rows]  # (b, 1 + CROP_UNIFORMS)
-            flip = numbers[:, 0] < 0.5
-            crops = RandomCrops(numbers[:, 1:], self.augment.crop_scale, self.augment.crop_ratio)
-        batch = self._read(indices, crops if self.augment.kind == "crop_flip" else None)
+            if self.augmentation.flip:
+                flip = numbers[:, 0] < 0.5
+            if self.augmentation.crop:
+                crops = RandomCrops(numbers[:, 1:], self.augment.crop_scale, self.augment.crop_ratio)
+        batch = self._read(indices, crops)
         if flip is not None:
             flip_images(batch["image"], flip)
+        if self.augmentation.function is not None:
+            shape = (self.global_batch_size, self.augmentation.num_uniforms)
+            self.augmentation.apply(batch["image"], draws.uniforms(draws.REGISTERED, self.seed, step, shape)[self.rows])
         if self.randaugment is not None:
             shape = (self.global_batch_size, self.randaugment.num_uniforms)
             self.randaugment(batch["image"], draws.uniforms(draws.RANDAUGMENT, self.seed, step, shape)[self.rows])
@@ -233,7 +238,14 @@ def train_batches(
     if repeats < 1 or global_batch_size % repeats:
         raise ConfigError(f"repeats {repeats} does not divide global_batch_size {global_batch_size}")
     make_batch = _TrainBatch(
-        dataset, augment, randaugment, repeats, seed, global_batch_size, np.asarray(rows, np.int64)
+        dataset,
+        augment,
+        AUGMENTATIONS.get(augment.kind),
+        randaugment,
+        repeats,
+        seed,
+        global_batch_size,
+        np.asarray(rows, np.int64),
     )
     return _iterate(dataset, make_batch, start_step, total_steps, num_workers)
 

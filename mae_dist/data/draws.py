@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 # One number per use, so that no two uses of one seed share a stream.
-PERMUTATION, AUGMENT, DIGITS, RANDAUGMENT = 1, 2, 3, 4
+PERMUTATION, AUGMENT, DIGITS, RANDAUGMENT, REGISTERED = 1, 2, 3, 4, 5
 
 
 def _words(use: int, seed: int, index: int, count: int) -> np.ndarray:

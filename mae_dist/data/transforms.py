@@ -8,6 +8,7 @@ Legend: N rows, H height, W width, C channels (1 grey, 3 RGB, 4 RGBA); a box is 
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -15,11 +16,11 @@ import numpy as np
 
 from mae_dist.data.resample import Box, resize_box, resize_boxes
 from mae_dist.errors import ConfigError
+from mae_dist.registry import Registry
 
 # The data pipeline already runs one image per thread or process; OpenCV's own pool would only fight XLA for the cores.
 cv2.setNumThreads(0)
 
-AUGMENT_KINDS = ("none", "flip", "crop_flip")
 CROP_TRIES = 10  # as torchvision.transforms.RandomResizedCrop
 CROP_UNIFORMS = 2 * CROP_TRIES + 2  # per try an area and an aspect ratio, then one position (top, left)
 
@@ -36,6 +37,64 @@ _REDUCTIONS = {
 }
 
 
+ImageFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What `config.data.augment` names: crop, flip, then `function`; see `register_augmentation`."""
+
+    crop: bool = False
+    flip: bool = False
+    function: ImageFunction | None = None
+    num_uniforms: int = 0
+
+    def apply(self, images: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Replaces each image by what `function` makes of it, in place. # (N, H, W, C), (N, U) -> (N, H, W, C)"""
+        assert self.function is not None
+        for image, numbers in zip(images, uniforms, strict=True):
+            changed = self.function(image, numbers)
+            if changed.shape != image.shape or changed.dtype != np.uint8:
+                raise ConfigError(
+                    f"the function of data.augment returns {changed.dtype} of shape {changed.shape} for an image of "
+                    f"shape {image.shape}; needed: uint8 of the same shape"
+                )
+            image[:] = changed
+        return images
+
+
+AUGMENTATIONS: Registry[Augmentation] = Registry("data.augment")
+for _name, _crop, _flip in (("none", False, False), ("flip", False, True), ("crop_flip", True, True)):
+    AUGMENTATIONS.add(_name, Augmentation(crop=_crop, flip=_flip), Augmentation)
+
+
+def register_augmentation(
+    name: str, *, num_uniforms: int, crop: bool = False, flip: bool = False
+) -> Callable[[ImageFunction], ImageFunction]:
+    """Adds an augmentation, for `config.data.augment` to name: a decorator of the function that changes one image.
+
+    The function takes an image uint8 (H, W, C) and `num_uniforms` numbers float64 in [0, 1), drawn for this image of
+    this step, and returns an image like the one given. All that is random in it must come from these numbers: then the
+    batch of a step is the same on any number of hosts and workers, and after a resume. It stands at the top level of
+    its module, which worker processes import.
+
+    Args:
+      name: of the augmentation.
+      num_uniforms: how many numbers the function needs.
+      crop: whether it follows the random resized crop of "crop_flip".
+      flip: whether it follows the mirroring of half of the images.
+
+    Raises:
+      ConfigError: another function has the name.
+    """
+
+    def add(function: ImageFunction) -> ImageFunction:
+        AUGMENTATIONS.add(name, Augmentation(crop, flip, function, num_uniforms), function)
+        return function
+
+    return add
+
+
 class UndecodableImage(ValueError):
     """Bytes that are not a whole image with the channels asked for."""
 
@@ -45,7 +104,8 @@ class Augment:
     """What training does to an image; the keyword arguments of a config section.
 
     Attributes:
-      kind: "none", "flip" (horizontal, half of the rows) or "crop_flip" (random resized crop, bicubic, and flip).
+      kind: "none", "flip" (horizontal, half of the rows), "crop_flip" (random resized crop, bicubic, and flip), or the
+        name of a registered one.
       crop_scale: smallest and largest crop area as a share of the image's.
       crop_ratio: smallest and largest width / height of the crop.
     """
@@ -55,8 +115,7 @@ class Augment:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        if self.kind not in AUGMENT_KINDS:
-            raise ConfigError(f"augment kind is {self.kind!r}; it must be one of {', '.join(map(repr, AUGMENT_KINDS))}")
+        AUGMENTATIONS.get(self.kind)
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ConfigError(f"crop_scale is {(low, high)}; it must be two areas with 0 < smallest <= largest <= 1")

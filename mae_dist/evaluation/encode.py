@@ -20,6 +20,7 @@ from mae_dist.model import autoencoder, patches
 from mae_dist.model.build import functional
 from mae_dist.model.flops import forward_flops
 from mae_dist.model.hooks import PLAIN, Hooks
+from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import scale_pixels
 from mae_dist.weights import pretrained
 
@@ -104,7 +105,7 @@ def check_kind(kind: Any) -> None:
 
 
 def _norm_in_head(config: ConfigDict) -> bool:
-    return config.task == "finetune" and config.classify.norm_after_pool
+    return kind_of(config).finetunes and config.classify.norm_after_pool
 
 
 def scale(images: jax.Array, config: ConfigDict) -> jax.Array:

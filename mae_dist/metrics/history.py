@@ -60,7 +60,7 @@ def _check_beginning(workdir: epath.Path, config: ConfigDict) -> None:
     if not last:
         return
     try:
-        stored = config_lib.from_json(read_text(workdir / "config.json"))
+        stored = config_lib.from_json(read_text(workdir / "config.json"), for_use=False)
         lines = config_lib.differences(stored, config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         lines = [f"its config.json cannot be read: {error}"]

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist.errors import StorageFault
+from mae_dist.errors import ConfigError, StorageFault
 from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.storage import naming_faults, read_text
 
@@ -53,6 +53,8 @@ def read_result(workdir: epath.Path) -> Result | None:
             return None
         found = {name: summary[name] for name in METRICS if summary.get(name) is not None}
         return Result(config_lib.from_json(texts[0]), found)
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageFault(
             f"config.json or {SUMMARY_FILE} in {workdir} is damaged: {error}; delete {SUMMARY_FILE}, and the run's own "

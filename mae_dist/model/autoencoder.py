@@ -228,9 +228,8 @@ class MaskedAutoencoder(nnx.Module):
 
     def draw_ids_shuffle(self, keys: jax.Array) -> tuple[jax.Array, int]:
         """One mask per example by the configured strategy: keys (B,) -> ids_shuffle (B, L) and K."""
-        user_mask = model_masking.load_user_mask(self.mask_file, self.grid) if self.masking == "user" else None
         return model_masking.draw_ids_shuffle(
-            keys, strategy=self.masking, grid=self.grid, mask_ratio=self.mask_ratio, user_mask=user_mask
+            keys, strategy=self.masking, grid=self.grid, mask_ratio=self.mask_ratio, mask_file=self.mask_file
         )
 
     def __call__(

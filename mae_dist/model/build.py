@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.classifier import Classifier
 from mae_dist.model.hooks import PLAIN, Hooks
+from mae_dist.task_kinds import kind_of
 
 
 def param_count(params: Any) -> int:
@@ -48,7 +49,7 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
 def make_model(config: ConfigDict, num_classes: int, hooks: Hooks, rngs: nnx.Rngs) -> Any:
     """The module that `config` describes: a `MaskedAutoencoder`, or a `Classifier` for `num_classes`."""
     fields, options = config.model.to_dict(), config.classify
-    if config.task == "pretrain":
+    if kind_of(config).has_decoder:
         return MaskedAutoencoder(**fields, hooks=hooks, rngs=rngs)
     return Classifier(
         fields,

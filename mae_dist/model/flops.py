@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from mae_dist.model import masking, patches
+from mae_dist.task_kinds import kind_of
 
 
 def stack_forward_flops(*, num_tokens: int, embed_dim: int, depth: int, mlp_ratio: float) -> float:
@@ -145,19 +146,19 @@ def count_kept_patches(config: ConfigDict) -> int:
     """Patches the encoder sees of an image while it trains."""
     model = config.model
     rows, columns = patches.grid_size(model.image_size, model.patch_size)
-    if config.task != "pretrain":
+    if not kind_of(config).has_decoder:
         return rows * columns
     return masking.count_kept(
         strategy=model.masking,
         grid=(rows, columns),
         mask_ratio=model.mask_ratio,
-        user_mask=masking.load_user_mask(model.mask_file, (rows, columns)) if model.masking == "user" else None,
+        mask_file=model.mask_file,
     )
 
 
 def encoder_passes_of(config: ConfigDict) -> int:
     """See `Job.encoder_passes`; a frozen encoder without augmentation gives the same features every epoch."""
-    if config.task != "probe":
+    if kind_of(config).trains_encoder:
         return 3
     return 0 if config.data.augment == "none" else 1
 
@@ -166,7 +167,7 @@ def train_flops_per_image(config: ConfigDict, num_classes: int, num_kept: int) -
     model = config.model
     shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
     shape["cls_token"] = model.cls_token != "none"
-    if config.task != "pretrain":
+    if not kind_of(config).has_decoder:
         hidden = (config.classify.hidden_dim,) if config.classify.head == "mlp" else ()
         return classifier_train_flops_per_image(
             **shape, num_classes=num_classes, head_hidden_dims=hidden, encoder_passes=encoder_passes_of(config)

@@ -2,25 +2,87 @@
 
 Shapes: B batch, L patches, K kept patches, (gh, gw) grid. A `mask` is 0 where a patch is kept and 1 where it is removed
 (He et al. 2021, section 3).
+
+A strategy is one function, here or in a module of yours that `config.imports` names:
+
+    @mae_dist.masking.register("center")
+    def center(key, grid, num_keep):  # -> ids_shuffle (L,), the patches that are kept first
+        ...
 """
 
+import dataclasses
 import math
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mae_dist.errors import ConfigError
+from mae_dist.registry import Registry, named_arguments
 
-STRATEGIES = ("random", "grid", "block", "user")
+Function = TypeVar("Function", bound=Callable[..., Any])
 # Blocks tried per example by `block`; whatever they leave short of the count is filled at random.
 _NUM_BLOCKS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """What `register` was given."""
+
+    draw: Callable[..., jax.Array]
+    count: Callable[..., int]
+
+
+STRATEGIES: Registry[Strategy] = Registry("model.masking")
 
 
 def num_keep(num_patches: int, mask_ratio: float) -> int:
     """int(L * (1 - mask_ratio)), rounded down in floating point exactly as the paper's code does it."""
     return int(num_patches * (1 - mask_ratio))
+
+
+def count_by_ratio(grid: tuple[int, int], *, mask_ratio: float) -> int:
+    """Returns K for a strategy that keeps any number: int(L * (1 - mask_ratio))."""
+    return num_keep(grid[0] * grid[1], mask_ratio) if math.isfinite(mask_ratio) else 0
+
+
+def register(name: str, *, count: Callable[..., int] = count_by_ratio) -> Callable[[Function], Function]:
+    """Adds a strategy, for `config.model.masking` to name: a decorator of the function that draws one example's mask.
+
+    The function takes (key, grid, num_keep) and returns `ids_shuffle` (L,), every patch once, the `num_keep` that are
+    kept first. It is mapped over a batch by `jax.vmap`, so it must be traceable, and depend on nothing but its
+    arguments: masks are to be the same on any devices. Both functions may name, after a `*`, `mask_ratio` and
+    `mask_file`, the fields of `config.model`.
+
+    Args:
+      name: of the strategy.
+      count: (grid) -> K, how many patches are kept; by default int(L * (1 - mask_ratio)). It raises `ConfigError` for
+        a grid or fields that the strategy cannot do with.
+
+    Raises:
+      ConfigError: another function has the name.
+    """
+
+    def add(draw: Function) -> Function:
+        STRATEGIES.add(name, Strategy(draw, count), draw)
+        return draw
+
+    return add
+
+
+def _ids_of(mask: np.ndarray) -> jax.Array:
+    """A mask (L,) as ids_shuffle (L,)."""
+    return jnp.argsort(jnp.asarray(mask, jnp.float32), stable=True)
+
+
+@register("random")
+def _random(key: jax.Array, grid: tuple[int, int], num_keep: int) -> jax.Array:
+    """Draws the kept patches uniformly, as the paper does."""
+    del num_keep  # the same order whatever is cut off
+    return jnp.argsort(jax.random.uniform(key, (grid[0] * grid[1],)), stable=True)
 
 
 def grid_patterns(grid: tuple[int, int]) -> dict[int, np.ndarray]:
@@ -53,6 +115,17 @@ def grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
     )
 
 
+def _count_of_grid(grid: tuple[int, int], *, mask_ratio: float) -> int:
+    return int((1 - grid_mask(grid, mask_ratio)).sum())
+
+
+@register("grid", count=_count_of_grid)
+def _grid(key: jax.Array, grid: tuple[int, int], num_keep: int) -> jax.Array:
+    """Keeps the same regular pattern of every image."""
+    del key
+    return _ids_of(grid_patterns(grid)[num_keep])
+
+
 def _block_removal_rank(key: jax.Array, grid: tuple[int, int], num_removed: int) -> jax.Array:
     """Rank (L,) in which the patches of one example are removed: rectangle after rectangle, as BEiT places its blocks.
 
@@ -82,37 +155,10 @@ def _block_removal_rank(key: jax.Array, grid: tuple[int, int], num_removed: int)
     return block + within
 
 
-def draw_ids_shuffle(
-    keys: jax.Array,
-    *,
-    strategy: str,
-    grid: tuple[int, int],
-    mask_ratio: float,
-    user_mask: np.ndarray | None = None,
-) -> tuple[jax.Array, int]:
-    """Draws the masks of a batch, one per example.
-
-    Args:
-      keys: one random key per example, (B,); an example's mask depends on its own key alone.
-      strategy: `random`, `grid`, `block` or `user`.
-      grid: (gh, gw).
-      mask_ratio: share of patches to remove.
-      user_mask: (L,) for `user`: 1 where a patch is removed.
-
-    Returns:
-      `ids_shuffle` (B, L) int32, patch indices with the kept ones first, and K, how many are kept.
-    """
-    length = grid[0] * grid[1]
-    kept = count_kept(strategy=strategy, grid=grid, mask_ratio=mask_ratio, user_mask=user_mask)
-    if strategy == "random":
-        noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)  # (B, L)
-    elif strategy == "block":
-        noise = -jax.vmap(lambda key: _block_removal_rank(key, grid, length - kept))(keys)
-    else:
-        mask = grid_mask(grid, mask_ratio) if strategy == "grid" else user_mask
-        assert mask is not None, strategy
-        noise = jnp.broadcast_to(jnp.asarray(mask, jnp.float32), (keys.shape[0], length))
-    return jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32), kept
+@register("block")
+def _block(key: jax.Array, grid: tuple[int, int], num_keep: int) -> jax.Array:
+    """Removes rectangles, as BEiT does."""
+    return jnp.argsort(-_block_removal_rank(key, grid, grid[0] * grid[1] - num_keep), stable=True)
 
 
 def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
@@ -131,10 +177,53 @@ def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
     return flat
 
 
-def count_kept(*, strategy: str, grid: tuple[int, int], mask_ratio: float, user_mask: np.ndarray | None = None) -> int:
-    """Returns K, how many patches `draw_ids_shuffle` keeps of an image; its arguments."""
-    mask = grid_mask(grid, mask_ratio) if strategy == "grid" else user_mask if strategy == "user" else None
-    return num_keep(grid[0] * grid[1], mask_ratio) if mask is None else int(mask.size - mask.sum())
+def _count_of_user(grid: tuple[int, int], *, mask_file: str) -> int:
+    return int((1 - load_user_mask(mask_file, grid)).sum())
+
+
+@register("user", count=_count_of_user)
+def _user(key: jax.Array, grid: tuple[int, int], num_keep: int, *, mask_file: str) -> jax.Array:
+    """Removes of every image what a file says."""
+    del key, num_keep
+    return _ids_of(load_user_mask(mask_file, grid))
+
+
+def draw_ids_shuffle(
+    keys: jax.Array, *, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_file: str = ""
+) -> tuple[jax.Array, int]:
+    """Draws the masks of a batch, one per example.
+
+    Args:
+      keys: one random key per example, (B,); an example's mask depends on its own key alone.
+      strategy: the name of a registered one.
+      grid: (gh, gw).
+      mask_ratio: share of patches to remove.
+      mask_file: for `user`.
+
+    Returns:
+      `ids_shuffle` (B, L) int32, patch indices with the kept ones first, and K, how many are kept.
+
+    Raises:
+      ConfigError: the strategy is unknown, cannot do with the arguments, or returns anything but (L,) integers.
+    """
+    fields = {"mask_ratio": mask_ratio, "mask_file": mask_file}
+    kept = count_kept(strategy=strategy, grid=grid, **fields)
+    draw, what = STRATEGIES.get(strategy).draw, f"the function of model.masking={strategy!r}"
+    asked = named_arguments(draw, fields, what)
+    ids_shuffle = jax.vmap(lambda key: jnp.asarray(draw(key, grid, kept, **asked)))(keys)  # (B, L)
+    if ids_shuffle.shape[1:] != (grid[0] * grid[1],) or not jnp.issubdtype(ids_shuffle.dtype, jnp.integer):
+        raise ConfigError(
+            f"{what} returns {ids_shuffle.dtype} of shape {ids_shuffle.shape[1:]}; needed: ids_shuffle, integers of "
+            f"shape ({grid[0] * grid[1]},), the {kept} patches that are kept first"
+        )
+    return ids_shuffle.astype(jnp.int32), kept
+
+
+def count_kept(*, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_file: str = "") -> int:
+    """Returns K, how many patches `draw_ids_shuffle` keeps of an image; its arguments and errors."""
+    count = STRATEGIES.get(strategy).count
+    fields = {"mask_ratio": mask_ratio, "mask_file": mask_file}
+    return count(grid, **named_arguments(count, fields, f"the count of model.masking={strategy!r}"))
 
 
 def restore_ids(ids_shuffle: jax.Array) -> jax.Array:

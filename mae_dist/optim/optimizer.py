@@ -1,13 +1,48 @@
-"""Optimiser and learning-rate schedule from the fields of `config.optim`."""
+"""Optimiser and learning-rate schedule from the fields of `config.optim`.
+
+An optimizer is one function, here or in a module of yours that `config.imports` names:
+
+    @mae_dist.optim.register("lion")
+    def lion(*, b1, b2):  # fields of config.optim
+        return optax.scale_by_lion(b1, b2)
+"""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from mae_dist.registry import Registry, named_arguments
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+OPTIMIZERS: Registry[Callable[..., Any]] = Registry("optim.name")
+
+
+def register(name: str) -> Callable[[Function], Function]:
+    """Adds an optimizer, for `config.optim.name` to name: a decorator of the function that makes it.
+
+    The function returns the transformation that turns a gradient into the direction to go against, for a learning rate
+    of 1 (optax's `scale_by_…`), or a sequence of such. Clipping before it, decoupled weight decay, the layers' factors
+    and the learning rate after it, and skipping steps without a finite gradient are not its business.
+
+    It may name, after a `*`, the fields of `config.optim`; `logical_axes`, a tree like the parameters of tuples of axis
+    names, "layers" first for a stack of blocks; and `decay`, a list of the transformation that adds weight decay, empty
+    for none: then it has to use that itself.
+
+    Raises:
+      ConfigError: another function has the name.
+    """
+
+    def add(function: Function) -> Function:
+        OPTIMIZERS.add(name, function, function)
+        return function
+
+    return add
 
 
 def make_schedule(
@@ -121,19 +156,50 @@ def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
-def _chain(parts: Sequence[optax.GradientTransformation], order: Sequence[int]) -> optax.GradientTransformation:
-    """`optax.chain` that applies its parts in another order than their states are stored in."""
+@register("adamw")
+def _adamw(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-    def init(params: Any) -> Any:
-        return tuple(part.init(params) for part in parts)
+
+@register("sgd")
+def _sgd(*, momentum: float, decay: list[optax.GradientTransformation]) -> list[optax.GradientTransformation]:
+    """Decay is part of the gradient that momentum sums, as in PyTorch.
+
+    Checkpoints have its state, which is empty, behind momentum's.
+    """
+    trace = optax.trace(momentum)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        new = list(state)
-        for i in order:
-            updates, new[i] = parts[i].update(updates, state[i], params)
-        return updates, tuple(new)
+        for part in decay:
+            updates, _ = part.update(updates, part.init(params), params)
+        return trace.update(updates, state, params)
 
-    return optax.GradientTransformation(init, update)
+    def unchanged(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return updates, state
+
+    behind = [optax.GradientTransformation(part.init, unchanged) for part in decay]
+    return [optax.GradientTransformation(trace.init, update), *behind]
+
+
+@register("lars")
+def _lars(
+    *, logical_axes: Any, momentum: float, trust_coefficient: float, decay: list[optax.GradientTransformation]
+) -> list[optax.GradientTransformation]:
+    """Decay is part of the gradient whose norm counts, and momentum comes last."""
+    return [*decay, _scale_by_trust_ratio(logical_axes, trust_coefficient), optax.trace(momentum)]
+
+
+def _direction(logical_axes: Any, name: str, weight_decay: float, fields: Mapping[str, Any]) -> Sequence[Any]:
+    """The transformations of the optimizer called `name`, with weight decay behind them unless it has used that."""
+    decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask(logical_axes))] if weight_decay > 0 else []
+    offered = {**fields, "weight_decay": weight_decay, "logical_axes": logical_axes, "decay": decay}
+    make = OPTIMIZERS.get(name)
+    asked = named_arguments(make, offered, f"the function of optim.name={name!r}")
+    made = make(**asked)
+    # A transformation is a tuple itself.
+    parts = [made] if isinstance(made, optax.GradientTransformation) else list(made)
+    return parts if "decay" in asked else [*parts, *decay]
 
 
 def make_optimizer(
@@ -156,7 +222,7 @@ def make_optimizer(
     total_steps: int,
     global_batch_size: int,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns (tx, lr_fn): clipping, AdamW, LARS or SGD with momentum, decay, and the schedule.
+    """Returns (tx, lr_fn): clipping, the optimizer called `name`, decay, and the schedule.
 
     A step whose gradient has no finite norm changes neither parameters nor moments; `tx` counts such steps. The
     schedule stands outside that guard and so follows the step number, skipped or not.
@@ -174,21 +240,11 @@ def make_optimizer(
         parts.append(optax.clip(clip_value))
     if clip_norm > 0:
         parts.append(optax.clip_by_global_norm(clip_norm))
-    decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask(logical_axes))] if weight_decay > 0 else []
-    if name == "lars":  # decay is part of the gradient whose norm counts, and momentum comes last
-        parts += [*decay, _scale_by_trust_ratio(logical_axes, trust_coefficient), optax.trace(momentum)]
-    elif name == "sgd":
-        parts += [optax.trace(momentum), *decay]
-    else:
-        parts += [optax.scale_by_adam(b1=b1, b2=b2, eps=eps), *decay]
+    fields = {"b1": b1, "b2": b2, "eps": eps, "momentum": momentum, "trust_coefficient": trust_coefficient}
+    parts += _direction(logical_axes, name, weight_decay, fields)
     if layer_decay < 1:
         parts.append(_scale_by_layer(layer_decay))
-    order = list(range(len(parts)))
-    if name == "sgd" and decay:
-        # Decay is part of the gradient that momentum sums, as in PyTorch. Checkpoints have its state behind momentum's.
-        last = parts.index(decay[0])
-        order[last - 1 : last + 1] = last, last - 1
-    guarded = _skip_nonfinite(_chain(parts, order))
+    guarded = _skip_nonfinite(optax.chain(*parts))
     return optax.chain(guarded, optax.scale_by_learning_rate(lr_fn)), lr_fn
 
 

@@ -18,6 +18,7 @@ from mae_dist import hardware
 from mae_dist.model import patches
 from mae_dist.parallel.rules import path_name
 from mae_dist.plan import hlo
+from mae_dist.task_kinds import kind_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +112,8 @@ def _tensor_bytes(
     model = config.model
     patches_in = math.prod(patches.grid_size(model.image_size, model.patch_size))
     cls = int(model.cls_token != "none")
-    pretrain = config.task == "pretrain"
     tokens = model.depth * (num_kept + cls) * model.embed_dim
-    tokens += model.decoder_depth * (patches_in + cls) * model.decoder_embed_dim if pretrain else 0
+    tokens += model.decoder_depth * (patches_in + cls) * model.decoder_embed_dim if kind_of(config).has_decoder else 0
     return _SUMS[encoder_passes] * 2 * (tensor - 1) / tensor * images * tokens * width
 
 

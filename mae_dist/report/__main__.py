@@ -165,7 +165,7 @@ class _Page:
 
     def of_models(self, viewer: Viewer | None) -> list[tuple[str, str, Html]]:
         """Accuracy of classes from the records; predictions and features of one run of each group."""
-        classes = pictures.per_class([one for one in self.groups if one.task != "pretrain"], self.styles)
+        classes = pictures.per_class([one for one in self.groups if not one.kind.has_decoder], self.styles)
         parts: list[Content] = []
         if classes is not None:
             parts += [legend(classes.legend), plots([self.figure(classes)])]
@@ -192,7 +192,7 @@ class _Page:
         origin = run.origins[0].place if run.origins else None
         encoder = next((other for other in self.groups if origin in [run.workdir for run in other.runs]), None)
         note = f"From checkpoint {seen.origin}, on {seen.split}."
-        if run.config.task == "probe" and encoder is not None:
+        if not one.kind.trains_encoder and encoder is not None:
             note += f" The features are those of {encoder.label}: a probe leaves the encoder as it is."
         else:
             try:

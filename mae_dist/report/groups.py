@@ -15,6 +15,7 @@ from mae_dist import config as config_lib
 from mae_dist.config.stored import MASKING
 from mae_dist.metrics import results
 from mae_dist.report.runs import Masking, Origin, Run
+from mae_dist.task_kinds import TaskKind, kind_of
 
 # Fields in which runs of one group may differ: what repeats an experiment, and where it was carried out.
 _NOT_THE_EXPERIMENT = ("seed", "name", "init_from", "data.data_dir", "data.cache_dir", "cpu")
@@ -45,6 +46,10 @@ class Group:
     @property
     def task(self) -> str:
         return self.shown.config.task
+
+    @property
+    def kind(self) -> TaskKind:
+        return kind_of(self.shown.config)
 
     def values(self, name: str) -> list[float]:
         """The last values of a metric, one of each seed that has it."""

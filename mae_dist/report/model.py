@@ -26,6 +26,7 @@ from mae_dist.model.hooks import PLAIN
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.report.runs import Run
+from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import scale_pixels
 from mae_dist.weights import pretrained
 
@@ -98,13 +99,13 @@ class Viewer:
             images=images,
             features=outputs[:, :width],
             labels=labels,
-            predictions=outputs[:, width:].argmax(axis=1) if config.task != "pretrain" else None,
+            predictions=outputs[:, width:].argmax(axis=1) if not kind_of(config).has_decoder else None,
         )
 
     def _run(self, source: pretrained.Pretrained, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first images, features with any logits behind them (N, D or D + Y), labels (N,)."""
         config, mesh = source.config, self._mesh
-        shapes = needed_shapes(source) if config.task == "pretrain" else source.abstract
+        shapes = needed_shapes(source) if kind_of(config).has_decoder else source.abstract
         shardings = sharding.param_shardings(mesh, shapes)
         batch_sharding, shards = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
         batch_size = math.ceil(_BATCH_SIZE / shards) * shards
@@ -129,7 +130,7 @@ class Viewer:
 
 def _make_forward(config: ConfigDict, num_classes: int) -> Any:
     """(params, batch) -> float32 (B, D) features, with a classifier's logits behind them (B, D + Y)."""
-    if config.task == "pretrain":
+    if kind_of(config).has_decoder:
         encode = make_encode(config, ("mean",))
         return lambda params, batch: encode(params, batch["image"])["mean"]
     bind = functional(functools.partial(make_model, config, num_classes, PLAIN)).bind

@@ -21,6 +21,7 @@ from mae_dist.metrics import goodput
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.storage import absolute, children_of, naming_faults, read_text
+from mae_dist.task_kinds import kind_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,9 +243,9 @@ def _find_origin(init_from: str, workdir: epath.Path) -> Origin:
 
 
 def _masking(run: Run) -> Masking | None:
-    if run.config.task == "pretrain":
+    if kind_of(run.config).has_decoder:
         return _masking_of(run.config.model)
-    origin = next((one for one in run.origins if one.config is None or one.config.task == "pretrain"), None)
+    origin = next((one for one in run.origins if one.config is None or kind_of(one.config).has_decoder), None)
     if origin is None:
         return None
     if origin.place is None:  # a probe's own config has the ratio of the recipe that it comes from

@@ -25,6 +25,7 @@ from mae_dist.sweep import points, workers
 from mae_dist.sweep.points import Point
 from mae_dist.sweep.runner import Runner, command, trainings
 from mae_dist.sweep.table import Table, describe, read_description
+from mae_dist.task_kinds import kind_of
 
 _OVER = flags.DEFINE_multi_string("over", [], "config.section.field=value,value,…; repeat it for further fields.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "How many seeds, from the config's own on.", lower_bound=1)
@@ -93,7 +94,7 @@ def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
     flag = flags.FLAGS["config"]
     if unknown := [name for name in _THEN.value if name not in _RECIPES]:
         raise errors.ConfigError(f"--then={unknown[0]} is not one of {', '.join(_RECIPES)}")
-    if _THEN.value and base.task != "pretrain":
+    if _THEN.value and not kind_of(base).has_decoder:
         raise errors.ConfigError(f"--then follows a pretraining, and task={base.task!r}")
     changes: dict[str, dict[str, str]] = {name: {} for name in _THEN.value}
     for text in _SET.value:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist.model.build import Params, functional, make_model
 from mae_dist.model.hooks import Hooks
+from mae_dist.task_kinds import kind_of
 from mae_dist.tasks import losses, mixing
 from mae_dist.tasks.base import Batch, Task, scale_pixels
 
@@ -37,7 +38,7 @@ def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[j
     larger part.
     """
     options, mixes = config.classify, config_lib.rows_together(config) > 1
-    if config.task != "finetune" or not (mixes or options.erase_prob > 0):
+    if not kind_of(config).finetunes or not (mixes or options.erase_prob > 0):
         return None
 
     def augment(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -63,7 +64,7 @@ def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[j
 
 def make_classify(config: ConfigDict, num_classes: int, hooks: Hooks) -> Task:
     mean, std, options = config.data.mean, config.data.std, config.classify
-    probe = config.task == "probe"
+    probe = not kind_of(config).trains_encoder
 
     abstract, init, bind = functional(functools.partial(make_model, config, num_classes, hooks))
 

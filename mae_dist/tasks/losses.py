@@ -1,5 +1,7 @@
 """Losses and counts. Shapes: B batch, L patches, P values of one patch, Y classes. All arithmetic in float32."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,13 +46,23 @@ def denormalize_patches(pred: jax.Array, mean: jax.Array, std: jax.Array) -> jax
     return pred * std + mean
 
 
-def masked_pixel_loss(pred: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared error of each example over its removed patches: pred, target (B, L, P), mask (B, L) -> (B,).
+def squared_error(pred: jax.Array, target: jax.Array) -> jax.Array:
+    """Returns (pred - target)^2, elementwise."""
+    return jnp.square(pred - target)
+
+
+def masked_pixel_loss(
+    pred: jax.Array,
+    target: jax.Array,
+    mask: jax.Array,
+    error: Callable[[jax.Array, jax.Array], jax.Array] = squared_error,
+) -> jax.Array:
+    """Mean error of each example over its removed patches: pred, target (B, L, P), mask (B, L) -> (B,).
 
     Every example of a batch has the same number of removed patches, so the batch mean of this equals the paper's
     mean over all removed patches.
     """
-    per_patch = jnp.square(pred.astype(jnp.float32) - target).mean(axis=-1)  # (B, L)
+    per_patch = error(pred.astype(jnp.float32), target).mean(axis=-1)  # (B, L)
     return (per_patch * mask).sum(axis=-1) / mask.sum(axis=-1)
 
 

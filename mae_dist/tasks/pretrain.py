@@ -4,6 +4,7 @@ Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,12 @@ from mae_dist.tasks import losses
 from mae_dist.tasks.base import Batch, Task, scale_pixels, unscale_pixels
 
 
-def make_pretrain(config: ConfigDict, hooks: Hooks) -> Task:
+def make_pretrain(
+    config: ConfigDict,
+    hooks: Hooks,
+    error: Callable[[jax.Array, jax.Array], jax.Array] = losses.squared_error,
+) -> Task:
+    """Returns the task of a masked autoencoder; `error` is (pred, target) (…, P) -> (…, P), averaged to the loss."""
     mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
     abstract, init, bind = functional(functools.partial(make_model, config, 0, hooks))
 
@@ -37,7 +43,7 @@ def make_pretrain(config: ConfigDict, hooks: Hooks) -> Task:
         images = scale_pixels(batch["image"], mean, std)
         pred, true = model.removed_patches(images, ids_shuffle, kept, keys)  # (B, L - K, P)
         traced = {"trace": _trace(batch["image"], ids_shuffle)} if config.trace else {}
-        return jnp.square(pred - target(true)).mean(axis=(1, 2)), traced
+        return error(pred, target(true)).mean(axis=(1, 2)), traced
 
     def fixed_keys(batch: Batch) -> jax.Array:
         """One mask per example of a split, the same at every evaluation and on any devices: keys (B,)."""
@@ -45,7 +51,7 @@ def make_pretrain(config: ConfigDict, hooks: Hooks) -> Task:
 
     def evaluate(params: Params, batch: Batch) -> dict[str, clu_metrics.Metric]:
         pred, true, mask = forward(params, batch, fixed_keys(batch))
-        values = losses.masked_pixel_loss(pred, target(true), mask)
+        values = losses.masked_pixel_loss(pred, target(true), mask, error)
         return {"loss": clu_metrics.Average.from_model_output(values, batch["weight"] > 0)}
 
     def features(params: Params, batch: Batch) -> jax.Array:
@@ -57,7 +63,7 @@ def make_pretrain(config: ConfigDict, hooks: Hooks) -> Task:
         return make_pictures(config, *forward(params, batch, fixed_keys(batch)))
 
     return Task(
-        name="pretrain",
+        name=config.task,
         abstract_params=abstract,
         init_params=init,
         loss=loss,

@@ -29,6 +29,7 @@ from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import AXES, make_mesh, mesh_shape
 from mae_dist.parallel.rules import logical_axes
 from mae_dist.storage import absolute
+from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import Task
 from mae_dist.tasks.make import make_task
 from mae_dist.training.train_step import TrainStep, make_train_step
@@ -140,7 +141,7 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
                 f"{' x '.join(str(factor) for _, factor in factors)} = {needed}; nearest that does: "
                 f"{max(needed, round(size / needed) * needed)}"
             )
-    for prefix in ("", "decoder_") if config.task == "pretrain" else ("",):
+    for prefix in ("", "decoder_") if kind_of(config).has_decoder else ("",):
         heads = config.model[f"{prefix}num_heads"]
         if heads % shape["tensor"]:
             raise ConfigError(
@@ -162,7 +163,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         raise ConfigError(
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
-    pretrain = config.task == "pretrain"
+    kind = kind_of(config)
     encoder_passes = encoder_passes_of(config)
     num_kept = count_kept_patches(config)
     flops_per_image = train_flops_per_image(config, data.train.num_classes, num_kept)
@@ -181,13 +182,13 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
                 mesh,
                 config.global_batch_size // config.accum_steps,
                 num_kept,
-                decoder=pretrain,
-                update=config.task != "probe",
+                decoder=kind.has_decoder,
+                update=kind.trains_encoder,
                 rows_together=task.rows_together,
             )
     config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
-    eval_pieces = num_pieces(config, mesh, eval_batch_size, decoder=pretrain)
+    eval_pieces = num_pieces(config, mesh, eval_batch_size, decoder=kind.has_decoder)
     trainable, _ = state.split_frozen(logical_axes(task.abstract_params), task.frozen)
     options = config.optim.to_dict()
     del options["warmup_epochs"]

@@ -17,6 +17,7 @@ from mae_dist.config import default
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.model import patches, positions
 from mae_dist.storage import naming_faults
+from mae_dist.task_kinds import kind_of
 from mae_dist.weights import layouts
 
 # What the published weights were trained on.
@@ -252,7 +253,7 @@ def _describe_classifier(description: Description, norm_after_pool: bool, has_cl
     if norm_after_pool or not has_cls:
         description.update("classify", pool="gap")
     else:
-        classifies = template is not None and template.task != "pretrain"
+        classifies = template is not None and not kind_of(template).has_decoder
         description.leave_open(
             "as published where no norm follows the pooling",
             {"classify.pool": "cls"},

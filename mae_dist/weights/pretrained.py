@@ -18,6 +18,7 @@ from mae_dist.checkpoint import reader
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.model import heads
 from mae_dist.model.build import abstract_params
+from mae_dist.task_kinds import kind_of
 from mae_dist.weights import aliases, files, foreign, layouts
 
 Params = dict[str, Any]
@@ -184,7 +185,7 @@ def _from_tensors(described: foreign.Description, tensors: layouts.Tensors, layo
         raise DataFault(f"{origin}: the described model cannot be: {error}") from error
     head = tensors.get("classifier.weight" if layout == "hf" else "head.weight")
     abstract = abstract_params(config, head.shape[0] if head is not None and head.ndim else 1)
-    if config.task == "pretrain":
+    if kind_of(config).has_decoder:
         abstract = {group: abstract[group] for group in groups if group in abstract}
     try:
         params = layouts.from_layout(tensors, abstract, model, layout)

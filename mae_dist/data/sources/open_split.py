@@ -1,12 +1,14 @@
 """One door to every source of examples."""
 
 from mae_dist.data.dataset import Dataset
+from mae_dist.data.sources import SOURCES, register_source
 from mae_dist.data.sources.cache import cache_root, decode_once, fits_in_memory
 from mae_dist.data.sources.digits import open_digits
 from mae_dist.data.sources.staging import Staging
 from mae_dist.data.sources.synthetic import open_synthetic
 from mae_dist.data.sources.tfds import open_tfds
 from mae_dist.errors import ConfigError
+from mae_dist.registry import named_arguments
 
 
 def open_split(
@@ -31,7 +33,7 @@ def open_split(
       split: a TFDS split expression, for every source: "train", "train[:80%]", "train+test", "validation[:100]".
       image_size: (height, width) of the images given out.
       channels: 1 grey, 3 RGB (4 where TFDS images have an alpha channel).
-      source: "tfds", "digits" or "synthetic".
+      source: the name of a registered one: "tfds", "digits", "synthetic".
       name: the dataset's name, for "tfds".
       data_dir: TFDS data directory, for "tfds", may be gs://…; "" is TFDS's default.
       cache: "memory" decodes once and keeps uint8 images, for images of varying size the short side resized and the
@@ -59,19 +61,36 @@ def open_split(
             f"model.image_size={image_size} and data.max_bad_share={max_bad_share}: the size must be at least "
             "1 x 1 pixel and the share in [0, 1)"
         )
-    if source == "digits":
-        return open_digits(split, image_size=image_size, channels=channels)
-    if source == "synthetic":
-        return open_synthetic(
-            split,
-            image_size=image_size,
-            channels=channels,
-            num_examples=num_examples,
-            num_classes=num_classes,
-            seed=seed,
-            in_memory=cache == "memory",
-        )
-    assert source == "tfds", f"config.CHOICES has {source!r}, which is not opened here"
+    offered = {
+        "image_size": image_size,
+        "channels": channels,
+        "name": name,
+        "data_dir": data_dir,
+        "cache": cache,
+        "cache_dir": cache_dir,
+        "stage": stage,
+        "max_bad_share": max_bad_share,
+        "num_examples": num_examples,
+        "num_classes": num_classes,
+        "seed": seed,
+    }
+    function = SOURCES.get(source)
+    return function(split, **named_arguments(function, offered, f"the function of data.source={source!r}"))
+
+
+@register_source("tfds")
+def _open_tfds(
+    split: str,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    name: str,
+    data_dir: str,
+    cache: str,
+    cache_dir: str,
+    stage: bool,
+    max_bad_share: float,
+) -> Dataset:
     if stage and not data_dir:
         raise ConfigError(
             "data.stage copies data.data_dir, which is empty; name the directory or bucket that is to be copied"
@@ -82,3 +101,28 @@ def open_split(
         return decode_once(dataset, cache_dir=cache_dir, max_bad_share=max_bad_share)
     dataset.max_bad_share = max_bad_share
     return dataset
+
+
+register_source("digits")(open_digits)
+
+
+@register_source("synthetic")
+def _open_synthetic(
+    split: str,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    num_examples: int,
+    num_classes: int,
+    seed: int,
+    cache: str,
+) -> Dataset:
+    return open_synthetic(
+        split,
+        image_size=image_size,
+        channels=channels,
+        num_examples=num_examples,
+        num_classes=num_classes,
+        seed=seed,
+        in_memory=cache == "memory",
+    )
