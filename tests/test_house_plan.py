@@ -21,12 +21,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "console",
-        "parallel",
         "registry",
         "storage",
     ),
     (
-        "optim",
         "resilience",
         "task_kinds",
     ),
@@ -34,6 +32,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data",
         "model",
     ),
+    ("parallel",),
+    ("optim",),
     ("config",),
     (
         "checkpoint",

@@ -17,7 +17,7 @@ from mae_dist.model import autoencoder, patches
 from mae_dist.model.build import param_count
 from mae_dist.model.classifier import Classifier
 from mae_dist.model.hooks import PLAIN
-from mae_dist.parallel.rules import path_name
+from mae_dist.model.parameters import path_name
 from mae_dist.tasks import losses
 from mae_dist.tasks.make import make_task
 from tests import QUICK, reference

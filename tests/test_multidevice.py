@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mae_dist.data.from_config import open_data
+from mae_dist.model.parameters import path_name
 from mae_dist.parallel import shardings
-from mae_dist.parallel.rules import path_name
 from mae_dist.training import job
 from tests.runs import losses, smoke_config
 

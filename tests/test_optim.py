@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mae_dist.model.build import abstract_params
-from mae_dist.optim.optimizer import decay_mask, make_optimizer, make_schedule, nonfinite_counts
-from mae_dist.parallel.rules import logical_axes
+from mae_dist.model.parameters import HEAD, Parameter, parameter_rows
+from mae_dist.optim.optimizer import make_optimizer, make_schedule, nonfinite_counts
 from tests import QUICK
 from tests.runs import smoke_config
 
@@ -43,6 +43,9 @@ DECAYED = {
     "cls_token": 1,
     "positions": 1,
 }
+ROWS = jax.tree.map(
+    lambda axes, decays: Parameter("", axes, bool(decays), HEAD), AXES, DECAYED, is_leaf=lambda x: isinstance(x, tuple)
+)
 OPTIONS: dict[str, Any] = {
     "name": "adamw",
     "base_lr": 0.1,
@@ -75,7 +78,7 @@ def random_tree(seed: int) -> Any:
 
 def make(**changes: Any) -> tuple[Any, Any, Any]:
     """(init, compiled update (grads, state, params) -> (updates, state), lr_fn)."""
-    tx, lr_fn = make_optimizer(AXES, **{**OPTIONS, **changes})
+    tx, lr_fn = make_optimizer(ROWS, **{**OPTIONS, **changes})
 
     def update(grads: Any, state: Any, params: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
@@ -122,9 +125,8 @@ def test_peak_grows_with_the_batch(batch):
         assert rate(lr_fn, step) == pytest.approx(0.1 * batch / 256)
 
 
-def test_decay_touches_kernels_tokens_and_positions_only():
-    """A stacked bias has two axes, that of queries, keys and values has four: counting axes would decay them."""
-    assert jax.tree.map(int, decay_mask(AXES)) == DECAYED
+def test_decay_touches_only_what_its_rows_name():
+    """Decay is a part of its own beside the gradient's."""
     params, zero = random_tree(0), jax.tree.map(jnp.zeros_like, random_tree(0))
     init, update, _ = make(schedule="constant", warmup_steps=0)
     updates, _ = update(zero, init(params), params)
@@ -314,14 +316,14 @@ def test_lars_of_sharded_parameters():
 def test_layer_decay():
     """Each parameter's step against the same optimiser without it, block by block from the formula."""
     params = abstract_params(smoke_config(task="finetune", model__depth=3, model__pos_embed="learned"), 5)
-    axes = logical_axes(params)
+    rows = parameter_rows(params)
     rng = np.random.default_rng(0)
     params, grads = (
         jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params) for _ in range(2)
     )
 
     def step(layer_decay: float) -> Any:
-        tx, _ = make_optimizer(axes, **{**OPTIONS, "warmup_steps": 0, "layer_decay": layer_decay})
+        tx, _ = make_optimizer(rows, **{**OPTIONS, "warmup_steps": 0, "layer_decay": layer_decay})
         with jax.numpy_dtype_promotion("standard"):
             return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0], compiler_options=QUICK)()
 

@@ -23,8 +23,8 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 from configs import default
 from mae_dist.model import autoencoder
 from mae_dist.model.build import functional
+from mae_dist.model.parameters import parameter_rows
 from mae_dist.optim.optimizer import decay_mask, make_optimizer
-from mae_dist.parallel.rules import logical_axes
 from mae_dist.tasks import losses
 from mae_dist.weights import aliases, layouts, pretrained
 from tests import QUICK
@@ -203,12 +203,12 @@ def compare_steps(pair: Pair) -> float:
     """Largest relative difference of the losses of ten AdamW steps, weight decay on the same parameters."""
     theirs, params = pair.theirs, pair.params
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
-    axes = logical_axes(pair.ours.abstract)
+    rows = parameter_rows(pair.ours.abstract)
     settings: dict[str, Any] = {**default.get_config().optim, "base_lr": 2e-3, "schedule": "constant"}
     del settings["warmup_epochs"]
-    tx, _ = make_optimizer(axes, **settings, warmup_steps=0, total_steps=STEPS, global_batch_size=256)
+    tx, _ = make_optimizer(rows, **settings, warmup_steps=0, total_steps=STEPS, global_batch_size=256)
     decayed = jax.tree.map(
-        lambda is_decayed, p: np.full(p.shape, float(is_decayed), np.float32), decay_mask(axes), params
+        lambda is_decayed, p: np.full(p.shape, float(is_decayed), np.float32), decay_mask(rows), params
     )
     tensors = layouts.to_layout(decayed, pair.ours.config.model, "hf")
     placeholder = np.zeros(0)

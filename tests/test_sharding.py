@@ -23,11 +23,12 @@ from mae_dist.errors import ConfigError
 from mae_dist.model import build as model_build
 from mae_dist.model import layers
 from mae_dist.model.hooks import PLAIN
+from mae_dist.model.parameters import BLOCK, EMBEDDING, HEAD, PARAMETERS, parameter_rows, path_name
 from mae_dist.optim.optimizer import make_optimizer
 from mae_dist.optim.train_state import make_init, split_frozen, state_shardings
 from mae_dist.parallel.mesh import AXES, make_mesh, mesh_devices, mesh_shape, num_slices
 from mae_dist.parallel.overview import overview
-from mae_dist.parallel.rules import RULES, logical_axes, path_name, to_spec
+from mae_dist.parallel.rules import to_spec
 from mae_dist.parallel.shardings import batch_sharding, bytes_per_device, make_constrain, param_shardings, replicated
 from mae_dist.tasks.make import make_task
 from tests import QUICK
@@ -75,30 +76,36 @@ def test_every_parameter_matches_one_row_and_every_row_a_parameter():
     """A parameter without a row would lie whole on every device; a row without one is a typo."""
     used = set()
     for params in every_model().values():
-        logical_axes(params)  # raises unless each matches exactly one
-        for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        rows = parameter_rows(params)  # raises unless each has one
+        for (path, leaf), row in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(rows), strict=True):
             name = path_name(path)
-            used |= {pattern for pattern, _ in RULES if re.fullmatch(pattern, name)}
-    assert used == {pattern for pattern, _ in RULES}
+            assert row.path == name
+            used.add(name)
+            *above, last = name.split("/")
+            # Biases, norms, LayerScale and statistics do not decay; counting axes would decay stacked ones.
+            assert row.decays == (last in ("kernel", "embedding", "cls_token", "mask_token")), name
+            assert row.is_stacked == ("blocks" in above), name
+            assert row.decays or len(leaf.shape) == 1 + row.is_stacked + 2 * name.endswith("qkv/bias"), name
+            begins = re.match(r"encoder/(stack/)?(patch_embed|cls_token|positions)?", name)
+            place = HEAD if not begins else BLOCK if begins[1] else EMBEDDING if begins[2] else HEAD
+            assert row.layer == place, name
+    assert used == set(PARAMETERS)
 
 
 def test_logical_axes_all_have_a_mesh_axis_or_none():
     """And `to_spec` has no colliding axes in any row."""
-    for pattern, axes in RULES:
-        spec = to_spec(axes, pattern)
-        assert len(spec) <= len(axes)
+    for path, row in PARAMETERS.items():
+        spec = to_spec(row.axes, path)
+        assert len(spec) <= len(row.axes)
 
 
-def test_no_row_two_rows_and_wrong_rank_are_named():
+def test_no_row_and_wrong_rank_are_named():
     """These are met when a layer is added: the message must say which."""
     kernel = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    with pytest.raises(ValueError, match=r"parameter encoder/adapter/kernel \(2, 3\) matches 0 rows"):
-        logical_axes({"encoder": {"adapter": {"kernel": kernel}}})
-    rules = ((r"a/.*", (None, None)), (r".*/kernel", ("embed", None)))
-    with pytest.raises(ValueError, match=r"parameter a/kernel \(2, 3\) matches 2 rows.*'a/\.\*'.*'\.\*/kernel'"):
-        logical_axes({"a": {"kernel": kernel}}, rules)
-    with pytest.raises(ValueError, match=r"a/x has shape \(2, 3\) and its row 'a/x' names 1 axes"):
-        logical_axes({"a": {"x": kernel}}, ((r"a/x", ("embed",)),))
+    with pytest.raises(ValueError, match=r"parameter encoder/adapter/kernel \(2, 3\) has no row in .*add one"):
+        parameter_rows({"encoder": {"adapter": {"kernel": kernel}}})
+    with pytest.raises(ValueError, match=r"head/linear/bias has shape \(2, 3\) and its row 1 axes"):
+        parameter_rows({"head": {"linear": {"bias": kernel}}})
 
 
 def test_colliding_mesh_axes_name_both():
@@ -227,10 +234,10 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
     config = smoke.get_config()
     config.task = task_name
     task = make_task(config, 10, PLAIN)
-    axes = logical_axes(task.abstract_params)
+    rows = parameter_rows(task.abstract_params)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
-    trainable, _ = split_frozen(axes, task.frozen)
+    trainable, _ = split_frozen(rows, task.frozen)
     tx, _ = make_optimizer(trainable, **options, warmup_steps=1, total_steps=9, global_batch_size=8)
     init = make_init(task.init_params, tx, task.frozen, 0, has_ema=False)
     abstract = jax.eval_shape(init)

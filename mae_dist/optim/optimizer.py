@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mae_dist.model.parameters import BLOCK, EMBEDDING, Parameter
 from mae_dist.registry import Registry, named_arguments
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -30,8 +31,8 @@ def register(name: str) -> Callable[[Function], Function]:
     of 1 (optax's `scale_by_…`), or a sequence of such. Clipping before it, decoupled weight decay, the layers' factors
     and the learning rate after it, and skipping steps without a finite gradient are not its business.
 
-    It may name, after a `*`, the fields of `config.optim`; `logical_axes`, a tree like the parameters of tuples of axis
-    names, "layers" first for a stack of blocks; and `decay`, a list of the transformation that adds weight decay, empty
+    It may name, after a `*`, the fields of `config.optim`; `rows`, a tree like the parameters of
+    their rows in the table of parameters; and `decay`, a list of the transformation that adds weight decay, empty
     for none: then it has to use that itself.
 
     Raises:
@@ -64,20 +65,12 @@ def make_schedule(
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
 
 
-def decay_mask(logical_axes: Any) -> Any:
-    """Which parameters weight decay touches: but for biases those with more than one axis besides the stacked `layers`.
-
-    Biases, normalisation and LayerScale vectors are left alone. Counting the array's own axes would be wrong here: a
-    stacked vector is two-dimensional, and the bias of queries, keys and values has an axis for each of their heads.
-    """
-
-    def is_decayed(path: Any, axes: tuple[str | None, ...]) -> bool:
-        return path[-1].key != "bias" and sum(axis != "layers" for axis in axes) > 1
-
-    return jax.tree_util.tree_map_with_path(is_decayed, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+def decay_mask(rows: Any) -> Any:
+    """Returns the parameters that weight decay applies to, a tree of bools like `rows`."""
+    return jax.tree.map(lambda row: row.decays, rows)
 
 
-def _scale_by_trust_ratio(logical_axes: Any, trust_coefficient: float) -> optax.GradientTransformation:
+def _scale_by_trust_ratio(rows: Any, trust_coefficient: float) -> optax.GradientTransformation:
     """LARS's factor trust_coefficient * |parameter| / |update| (You et al. 2017), for what weight decay touches.
 
     A stack of blocks has one factor per block: its leading axis is mapped over. Under jit the norms of sharded arrays
@@ -88,45 +81,35 @@ def _scale_by_trust_ratio(logical_axes: Any, trust_coefficient: float) -> optax.
     def scale_one(update: jax.Array, param: jax.Array) -> Any:
         return trust.update(update, optax.EmptyState(), param)[0]
 
-    def scale(axes: tuple[str | None, ...], decayed: bool, update: jax.Array, param: jax.Array) -> Any:
-        if not decayed:
+    def scale(row: Parameter, update: jax.Array, param: jax.Array) -> Any:
+        if not row.decays:
             return update
-        return (jax.vmap(scale_one) if "layers" in axes else scale_one)(update, param)
+        return (jax.vmap(scale_one) if row.is_stacked else scale_one)(update, param)
 
-    def scale_all(updates: Any, params: Any) -> Any:
-        return jax.tree.map(
-            scale, logical_axes, decay_mask(logical_axes), updates, params, is_leaf=lambda x: isinstance(x, tuple)
-        )
-
-    return optax.stateless(scale_all)
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, rows, updates, params))
 
 
-# What stands before the encoder's first block.
-_EMBEDDINGS = ("patch_embed", "cls_token", "positions")
-
-
-def layer_scales(params: Any, layer_decay: float) -> Any:
+def layer_scales(rows: Any, params: Any, layer_decay: float) -> Any:
     """Factors of the learning rate that shrink with the distance to the head (Clark et al. 2020; BEiT, MAE).
 
     layer_decay ** (depth + 1 - id) with id 0 for the encoder's embeddings, i + 1 for its block i and depth + 1 for the
-    rest: a tree like `params` (arrays or shapes) of float32 arrays that broadcast against them.
+    rest: a tree like `rows` and `params` (arrays or shapes) of float32 arrays that broadcast against them.
     """
     depth = jax.tree.leaves(params["encoder"]["stack"]["blocks"])[0].shape[0]
 
-    def scale(path: Any, leaf: Any) -> np.ndarray:
-        group, part = (key.key for key in path[:2])
-        if group == "encoder" and part == "stack":
+    def scale(row: Parameter, leaf: Any) -> np.ndarray:
+        if row.layer == BLOCK:
             ids = np.arange(1, depth + 1).reshape(depth, *[1] * (len(leaf.shape) - 1))
         else:
-            ids = np.asarray(0 if group == "encoder" and part in _EMBEDDINGS else depth + 1)
+            ids = np.asarray(0 if row.layer == EMBEDDING else depth + 1)
         return np.asarray(layer_decay ** (depth + 1 - ids), np.float32)
 
-    return jax.tree_util.tree_map_with_path(scale, params)
+    return jax.tree.map(scale, rows, params)
 
 
-def _scale_by_layer(layer_decay: float) -> optax.GradientTransformation:
+def _scale_by_layer(rows: Any, layer_decay: float) -> optax.GradientTransformation:
     return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, layer_scales(updates, layer_decay))
+        lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, layer_scales(rows, updates, layer_decay))
     )
 
 
@@ -184,16 +167,16 @@ def _sgd(*, momentum: float, decay: list[optax.GradientTransformation]) -> list[
 
 @register("lars")
 def _lars(
-    *, logical_axes: Any, momentum: float, trust_coefficient: float, decay: list[optax.GradientTransformation]
+    *, rows: Any, momentum: float, trust_coefficient: float, decay: list[optax.GradientTransformation]
 ) -> list[optax.GradientTransformation]:
     """Decay is part of the gradient whose norm counts, and momentum comes last."""
-    return [*decay, _scale_by_trust_ratio(logical_axes, trust_coefficient), optax.trace(momentum)]
+    return [*decay, _scale_by_trust_ratio(rows, trust_coefficient), optax.trace(momentum)]
 
 
-def _direction(logical_axes: Any, name: str, weight_decay: float, fields: Mapping[str, Any]) -> Sequence[Any]:
+def _direction(rows: Any, name: str, weight_decay: float, fields: Mapping[str, Any]) -> Sequence[Any]:
     """The transformations of the optimizer called `name`, with weight decay behind them unless it has used that."""
-    decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask(logical_axes))] if weight_decay > 0 else []
-    offered = {**fields, "weight_decay": weight_decay, "logical_axes": logical_axes, "decay": decay}
+    decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask(rows))] if weight_decay > 0 else []
+    offered = {**fields, "weight_decay": weight_decay, "rows": rows, "decay": decay}
     make = OPTIMIZERS.get(name)
     asked = named_arguments(make, offered, f"the function of optim.name={name!r}")
     made = make(**asked)
@@ -203,7 +186,7 @@ def _direction(logical_axes: Any, name: str, weight_decay: float, fields: Mappin
 
 
 def make_optimizer(
-    logical_axes: Any,
+    rows: Any,
     *,
     name: str,
     base_lr: float,
@@ -224,6 +207,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Returns (tx, lr_fn): clipping, the optimizer called `name`, decay, and the schedule.
 
+    `rows` are those of the trainable parameters in the table of parameters, a tree like them.
+
     A step whose gradient has no finite norm changes neither parameters nor moments; `tx` counts such steps. The
     schedule stands outside that guard and so follows the step number, skipped or not.
     """
@@ -241,9 +226,9 @@ def make_optimizer(
     if clip_norm > 0:
         parts.append(optax.clip_by_global_norm(clip_norm))
     fields = {"b1": b1, "b2": b2, "eps": eps, "momentum": momentum, "trust_coefficient": trust_coefficient}
-    parts += _direction(logical_axes, name, weight_decay, fields)
+    parts += _direction(rows, name, weight_decay, fields)
     if layer_decay < 1:
-        parts.append(_scale_by_layer(layer_decay))
+        parts.append(_scale_by_layer(rows, layer_decay))
     guarded = _skip_nonfinite(optax.chain(*parts))
     return optax.chain(guarded, optax.scale_by_learning_rate(lr_fn)), lr_fn
 

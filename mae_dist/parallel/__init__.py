@@ -1,1 +1,1 @@
-"""The mesh, the one table of sharding rules, and the processes of a run."""
+"""The mesh, sharding rules and shardings, and the processes of a run."""

@@ -8,8 +8,9 @@ import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
+from mae_dist.model.parameters import parameter_rows
 from mae_dist.parallel.mesh import num_slices
-from mae_dist.parallel.rules import MESH_AXES, logical_axes, path_name
+from mae_dist.parallel.rules import MESH_AXES
 from mae_dist.parallel.shardings import bytes_per_device
 
 
@@ -30,20 +31,20 @@ def overview(mesh: Mesh, state: Any, shardings: Any) -> str:
       state: a TrainState of arrays or shapes.
       shardings: the same tree of NamedShardings.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    leaves = jax.tree.leaves(state.params)
     specs = jax.tree.leaves(shardings.params)
-    axes = jax.tree.leaves(logical_axes(state.params), is_leaf=lambda x: isinstance(x, tuple))
+    parameters = jax.tree.leaves(parameter_rows(state.params))
     rows, whole = [], {}
-    for (path, leaf), sharding, names in zip(leaves, specs, axes, strict=True):
+    for leaf, sharding, parameter in zip(leaves, specs, parameters, strict=True):
         spec = ", ".join(
             str(entry) if entry else "-" for entry in (*sharding.spec, *[None] * len(leaf.shape))[: len(leaf.shape)]
         )
-        rows.append(_Row(path_name(path), leaf.shape, leaf.dtype.name, spec, bytes_per_device(leaf, sharding)))
+        rows.append(_Row(parameter.path, leaf.shape, leaf.dtype.name, spec, bytes_per_device(leaf, sharding)))
         if mesh.size > 1 and sharding.shard_shape(leaf.shape) == leaf.shape:
-            mapped = sorted({str(MESH_AXES[name]) for name in names if name and MESH_AXES[name]})
+            mapped = sorted({str(MESH_AXES[name]) for name in parameter.axes if name and MESH_AXES[name]})
             why = f"mesh axis {' and '.join(mapped)} has size 1" if mapped else "small: its rule leaves it whole"
-            whole.setdefault(why, []).append((path_name(path), leaf))
-    total = sum(math.prod(leaf.shape) for _, leaf in leaves)
+            whole.setdefault(why, []).append(leaf)
+    total = sum(math.prod(leaf.shape) for leaf in leaves)
     slices = num_slices(mesh.devices.flat)
     lines = [
         "mesh: "
@@ -56,6 +57,6 @@ def overview(mesh: Mesh, state: Any, shardings: Any) -> str:
     if state.ema is not None:
         lines.append(f"averages of the parameters: {bytes_per_device(state.ema, shardings.ema):,} bytes per device")
     for why, entries in whole.items():
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in entries)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in entries)
         lines.append(f"whole on every device, {why}: {len(entries)} arrays, {size:,} bytes")
     return "\n".join(lines)

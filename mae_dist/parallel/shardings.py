@@ -1,6 +1,6 @@
-"""The mesh, the one table of sharding rules, and the overview of what lies where.
+"""Shardings of parameters, optimizer state, batches and activations on the mesh.
 
-A parameter's path names its logical axes (`RULES`), a logical axis names mesh axes (`MESH_AXES`). Models know logical
+The table of parameters names the logical axes of each, `MESH_AXES` the mesh axes of a logical axis. Models know logical
 axes at most. Optimizer state follows its parameter.
 """
 
@@ -13,7 +13,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mae_dist.errors import ConfigError
-from mae_dist.parallel.rules import MESH_AXES, LogicalAxes, logical_axes, path_name, to_spec
+from mae_dist.model.parameters import LogicalAxes, Parameter, parameter_rows
+from mae_dist.parallel.rules import MESH_AXES, to_spec
 
 
 def _axis_size(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
@@ -24,19 +25,18 @@ def _axis_size(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
 def param_shardings(mesh: Mesh, params: Any) -> Any:
     """A NamedSharding for every parameter; `ConfigError` where a split dimension is not divisible by its mesh axis."""
 
-    def shard(path: Any, leaf: Any, axes: LogicalAxes) -> NamedSharding:
-        name = path_name(path)
-        spec = to_spec(axes, name)
-        for axis, size, entry in zip(axes, leaf.shape, spec, strict=False):
+    def shard(leaf: Any, row: Parameter) -> NamedSharding:
+        spec = to_spec(row.axes, row.path)
+        for axis, size, entry in zip(row.axes, leaf.shape, spec, strict=False):
             if size % _axis_size(mesh, entry):
                 raise ConfigError(
-                    f"{name} {leaf.shape}: its {axis!r} dimension {size} does not divide by "
+                    f"{row.path} {leaf.shape}: its {axis!r} dimension {size} does not divide by "
                     f"mesh.{entry}={_axis_size(mesh, entry)}; choose a mesh.{entry} that divides {size}, "
                     "or change the model's width, heads or MLP ratio"
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(shard, params, logical_axes(params))
+    return jax.tree.map(shard, params, parameter_rows(params))
 
 
 def opt_state_shardings(mesh: Mesh, tx: optax.GradientTransformation, opt_state: Any, shardings: Any) -> Any:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import hardware
 from mae_dist.model import patches
-from mae_dist.parallel.rules import path_name
+from mae_dist.model.parameters import path_name
 from mae_dist.plan import hlo
 from mae_dist.task_kinds import kind_of
 

@@ -21,13 +21,13 @@ from mae_dist.data.from_config import Data, train_batches
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model.flops import count_kept_patches, encoder_passes_of, train_flops_per_image
+from mae_dist.model.parameters import parameter_rows
 from mae_dist.optim import train_state as state
 from mae_dist.optim.optimizer import make_optimizer
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import overview as parallel_overview
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import AXES, make_mesh, mesh_shape
-from mae_dist.parallel.rules import logical_axes
 from mae_dist.storage import absolute
 from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import Task
@@ -189,7 +189,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     config.lock()
     eval_batch_size = config.eval.batch_size or config.global_batch_size
     eval_pieces = num_pieces(config, mesh, eval_batch_size, decoder=kind.has_decoder)
-    trainable, _ = state.split_frozen(logical_axes(task.abstract_params), task.frozen)
+    trainable, _ = state.split_frozen(parameter_rows(task.abstract_params), task.frozen)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
     tx, lr_fn = make_optimizer(

@@ -13,7 +13,7 @@ from mae_dist import config as config_lib
 from mae_dist import errors
 from mae_dist.checkpoint import reader
 from mae_dist.model import heads, patches, positions
-from mae_dist.parallel.rules import path_name
+from mae_dist.model.parameters import path_name
 from mae_dist.storage import appearing, check_checkpoints, naming_faults
 from mae_dist.weights import files, hugging_face, layouts, pretrained
 

@@ -8,96 +8,21 @@ Shapes: D width, H heads, hd = D / H, M MLP width, L patches, C channels, (ph, p
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from mae_dist.errors import DataFault
 from mae_dist.model import patches, positions
+from mae_dist.model.parameters import PARAMETERS, Parameter, parameter_rows
 
 LAYOUTS = ("hf", "timm")
 # To which tables of fixed positions may have been rounded on their way here.
 _ROUNDINGS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 Tensors = dict[str, np.ndarray]
 Params = dict[str, Any]
-
-
-class _Row(NamedTuple):
-    """One parameter.
-
-    path: ours, below the group, or below `stack/blocks`.
-    kind: how the array is turned: `same`; `flat`, a vector of ours with several axes; `patch`, a product with patches
-      that is a convolution there; or how many of the leading axes are inputs of a product, stored there as (out, in).
-    timm, hf: its name there; three names where q, k and v are apart; None where there is no such parameter.
-    """
-
-    path: str
-    kind: str | int
-    timm: str | None
-    hf: str | tuple[str, ...] | None
-
-
-def _pair(path: str, timm: str | None, hf: str | None, inputs: int = 1) -> tuple[_Row, _Row]:
-    """Kernel and bias of a linear layer."""
-    return (
-        _Row(f"{path}/kernel", inputs, timm and f"{timm}.weight", hf and f"{hf}.weight"),
-        _Row(f"{path}/bias", "same", timm and f"{timm}.bias", hf and f"{hf}.bias"),
-    )
-
-
-def _norm(path: str, timm: str, hf: str | None) -> tuple[_Row, _Row]:
-    return (
-        _Row(f"{path}/scale", "same", f"{timm}.weight", hf and f"{hf}.weight"),
-        _Row(f"{path}/bias", "same", f"{timm}.bias", hf and f"{hf}.bias"),
-    )
-
-
-_QKV = tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))
-_BLOCK = (
-    *_norm("norm1", "norm1", "layernorm_before"),
-    _Row("attn/qkv/kernel", 1, "attn.qkv.weight", tuple(f"{name}.weight" for name in _QKV)),
-    _Row("attn/qkv/bias", "flat", "attn.qkv.bias", tuple(f"{name}.bias" for name in _QKV)),
-    *_pair("attn/out", "attn.proj", "attention.output.dense", inputs=2),
-    *_norm("norm2", "norm2", "layernorm_after"),
-    *_pair("mlp/fc1", "mlp.fc1", "intermediate.dense"),
-    *_pair("mlp/fc2", "mlp.fc2", "output.dense"),
-    _Row("scale1", "same", "ls1.gamma", None),
-    _Row("scale2", "same", "ls2.gamma", None),
-)
-_PATCH = "embeddings.patch_embeddings.projection"
-_GROUPS: dict[str, tuple[_Row, ...]] = {
-    "encoder": (
-        _Row("cls_token", "same", "cls_token", "vit.embeddings.cls_token"),
-        _Row("patch_embed/kernel", "patch", "patch_embed.proj.weight", f"vit.{_PATCH}.weight"),
-        _Row("patch_embed/bias", "same", "patch_embed.proj.bias", f"vit.{_PATCH}.bias"),
-        *_norm("norm", "norm", "vit.layernorm"),
-    ),
-    "decoder": (
-        *_pair("embed", "decoder_embed", "decoder.decoder_embed"),
-        _Row("mask_token", "same", "mask_token", "decoder.mask_token"),
-        *_norm("norm", "decoder_norm", "decoder.decoder_norm"),
-        *_pair("pred", "decoder_pred", "decoder.decoder_pred"),
-    ),
-    "head": (
-        *_norm("norm", "fc_norm", None),
-        *_pair("hidden", None, None),
-        *_pair("linear", "head", "classifier"),
-    ),
-}
-# What stands before the name of a block's parameter.
-_BLOCK_PREFIX = {
-    ("encoder", "timm"): "blocks.{}.",
-    ("decoder", "timm"): "decoder_blocks.{}.",
-    ("encoder", "hf"): "vit.encoder.layer.{}.",
-    ("decoder", "hf"): "decoder.decoder_layers.{}.",
-}
-_POSITIONS = {
-    ("encoder", "timm"): "pos_embed",
-    ("decoder", "timm"): "decoder_pos_embed",
-    ("encoder", "hf"): "vit.embeddings.position_embeddings",
-    ("decoder", "hf"): "decoder.decoder_pos_embed",
-}
 
 
 def groups_in(tensors: Mapping[str, np.ndarray], layout: str) -> tuple[str, ...]:
@@ -109,72 +34,63 @@ def groups_in(tensors: Mapping[str, np.ndarray], layout: str) -> tuple[str, ...]
     return ("encoder", *(group for group, starts in prefixes.items() if any(n.startswith(starts) for n in tensors)))
 
 
-def _rows_of(params: Params) -> Iterator[tuple[str, str, Any, _Row]]:
-    """(group, path, leaf, row) of every parameter but the positions; a block's path is below `stack/blocks`."""
-    for group, tree in params.items():
-        rows = {row.path: row for row in _GROUPS[group]}
-        rows |= {f"stack/blocks/{row.path}": row for row in _BLOCK}
-        for path, leaf in _leaves(tree):
-            if path != "positions/embedding":
-                assert path in rows, f"{group}/{path} has no row in layouts: add one"
-                yield group, path, leaf, rows[path]
-
-
-def _leaves(tree: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def not_expressible(params: Params, layout: str) -> list[str]:
     """Our parameters (arrays or shapes) for which the layout has no name."""
-    return [f"{group}/{path}" for group, path, _, row in _rows_of(params) if getattr(row, layout) is None]
+    return [row.path for row in jax.tree.leaves(parameter_rows(params)) if not row.names(layout)]
 
 
-def _places(params: Params, layout: str) -> Iterator[tuple[str, str, int | None, Any, _Row, tuple[str, ...]]]:
-    """(group, path, block or None, shape of ours, row, foreign names) of every array there is on the other side."""
-    for group, path, leaf, row in _rows_of(params):
-        names = getattr(row, layout)
-        assert names is not None, f"{group}/{path} cannot be expressed: ask not_expressible first"
-        names = (names,) if isinstance(names, str) else names
-        if not path.startswith("stack/blocks/"):
-            yield group, path, None, tuple(leaf.shape), row, names
+def _places(params: Params, layout: str) -> Iterator[tuple[Parameter, int | None, Any, tuple[str, ...]]]:
+    """(row, block or None, shape of ours, foreign names) of every array there is on the other side but positions."""
+    for row, leaf in zip(jax.tree.leaves(parameter_rows(params)), jax.tree.leaves(params), strict=True):
+        names = row.names(layout)
+        assert names, f"{row.path} cannot be expressed: ask not_expressible first"
+        if row.stored == "positions":
+            continue
+        if not row.is_stacked:
+            yield row, None, tuple(leaf.shape), names
             continue
         for block in range(leaf.shape[0]):
-            prefix = _BLOCK_PREFIX[group, layout].format(block)
-            yield group, path, block, tuple(leaf.shape[1:]), row, tuple(prefix + name for name in names)
+            yield row, block, tuple(leaf.shape[1:]), tuple(name.format(block) for name in names)
 
 
-def _forward(x: np.ndarray, kind: str | int, patch: tuple[int, int, int]) -> np.ndarray:
+def _name(group: str, path: str, layout: str) -> str:
+    """The one name of a parameter; a constant here, which no model's tree has, may be a tensor there."""
+    (name,) = PARAMETERS[f"{group}/{path}"].names(layout)
+    return name
+
+
+def _positions_name(group: str, layout: str) -> str:
+    return _name(group, "positions/embedding", layout)
+
+
+def _forward(x: np.ndarray, stored: str | int, patch: tuple[int, int, int]) -> np.ndarray:
     """Ours -> theirs; `patch` is (ph, pw, C)."""
-    if kind == "same":
+    if stored == "same":
         return x
-    if kind == "flat":
+    if stored == "flat":
         return x.reshape(-1)
-    if kind == "patch":  # (ph * pw * C, D) -> (D, C, ph, pw)
+    if stored == "patch":  # (ph * pw * C, D) -> (D, C, ph, pw)
         return x.reshape(*patch, x.shape[-1]).transpose(3, 2, 0, 1)
-    return x.reshape(math.prod(x.shape[: int(kind)]), -1).T  # (in, out) -> (out, in)
+    return x.reshape(math.prod(x.shape[: int(stored)]), -1).T  # (in, out) -> (out, in)
 
 
-def _their_shape(shape: tuple[int, ...], kind: str | int, patch: tuple[int, int, int]) -> tuple[int, ...]:
+def _their_shape(shape: tuple[int, ...], stored: str | int, patch: tuple[int, int, int]) -> tuple[int, ...]:
     """The shape of `_forward`'s result, without an array: a description may claim any size."""
-    if kind == "same":
+    if stored == "same":
         return shape
-    if kind == "flat":
+    if stored == "flat":
         return (math.prod(shape),)
-    if kind == "patch":
+    if stored == "patch":
         return shape[-1], patch[2], *patch[:2]
-    inputs = int(kind)
+    inputs = int(stored)
     return math.prod(shape[inputs:]), math.prod(shape[:inputs])
 
 
-def _backward(x: np.ndarray, kind: str | int, shape: tuple[int, ...]) -> np.ndarray:
+def _backward(x: np.ndarray, stored: str | int, shape: tuple[int, ...]) -> np.ndarray:
     """Theirs -> ours of this shape."""
-    if kind == "patch":  # (D, C, ph, pw) -> (ph * pw * C, D)
+    if stored == "patch":  # (D, C, ph, pw) -> (ph * pw * C, D)
         x = x.transpose(2, 3, 1, 0)
-    elif kind not in ("same", "flat"):
+    elif stored not in ("same", "flat"):
         x = x.T
     return np.ascontiguousarray(x.reshape(shape))
 
@@ -188,7 +104,7 @@ def position_kind(
     """
     found: dict[str, str] = {}
     for group in ("encoder", "decoder"):
-        table = tensors.get(_POSITIONS[group, layout])
+        table = tensors.get(_positions_name(group, layout))
         if table is None or table.ndim != 3 or table.shape[1] != math.prod(grid) + int(has_cls):
             continue  # not there, or misshapen: `from_layout` says so
         dim, table = table.shape[2], table[0, int(has_cls) :]
@@ -207,8 +123,8 @@ def position_kind(
 def with_fixed_positions(tensors: Mapping[str, np.ndarray], kind: str, grid: tuple[int, int], has_cls: bool) -> Tensors:
     """Tensors of timm's layout and, for each transformer whose positions are not there, the fixed ones of `kind`."""
     result = dict(tensors)
-    for group, bias in (("encoder", "patch_embed.proj.bias"), ("decoder", "decoder_embed.bias")):
-        name, vector = _POSITIONS[group, "timm"], tensors.get(bias)
+    for group, bias in (("encoder", "patch_embed/bias"), ("decoder", "embed/bias")):
+        name, vector = _positions_name(group, "timm"), tensors.get(_name(group, bias, "timm"))
         if name not in result and vector is not None and vector.ndim == 1:
             table = positions.fixed_positions(kind, grid, len(vector))
             result[name] = np.concatenate([np.zeros((int(has_cls), len(vector)), np.float32), table])[None]
@@ -222,8 +138,8 @@ def without_zero_tokens(
     result, constant = dict(tensors), []
     for token in tokens:
         group = "encoder" if token == "cls_token" else "decoder"
-        name = next(getattr(row, layout) for row in _GROUPS[group] if row.path == token)
-        position = tensors.get(_POSITIONS[group, layout]) if token == "cls_token" else None
+        name = _name(group, token, layout)
+        position = tensors.get(_positions_name(group, layout)) if token == "cls_token" else None
         if name in result and not result[name].any() and (position is None or not position[:, :1].any()):
             del result[name]
             constant.append(token)
@@ -245,11 +161,11 @@ def to_layout(params: Params, model: Any, layout: str) -> Tensors:
     patch = (*model.patch_size, model.channels)
     grid = patches.grid_size(model.image_size, model.patch_size)
     tensors: Tensors = {}
-    for group, path, block, _, row, names in _places(params, layout):
-        leaf = params[group]
-        for key in path.split("/"):
+    for row, block, _, names in _places(params, layout):
+        leaf: Any = params
+        for key in row.path.split("/"):
             leaf = leaf[key]
-        value = _forward(np.asarray(leaf if block is None else leaf[block]), row.kind, patch)
+        value = _forward(np.asarray(leaf if block is None else leaf[block]), row.stored, patch)
         for name, part in zip(names, np.split(value, len(names)), strict=True):
             tensors[name] = np.ascontiguousarray(part, np.float32)
     for group, dim, token in (
@@ -263,10 +179,9 @@ def to_layout(params: Params, model: Any, layout: str) -> Tensors:
             np.asarray(learned["embedding"]) if learned else positions.fixed_positions(model.pos_embed, grid, dim)
         )  # (L, D)
         zero = np.zeros((int(model.cls_token != "none"), dim), np.float32)  # the class token has no position
-        tensors[_POSITIONS[group, layout]] = np.concatenate([zero, table])[None].astype(np.float32)
+        tensors[_positions_name(group, layout)] = np.concatenate([zero, table])[None].astype(np.float32)
         if model[token] == "zero":
-            name = next(getattr(row, layout) for row in _GROUPS[group] if row.path == token)
-            tensors[name] = np.zeros((1, 1, dim), np.float32)
+            tensors[_name(group, token, layout)] = np.zeros((1, 1, dim), np.float32)
     return tensors
 
 
@@ -285,29 +200,29 @@ def from_layout(tensors: Mapping[str, np.ndarray], abstract: Params, model: Any,
     patch = (*model.patch_size, model.channels)
     places = list(_places(abstract, layout))
     expected: dict[str, tuple[int, ...]] = {}
-    for _, _, _, shape, row, names in places:
-        first, *rest = _their_shape(shape, row.kind, patch)
+    for row, _, shape, names in places:
+        first, *rest = _their_shape(shape, row.stored, patch)
         expected |= {name: (first // len(names), *rest) for name in names}
     has_cls = model.cls_token != "none"
     length = math.prod(patches.grid_size(model.image_size, model.patch_size))
     for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
         if group in abstract:
-            expected[_POSITIONS[group, layout]] = (1, length + int(has_cls), dim)
+            expected[_positions_name(group, layout)] = (1, length + int(has_cls), dim)
     _check(tensors, expected)
 
     params: Params = {}
     blocks: dict[str, list[np.ndarray]] = {}
-    for group, path, block, shape, row, names in places:
-        value = _backward(np.concatenate([tensors[name] for name in names]), row.kind, shape)
+    for row, block, shape, names in places:
+        value = _backward(np.concatenate([tensors[name] for name in names]), row.stored, shape)
         if block is None:
-            _put(params, f"{group}/{path}", value)
+            _put(params, row.path, value)
         else:
-            blocks.setdefault(f"{group}/{path}", []).append(value)
+            blocks.setdefault(row.path, []).append(value)
     for path, values in blocks.items():
         _put(params, path, np.stack(values))
     for group in ("encoder", "decoder"):
         if group in abstract:
-            name = _POSITIONS[group, layout]
+            name = _positions_name(group, layout)
             _put_positions(params[group], tensors[name][0], has_cls, "positions" in abstract[group], name)
     return params
 
