@@ -22,7 +22,7 @@ from mae_dist.data import Dataset
 from mae_dist.data.from_config import open_dataset
 from mae_dist.evaluation import extract
 from mae_dist.evaluation.encode import KINDS
-from mae_dist.evaluation.extract import Columns
+from mae_dist.evaluation.evaluate import Columns
 from mae_dist.model import patches
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute, appearing, naming_faults

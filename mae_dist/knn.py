@@ -14,7 +14,7 @@ from absl import flags, logging
 from mae_dist import cli, errors
 from mae_dist.cpu import start
 from mae_dist.data.from_config import open_dataset
-from mae_dist.evaluation import extract, knn_ridge
+from mae_dist.evaluation import evaluate, extract, knn_ridge
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute
 from mae_dist.weights import pretrained
@@ -51,7 +51,7 @@ def knn(argv: Sequence[str]) -> int:
         for flag in (_TRAIN_SPLIT, _TEST_SPLIT)
     )
     logging.info("%s; %d images against %d", source.origin, test.num_examples, train.num_examples)
-    columns = [extract.whole(compute(dataset), _KIND.value) for dataset in (train, test)]
+    columns = [evaluate.collect(compute(dataset), _KIND.value) for dataset in (train, test)]
     options = {"k": _K.value, "temperature": _TEMPERATURE.value, "ridge": _RIDGE.value}
     found = knn_ridge.top1(*columns, num_classes=train.num_classes, **options)
     if processes.is_primary():

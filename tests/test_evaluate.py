@@ -98,9 +98,7 @@ def test_of_many_classes_the_lowest_are_named(count):
 def test_cached_features_give_the_result_of_images():
     """A probe on features is the probe on images, in the order of the split."""
     built, state = build(task="probe", init_from="unused", classify__head="mlp")
-    arrays = evaluate.compute_features(
-        built.feature_step, state.params, split_of(built), built.batch_sharding, built.eval_batch_size
-    )
+    arrays = evaluate.collect(built.features_of(split_of(built), state.params))
     assert arrays["features"].shape == (102, 32)
     np.testing.assert_array_equal(arrays["label"], split_of(built).examples(np.arange(102))["label"])
     cached = ArrayDataset(arrays, num_classes=10, class_names=split_of(built).class_names)

@@ -81,9 +81,7 @@ def test_devices_change_nothing():
         built, state = build(**options)
 
         def features(dataset, built=built, state=state):
-            return evaluate.compute_features(
-                built.feature_step, state.params, dataset, built.batch_sharding, built.eval_batch_size
-            )
+            return evaluate.collect(built.features_of(dataset, state.params))
 
         train, test = features(FirstExamples(built.data.train, 150)), features(built.data.test)
         np.testing.assert_array_equal(train["label"], built.data.train.examples(np.arange(150))["label"])

@@ -16,7 +16,7 @@ from mae_dist import platforms
 from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation.eval_step import make_eval_step
-from mae_dist.model import autoencoder, patches
+from mae_dist.model import autoencoder
 from mae_dist.model.build import functional
 from mae_dist.model.flops import forward_flops
 from mae_dist.model.hooks import PLAIN, Hooks
@@ -24,7 +24,9 @@ from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import scale_pixels
 from mae_dist.weights import pretrained
 
-KINDS = ("mean", "cls", "patches")
+# Names of features -> names of what the encoder pools.
+_POOLS = {"mean": "gap", "cls": "cls", "patches": "patches"}
+KINDS = tuple(_POOLS)
 Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
@@ -52,7 +54,6 @@ def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = No
         raise ConfigError("'cls' features need a class token and the model has none; choose 'mean' or 'patches'")
     if block is not None and not 0 <= block <= model.depth:
         raise ConfigError(f"block {block}: the encoder has blocks 1 to {model.depth}, and 0 is what enters the first")
-    grid = patches.grid_size(model.image_size, model.patch_size)
     norm_in_head = _norm_in_head(config)
 
     def make_encoder(rngs: nnx.Rngs) -> autoencoder.Encoder:
@@ -64,18 +65,12 @@ def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = No
     bind_norm = functional(lambda rngs: nnx.LayerNorm(model.embed_dim, epsilon=model.norm_eps, rngs=rngs)).bind
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> dict[str, jax.Array]:
-        encoder = bind(params["encoder"])
-        x = patches.patchify(scale(images, config), model.patch_size)
-        tokens = encoder(x, None, None, block)  # (B, N, D)
-        result = {}
-        for kind in kinds:
-            if kind == "patches":
-                value = tokens[:, int(encoder.has_cls) :].reshape(-1, *grid, model.embed_dim)
-            else:
-                value = encoder.pool(tokens, "gap" if kind == "mean" else "cls")
-                if norm_in_head and block is None:
-                    value = bind_norm(params["head"]["norm"])(value.astype(jnp.float32))
-            result[kind] = value.astype(jnp.float32)
+        pools = [_POOLS[kind] for kind in kinds]
+        values = bind(params["encoder"]).features(scale(images, config), pools, num_blocks=block)
+        result = {kind: values[_POOLS[kind]].astype(jnp.float32) for kind in kinds}
+        if norm_in_head and block is None:
+            normed = [kind for kind in kinds if kind != "patches"]
+            result |= {kind: bind_norm(params["head"]["norm"])(result[kind]) for kind in normed}
         return result
 
     return encode

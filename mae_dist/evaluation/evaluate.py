@@ -1,6 +1,6 @@
 """One full pass over a split: every example exactly once, on any number of hosts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 
 from mae_dist.data import Dataset, eval_batches, local_rows, to_global
 
+Columns = dict[str, np.ndarray]
 MOST_CLASSES = 20  # whose accuracies are recorded one by one
 NUM_LOWEST = 5  # recorded of more
 
@@ -65,25 +66,44 @@ def _by_class(accuracies: np.ndarray, name: str, class_names: Sequence[str]) -> 
     return summary | dict(lowest[:NUM_LOWEST])
 
 
-def compute_features(
-    feature_step: Any,
+def columns(
+    step: Callable[[Any, Any], dict[str, jax.Array]],
     params: Any,
     dataset: Dataset,
     sharding: jax.sharding.Sharding,
     global_batch_size: int,
-    after_batch: Callable[[], None] = lambda: None,
-) -> dict[str, np.ndarray]:
-    """Runs a frozen encoder over a split once: `features` float32 (N, D), `label` int32 (N,), whole on every host.
+) -> Generator[Columns, None, None]:
+    """Yields what `step` computes of a split, batch after batch, whole on every process.
+
+    Columns are those of `step`, (params, batch) -> arrays of one row per example, with `label` and `index`; n rows
+    each. Padding and unreadable images are left out.
+    """
+
+    def fetch(part: Any) -> Columns:
+        fetched = multihost_utils.process_allgather(part, tiled=True)
+        real = fetched.pop("weight") > 0
+        return {name: column[real] for name, column in fetched.items()}
+
+    waiting = None  # one behind: the device computes the next while this one is fetched and used
+    for batch in global_batches(dataset, sharding, global_batch_size):
+        part = {**step(params, batch), **{name: batch[name] for name in ("label", "index", "weight")}}
+        if waiting is not None:
+            yield fetch(waiting)
+        waiting = part
+    if waiting is not None:
+        yield fetch(waiting)
+
+
+def collect(
+    batches: Iterable[Columns], kind: str = "features", after_batch: Callable[[], None] = lambda: None
+) -> Columns:
+    """Returns `features` float32 (N, D), the column `kind`, and `label` int32 (N,) of all batches.
 
     `after_batch` is called after each batch; by raising it ends the pass.
     """
     features, labels = [], []
-    for batch in global_batches(dataset, sharding, global_batch_size):
-        fetched = multihost_utils.process_allgather(
-            {"features": feature_step(params, batch), "label": batch["label"], "weight": batch["weight"]}, tiled=True
-        )
-        real = fetched["weight"] > 0
-        features.append(fetched["features"][real].astype(np.float32))
-        labels.append(fetched["label"][real])
+    for batch in batches:
+        features.append(batch[kind].astype(np.float32))
+        labels.append(batch["label"])
         after_batch()
     return {"features": np.concatenate(features), "label": np.concatenate(labels)}

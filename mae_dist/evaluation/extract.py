@@ -4,23 +4,23 @@ Shapes: n examples of a batch, D width.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_dist.data import Dataset
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation import evaluate
 from mae_dist.evaluation.encode import make_feature_step, needed_shapes
+from mae_dist.evaluation.evaluate import Columns
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.weights import pretrained
 
-Columns = dict[str, np.ndarray]
+Compute = Callable[[Dataset], Generator[Columns, None, None]]
 
 
 def with_data(source: pretrained.Pretrained, given: ConfigDict | None, data_dir: str | None) -> ConfigDict:
@@ -56,45 +56,38 @@ def split_expression(config: ConfigDict, flag: str, value: str) -> str:
 
 def prepare(
     source: pretrained.Pretrained, config: ConfigDict, kinds: Sequence[str], block: int | None = None
-) -> Callable[[Dataset], Iterator[Columns]]:
-    """A function of a dataset to the columns of batch after batch, whole on every process.
-
-    Columns are each of `kinds`, as `encoder.make_encode` has them, `label` and `index`, n rows each. Padding and
-    unreadable images are left out.
-    """
+) -> Compute:
+    """Returns a function of a dataset to the columns `kinds` (see `encode.make_encode`) of batch after batch."""
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())
-    shardings = sharding.param_shardings(mesh, needed_shapes(source))
-    batch_sharding = sharding.batch_sharding(mesh)
-    shards = sharding.num_batch_shards(mesh)
-    batch_size = math.ceil(config.eval.batch_size / shards) * shards
-    step = make_feature_step(config, mesh, shardings, batch_size, kinds, block)
+
+    def make_step(shardings: Any, batch_size: int) -> Any:
+        return make_feature_step(config, mesh, shardings, batch_size, kinds, block)
+
+    return with_step(source, needed_shapes(source), mesh, config.eval.batch_size, make_step)
+
+
+def with_step(
+    source: pretrained.Pretrained, shapes: Any, mesh: Mesh, batch_size: int, make_step: Callable[[Any, int], Any]
+) -> Compute:
+    """Returns a function of a dataset to the columns (see `evaluate.columns`) that a step computes over all devices.
+
+    Args:
+      source: what the parameters are loaded from, once, for the first dataset.
+      shapes: of the parameters that the step needs.
+      mesh: of the devices.
+      batch_size: rounded up to a multiple of the batch shards.
+      make_step: (shardings of the parameters, batch size) -> the step.
+    """
+    shardings = sharding.param_shardings(mesh, shapes)
+    batch_sharding, shards = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
+    batch_size = math.ceil(batch_size / shards) * shards
+    step = make_step(shardings, batch_size)
     loaded: list[Any] = []  # the parameters, once they are needed
 
-    def fetch(part: Any) -> Columns:
-        columns = multihost_utils.process_allgather(part, tiled=True)
-        real = columns.pop("weight") > 0
-        return {name: column[real] for name, column in columns.items()}
-
-    def compute(dataset: Dataset) -> Iterator[Columns]:
+    def compute(dataset: Dataset) -> Generator[Columns, None, None]:
         with jax.set_mesh(mesh):
             if not loaded:
                 loaded.append(source.load(shardings))
-            waiting = None  # one behind: the device computes the next while this one is fetched and written
-            for batch in evaluate.global_batches(dataset, batch_sharding, batch_size):
-                part = {**step(loaded[0], batch), **{name: batch[name] for name in ("label", "index", "weight")}}
-                if waiting is not None:
-                    yield fetch(waiting)
-                waiting = part
-            if waiting is not None:
-                yield fetch(waiting)
+            yield from evaluate.columns(step, loaded[0], dataset, batch_sharding, batch_size)
 
     return compute
-
-
-def whole(batches: Iterator[Columns], kind: str) -> Columns:
-    """`features` float32 (N, D) and `label` int32 (N,) of all batches."""
-    parts = list(batches)
-    return {
-        "features": np.concatenate([part[kind] for part in parts]),
-        "label": np.concatenate([part["label"] for part in parts]),
-    }

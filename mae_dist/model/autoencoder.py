@@ -4,6 +4,7 @@ Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, 
 token), D encoder width, E decoder width, Y classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ class Encoder(nnx.Module):
         self,
         *,
         grid: tuple[int, int],
+        patch_size: tuple[int, int],
         patch_dim: int,
         embed_dim: int,
         depth: int,
@@ -48,6 +50,7 @@ class Encoder(nnx.Module):
         final_norm: bool = True,
         **stack: Any,
     ):
+        self.patch_size = patch_size
         self.patch_embed = nnx.Linear(patch_dim, embed_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.positions = Positions(pos_embed, grid, embed_dim, rngs=rngs)
         self.has_cls = cls_token != "none"
@@ -85,9 +88,28 @@ class Encoder(nnx.Module):
         x = self.stack(x, keys, num_blocks)
         return layer_norm(self.norm, x, normalize=self.hooks.normalize) if self.final_norm and num_blocks is None else x
 
-    def pool(self, tokens: jax.Array, pool: str) -> jax.Array:
-        """Tokens (B, N, D) -> (B, D): the class token (`cls`) or the mean over patches (`gap`)."""
-        return tokens[:, 0] if pool == "cls" else tokens[:, int(self.has_cls) :].mean(axis=1)
+    def features(
+        self, images: jax.Array, pools: Sequence[str], keys: jax.Array | None = None, num_blocks: int | None = None
+    ) -> dict[str, jax.Array]:
+        """Encodes whole images.
+
+        Args:
+          images: scaled pixels, (B, H, W, C).
+          pools: the class token (`cls`), the mean over patches (`gap`), or a vector for each patch (`patches`).
+          keys, num_blocks: as `__call__`.
+
+        Returns:
+          By pool (B, D), or for `patches` (B, gh, gw, D).
+        """
+        tokens = self(patches.patchify(images, self.patch_size), None, keys, num_blocks)  # (B, N, D)
+
+        def pool(kind: str) -> jax.Array:
+            if kind == "cls":
+                return tokens[:, 0]
+            rest = tokens[:, int(self.has_cls) :]
+            return rest.mean(axis=1) if kind == "gap" else rest.reshape(-1, *self.positions.grid, rest.shape[-1])
+
+        return {kind: pool(kind) for kind in pools}
 
 
 class Decoder(nnx.Module):
@@ -205,6 +227,7 @@ class MaskedAutoencoder(nnx.Module):
             "rngs": rngs,
         }
         self.encoder = Encoder(
+            patch_size=patch_size,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,

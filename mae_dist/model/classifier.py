@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mae_dist.model import patches
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.heads import BatchNorm, Head
 from mae_dist.model.hooks import PLAIN, Hooks
@@ -35,7 +34,7 @@ class Classifier(nnx.Module):
         rngs: nnx.Rngs,
     ):
         autoencoder = MaskedAutoencoder(**model, final_norm=not norm_after_pool, hooks=hooks, rngs=rngs)
-        self.encoder, self.patch_size = autoencoder.encoder, autoencoder.patch_size
+        self.encoder = autoencoder.encoder
         norm_eps = model["norm_eps"] if norm_after_pool else 0.0
         self.head = Head(
             model["embed_dim"],
@@ -53,8 +52,7 @@ class Classifier(nnx.Module):
 
     def features(self, images: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Scaled pixels (B, H, W, C) -> pooled features (B, D) of all patches."""
-        tokens = self.encoder(patches.patchify(images, self.patch_size), None, keys)
-        return self.encoder.pool(tokens, self.pool)
+        return self.encoder.features(images, (self.pool,), keys)[self.pool]
 
     def logits(self, features: jax.Array, *, whole_batch: bool = False) -> jax.Array:
         """Pooled features (B, D) -> logits (B, Y); BatchNorm by the features' own statistics if they are all there."""

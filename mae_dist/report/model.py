@@ -3,10 +3,10 @@
 Shapes: N images, H W C image, D width, Y classes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-import math
 from typing import Any
 
 import jax
@@ -18,12 +18,11 @@ from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import Dataset
 from mae_dist.data.from_config import open_dataset
 from mae_dist.errors import DataFault
-from mae_dist.evaluation import evaluate
+from mae_dist.evaluation import evaluate, extract
 from mae_dist.evaluation.encode import make_encode, needed_shapes
 from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model.build import functional, make_model
 from mae_dist.model.hooks import PLAIN
-from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.report.runs import Run
 from mae_dist.task_kinds import kind_of
@@ -89,56 +88,51 @@ class Viewer:
         if key not in self._splits:
             self._splits[key] = open_dataset(config, split)
         dataset = self._splits[key]
-        images, outputs, labels = self._run(source, dataset)
-        width = config.model.embed_dim
-        some = "all" if len(labels) == dataset.num_examples else f"the first {len(labels):,} of the"
+        images, columns = self._run(source, dataset)
+        count = len(columns["label"])
+        some = "all" if count == dataset.num_examples else f"the first {count:,} of the"
         return Seen(
             origin=source.origin,
             split=f"{some} {dataset.num_examples:,} {name} images",
             class_names=tuple(dataset.class_names),
             images=images,
-            features=outputs[:, :width],
-            labels=labels,
-            predictions=outputs[:, width:].argmax(axis=1) if not kind_of(config).has_decoder else None,
+            features=columns["features"],
+            labels=columns["label"],
+            predictions=columns["logits"].argmax(axis=1) if "logits" in columns else None,
         )
 
-    def _run(self, source: pretrained.Pretrained, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first images, features with any logits behind them (N, D or D + Y), labels (N,)."""
+    def _run(self, source: pretrained.Pretrained, dataset: Dataset) -> tuple[np.ndarray, evaluate.Columns]:
+        """Returns the very first images, and what `_make_forward` computes of up to `max_images`, with `label`."""
         config, mesh = source.config, self._mesh
         shapes = needed_shapes(source) if kind_of(config).has_decoder else source.abstract
-        shardings = sharding.param_shardings(mesh, shapes)
-        batch_sharding, shards = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
-        batch_size = math.ceil(_BATCH_SIZE / shards) * shards
-        pieces = num_pieces(config, mesh, batch_size)
-        step = make_eval_step(
-            _make_forward(config, source.num_classes), mesh=mesh, params=shardings, per_example=True, pieces=pieces
-        )
-        images, outputs, labels, left = [], [], [], self._max_images
-        with jax.set_mesh(mesh):
-            params = source.load(shardings)
-            for batch in evaluate.global_batches(dataset, batch_sharding, batch_size):
-                real = np.flatnonzero(np.asarray(batch["weight"]) > 0)[:left]
-                outputs.append(np.asarray(step(params, batch))[real])
-                labels.append(np.asarray(batch["label"])[real])
-                if sum(map(len, images)) < _NUM_SHOWN:
-                    images.append(np.asarray(batch["image"])[real])
-                left -= len(real)
-                if left <= 0:
+
+        def make_step(shardings: Any, batch_size: int) -> Any:
+            forward, pieces = _make_forward(config, source.num_classes), num_pieces(config, mesh, batch_size)
+            return make_eval_step(forward, mesh=mesh, params=shardings, per_example=True, pieces=pieces)
+
+        compute = extract.with_step(source, shapes, mesh, _BATCH_SIZE, make_step)
+        parts, count = [], 0
+        with contextlib.closing(compute(dataset)) as batches:
+            for part in batches:
+                parts.append(part)
+                count += len(part["label"])
+                if count >= self._max_images:
                     break
-        return np.concatenate(images)[:_NUM_SHOWN], np.concatenate(outputs), np.concatenate(labels)
+        columns = {name: np.concatenate([part[name] for part in parts])[: self._max_images] for name in parts[0]}
+        return dataset.examples(columns["index"][:_NUM_SHOWN])["image"], columns
 
 
 def _make_forward(config: ConfigDict, num_classes: int) -> Any:
-    """(params, batch) -> float32 (B, D) features, with a classifier's logits behind them (B, D + Y)."""
+    """Returns (params, batch) -> float32 `features` (B, D), and for a classifier `logits` (B, Y)."""
     if kind_of(config).has_decoder:
         encode = make_encode(config, ("mean",))
-        return lambda params, batch: encode(params, batch["image"])["mean"]
+        return lambda params, batch: {"features": encode(params, batch["image"])["mean"]}
     bind = functional(functools.partial(make_model, config, num_classes, PLAIN)).bind
 
-    def forward(params: Any, batch: Any) -> jax.Array:
+    def forward(params: Any, batch: Any) -> dict[str, jax.Array]:
         model = bind(params)
         features = model.features(scale_pixels(batch["image"], config.data.mean, config.data.std), None)
-        return jnp.concatenate([features.astype(jnp.float32), model.logits(features)], axis=1)
+        return {"features": features.astype(jnp.float32), "logits": model.logits(features)}
 
     return forward
 

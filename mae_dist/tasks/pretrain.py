@@ -55,9 +55,8 @@ def make_pretrain(
         return {"loss": clu_metrics.Average.from_model_output(values, batch["weight"] > 0)}
 
     def features(params: Params, batch: Batch) -> jax.Array:
-        model = bind(params)
-        x = patches.patchify(scale_pixels(batch["image"], mean, std), config.model.patch_size)
-        return model.encoder.pool(model.encoder(x, None, None), config.classify.pool)
+        pool = config.classify.pool
+        return bind(params).encoder.features(scale_pixels(batch["image"], mean, std), (pool,))[pool]
 
     def reconstruct(params: Params, batch: Batch) -> dict[str, jax.Array]:
         return make_pictures(config, *forward(params, batch, fixed_keys(batch)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import Dataset
 from mae_dist.data.from_config import Data, train_batches
 from mae_dist.errors import ConfigError
+from mae_dist.evaluation import evaluate
 from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model.flops import count_kept_patches, encoder_passes_of, train_flops_per_image
 from mae_dist.model.parameters import parameter_rows
@@ -85,6 +86,14 @@ class Job:
             name: jax.ShapeDtypeStruct((self.config.global_batch_size, *shape), dtype, sharding=self.batch_sharding)
             for name, (shape, dtype) in rows.items()
         }
+
+    def features_of(self, dataset: Dataset, params: Any) -> Iterator[evaluate.Columns]:
+        """Columns of batch after batch (see `evaluate.columns`): `features` (n, D) by the encoder of `params`."""
+
+        def step(params: Any, batch: Any) -> dict[str, jax.Array]:
+            return {"features": self.feature_step(params, batch)}
+
+        return evaluate.columns(step, params, dataset, self.batch_sharding, self.eval_batch_size)
 
     def overview(self) -> str:
         return parallel_overview.overview(self.mesh, self.abstract_state, self.shardings)

@@ -231,9 +231,7 @@ class Run:
         job, options = self.job, self.job.config.online
 
         def features(dataset: Dataset) -> dict[str, Any]:
-            return evaluate.compute_features(
-                job.feature_step, state.averaged, dataset, job.batch_sharding, job.eval_batch_size, self._after_batch
-            )
+            return evaluate.collect(job.features_of(dataset, state.averaged), after_batch=self._after_batch)
 
         present = {prefix: dataset for prefix, dataset in splits.items() if dataset is not None}
         if not present:
@@ -296,7 +294,7 @@ def _with_features(job: Job, params: Any) -> Data:
     """The splits with images replaced by the frozen encoder's features."""
 
     def cached(dataset: Dataset) -> Dataset:
-        arrays = evaluate.compute_features(job.feature_step, params, dataset, job.batch_sharding, job.eval_batch_size)
+        arrays = evaluate.collect(job.features_of(dataset, params))
         return ArrayDataset(
             arrays,
             num_classes=dataset.num_classes,
