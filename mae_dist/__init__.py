@@ -1,29 +1,80 @@
 """Masked autoencoders in JAX, from one CPU to a TPU pod: sharded, resumable, measured.
 
-`get_config(name)` returns one of the configs that come with the package, `default_config()` every field with its
-default; `load_encoder(path)` gives a trained encoder to compute features with.
+    config = mae_dist.get_config("smoke")             # or default_config(): every field with its default
+    result = mae_dist.train(config, "runs/smoke")     # the same call again continues, or returns at once
+    run = mae_dist.open_run("runs/smoke")             # its records, weights, reconstructions, evaluations
+    features = run.encoder().features(images)         # load_encoder(path): other weights too
+
+`build(config)` gives the parts of a training to a loop of one's own. Faults are those of `mae_dist.errors`.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from mae_dist import errors
 from mae_dist.config.default import get_config as default_config
 from mae_dist.config.named import get_config
 
 if TYPE_CHECKING:
-    from mae_dist.evaluation.encoder import load_encoder
+    from mae_dist.evaluation.encoder import Encoder, load_encoder
     from mae_dist.model import masking
+    from mae_dist.training.job import Job
+    from mae_dist.training.opened import Run, open_run
+    from mae_dist.training.session import build, train
+    from mae_dist.training.summary import Result
 
-__all__ = ["default_config", "get_config", "load_encoder", "masking"]
+    __version__: str
+
+__all__ = [
+    "Encoder",
+    "Job",
+    "Result",
+    "Run",
+    "__version__",
+    "build",
+    "default_config",
+    "errors",
+    "get_config",
+    "load_encoder",
+    "masking",
+    "open_run",
+    "train",
+]
+
+# Imported when first used, for JAX comes with them: a typo on a command line is told before. A name is that of a module
+# (`package.module`) or of something in one (`package.module:name`).
+_LAZY = {
+    "Encoder": "mae_dist.evaluation.encoder:Encoder",
+    "Job": "mae_dist.training.job:Job",
+    "Result": "mae_dist.training.summary:Result",
+    "Run": "mae_dist.training.opened:Run",
+    "build": "mae_dist.training.session:build",
+    "load_encoder": "mae_dist.evaluation.encoder:load_encoder",
+    "masking": "mae_dist.model.masking",
+    "open_run": "mae_dist.training.opened:open_run",
+    "train": "mae_dist.training.session:train",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports JAX only when it is needed: a typo on a command line is told before."""
-    if name == "load_encoder":
-        from mae_dist.evaluation.encoder import load_encoder
+    if name == "__version__":
+        return _version()
+    if name not in _LAZY:
+        raise AttributeError(f"module 'mae_dist' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    module, _, attribute = _LAZY[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
-        return load_encoder
-    if name == "masking":
-        from mae_dist.model import masking
 
-        return masking
-    raise AttributeError(f"module 'mae_dist' has no attribute {name!r}; it offers {', '.join(__all__)}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Returns the installed version; of files that were put on the path without an installation it is unknown."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("mae_dist")
+    except metadata.PackageNotFoundError:
+        return "unknown"

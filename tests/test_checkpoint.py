@@ -209,7 +209,7 @@ def test_weights_of_a_pretraining(workdir, task):
         save(checkpoints, source, state, 3)
     # Another seed: the encoder could not be equal by chance.
     built = build((4, 1, 2), task=task, init_from=str(workdir), seed=5)
-    loaded = built.fresh_state()
+    loaded = built.init_state()
     for group in ("encoder", "decoder") if task == "pretrain" else ("encoder",):
         a, b = (jax.tree.leaves(params[group]) for params in (loaded.params, state.params))
         for x, y in zip(a, b, strict=True):
@@ -224,7 +224,7 @@ def test_encoder_without_its_norm_is_refused(workdir):
     reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="finetune", init_from=str(workdir))
     with pytest.raises(StorageFault, match=r"has no encoder/norm, .*norm_after_pool"):
-        built.fresh_state()
+        built.init_state()
 
 
 def test_converted_weights_are_not_continued(workdir):
@@ -241,7 +241,7 @@ def test_encoder_that_does_not_fit_is_refused(workdir):
     reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="probe", init_from=str(workdir), model__embed_dim=64, model__depth=3)
     with pytest.raises(StorageFault, match=r"model.embed_dim: 32 -> 64\n.*model.depth: 2 -> 3"):
-        built.fresh_state()
+        built.init_state()
 
 
 def test_faults_advise_to_verify_the_workdir(workdir):

@@ -84,7 +84,7 @@ def test_starts_from_the_weights_it_is_given(workdir):
     source = build()
     reader.save_params(workdir, source.config, new_state(source).params, "a test")
     built = build(task="finetune", init_from=str(workdir), seed=5)
-    state = built.fresh_state()
+    state = built.init_state()
     jax.tree.map(np.testing.assert_array_equal, on_host(state.ema), on_host(state.params))
     for average, param in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
         shards = zip(average.addressable_shards, param.addressable_shards, strict=True)

@@ -267,7 +267,7 @@ def test_a_fault_of_ours_while_the_update_is_compiled(child_env, tmp_path):
         def broken(self):
             raise RuntimeError("a bug")
 
-        job.Job.fresh_state = broken
+        job.Job.init_state = broken
         cli.run(main.main)
     """
     command = [sys.executable, "-c", program, "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}"]

@@ -118,7 +118,7 @@ def test_the_figures_of_a_run_agree_with_its_ledger(workdir):
     )
     built = job.build(config, jax.devices()[:1], open_data(config))
     with Watch(**config.deadlines) as watch:
-        assert loop.train(built, workdir, watch, Notices()) == 0
+        assert loop.train(built, workdir, watch, Notices()).status == "done"
     records = [record for record in read_metrics(workdir) if "step_secs" in record]
     line = json.loads((workdir / GOODPUT_FILE).read_text().splitlines()[-1])
     secs = line["secs"]

@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "os_errors",
     ),
     (
+        "__main__",
         "console",
         "registry",
         "storage",

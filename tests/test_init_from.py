@@ -178,7 +178,7 @@ def test_begins_from(source, built, names, kind):
     made, batch, update = built(config)
     made = dataclasses.replace(made, config=config)
     with jax.set_mesh(made.mesh):
-        state = made.fresh_state()
+        state = made.init_state()
         check_loaded(config, state.params, written, kind)
         for _ in range(2):
             state, metrics = update(state, batch)

@@ -60,7 +60,7 @@ def test_in_another_thread(tmp_path):
     before = signal.getsignal(signal.SIGUSR1)
 
     def enter():
-        with Profiler(epath.Path(tmp_path), "") as profiler:
+        with Profiler(epath.Path(tmp_path), "", on_signal=True) as profiler:
             return signal.getsignal(signal.SIGUSR1) == before and not profiler.ends_with(1)
 
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -46,7 +46,7 @@ def benchmark(argv: Sequence[str]) -> int:
         return _scaling(config)
     if _WHAT.value == "input":
         return _input(config)
-    use_cores(config, "")
+    use_cores(config, None)
     ours = Ours(config, _WHAT.value)
     others = {}
     if _AGAINST.value:

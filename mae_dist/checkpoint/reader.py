@@ -193,8 +193,8 @@ def read_config(workdir: epath.Path) -> ConfigDict:
 
 
 @contextlib.contextmanager
-def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """The manager of an existing run's checkpoints and its newest step."""
+def _opened(workdir: epath.Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """The manager of an existing run's checkpoints and the newest step that is good, or the one asked for."""
     directory = workdir / "checkpoints"
     if not directory.exists():
         raise StorageFault(
@@ -203,15 +203,19 @@ def _newest(workdir: epath.Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     with naming_damage(directory, workdir):
         manager = open_manager(directory, create=False)
     try:
-        damaged = False
-        for step in sorted(manager.all_steps(), reverse=True):
-            damage = Seals(workdir).damage(step)
+        saved, damaged = sorted(manager.all_steps(), reverse=True), False
+        if step is not None and step not in saved:
+            raise StorageFault(f"{directory} has no step {step}; it has {', '.join(map(str, saved[::-1])) or 'none'}")
+        for found in saved if step is None else (step,):
+            damage = Seals(workdir).damage(found)
+            if damage and step is not None:
+                raise StorageFault(f"checkpoint {directory / str(step)} is damaged: {damage[0]}. Choose another step")
             if damage:
                 damaged = True
-                logging.error("DAMAGED CHECKPOINT: %s (%s); reading the one before", directory / str(step), damage[0])
+                logging.error("DAMAGED CHECKPOINT: %s (%s); reading the one before", directory / str(found), damage[0])
                 continue
-            with naming_damage(directory / str(step), workdir):
-                yield manager, step
+            with naming_damage(directory / str(found), workdir):
+                yield manager, found
             return
         good = "good " if damaged else ""
         raise StorageFault(
@@ -230,18 +234,25 @@ def _stored_tree(path: epath.Path) -> dict[str, Any]:
         handler.close()
 
 
-def param_shapes(workdir: epath.Path) -> tuple[int, dict[str, Any]]:
-    """(step, shapes of the parameters by group) of the newest checkpoint in `workdir`; nothing of them is read."""
-    with _newest(workdir) as (_, step):
-        return step, _stored_tree(workdir / "checkpoints" / str(step))["params"]
+def param_shapes(workdir: epath.Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """(step, shapes of the parameters by group) of the newest checkpoint in `workdir`, or of that of `step`.
+
+    Nothing of them is read.
+    """
+    with _opened(workdir, step) as (_, found):
+        return found, _stored_tree(workdir / "checkpoints" / str(found))["params"]
 
 
-def load_params(workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(step, parameters) of the newest checkpoint in `workdir`: only the groups that `abstract` names are read.
+def load_params(
+    workdir: epath.Path, abstract: dict[str, Any], shardings: dict[str, Any], step: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """(step, parameters) of the newest checkpoint in `workdir`, or of that of `step`.
+
+    Only the groups that `abstract` names are read.
 
     Of a run with averages (`ema_decay`) these are read, where they exist: a frozen part has none.
     """
-    with _newest(workdir) as (manager, step):
+    with _opened(workdir, step) as (manager, step):
         averaged = _stored_tree(workdir / "checkpoints" / str(step)).get("ema", {})
 
         def by_origin(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:

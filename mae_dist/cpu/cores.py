@@ -72,7 +72,7 @@ def given_environment() -> dict[str, str]:
     return given
 
 
-def split_cores(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
+def num_devices(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
     """Makes JAX see the CPU as so many devices, before it first looks; returns how many that is, 0 if it is not asked.
 
     Args:
@@ -85,8 +85,15 @@ def split_cores(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
         most = min(num_cores(), min(size for size, _ in batches) // _EXAMPLES_PER_DEVICE)
         whole = (n for n in range(1, most + 1) if all(size % (n * multiple) == 0 for size, multiple in batches))
         wanted = max(whole, default=1)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FLAG}={wanted}".strip()
     return wanted
+
+
+def split_cores(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
+    """Makes the cores `num_devices` devices of JAX's, for this process and those that it starts."""
+    count = num_devices(wanted, batches)
+    if count:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FLAG}={count}".strip()
+    return count
 
 
 def options_to_train() -> dict[str, str]:

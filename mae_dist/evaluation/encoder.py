@@ -81,7 +81,7 @@ class Encoder:
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size}: at least one image has to be computed at once")
         check_kind(kind)
-        images = self._checked(np.asarray(images))
+        images = check_images(np.asarray(images), (*self.image_size, self.channels))
         # Few different sizes, for each is compiled: powers of two up to the batch's.
         size = min(batch_size, 1 << max(0, len(images) - 1).bit_length())
         step = self._steps.get((kind, block, size))
@@ -97,24 +97,29 @@ class Encoder:
             result[start : start + size] = np.asarray(step(self._params, {"image": padded})[kind])[: len(part)]
         return result
 
-    def _checked(self, images: np.ndarray) -> np.ndarray:
-        """The images, floating-point ones as float32; a `DataFault` for what the model cannot take."""
-        expected = (*self.image_size, self.channels)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise DataFault(
-                f"images have shape {images.shape}, needed: (B, {', '.join(map(str, expected))}); resize them first, "
-                "or convert the encoder to their size"
-            )
-        if images.dtype == np.uint8:
-            return images
-        if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 is of JAX's, not of NumPy's types
-            raise DataFault(f"images are {images.dtype}; needed: uint8 in 0..255 or floating-point in 0..1")
-        # A little beyond is what resizing leaves; 0..255 in floats, or pixels normalised already, is not.
-        if images.size and not (images.min() >= -0.1 and images.max() <= 1.1):
-            raise DataFault(
-                f"floating-point images reach from {images.min():g} to {images.max():g}; needed: 0..1, not normalised"
-            )
-        return images.astype(np.float32)
+
+def check_images(images: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
+    """Returns the images, floating-point ones as float32; a `DataFault` for what a model cannot take.
+
+    Args:
+      images: uint8 in 0..255 or floating-point in 0..1.
+      expected: (H, W, C) of the model.
+    """
+    if images.ndim != 4 or images.shape[1:] != expected:
+        raise DataFault(
+            f"images have shape {images.shape}, needed: (B, {', '.join(map(str, expected))}); resize them first, "
+            "or convert the encoder to their size"
+        )
+    if images.dtype == np.uint8:
+        return images
+    if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 is of JAX's, not of NumPy's types
+        raise DataFault(f"images are {images.dtype}; needed: uint8 in 0..255 or floating-point in 0..1")
+    # A little beyond is what resizing leaves; 0..255 in floats, or pixels normalised already, is not.
+    if images.size and not (images.min() >= -0.1 and images.max() <= 1.1):
+        raise DataFault(
+            f"floating-point images reach from {images.min():g} to {images.max():g}; needed: 0..1, not normalised"
+        )
+    return images.astype(np.float32)
 
 
 def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None) -> Encoder:

@@ -13,7 +13,9 @@ from mae_dist.errors import say
 def interrupted_between_steps() -> Iterator[Callable[[], None]]:
     """Holds Ctrl-C back until the function it gives is called, which then raises `KeyboardInterrupt`.
 
-    Raised anywhere, it can be swallowed by a callback, or tear a save apart. A second one is not held back.
+    Raised anywhere, it can be swallowed by a callback, or tear a save apart. A second one is not held back. Only
+    Python's own answer to Ctrl-C is: where the program that we are part of has another, or in a thread that is never
+    interrupted, nothing is changed.
     """
     pending = []
 
@@ -27,7 +29,8 @@ def interrupted_between_steps() -> Iterator[Callable[[], None]]:
         if pending:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # the only one that may say so and is interrupted
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield stop
         return
     before = signal.signal(signal.SIGINT, note)

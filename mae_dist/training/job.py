@@ -16,7 +16,7 @@ from mae_dist import config as config_lib
 from mae_dist import platforms
 from mae_dist.cpu import cores
 from mae_dist.cpu.microbatches import num_pieces
-from mae_dist.data import Dataset
+from mae_dist.data import Dataset, local_rows, to_global
 from mae_dist.data.from_config import Data, train_batches
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation import evaluate
@@ -98,7 +98,7 @@ class Job:
     def overview(self) -> str:
         return parallel_overview.overview(self.mesh, self.abstract_state, self.shardings)
 
-    def fresh_state(self) -> TrainState:
+    def init_state(self) -> TrainState:
         """The state at step 0, created in its shards; trained weights from `config.init_from` if that is set.
 
         A pretraining takes encoder and, where there is one, decoder; probe and finetune the encoder.
@@ -121,6 +121,23 @@ class Job:
         # The averages start from the weights, in arrays of their own: an update overwrites both.
         ema = new.ema and {**new.ema, **jax.tree.map(jnp.copy, {k: v for k, v in loaded.items() if k in new.ema})}
         return new.replace(params={**new.params, **loaded}, ema=ema)
+
+    def batches(self, start: int = 0) -> Iterator[dict[str, jax.Array]]:
+        """Yields the global batches of the steps `start`, `start` + 1, … to the last one of the schedule.
+
+        The batch of a step is the same wherever one starts. Leaving the iterator, or closing it, ends its threads.
+
+        Args:
+          start: steps done already; the first batch is that of step `start` + 1 as metrics count.
+
+        Yields:
+          `image` uint8 (B, H, W, C) and `label` int32 (B,), sharded by `batch_sharding`; B is
+          `config.global_batch_size`.
+        """
+        rows = local_rows(self.batch_sharding, self.config.global_batch_size)
+        with self.train_batches(self.data.train, start, rows) as batches:
+            for batch in batches:
+                yield to_global(batch, self.batch_sharding, self.config.global_batch_size, rows)
 
     def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
         """This process's rows of the batches of updates `start_step`, `start_step` + 1, …"""

@@ -24,14 +24,21 @@ from mae_dist.resilience.watchdog import Watch
 from mae_dist.storage import naming_faults, read_text, set_aside, write_text_atomically
 from mae_dist.training.job import Job
 from mae_dist.training.run import Run, shows_bar
-from mae_dist.training.summary import finish
+from mae_dist.training.summary import Result, finish
 
 
-def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices) -> int:
+def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, profile_on_signal: bool = False) -> Result:
     """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
 
+    Args:
+      job: what to train.
+      workdir: where the run lives.
+      watch: takes note of what the run is doing.
+      notices: of preemption, after which the state is saved and the run ends.
+      profile_on_signal: while the loop runs, SIGUSR1 asks for a profiler's trace.
+
     Returns:
-      `errors.EXIT_DONE`, or `errors.EXIT_PREEMPTED` after a preemption notice, the state saved.
+      The result; of a preempted run without metrics.
 
     Raises:
       StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.
@@ -59,7 +66,7 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices) -> int:
         with _recorder(workdir, start) as recorder:
             _write_config(job, workdir)
             notices.check()
-            run = Run(job, workdir, recorder, state.params, watch, notices, start, compilation)
+            run = Run(job, workdir, recorder, state.params, watch, notices, start, compilation, profile_on_signal)
             with run, run.profiler, watch.during("step"):
                 if unfinished is not None and not run.conclude_again(start, state, unfinished):
                     return run.preempted(start)
@@ -127,7 +134,7 @@ def _restore_or_begin(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, i
     began = time.monotonic()
     restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint)
     if restored is None:
-        return job.fresh_state(), 0, None
+        return job.init_state(), 0, None
     state, step, unfinished = restored
     logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
     return state, step, unfinished

@@ -22,27 +22,26 @@ _UPDATES_BY_SIGNAL = 5
 class Profiler:
     """Traces updates of this process into directories `updates_<first>_<last>` of `directory`, a bucket's too.
 
-    While the main thread is in it, SIGUSR1 asks for a trace of the next updates; another thread gets no signals, and
-    what is entered there traces the planned ones only. A trace that cannot be made or written is a warning: the run is
-    worth more.
+    A trace that cannot be made or written is a warning: the run is worth more.
 
     Args:
       directory: where the traces of this process go.
       steps: the updates to trace, see `parse_steps`.
+      on_signal: while the main thread is in it, SIGUSR1 asks for a trace of the next updates; other threads get no
+        signals.
     """
 
-    def __init__(self, directory: epath.Path, steps: str):
+    def __init__(self, directory: epath.Path, steps: str, *, on_signal: bool):
         self._directory = directory
         self._planned = parse_steps(steps)
         self._asked = False
         self._tracing: range | None = None
         self._local = ""  # the profiler writes to local files only
-        self._takes_signal = False
+        self._takes_signal = on_signal and hasattr(signal, "SIGUSR1")
         self._before: Any = None
 
     def __enter__(self) -> "Profiler":
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        self._takes_signal = in_main_thread and hasattr(signal, "SIGUSR1")
+        self._takes_signal &= threading.current_thread() is threading.main_thread()
         if self._takes_signal:
             self._before = signal.signal(signal.SIGUSR1, self._ask)
         return self

@@ -28,6 +28,7 @@ from mae_dist.resilience.preemption import Notices, Preempted
 from mae_dist.resilience.watchdog import Watch
 from mae_dist.training.job import Job
 from mae_dist.training.profiler import Profiler
+from mae_dist.training.summary import Result
 
 
 def shows_bar() -> bool:
@@ -48,6 +49,7 @@ class Run:
         notices: Notices,
         start: int,
         compilation: threading.Thread,
+        profile_on_signal: bool,
     ):
         self.job, self.workdir, self.recorder, self.watch, self.notices = job, workdir, recorder, watch, notices
         self.meta = job.meta  # written anew at every call of it, and needed after every update
@@ -62,7 +64,7 @@ class Run:
             is_primary=processes.is_primary(),
         )
         with watch.during("evaluate"):
-            self.data = _with_features(job, params) if job.caches_features else job.data
+            self.data = _all_with_features(job, params) if job.caches_features else job.data
         device = job.mesh.devices.flat[0]
         peak = hardware.peak_flops(device.device_kind, job.config.model.dtype)
         self.throughput = Throughput(
@@ -72,7 +74,8 @@ class Run:
             peak_flops=peak and peak * job.mesh.size,
             account=watch.account,
         )
-        self.profiler = Profiler(workdir / "profile" / f"process_{jax.process_index()}", job.config.profile_steps)
+        traces = workdir / "profile" / f"process_{jax.process_index()}"
+        self.profiler = Profiler(traces, job.config.profile_steps, on_signal=profile_on_signal)
         self.evaluated: dict[str, float] = {}  # what was evaluated after the current update
         self.skipped_runs: list[jax.Array] = []  # of the updates since the last log step, still on the device
         self.longest_skipped_run = 0
@@ -91,11 +94,11 @@ class Run:
             if error is None:
                 raise
 
-    def preempted(self, step: int) -> int:
+    def preempted(self, step: int) -> Result:
         """The end after a notice, all saved."""
         self.ended = "preempted"
         logging.warning("Preempted: saved step %d; the same command continues from it.", step)
-        return errors.EXIT_PREEMPTED
+        return Result(step, "preempted")
 
     def batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
         """(number of the update, global batch) for every update after `start`, with a bar on a terminal."""
@@ -290,23 +293,23 @@ def draw_reconstructions(job: Job, params: Any, dataset: Dataset, step: int, num
     return pictures.draw_grid(images, names, f"{title}\n{note}" if note else title)
 
 
-def _with_features(job: Job, params: Any) -> Data:
-    """The splits with images replaced by the frozen encoder's features."""
+def with_features(job: Job, params: Any, dataset: Dataset) -> Dataset:
+    """Returns a split with images replaced by the frozen encoder's features."""
+    arrays = evaluate.collect(job.features_of(dataset, params))
+    return ArrayDataset(
+        arrays,
+        num_classes=dataset.num_classes,
+        class_names=dataset.class_names,
+        fingerprint=dataset.fingerprint,
+    )
 
-    def cached(dataset: Dataset) -> Dataset:
-        arrays = evaluate.collect(job.features_of(dataset, params))
-        return ArrayDataset(
-            arrays,
-            num_classes=dataset.num_classes,
-            class_names=dataset.class_names,
-            fingerprint=dataset.fingerprint,
-        )
 
+def _all_with_features(job: Job, params: Any) -> Data:
     began = time.monotonic()
     data = Data(
-        train=cached(job.data.train),
-        val=job.data.val and cached(job.data.val),
-        test=job.data.test and cached(job.data.test),
+        train=with_features(job, params, job.data.train),
+        val=job.data.val and with_features(job, params, job.data.val),
+        test=job.data.test and with_features(job, params, job.data.test),
     )
     logging.info("Features of the frozen encoder computed once, in %.1f s", time.monotonic() - began)
     return data

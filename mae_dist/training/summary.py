@@ -1,13 +1,14 @@
-"""The end of a run: summary.json and the one line of result."""
+"""The end of a run: summary.json, the result, and the line that tells it."""
 
+import dataclasses
 import math
 import statistics
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from etils import epath
 
 from mae_dist import config as config_lib
-from mae_dist import errors
 from mae_dist.metrics import goodput, history
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import SUMMARY_FILE, environment, last_values, write_summary
@@ -15,22 +16,48 @@ from mae_dist.parallel import processes
 from mae_dist.storage import naming_faults, set_aside
 from mae_dist.training.job import Job
 
+_NOT_METRICS = ("name", "task", "step", "total_steps", "goodput", "environment")
 
-def finish(job: Job, workdir: epath.Path, step: int) -> int:
-    """Writes summary.json from metrics.jsonl, unless it is there, and prints the one line of result."""
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Where a training ended.
+
+    Attributes:
+      step: the last step of the run.
+      status: "done", or "preempted": saved at `step`, and the same call continues.
+      metrics: the last value of each metric, as in summary.json (`loss`, `val_loss`, …), NaN where it is not finite.
+        Only process 0 has them, and only of a run that is done.
+    """
+
+    step: int
+    status: Literal["done", "preempted"]
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def finish(job: Job, workdir: epath.Path, step: int) -> Result:
+    """Writes summary.json from metrics.jsonl, unless it is there."""
     if not processes.is_primary():
-        return errors.EXIT_DONE
+        return Result(step, "done")
     summary = history.finished_summary(workdir, step)
     if summary is None:
         summary = _summary(job, workdir, step)
         with naming_faults(workdir):
             set_aside(workdir / SUMMARY_FILE)
         write_summary(workdir, summary)
+    metrics = {name: value for name, value in summary.items() if name not in _NOT_METRICS}
+    return Result(step, "done", {name: math.nan if value is None else value for name, value in metrics.items()})
+
+
+def line_of(name: str, result: Result, workdir: str) -> str:
+    """Returns the one line that tells the result of the finished run called `name`."""
     accuracies = ("val_top1", "test_top1", *config_lib.ONLINE, "test_knn_top1", "test_ridge_top1")
     shown = ("loss", "val_loss", "test_loss", *accuracies, "images_per_sec")
-    values = ", ".join(f"{name} {summary[name]:.4g}" for name in shown if summary.get(name) is not None)
-    print(f"{job.config.name}: step {step} of {job.schedule.total_steps}, {values} ({workdir})", flush=True)
-    return errors.EXIT_DONE
+    known = dict(result.metrics)
+    if math.isnan(known.get("images_per_sec", 0.0)):  # nothing was trained but the update that was compiled
+        del known["images_per_sec"]
+    values = ", ".join(f"{name} {known[name]:.4g}" for name in shown if name in known)
+    return f"{name}: step {result.step} of {result.step}, {values} ({workdir})"
 
 
 def _summary(job: Job, workdir: epath.Path, step: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pre
         stored = foreign.read_json(path / "config.json")
         if stored is not None and "model_type" in stored:
             return _from_hugging_face(path, stored, template)
-        return _from_workdir(path)
+        return open_workdir(path)
     if not path.exists():
         raise ConfigError(
             f"{path} does not exist; train that run first, or give a run's workdir, a directory of weights, or a file"
@@ -82,17 +82,18 @@ def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pre
     return _from_timm(path, template)
 
 
-def _from_workdir(path: epath.Path) -> Pretrained:
+def open_workdir(path: epath.Path, step: int | None = None) -> Pretrained:
+    """Describes the weights of a run, or what `convert` wrote: of the newest good checkpoint, or of that of `step`."""
     config = reader.read_config(path)
-    step, shapes = reader.param_shapes(path)
+    found, shapes = reader.param_shapes(path, step)
     num_classes = shapes["head"]["linear"]["bias"].shape[0] if "head" in shapes else 0
     abstract = abstract_params(config, num_classes)
     abstract = {group: tree for group, tree in abstract.items() if group in shapes}
 
     def load(shardings: Params) -> Params:
-        return reader.load_params(path, _select(abstract, shardings, path), shardings)[1]
+        return reader.load_params(path, _select(abstract, shardings, path), shardings, step)[1]
 
-    return Pretrained(config, f"{path}, step {step}", abstract, True, load)
+    return Pretrained(config, f"{path}, step {found}", abstract, True, load)
 
 
 def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:

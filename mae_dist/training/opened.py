@@ -1,0 +1,200 @@
+"""A run that was trained, or is being trained, opened to be looked at: `mae_dist.open_run(workdir)`.
+
+Here and not in `evaluation`, because an evaluation or a picture as the run itself has them comes from the run's `Job`.
+
+Shapes: B images, H W C image.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist import errors, storage
+from mae_dist.checkpoint import reader
+from mae_dist.cpu.start import use_cores_if_free
+from mae_dist.data import ArrayDataset
+from mae_dist.data.from_config import Data, open_dataset
+from mae_dist.evaluation import evaluate, pictures
+from mae_dist.evaluation.encoder import Encoder, check_images, load_encoder
+from mae_dist.metrics.recorder import read_metrics
+from mae_dist.metrics.summary import SUMMARY_FILE
+from mae_dist.training import job
+from mae_dist.training.run import with_features
+from mae_dist.weights import pretrained
+
+SPLITS = ("train", "val", "test")
+
+
+def open_run(workdir: str | os.PathLike[str]) -> "Run":
+    """Opens the run in `workdir`, finished or not; nothing there is changed.
+
+    Raises:
+      StorageFault: there is no run, or its config cannot be read.
+    """
+    path = storage.absolute(workdir)
+    return Run(path, reader.read_config(path))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A run in its directory. Everything is read when it is asked for: a run under way has more to tell each time.
+
+    Attributes:
+      workdir: where it is.
+      config: what it trains, locked.
+    """
+
+    workdir: epath.Path
+    config: ConfigDict = dataclasses.field(repr=False)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the saved checkpoints, ascending."""
+        return reader.steps(self.workdir)
+
+    @property
+    def step(self) -> int:
+        """The step of the newest checkpoint, 0 before the first."""
+        return max(self.steps, default=0)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Returns the records of metrics.jsonl, each with its `step`; values that are not finite are NaN.
+
+        Raises:
+          StorageFault: the file cannot be read.
+        """
+        return read_metrics(self.workdir)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns summary.json: the result of a finished run; {} before.
+
+        Raises:
+          StorageFault: the file cannot be read.
+        """
+        path = self.workdir / SUMMARY_FILE
+        with storage.naming_faults(path):
+            text = storage.read_text(path)
+        try:
+            return json.loads(text) if text else {}
+        except ValueError as error:
+            raise errors.StorageFault(
+                f"{path} is damaged: {error}; delete it, and the run's own command writes it again"
+            ) from error
+
+    def load_params(self, step: int | None = None) -> dict[str, Any]:
+        """Returns the parameters: nested dicts of NumPy arrays, by group (`encoder`, `decoder`, `head`).
+
+        Of a run with `ema_decay` they are the moving averages, which are what is evaluated.
+
+        Args:
+          step: one of `steps`; None for the newest checkpoint that is good.
+
+        Raises:
+          StorageFault: there is no such checkpoint, or it is not as it was saved.
+        """
+        return pretrained.open_workdir(self.workdir, step).load_whole()
+
+    def reconstruct(self, images: Any) -> dict[str, np.ndarray]:
+        """Removes patches of images and restores them, as the command `reconstruct` does.
+
+        All images are computed at once. The mask of an image depends on its place among them and the run's seed alone.
+
+        Args:
+          images: (B, H, W, C), any B above 0: uint8 in 0..255, or floating-point in 0..1, of the model's size.
+
+        Returns:
+          `original`, `masked`, `reconstruction` and `with_visible` (the reconstruction with the patches that were
+          visible), each float32 (B, H, W, C) in 0..1.
+
+        Raises:
+          ConfigError: the run is no pretraining, so that it has no decoder.
+          DataFault: images of another shape, type or range.
+          StorageFault: there is no good checkpoint.
+        """
+        if self.config.task != "pretrain":
+            raise errors.ConfigError(
+                f"{self.workdir} is a {self.config.task}: it has no decoder; open the workdir of its pretraining"
+            )
+        model = self.config.model
+        images = check_images(np.asarray(images), (*model.image_size, model.channels))
+        if images.dtype != np.uint8:
+            images = images * np.float32(255)  # as pixels are scaled
+        dataset = ArrayDataset({"image": images, "label": np.zeros(len(images), np.int32)}, num_classes=1)
+        _, params = self._load()
+        return pictures.reconstruct(
+            self._job.reconstruct_step, params, dataset, self._job.batch_sharding, dataset.num_examples
+        )[0]
+
+    def evaluate(self, split: str = "val") -> dict[str, float]:
+        """Evaluates the newest checkpoint on a whole split, as the run itself does.
+
+        Args:
+          split: "train", "val" or "test", as `config.data` has them.
+
+        Returns:
+          The metrics, as `val_loss`, and of a classifier `val_top1` and more: behind each name's prefix as recorded.
+
+        Raises:
+          ConfigError: the run has no such split.
+          DataFault: its data is missing or cannot be read.
+          StorageFault: there is no good checkpoint.
+        """
+        if split not in SPLITS:
+            raise errors.ConfigError(f"there is no split {split!r}; choose of {', '.join(SPLITS)}")
+        expression = self.config.data[f"{split}_split"]
+        if not expression:
+            raise errors.ConfigError(f"the run has no such split: data.{split}_split is ''")
+        dataset = open_dataset(self.config, expression)
+        built, (_, params) = self._job, self._load()
+        with jax.set_mesh(built.mesh):
+            if built.caches_features:
+                dataset = with_features(built, params, dataset)
+            batches = evaluate.global_batches(dataset, built.batch_sharding, built.eval_batch_size)
+            return evaluate.evaluate(built.eval_step, params, batches, f"{split}_", dataset.class_names)
+
+    def encoder(self) -> Encoder:
+        """Returns the trained encoder, as `mae_dist.load_encoder`."""
+        return load_encoder(self.workdir)
+
+    def _load(self) -> tuple[int, dict[str, Any]]:
+        return reader.load_params(self.workdir, self._job.abstract_state.params, self._job.shardings.params)
+
+    @functools.cached_property
+    def _job(self) -> job.Job:
+        """The run's computations on the devices that are here; the images come from elsewhere."""
+        config = _copy(self.config)
+        use_cores_if_free(config, str(self.workdir))  # as the run did, to the same last bits
+        num_classes = max(1, pretrained.open_workdir(self.workdir).num_classes)
+        no_images = ArrayDataset({"label": np.zeros(1, np.int32)}, num_classes=num_classes)
+        return job.build(_fitting(config), jax.devices(), Data(no_images, None, None))
+
+
+def _copy(config: ConfigDict) -> ConfigDict:
+    return config_lib.from_json(config_lib.to_json(config))
+
+
+def _fitting(config: ConfigDict) -> ConfigDict:
+    """Returns a run's config for an evaluation on the devices that are here: as it is if these suit its mesh.
+
+    Else each device has a whole model, and batches are rounded up to what divides among the devices.
+    """
+    count = jax.device_count()
+    try:
+        job.check_mesh(config, count)
+        return config
+    except errors.ConfigError:
+        config = _copy(config).unlock()
+        config.mesh.update(data=-1, fsdp=1, tensor=1)
+        config.accum_steps = config.cpu.pieces = 1
+        size = config.eval.batch_size or config.global_batch_size
+        config.global_batch_size = config.eval.batch_size = math.ceil(size / count) * count
+        return config.lock()

@@ -1,0 +1,169 @@
+"""Trains in a workdir: what `mae_dist.train` and the command `mae_dist.main` have in common, and the first of these.
+
+The command adds what only a process of its own may do: flags, signal handlers, the watchdog, exit codes.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from mae_dist import config as config_lib
+from mae_dist import errors, storage
+from mae_dist.cpu.start import use_cores_if_free
+from mae_dist.data.from_config import open_data
+from mae_dist.resilience.preemption import Notices, Preempted
+from mae_dist.resilience.watchdog import Watch
+from mae_dist.training import job, loop
+from mae_dist.training.summary import Result
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
+    """Trains what `config` describes, continuing what is in `workdir`; returns at once where that is finished.
+
+    For programs and notebooks: it reads no flags, never ends the process, and leaves the process's signal handlers,
+    logging, warnings and garbage collection alone. `config.deadlines` are for the command and have no effect here.
+    Any thread may call it, and as often as it likes. In the main thread Ctrl-C raises `KeyboardInterrupt` after the
+    current step, pressed again at once; the next call continues from the last checkpoint.
+
+    It computes on the devices that JAX has, those of all processes if `jax.distributed.initialize` has joined several
+    (then all of them call it). If JAX has not looked for its devices yet and finds only a CPU, the cores become devices
+    as in the command: so a first call is faster before anything else was computed.
+
+    Args:
+      config: as `mae_dist.get_config` or `mae_dist.default_config` returns it, changed to taste; it is copied.
+      workdir: where the run lives, made if it does not exist; may be `gs://…`.
+
+    Returns:
+      The step reached and the last metrics.
+
+    Raises:
+      ConfigError: fields that do not exist or values that cannot work.
+      DataFault: the data is missing or an example cannot be read.
+      StorageFault: the workdir cannot be used, is in use, or holds a run of another configuration.
+      Diverged: `config.max_skipped_steps` steps in a row had a non-finite gradient.
+    """
+    config = _checked(config)
+    name = storage.absolute_name(workdir)
+    storage.check_checkpoints(name, saving=True)
+    use_cores_if_free(config, name)
+    with warnings.catch_warnings():
+        return run(config, name, Watch(**config.deadlines), Notices())
+
+
+def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> job.Job:
+    """Opens the data of `config` and wires its training, for a loop of one's own:
+
+        job = mae_dist.build(mae_dist.get_config("smoke"))
+        state = job.init_state()
+        for batch in job.batches():
+            state, metrics = job.train_step(state, batch)
+            print(metrics["loss"])
+
+    Its losses are those of `mae_dist.train`, bit for bit on the same devices. What a config says of evaluation,
+    logging and checkpoints is left to the caller.
+
+    Args:
+      config: as for `mae_dist.train`.
+      devices: the devices to use, default all that JAX has.
+
+    Raises:
+      ConfigError: fields or values that cannot work, or not on these devices.
+      DataFault: the data is missing.
+    """
+    config = _checked(config)
+    if devices is None:
+        use_cores_if_free(config, None)
+        devices = jax.devices()
+    job.check_mesh(config, len(devices))  # before any data is fetched
+    return job.build(config, devices, open_data(config))
+
+
+def run(
+    config: ConfigDict,
+    workdir: str,
+    watch: Watch,
+    notices: Notices,
+    *,
+    when_built: Callable[[], None] = lambda: None,
+    profile_on_signal: bool = False,
+) -> Result:
+    """Builds what `config` describes for all of JAX's devices and trains it.
+
+    Args:
+      config: checked.
+      workdir: an absolute path or `gs://…`.
+      watch: what is done, and for how long; without its thread no deadline holds.
+      notices: of preemption; without handlers there are none.
+      when_built: called between the two.
+      profile_on_signal: as of `loop.train`.
+
+    Raises:
+      UserError: as `train`.
+    """
+    try:
+        with notices.interrupting():
+            path = storage.absolute(workdir)
+            kind = jax.devices()[0].device_kind
+            logging.info("workdir %s, %d devices of kind %s", path, jax.device_count(), kind)
+            job.check_mesh(config, jax.device_count())  # before any data is fetched
+            built = job.build(config, jax.devices(), open_data(config))
+        when_built()
+        return loop.train(built, path, watch, notices, profile_on_signal=profile_on_signal)
+    except Preempted:
+        logging.warning("Preempted before there was anything to save; the same command begins or continues.")
+        return Result(0, "preempted")
+    except Exception as error:
+        if _may_be_a_broken_connection(error):  # then who broke it is the news
+            watch.end_if_peers_are_gone()
+        raise
+
+
+def _may_be_a_broken_connection(error: BaseException | None) -> bool:
+    """True if anything but the system and ourselves raised it: JAX has several types for a collective that failed."""
+    while error is not None:
+        if not isinstance(error, errors.UserError | OSError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def keep_compilations(workdir: str) -> None:
+    """Keeps compiled programs in `.compiled` beside a local workdir, for the next start of this or a like run.
+
+    They are code: a directory that somebody else owns or may write to is not used. `JAX_COMPILATION_CACHE_DIR` names
+    another place, a bucket's too; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    """
+    if "://" in workdir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    directory = os.path.join(os.path.dirname(workdir), ".compiled")
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        found = os.stat(directory)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            logging.warning("%s belongs to others or is open to them: compiled programs are not kept", directory)
+            return
+    except OSError as error:  # the run itself tells what cannot be written
+        logging.warning("Compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _checked(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of a config that a caller gives, after all checks that need no device."""
+    if not isinstance(config, ConfigDict):
+        raise errors.ConfigError(
+            f"the config is of type {type(config).__name__}; give what mae_dist.get_config returns"
+        )
+    config = ConfigDict(config.to_dict())
+    faults = config_lib.field_faults(config)
+    if faults:
+        lines = "\n  - ".join(faults.values())
+        raise errors.ConfigError(f"the config is not as mae_dist.default_config() has it:\n  - {lines}")
+    config_lib.validate(config)
+    return config.lock()
