@@ -256,5 +256,5 @@ def test_flip_mirrors_only_the_chosen_rows(flip: list[bool]) -> None:
     [("kind", "mirror"), ("crop_scale", (0.0, 1.0)), ("crop_scale", (0.5, 0.2)), ("crop_ratio", (2.0, 1.0))],
 )
 def test_an_augment_that_cannot_work_is_refused(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=field.split("_")[0]):
+    with pytest.raises(ConfigError, match="augment" if field == "kind" else field):
         Augment(**{field: value})  # type: ignore[arg-type]
