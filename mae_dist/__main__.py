@@ -1,4 +1,4 @@
-"""Runs a command by its name: `mae-dist COMMAND …`, the same as `python -m mae_dist COMMAND …`."""
+"""Runs a command by its name: `mae-dist COMMAND …`."""
 
 import runpy
 import sys
