@@ -13,7 +13,7 @@ import mae_dist
 from mae_dist import config as config_lib
 from mae_dist.checkpoint import reader
 from mae_dist.data.from_config import open_data
-from mae_dist.errors import EXIT_PREEMPTED, ConfigError
+from mae_dist.errors import ConfigError
 from mae_dist.model import masking
 from mae_dist.registry import Registry, named_arguments
 from mae_dist.report import runs as report_runs
@@ -93,10 +93,10 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def train(built: job.Job, workdir: Path, notices: Notices) -> int:
-    """The exit code of the run."""
+def train(built: job.Job, workdir: Path, notices: Notices) -> str:
+    """Returns how the run ended."""
     with Watch(**built.config.deadlines) as watch, notices.handling(""):
-        return loop.train(built, epath.Path(workdir), watch, notices)
+        return loop.train(built, epath.Path(workdir), watch, notices).status
 
 
 def test_a_run_of_nothing_but_a_users_parts(module, tmp_path):
@@ -105,11 +105,11 @@ def test_a_run_of_nothing_but_a_users_parts(module, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     config = smoke_config(**FIELDS)
     built = job.build(config, jax.devices()[:1], open_data(config))
-    assert train(built, whole, Notices()) == 0
-    assert train(built, parts, Notices(2)) == EXIT_PREEMPTED
+    assert train(built, whole, Notices()) == "done"
+    assert train(built, parts, Notices(2)) == "preempted"
     with built.config.unlocked():
         built.config.data.num_workers = 1  # a process that has to import the module too
-    assert train(built, parts, Notices()) == 0
+    assert train(built, parts, Notices()) == "done"
     wholly, partly = ([r["loss"] for r in records(path) if "loss" in r] for path in (whole, parts))
     assert len(wholly) == 4
     assert partly == wholly
