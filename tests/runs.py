@@ -104,7 +104,7 @@ def losses(config: ConfigDict, num_devices: int) -> tuple[np.ndarray, Any]:
     rows = local_rows(built.batch_sharding, config.global_batch_size)
     values = []
     with jax.set_mesh(built.mesh), built.train_batches(built.data.train, 0, rows) as batches:
-        state = jax.jit(built.init, out_shardings=built.shardings)()
+        state = jax.jit(built.init, out_shardings=built.shardings)(np.uint32(config.seed))
         for batch in batches:
             state, metrics = built.train_step(
                 state, to_global(batch, built.batch_sharding, config.global_batch_size, rows)
@@ -117,7 +117,9 @@ def compile_quickly(built: job.Job, batch: dict[str, jax.Array]) -> tuple[Callab
     """(function to a new state, compiled update) of a job, for a few updates of batches like this one."""
     init = jax.jit(built.init, out_shardings=built.shardings, compiler_options=QUICK)
     with jax.set_mesh(built.mesh):
-        return init, built.train_step.lower(built.abstract_state, batch).compile(compiler_options=QUICK)
+        lowered = built.train_step.lower(built.abstract_state, batch)
+    seed = np.uint32(built.config.seed)
+    return lambda: init(seed), built.train_step.compiled(lowered, compiler_options=QUICK)
 
 
 def first_batch(built: job.Job) -> dict[str, jax.Array]:

@@ -29,7 +29,7 @@ def build(shape=(1, 1, 1), **overrides):
 
 def new_state(built):
     """The state at step 0 in its shards."""
-    return jax.jit(built.init, out_shardings=built.shardings)()
+    return jax.jit(built.init, out_shardings=built.shardings)(np.uint32(built.config.seed))
 
 
 def open_checkpoints(workdir, **options):

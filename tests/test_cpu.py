@@ -164,7 +164,7 @@ def test_evaluation_in_pieces(monkeypatch):
         config = smoke_config(task="finetune", data__num_examples=100)
         built = job.build(config, jax.devices()[:2], open_data(config))
         with jax.set_mesh(built.mesh):
-            state = jax.jit(built.init, out_shardings=built.shardings)()
+            state = built.init_state()
             rows = local_rows(built.batch_sharding, 32)
             batch = built.data.train.examples(np.arange(32))
             batch |= {"index": np.arange(32, dtype=np.int32), "weight": (np.arange(32) < 30).astype(np.float32)}
@@ -220,13 +220,13 @@ def test_one_compilation():
     built = job.build(config, jax.devices()[:2], open_data(config))
     rows = local_rows(built.batch_sharding, config.global_batch_size)
     with jax.set_mesh(built.mesh):
-        state = jax.jit(built.init, out_shardings=built.shardings)()
+        state = built.init_state()
         batches = built.train_batches(built.data.train, 0, rows)
         for _ in range(2):
             batch = to_global(next(batches), built.batch_sharding, config.global_batch_size, rows)
             state, _ = built.train_step(state, batch)
         batches.close()
-    step: Any = built.train_step
+    step: Any = built.train_step.program
     assert step._cache_size() == 1
 
 
@@ -281,13 +281,18 @@ def test_no_huge_pages(machine, library, version, setting):
 
 
 def test_compiled_programs_are_kept(child_env, tmp_path):
-    """A like run beside the first one compiles nothing anew; a place that others may write to is left alone."""
+    """A run beside the first one, of another seed, rate, warm-up and length, compiles nothing anew.
+
+    A place that others may write to is left alone.
+    """
     env = child_env()
     del env["JAX_COMPILATION_CACHE_DIR"], env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]
     kept = tmp_path / ".compiled"
     found = []
-    for name in ("first", "second"):
-        options = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.total_steps=2", f"--workdir={tmp_path / name}")
+    other = ("seed=4294967295", "optim.base_lr=0.003", "optim.final_lr=0.001", "optim.warmup_epochs=40.0")
+    for name, changes in (("first", ("total_steps=2",)), ("second", (*other, "total_steps=3"))):
+        fields = [f"--config.{change}" for change in changes]
+        options = ("--config=configs/smoke.py", *ONLY_UPDATES, *fields, f"--workdir={tmp_path / name}")
         code, output = run(env, *options)
         assert code == 0, output
         found.append({path.name for path in kept.glob("*-cache")})
@@ -297,7 +302,7 @@ def test_compiled_programs_are_kept(child_env, tmp_path):
     shutil.rmtree(kept)
     kept.mkdir()
     kept.chmod(0o777)
-    code, output = run(env, *options, "--config.total_steps=3")
+    code, output = run(env, *options, "--config.total_steps=4")
     assert code == 0, output
     assert "compiled programs are not kept" in output
     assert not list(kept.iterdir())

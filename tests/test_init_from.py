@@ -160,7 +160,8 @@ def built():
             for name, value in made.abstract_batch.items()
         }
         with jax.set_mesh(made.mesh):
-            update = made.train_step.lower(made.abstract_state, batch).compile(compiler_options=QUICK)
+            lowered = made.train_step.lower(made.abstract_state, batch)
+        update = made.train_step.compiled(lowered, compiler_options=QUICK)
         return made, batch, update
 
     return lambda config: make(config_lib.to_json(recipe(config)))

@@ -59,7 +59,7 @@ def test_state_is_created_in_its_shards():
     config = smoke_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
     built = job.build(config, jax.devices(), open_data(config))
     before = sum(array.nbytes for array in jax.live_arrays())
-    state = jax.jit(built.init, out_shardings=built.shardings)()
+    state = built.init_state()
     new = sum(array.nbytes for array in jax.live_arrays()) - before
     assert new == sum(array.nbytes for array in jax.tree.leaves(state)), "something else was left beside the state"
     kernel = state.params["encoder"]["stack"]["blocks"]["mlp"]["fc1"]["kernel"]  # (2, 32, 64)

@@ -12,7 +12,8 @@ import torch
 
 from mae_dist.model.build import abstract_params
 from mae_dist.model.parameters import HEAD, Parameter, parameter_rows
-from mae_dist.optim.optimizer import make_optimizer, make_schedule, nonfinite_counts
+from mae_dist.optim.hyperparams import make_hyperparams
+from mae_dist.optim.optimizer import make_optimizer, nonfinite_counts
 from tests import QUICK
 from tests.runs import smoke_config
 
@@ -48,9 +49,6 @@ ROWS = jax.tree.map(
 )
 OPTIONS: dict[str, Any] = {
     "name": "adamw",
-    "base_lr": 0.1,
-    "final_lr": 0.01,
-    "schedule": "cosine",
     "b1": 0.9,
     "b2": 0.95,
     "eps": 1e-8,
@@ -60,11 +58,15 @@ OPTIONS: dict[str, Any] = {
     "weight_decay": 0.05,
     "clip_norm": 0.0,
     "clip_value": 0.0,
+}
+RATES: dict[str, Any] = {
+    "schedule": "cosine",
+    "base_lr": 0.1,
+    "final_lr": 0.01,
     "warmup_steps": 3,
     "total_steps": 10,
     "global_batch_size": 128,
 }
-SCHEDULE = {name: OPTIONS[name] for name in ("schedule", "base_lr", "final_lr", "global_batch_size")}
 
 
 def random_tree(seed: int) -> Any:
@@ -76,20 +78,17 @@ def random_tree(seed: int) -> Any:
     return jax.tree.map(values, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def make(**changes: Any) -> tuple[Any, Any, Any]:
-    """(init, compiled update (grads, state, params) -> (updates, state), lr_fn)."""
-    tx, lr_fn = make_optimizer(ROWS, **{**OPTIONS, **changes})
+def make(**changes: Any) -> tuple[Any, Any]:
+    """(init, compiled update (grads, state, params) -> (updates, state)) with the fields of OPTIONS and RATES."""
+    rates = {name: changes.pop(name, value) for name, value in RATES.items()}
+    tx, numbers = make_optimizer(ROWS, **{**OPTIONS, **changes}), make_hyperparams(seed=0, **rates)
 
     def update(grads: Any, state: Any, params: Any) -> Any:
+        learning_rate = numbers.learning_rate(state[1].count)
         with jax.numpy_dtype_promotion("standard"):
-            return tx.update(grads, state, params)
+            return tx.update(grads, state, params, learning_rate=learning_rate)
 
-    return tx.init, jax.jit(update, compiler_options=QUICK), lr_fn
-
-
-def rate(lr_fn: optax.Schedule, step: int) -> float:
-    with jax.numpy_dtype_promotion("standard"):
-        return float(jnp.asarray(lr_fn(step)))
+    return tx.init, jax.jit(update, compiler_options=QUICK)
 
 
 def expected_lr(step: int, warmup: int, total: int) -> float:
@@ -101,34 +100,55 @@ def expected_lr(step: int, warmup: int, total: int) -> float:
     return 0.01 + (peak - 0.01) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def optax_schedule(*, schedule, base_lr, final_lr, warmup_steps, total_steps, global_batch_size) -> optax.Schedule:
+    """The same rates by Optax's own schedules, which want their numbers when they are made."""
+    peak = base_lr * global_batch_size / 256
+    after = optax.constant_schedule(peak)
+    if schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps), alpha=final_lr / peak)
+    if warmup_steps == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
+
+
 @pytest.mark.parametrize("warmup", [0, 20])
 def test_schedule(warmup):
     """0 at the start, the peak at the end of the warm-up, the final rate at and after the end."""
-    lr_fn = make_schedule(**SCHEDULE, warmup_steps=warmup, total_steps=120)
+    numbers = make_hyperparams(seed=0, **{**RATES, "warmup_steps": warmup, "total_steps": 120})
     for step in (0, 1, 10, 19, 20, 21, 70, 119, 120, 500):
-        assert rate(lr_fn, step) == pytest.approx(expected_lr(step, warmup, 120), rel=1e-5), step
+        found = float(numbers.learning_rate(jnp.int32(step)))
+        assert found == pytest.approx(expected_lr(step, warmup, 120), rel=1e-5), step
 
 
-def test_schedule_may_be_all_warm_up():
-    """A run shortened to its warm-up must not divide by zero."""
-    lr_fn = make_schedule(**SCHEDULE, warmup_steps=10, total_steps=10)
-    assert rate(lr_fn, 5) == pytest.approx(0.025)
+@pytest.mark.parametrize("final_lr", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 130), (1, 90), (37, 200), (50, 50)])
+def test_rates_are_those_of_optax(schedule, final_lr, warmup, total):
+    """At every step and beyond the last; all warm-up too, which must not divide by zero."""
+    fields = {"schedule": schedule, "base_lr": 1.5e-3, "final_lr": final_lr, "global_batch_size": 4096}
+    fields |= {"warmup_steps": warmup, "total_steps": total}
+    steps = jnp.arange(total + 20, dtype=jnp.int32)
+    with jax.numpy_dtype_promotion("standard"):
+        wanted = np.broadcast_to(optax_schedule(**fields)(steps), steps.shape)
+    found = jax.jit(lambda numbers: numbers.learning_rate(steps))(make_hyperparams(seed=0, **fields))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(np.broadcast_to(found, steps.shape), wanted, rtol=5e-7, atol=2e-7 * wanted.max())
 
 
 @pytest.mark.parametrize("batch", [64, 256, 4096])
 def test_peak_grows_with_the_batch(batch):
     """lr = base_lr * global_batch_size / 256."""
-    options = {**SCHEDULE, "global_batch_size": batch, "schedule": "constant"}
-    lr_fn = make_schedule(**options, warmup_steps=4, total_steps=100)
-    assert rate(lr_fn, 2) == pytest.approx(0.1 * batch / 256 / 2)
+    fields = {**RATES, "global_batch_size": batch, "schedule": "constant", "warmup_steps": 4, "total_steps": 100}
+    numbers = make_hyperparams(seed=0, **fields)
+    assert float(numbers.learning_rate(jnp.int32(2))) == pytest.approx(0.1 * batch / 256 / 2)
     for step in (4, 50, 1000):
-        assert rate(lr_fn, step) == pytest.approx(0.1 * batch / 256)
+        assert float(numbers.learning_rate(jnp.int32(step))) == pytest.approx(0.1 * batch / 256)
 
 
 def test_decay_touches_only_what_its_rows_name():
     """Decay is a part of its own beside the gradient's."""
     params, zero = random_tree(0), jax.tree.map(jnp.zeros_like, random_tree(0))
-    init, update, _ = make(schedule="constant", warmup_steps=0)
+    init, update = make(schedule="constant", warmup_steps=0)
     updates, _ = update(zero, init(params), params)
     jax.tree.map(
         lambda u, p, decayed: np.testing.assert_allclose(u, -0.05 * 0.05 * decayed * p, rtol=1e-6),
@@ -140,7 +160,7 @@ def test_decay_touches_only_what_its_rows_name():
 
 def test_adamw_of_ten_steps():
     """Bias correction, decay outside the moments, and the schedule read before it moves on."""
-    init, update, _ = make()
+    init, update = make()
     params = random_tree(0)
     state = init(params)
     exact = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
@@ -163,9 +183,7 @@ def test_adamw_of_ten_steps():
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 def test_sgd_is_that_of_pytorch(weight_decay, clip_norm):
     """Three steps with momentum; decay is part of the gradient, after clipping, and biases and norms have none."""
-    init, update, _ = make(
-        name="sgd", weight_decay=weight_decay, clip_norm=clip_norm, schedule="constant", warmup_steps=0
-    )
+    init, update = make(name="sgd", weight_decay=weight_decay, clip_norm=clip_norm, schedule="constant", warmup_steps=0)
     params = random_tree(0)
     theirs = [torch.nn.Parameter(torch.tensor(np.array(leaf))) for leaf in jax.tree.leaves(params)]
     decays = [weight_decay * decayed for decayed in jax.tree.leaves(DECAYED)]
@@ -188,7 +206,7 @@ def test_sgd_is_that_of_pytorch(weight_decay, clip_norm):
 
 def sgd_step(grads: Any, **clip: float) -> Any:
     """The gradient as it comes out of clipping."""
-    init, update, _ = make(name="sgd", momentum=0.0, weight_decay=0.0, schedule="constant", warmup_steps=0, **clip)
+    init, update = make(name="sgd", momentum=0.0, weight_decay=0.0, schedule="constant", warmup_steps=0, **clip)
     updates, _ = update(grads, init(grads), grads)
     return jax.tree.map(lambda u: u / jnp.float32(-0.05), updates)
 
@@ -212,7 +230,7 @@ def test_clip_by_value():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_gradient_changes_nothing_and_is_counted(bad):
     """One NaN would otherwise stay in the moments for ever."""
-    init, update, _ = make(clip_norm=1.0, clip_value=3.0)
+    init, update = make(clip_norm=1.0, clip_value=3.0)
     params = random_tree(0)
     good = random_tree(1)
     broken = {**good, "norm": good["norm"].at[1].set(bad)}
@@ -233,7 +251,7 @@ def test_non_finite_gradient_changes_nothing_and_is_counted(bad):
 
 def test_a_gradient_without_a_finite_norm_is_skipped():
     """Each number is finite and the sum of their squares is not, in float32."""
-    init, update, _ = make(warmup_steps=0)
+    init, update = make(warmup_steps=0)
     params = random_tree(0)
     updates, state = update(jax.tree.map(lambda p: jnp.full_like(p, 1e20), params), init(params), params)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
@@ -242,7 +260,7 @@ def test_a_gradient_without_a_finite_norm_is_skipped():
 
 def test_schedule_follows_the_step_number_over_skipped_steps():
     """Otherwise the rate that is logged and the rate that is used would part after the first skip."""
-    init, update, _ = make(name="sgd", momentum=0.0, weight_decay=0.0)
+    init, update = make(name="sgd", momentum=0.0, weight_decay=0.0)
     good = random_tree(1)
     broken = {**good, "norm": good["norm"] * jnp.nan}
     state = init(good)
@@ -278,7 +296,7 @@ def lars_reference(params: Any, grads: list[Any], weight_decay: float) -> Any:
 def test_lars(weight_decay):
     """A trust ratio for each matrix and each block's matrix, none for vectors; momentum after it."""
     options: dict[str, Any] = {"name": "lars", "schedule": "constant", "warmup_steps": 0, "weight_decay": weight_decay}
-    init, update, _ = make(**options)
+    init, update = make(**options)
     params, grads = random_tree(0), [random_tree(seed) for seed in (1, 2, 3)]
     params["blocks"]["kernel"] *= jnp.array([1.0, 30.0])[:, None, None]  # one ratio for both would be far off
     expected = lars_reference(params, grads, weight_decay)
@@ -291,7 +309,7 @@ def test_lars(weight_decay):
 
 def test_lars_of_zero_parameters_moves_them():
     """A new linear layer may start at zero; a ratio of zero would keep it there for ever."""
-    init, update, _ = make(name="lars", schedule="constant", warmup_steps=0, weight_decay=0.0)
+    init, update = make(name="lars", schedule="constant", warmup_steps=0, weight_decay=0.0)
     zero, grads = jax.tree.map(jnp.zeros_like, random_tree(0)), random_tree(1)
     updates, _ = update(grads, init(zero), zero)
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.05 * g, rtol=1e-6), updates, grads)
@@ -300,7 +318,7 @@ def test_lars_of_zero_parameters_moves_them():
 def test_lars_of_sharded_parameters():
     """The norm is that of the whole matrix, not of the part that a device holds."""
     options: dict[str, Any] = {"name": "lars", "schedule": "constant", "warmup_steps": 0}
-    init, update, _ = make(**options)
+    init, update = make(**options)
     params, grads = random_tree(0), random_tree(1)
     whole, _ = update(grads, init(params), params)
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
@@ -323,9 +341,11 @@ def test_layer_decay():
     )
 
     def step(layer_decay: float) -> Any:
-        tx, _ = make_optimizer(rows, **{**OPTIONS, "warmup_steps": 0, "layer_decay": layer_decay})
+        tx, lr = make_optimizer(rows, **{**OPTIONS, "layer_decay": layer_decay}), jnp.float32(0.05)
         with jax.numpy_dtype_promotion("standard"):
-            return jax.jit(lambda: tx.update(grads, tx.init(params), params)[0], compiler_options=QUICK)()
+            return jax.jit(
+                lambda: tx.update(grads, tx.init(params), params, learning_rate=lr)[0], compiler_options=QUICK
+            )()
 
     plain, scaled = step(1.0), step(0.5)
     found = jax.tree.map(lambda s, p: np.asarray(s, np.float64) / np.asarray(p, np.float64), scaled, plain)

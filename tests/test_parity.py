@@ -204,9 +204,10 @@ def compare_steps(pair: Pair) -> float:
     theirs, params = pair.theirs, pair.params
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
     rows = parameter_rows(pair.ours.abstract)
-    settings: dict[str, Any] = {**default.get_config().optim, "base_lr": 2e-3, "schedule": "constant"}
-    del settings["warmup_epochs"]
-    tx, _ = make_optimizer(rows, **settings, warmup_steps=0, total_steps=STEPS, global_batch_size=256)
+    settings: dict[str, Any] = dict(default.get_config().optim)
+    for name in ("schedule", "base_lr", "final_lr", "warmup_epochs"):
+        del settings[name]
+    tx = make_optimizer(rows, **settings)
     decayed = jax.tree.map(
         lambda is_decayed, p: np.full(p.shape, float(is_decayed), np.float32), decay_mask(rows), params
     )
@@ -230,7 +231,7 @@ def compare_steps(pair: Pair) -> float:
     @functools.partial(jax.jit, compiler_options=QUICK)
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = tx.update(grads, opt_state, params)
+            updates, opt_state = tx.update(grads, opt_state, params, learning_rate=jnp.float32(2e-3))
         return optax.apply_updates(params, updates), opt_state
 
     opt_state, differences = jax.jit(tx.init, compiler_options=QUICK)(params), []

@@ -236,10 +236,11 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
     task = make_task(config, 10, PLAIN)
     rows = parameter_rows(task.abstract_params)
     options = config.optim.to_dict()
-    del options["warmup_epochs"]
+    for name in ("schedule", "base_lr", "final_lr", "warmup_epochs"):
+        del options[name]
     trainable, _ = split_frozen(rows, task.frozen)
-    tx, _ = make_optimizer(trainable, **options, warmup_steps=1, total_steps=9, global_batch_size=8)
-    init = make_init(task.init_params, tx, task.frozen, 0, has_ema=False)
+    tx = make_optimizer(trainable, **options)
+    init = functools.partial(make_init(task.init_params, tx, task.frozen, has_ema=False), np.uint32(0))
     abstract = jax.eval_shape(init)
     return init, abstract, state_shardings(mesh, abstract, tx, task.frozen)
 

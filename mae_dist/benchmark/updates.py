@@ -85,7 +85,7 @@ class Ours:
         self._rows = local_rows(built.batch_sharding, self.batch_size)
         self._batches = built.train_batches(built.data.train, 0, self._rows)
         with jax.set_mesh(built.mesh):
-            self._state: Any = jax.jit(built.init, out_shardings=built.shardings)()
+            self._state: Any = built.init_state()
         self.flops_per_image = built.flops_per_image
         self._function = self._make_function()
         began = time.monotonic()

@@ -15,12 +15,17 @@ NUM_LOWEST = 5  # recorded of more
 
 
 def global_batches(
-    dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int
+    dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int, seed: int | None = None
 ) -> Iterable[dict[str, jax.Array]]:
-    """The batches of a split in order, as global arrays; the last one padded with weight 0."""
+    """The batches of a split in order, as global arrays; the last one padded with weight 0.
+
+    `seed` is that of the fixed masks (see `tasks.base`).
+    """
     rows = local_rows(sharding, global_batch_size)
+    seeds = {} if seed is None else {"seed": np.full(len(rows), seed, np.uint32)}
     with eval_batches(dataset, global_batch_size=global_batch_size, rows=rows) as batches:
-        for batch in batches:
+        for host_batch in batches:
+            batch = {**host_batch, **seeds}
             yield to_global(batch, sharding, global_batch_size, rows)
 
 

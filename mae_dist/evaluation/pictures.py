@@ -20,9 +20,14 @@ _TITLES = ("original", "masked", "reconstruction", "reconstruction\nwith visible
 
 
 def reconstruct(
-    reconstruct_step: Any, params: Any, dataset: Dataset, sharding: jax.sharding.NamedSharding, num_images: int
+    reconstruct_step: Any,
+    params: Any,
+    dataset: Dataset,
+    sharding: jax.sharding.NamedSharding,
+    num_images: int,
+    seed: int,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Reconstructs the first `num_images` of a split under its fixed masks.
+    """Reconstructs the first `num_images` of a split under its fixed masks, which `seed` decides.
 
     Returns:
       For each of `COLUMNS` float32 (n, H, W, C) in 0..1, on every host; and the class names of the images.
@@ -38,6 +43,7 @@ def reconstruct(
     rows = local_rows(sharding, size)
     index = good[np.minimum(rows, len(good) - 1)]
     batch = {"image": examples["image"][index], "label": examples["label"][index], "index": index.astype(np.int32)}
+    batch["seed"] = np.full(len(index), seed, np.uint32)
     images = multihost_utils.process_allgather(
         reconstruct_step(params, to_global(batch, sharding, size, rows)), tiled=True
     )

@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule from the fields of `config.optim`.
+"""The optimizer from the fields of `config.optim`; its learning rate is an argument of every step.
 
 An optimizer is one function, here or in a module of yours that `config.imports` names:
 
@@ -44,25 +44,6 @@ def register(name: str) -> Callable[[Function], Function]:
         return function
 
     return add
-
-
-def make_schedule(
-    *, schedule: str, base_lr: float, final_lr: float, global_batch_size: int, warmup_steps: int, total_steps: int
-) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then `cosine` to `final_lr` or `constant`.
-
-    The peak follows the linear scaling rule: lr = base_lr * global_batch_size / 256 (Goyal et al. 2017).
-    """
-    peak = base_lr * global_batch_size / 256
-    if schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        after = optax.cosine_decay_schedule(
-            peak, max(1, total_steps - warmup_steps), alpha=final_lr / peak if peak else 0.0
-        )
-    if warmup_steps == 0:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
 
 
 def decay_mask(rows: Any) -> Any:
@@ -185,13 +166,26 @@ def _direction(rows: Any, name: str, weight_decay: float, fields: Mapping[str, A
     return parts if "decay" in asked else [*parts, *decay]
 
 
+def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies by the negative of the extra argument `learning_rate`, a scalar.
+
+    Its state is that of `optax.scale_by_schedule`, which checkpoints have.
+    """
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        scaled = jax.tree.map(lambda u: -extra["learning_rate"].astype(u.dtype) * u, updates)
+        return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def make_optimizer(
     rows: Any,
     *,
     name: str,
-    base_lr: float,
-    final_lr: float,
-    schedule: str,
     b1: float,
     b2: float,
     eps: float,
@@ -201,25 +195,14 @@ def make_optimizer(
     layer_decay: float,
     clip_norm: float,
     clip_value: float,
-    warmup_steps: int,
-    total_steps: int,
-    global_batch_size: int,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns (tx, lr_fn): clipping, the optimizer called `name`, decay, and the schedule.
+) -> optax.GradientTransformationExtraArgs:
+    """Returns clipping, the optimizer called `name`, decay, and the scale by `update(…, learning_rate=)`.
 
     `rows` are those of the trainable parameters in the table of parameters, a tree like them.
 
-    A step whose gradient has no finite norm changes neither parameters nor moments; `tx` counts such steps. The
-    schedule stands outside that guard and so follows the step number, skipped or not.
+    A step whose gradient has no finite norm changes neither parameters nor moments; the transformation counts such
+    steps. The learning rate stands outside that guard and so follows the step number, skipped or not.
     """
-    lr_fn = make_schedule(
-        schedule=schedule,
-        base_lr=base_lr,
-        final_lr=final_lr,
-        global_batch_size=global_batch_size,
-        warmup_steps=warmup_steps,
-        total_steps=total_steps,
-    )
     parts = []
     if clip_value > 0:
         parts.append(optax.clip(clip_value))
@@ -230,7 +213,7 @@ def make_optimizer(
     if layer_decay < 1:
         parts.append(_scale_by_layer(rows, layer_decay))
     guarded = _skip_nonfinite(optax.chain(*parts))
-    return optax.chain(guarded, optax.scale_by_learning_rate(lr_fn)), lr_fn
+    return optax.chain(guarded, _scale_by_given_rate())
 
 
 def nonfinite_counts(opt_state: Any) -> tuple[jax.Array, jax.Array]:

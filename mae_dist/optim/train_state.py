@@ -44,12 +44,11 @@ def make_init(
     init_params: Callable[[jax.Array], Any],
     tx: optax.GradientTransformation,
     frozen: tuple[str, ...],
-    seed: int,
     has_ema: bool,
-) -> Callable[[], TrainState]:
-    """The pure function that creates the state; not yet run."""
+) -> Callable[[Any], TrainState]:
+    """Returns the pure function from a seed (uint32 scalar) to the state at step 0; not yet run."""
 
-    def init() -> TrainState:
+    def init(seed: Any) -> TrainState:
         params = init_params(jax.random.key(seed))
         trainable, _ = split_frozen(params, frozen)
         ema = trainable if has_ema else None

@@ -124,8 +124,8 @@ def _tpu_devices(name: str, shape: tuple[int, ...], num_slices: int) -> Sequence
         ) from error
 
 
-def compile_step(step: jax.stages.Wrapped, mesh: Mesh, *args: Any) -> Compiled:
-    """Compiles a jitted step for the devices of `mesh`, given the shapes of its arguments; nothing runs."""
+def compile_step(step: Any, mesh: Mesh, *args: Any) -> Compiled:
+    """Compiles `step`, which is jitted or a `TrainStep`, for the devices of `mesh` and these shapes; nothing runs."""
     with jax.set_mesh(mesh):
         lowered = step.lower(*args)
         try:

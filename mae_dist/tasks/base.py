@@ -2,7 +2,8 @@
 
 Shapes: B batch, H W C image, L patches, P values of one patch, D encoder width, Y classes. A batch holds `image` uint8
 (B, H, W, C) or, for a probe on cached features, `features` float32 (B, D); `label` int32 (B,); in evaluation also
-`index` int32 (B,), the example's place in its split, and `weight` float32 (B,), 0 for padding.
+`index` int32 (B,), the example's place in its split, and `weight` float32 (B,), 0 for padding. `seed` uint32 (B,), the
+same in every row, is that of fixed masks, so that another one compiles nothing new; without it that of the config.
 """
 
 import dataclasses

@@ -47,7 +47,9 @@ def make_pretrain(
 
     def fixed_keys(batch: Batch) -> jax.Array:
         """One mask per example of a split, the same at every evaluation and on any devices: keys (B,)."""
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), batch["index"])
+        index = batch["index"]
+        seeds = batch["seed"] if "seed" in batch else jnp.full(index.shape, config.seed, jnp.uint32)
+        return jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(seeds, index)
 
     def evaluate(params: Params, batch: Batch) -> dict[str, clu_metrics.Metric]:
         pred, true, mask = forward(params, batch, fixed_keys(batch))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxlib.version
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
@@ -24,6 +25,7 @@ from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model.flops import count_kept_patches, encoder_passes_of, train_flops_per_image
 from mae_dist.model.parameters import parameter_rows
 from mae_dist.optim import train_state as state
+from mae_dist.optim.hyperparams import make_hyperparams
 from mae_dist.optim.optimizer import make_optimizer
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import overview as parallel_overview
@@ -47,7 +49,7 @@ class Job:
     mesh: Mesh
     task: Task
     schedule: config_lib.Schedule
-    init: Callable[[], TrainState]
+    init: Callable[[Any], TrainState]  # of a seed, uint32
     abstract_state: TrainState
     shardings: TrainState
     train_step: TrainStep
@@ -107,7 +109,7 @@ class Job:
         if self.mesh.devices.flat[0].platform == "cpu":
             numbers = sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
             options = cores.options_to_run_once(jaxlib.version.__version__, numbers)
-        new = jax.jit(self.init, out_shardings=self.shardings, compiler_options=options)()
+        new = jax.jit(self.init, out_shardings=self.shardings, compiler_options=options)(np.uint32(self.config.seed))
         if not self.config.init_from:
             return new
         source = pretrained.open_pretrained(absolute(self.config.init_from), self.config)
@@ -218,24 +220,24 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     trainable, _ = state.split_frozen(parameter_rows(task.abstract_params), task.frozen)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
-    tx, lr_fn = make_optimizer(
-        trainable,
-        **options,
+    hyperparams = make_hyperparams(
+        seed=config.seed,
+        **{name: options.pop(name) for name in ("schedule", "base_lr", "final_lr")},
         warmup_steps=schedule.warmup_steps,
         total_steps=schedule.total_steps,
         global_batch_size=config.global_batch_size,
     )
+    tx = make_optimizer(trainable, **options)
     has_ema = config.ema_decay > 0
-    init = state.make_init(task.init_params, tx, task.frozen, config.seed, has_ema)
+    init = state.make_init(task.init_params, tx, task.frozen, has_ema)
     abstract_state = state.abstract_state(task.abstract_params, tx, task.frozen, has_ema)
     shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
     train_step = make_train_step(
         task,
         tx,
-        lr_fn,
+        hyperparams,
         mesh=mesh,
         shardings=shardings,
-        seed=config.seed,
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
         ema_decay=config.ema_decay,

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import threading
 import time
 
 import jax
@@ -16,12 +15,13 @@ from mae_dist.metrics import history
 from mae_dist.metrics.recorder import Recorder
 from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.optim.train_state import TrainState
-from mae_dist.parallel import processes, shardings
+from mae_dist.parallel import processes
 from mae_dist.resilience.interrupt import interrupted_between_steps
 from mae_dist.resilience.lock import Held, sole_user
 from mae_dist.resilience.preemption import Notices, Preempted
 from mae_dist.resilience.watchdog import Watch
 from mae_dist.storage import naming_faults, read_text, set_aside, write_text_atomically
+from mae_dist.training.compilation import Compilation
 from mae_dist.training.job import Job
 from mae_dist.training.run import Run, shows_bar
 from mae_dist.training.summary import Result, finish
@@ -90,24 +90,12 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
     return finish(job, workdir, total_steps)
 
 
-def _compile_ahead(job: Job, checkpoints: Checkpoints, watch: Watch) -> threading.Thread:
-    """Begins to compile the update, if there is one to come, in a thread that ends when that is done.
-
-    The first call of the update finds it in JAX's caches. A fault of the compiler is left to that call, which meets it
-    again. Tracing comes first: it would only take turns with that of what creates the state.
-    """
-    thread = threading.Thread(daemon=True)
-    if (checkpoints.latest_step() or 0) < job.schedule.total_steps:
-        with watch.during("compile"):
-            lowered = job.train_step.lower(shardings.placed(job.abstract_state, job.shardings), job.abstract_batch)
-
-        def compile_update() -> None:
-            with contextlib.suppress(Exception):
-                lowered.compile()
-
-        thread = threading.Thread(target=compile_update, daemon=True)
-    thread.start()
-    return thread
+def _compile_ahead(job: Job, checkpoints: Checkpoints, watch: Watch) -> Compilation | None:
+    """Begins to compile the update, if there is one to come."""
+    if (checkpoints.latest_step() or 0) >= job.schedule.total_steps:
+        return None
+    with watch.during("compile"):
+        return Compilation(job)
 
 
 def _warn_of_bad_records(data: Data) -> None:

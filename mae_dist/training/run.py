@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,9 +25,11 @@ from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
 from mae_dist.resilience.preemption import Notices, Preempted
 from mae_dist.resilience.watchdog import Watch
+from mae_dist.training.compilation import Compilation
 from mae_dist.training.job import Job
 from mae_dist.training.profiler import Profiler
 from mae_dist.training.summary import Result
+from mae_dist.training.train_step import TrainStep
 
 
 def shows_bar() -> bool:
@@ -48,7 +49,7 @@ class Run:
         watch: Watch,
         notices: Notices,
         start: int,
-        compilation: threading.Thread,
+        compilation: Compilation | None,
         profile_on_signal: bool,
     ):
         self.job, self.workdir, self.recorder, self.watch, self.notices = job, workdir, recorder, watch, notices
@@ -81,7 +82,7 @@ class Run:
         self.longest_skipped_run = 0
         self.bar: Any = None
         self._compilation = compilation
-        self._compiled = False
+        self._train_step: TrainStep | None = None  # once it is compiled
 
     def __enter__(self) -> "Run":
         return self
@@ -104,6 +105,7 @@ class Run:
         """(number of the update, global batch) for every update after `start`, with a bar on a terminal."""
         job, total = self.job, self.job.schedule.total_steps
         rows = local_rows(job.batch_sharding, job.config.global_batch_size)
+        taken = tuple(job.abstract_batch)  # of the columns that a data set may have: what the update is compiled for
         progress = periodic_actions.ReportProgress(num_train_steps=total, every_secs=60.0)
         shown = shows_bar()
         with (
@@ -119,7 +121,8 @@ class Run:
                     self.host_batches.abandon()
                     return
                 self.evaluated = {}
-                batch = to_global(host_batch, job.batch_sharding, job.config.global_batch_size, rows)
+                columns = {name: host_batch[name] for name in taken}
+                batch = to_global(columns, job.batch_sharding, job.config.global_batch_size, rows)
                 with jax.transfer_guard("disallow"):
                     yield step, batch
                 self.bar.update()
@@ -129,7 +132,7 @@ class Run:
     def update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update, dispatched; (new state, metrics on the device)."""
         with self.profiler.annotate(step):
-            out = self.job.train_step(state, batch) if self._compiled else self._first_update(step, state, batch)
+            out = self._train_step(state, batch) if self._train_step else self._first_update(step, state, batch)
         if self.profiler.ends_with(step):
             with self._pause(out[0], "profile"):
                 self.profiler.stop()
@@ -138,11 +141,11 @@ class Run:
         return out
 
     def _first_update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The update that is compiled first; finished when this returns, for rates are of those after it."""
+        """Waits for the compilation and updates; finished when this returns, for rates are of the updates after it."""
+        assert self._compilation is not None, "begun before a run with updates to come"
         with self.watch.during("compile"):
-            self._compilation.join()
-            out = jax.block_until_ready(self.job.train_step(state, batch))
-        self._compiled = True
+            self._train_step = self._compilation.result()
+            out = jax.block_until_ready(self._train_step(state, batch))
         self.throughput.start(step)
         return out
 
@@ -224,7 +227,7 @@ class Run:
             return
         job = self.job
         with self._pause(state, "evaluate"):
-            batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size)
+            batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size, job.config.seed)
             self.evaluated |= evaluate.evaluate(
                 job.eval_step, state.averaged, batches, prefix, dataset.class_names, self._after_batch
             )
@@ -286,7 +289,9 @@ class Run:
 
 def draw_reconstructions(job: Job, params: Any, dataset: Dataset, step: int, num_images: int) -> Any:
     """The picture of the first `num_images` of a split, uint8 (height, width, 3); all processes take part."""
-    images, names = pictures.reconstruct(job.reconstruct_step, params, dataset, job.batch_sharding, num_images)
+    images, names = pictures.reconstruct(
+        job.reconstruct_step, params, dataset, job.batch_sharding, num_images, job.config.seed
+    )
     model = job.config.model
     title = f"{job.config.name}, step {step}: {model.masking} masking, ratio {model.mask_ratio:g}"
     note = pictures.note_on_moments(job.config)

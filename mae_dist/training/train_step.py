@@ -1,5 +1,6 @@
-"""The compiled steps: one update, one evaluation batch. Pure functions of (state, batch), sharded and donated."""
+"""The compiled update: a pure function of (state, batch, hyperparams), sharded, the state donated."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,54 @@ import optax
 from jax.sharding import Mesh
 
 from mae_dist.cpu import cores, folding
+from mae_dist.optim.hyperparams import Hyperparams
 from mae_dist.optim.optimizer import nonfinite_counts
 from mae_dist.optim.train_state import TrainState, split_frozen
-from mae_dist.parallel.shardings import batch_sharding, is_by_cores, is_data_parallel, on_each_device, replicated
+from mae_dist.parallel.shardings import (
+    batch_sharding,
+    is_by_cores,
+    is_data_parallel,
+    on_each_device,
+    replicate,
+    replicated,
+)
 from mae_dist.tasks.base import Batch, Task
 
-TrainStep = jax.stages.Wrapped  # (TrainState, Batch) -> (TrainState, dict of scalars)
 Gradient = Callable[..., tuple[Any, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One run's update: (TrainState, Batch) -> (TrainState, dict of scalars), the old state donated.
+
+    program: (state, batch, hyperparams) -> (state, metrics), which compiles on first call, or what was compiled ahead.
+    hyperparams: its last argument, by which this run differs from others of the same program.
+    mesh: what it runs on.
+    """
+
+    program: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    hyperparams: Hyperparams
+    mesh: Mesh
+
+    @functools.cached_property
+    def _placed(self) -> Hyperparams:
+        """The hyperparameters on the devices, put there by the first call."""
+        return replicate(self.hyperparams, self.mesh)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        return self.program(state, batch, self._placed)
+
+    def trace(self, state: TrainState, batch: Any) -> jax.stages.Traced:
+        """Traces the program for arrays like these, or for shapes of them."""
+        assert isinstance(self.program, jax.stages.Wrapped), "compiled ahead"
+        return self.program.trace(state, batch, self.hyperparams)
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        return self.trace(state, batch).lower()
+
+    def compiled(self, lowered: jax.stages.Lowered, **options: Any) -> "TrainStep":
+        """Returns the same update by the executable of what `lower` gave; `options` are those of its `compile`."""
+        return dataclasses.replace(self, program=lowered.compile(**options))
 
 
 def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any:
@@ -133,18 +175,17 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Grad
 
 def make_train_step(
     task: Task,
-    tx: optax.GradientTransformation,
-    lr_fn: optax.Schedule,
+    tx: optax.GradientTransformationExtraArgs,
+    hyperparams: Hyperparams,
     *,
     mesh: Mesh,
     shardings: TrainState,
-    seed: int,
     global_batch_size: int,
     accum_steps: int,
     ema_decay: float,
     fold: bool,
 ) -> TrainStep:
-    """Compiles on first call: (state, batch) -> (state, metrics), the old state donated.
+    """Returns the update of a run, which compiles on first call; no number of `hyperparams` is part of the program.
 
     With `fold` gradients are computed with folded parameters (`cpu/folding.py`).
 
@@ -156,17 +197,19 @@ def make_train_step(
     gradient = _make_gradient(task, mesh, accum_steps, fold)
     to_features = _make_to_features(task, mesh, accum_steps)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def train_step(
+        state: TrainState, batch: Batch, hyperparams: Hyperparams
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        step_key = jax.random.fold_in(jax.random.key(hyperparams.seed), state.step)
         keys = jax.random.split(step_key, global_batch_size)
         keys = jax.lax.with_sharding_constraint(keys, batch_sharding(mesh))  # (B,)
         trainable, frozen = split_frozen(state.params, task.frozen)
         if task.statistics is not None:
             batch = to_features(state.params, batch)
         grads, metrics = gradient(trainable, frozen, batch, keys)
+        lr = hyperparams.learning_rate(state.step)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
-            updates, opt_state = tx.update(grads, state.opt_state, trainable)
-            lr = lr_fn(state.step)
+            updates, opt_state = tx.update(grads, state.opt_state, trainable, learning_rate=lr)
         trainable: Any = optax.apply_updates(trainable, updates)
         skipped_run, skipped_steps = nonfinite_counts(opt_state)
         keep = functools.partial(jnp.where, skipped_run > 0)  # what there was, if this update is skipped
@@ -175,7 +218,7 @@ def make_train_step(
             frozen = {**frozen, **jax.tree.map(keep, {name: frozen[name] for name in new}, new)}
         metrics = {
             **metrics,
-            "lr": jnp.asarray(lr, jnp.float32),
+            "lr": lr,
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(trainable),
             "skipped_steps": skipped_steps,
@@ -186,10 +229,11 @@ def make_train_step(
             ema = jax.tree.map(keep, ema, _average(ema, trainable, state.step, ema_decay))
         return TrainState(step=state.step + 1, params={**trainable, **frozen}, opt_state=opt_state, ema=ema), metrics
 
-    return jax.jit(
+    program = jax.jit(
         train_step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=cores.options_to_train() if is_by_cores(mesh) else None,
     )
+    return TrainStep(program, hyperparams, mesh)
