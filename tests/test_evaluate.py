@@ -18,7 +18,7 @@ def build(devices=8, **overrides):
     """A job on smoke.py and its state, which no test changes."""
     config = smoke_config(**{"data__num_examples": 510, "eval__batch_size": 32, **overrides})
     built = job.build(config, jax.devices()[:devices], open_data(config))
-    return built, built.init_state()
+    return built, jax.jit(built.init, out_shardings=built.shardings)(np.uint32(built.config.seed))
 
 
 def split_of(built):
