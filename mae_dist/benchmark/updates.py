@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from mae_dist import hardware, platforms
@@ -85,7 +86,7 @@ class Ours:
         self._rows = local_rows(built.batch_sharding, self.batch_size)
         self._batches = built.train_batches(built.data.train, 0, self._rows)
         with jax.set_mesh(built.mesh):
-            self._state: Any = built.init_state()
+            self._state: Any = jax.jit(built.init, out_shardings=built.shardings)(np.uint32(config.seed))
         self.flops_per_image = built.flops_per_image
         self._function = self._make_function()
         began = time.monotonic()

@@ -27,6 +27,7 @@ from mae_dist.evaluation import evaluate, pictures
 from mae_dist.evaluation.encoder import Encoder, check_images, load_encoder
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import SUMMARY_FILE
+from mae_dist.task_kinds import kind_of
 from mae_dist.training import job
 from mae_dist.training.run import with_features
 from mae_dist.weights import pretrained
@@ -120,7 +121,7 @@ class Run:
           DataFault: images of another shape, type or range.
           StorageFault: there is no good checkpoint.
         """
-        if self.config.task != "pretrain":
+        if not kind_of(self.config).has_decoder:
             raise errors.ConfigError(
                 f"{self.workdir} is a {self.config.task}: it has no decoder; open the workdir of its pretraining"
             )
@@ -131,7 +132,12 @@ class Run:
         dataset = ArrayDataset({"image": images, "label": np.zeros(len(images), np.int32)}, num_classes=1)
         _, params = self._load()
         return pictures.reconstruct(
-            self._job.reconstruct_step, params, dataset, self._job.batch_sharding, dataset.num_examples
+            self._job.reconstruct_step,
+            params,
+            dataset,
+            self._job.batch_sharding,
+            dataset.num_examples,
+            self.config.seed,
         )[0]
 
     def evaluate(self, split: str = "val") -> dict[str, float]:
@@ -158,7 +164,7 @@ class Run:
         with jax.set_mesh(built.mesh):
             if built.caches_features:
                 dataset = with_features(built, params, dataset)
-            batches = evaluate.global_batches(dataset, built.batch_sharding, built.eval_batch_size)
+            batches = evaluate.global_batches(dataset, built.batch_sharding, built.eval_batch_size, built.config.seed)
             return evaluate.evaluate(built.eval_step, params, batches, f"{split}_", dataset.class_names)
 
     def encoder(self) -> Encoder:
