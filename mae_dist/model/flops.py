@@ -163,14 +163,22 @@ def encoder_passes_of(config: ConfigDict) -> int:
     return 0 if config.data.augment == "none" else 1
 
 
-def train_flops_per_image(config: ConfigDict, num_classes: int, num_kept: int) -> float:
+def train_flops_per_image(config: ConfigDict, num_classes: int, num_kept: int, encoder_passes: int) -> float:
+    """Returns the FLOPs of one training step per image.
+
+    Args:
+      config: validated.
+      num_classes: of the data set; a classifier's head has as many outputs.
+      num_kept: patches that the encoder of a pretraining sees, `count_kept_patches`.
+      encoder_passes: of a classifier, see `encoder_passes_of`.
+    """
     model = config.model
     shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
     shape["cls_token"] = model.cls_token != "none"
     if not kind_of(config).has_decoder:
         hidden = (config.classify.hidden_dim,) if config.classify.head == "mlp" else ()
         return classifier_train_flops_per_image(
-            **shape, num_classes=num_classes, head_hidden_dims=hidden, encoder_passes=encoder_passes_of(config)
+            **shape, num_classes=num_classes, head_hidden_dims=hidden, encoder_passes=encoder_passes
         )
     decoder = {name: model[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
     return mae_train_flops_per_image(**shape, **decoder, num_keep=num_kept)
