@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mae_dist.__main__ import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mae_dist"
 # A module imports only from floors below its own. A package stands as one.
@@ -124,6 +126,14 @@ def test_no_module_stands_higher_than_it_must():
             below = [FLOOR_OF[top(i)] for i in ours(path) if top(i) != top(name)]
             needed[top(name)] = max(needed.get(top(name), 0), 1 + max(below, default=-1))
     assert needed == FLOOR_OF
+
+
+def test_no_command_is_imported():
+    """A command is flags and one call: what another needs of it has a place of its own."""
+    commands = {name if f"{name}.__main__" not in FILES else f"{name}.__main__" for name, _ in COMMANDS.values()}
+    assert commands <= FILES.keys()
+    for name, path in FILES.items():
+        assert not commands & ours(path), name
 
 
 def test_no_cycles():
