@@ -25,7 +25,7 @@ from mae_dist.model import patches
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.build import functional
 from mae_dist.parallel import processes
-from mae_dist.storage import absolute, appearing, naming_faults, write_bytes_atomically
+from mae_dist.storage import absolute, appearing, storage_errors, write_bytes_atomically
 from mae_dist.tasks.pretrain import make_pictures
 from mae_dist.weights import pretrained
 
@@ -50,7 +50,7 @@ def export(argv: Sequence[str]) -> int:
     source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
     function, arguments = make_function(source, _WHAT.value, _INPUT.value)
     exported = jax.export.export(jax.jit(function), platforms=_PLATFORMS.value)(*arguments.values())
-    with appearing(out) as temporary, naming_faults(out):
+    with appearing(out) as temporary, storage_errors(out):
         write_bytes_atomically(temporary, bytes(exported.serialize()))
         _check(temporary, function, arguments)
         size = temporary.stat().length / 2**20

@@ -25,7 +25,7 @@ from mae_dist.evaluation.encode import KINDS
 from mae_dist.evaluation.evaluate import Columns
 from mae_dist.model import patches
 from mae_dist.parallel import processes
-from mae_dist.storage import absolute, appearing, naming_faults
+from mae_dist.storage import absolute, appearing, storage_errors
 from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
@@ -62,7 +62,7 @@ def features(argv: Sequence[str]) -> int:
         files = list(_write_shards(temporary, compute(dataset), dataset))
         if processes.is_primary():
             description = _describe(source, config, dataset, split, files)
-            with naming_faults(out):
+            with storage_errors(out):
                 (temporary / "features.json").write_text(json.dumps(description, indent=2) + "\n")
     if processes.is_primary():
         print(f"{source.origin}: features of {sum(file['count'] for file in files)} images of {split} in {out}")
@@ -72,7 +72,7 @@ def features(argv: Sequence[str]) -> int:
 def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Dataset) -> Iterator[dict[str, Any]]:
     """Writes full shards as soon as they are; yields the name and count of each. Only the first process writes."""
     if processes.is_primary():
-        with naming_faults(directory):
+        with storage_errors(directory):
             directory.mkdir()
     left: list[Columns] = []
     count = number = 0
@@ -82,7 +82,7 @@ def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Da
         columns = {name: np.concatenate([part[name] for part in left]) for name in left[0]}
         file = f"{number:05d}.{_FORMAT.value}"
         if processes.is_primary():
-            with naming_faults(directory / file):
+            with storage_errors(directory / file):
                 _write_shard(directory / file, {name: column[:size] for name, column in columns.items()}, dataset)
         left, count, number = [{name: column[size:] for name, column in columns.items()}], count - size, number + 1
         return {"name": file, "count": size}

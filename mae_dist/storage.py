@@ -26,7 +26,7 @@ _Record = TypeVar("_Record")
 
 
 @contextlib.contextmanager
-def naming_faults(path: epath.Path) -> Iterator[None]:
+def storage_errors(path: epath.Path) -> Iterator[None]:
     """Turns a failure to read or write into a StorageFault that names the path."""
     try:
         yield
@@ -110,7 +110,7 @@ def _reach(bucket: str) -> None:
     # What fails is raised as well, and here told without a traceback.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     logging.getLogger("fsspec").setLevel(logging.WARNING)  # reports every file opened
-    with naming_faults(epath.Path(f"gs://{bucket}")):
+    with storage_errors(epath.Path(f"gs://{bucket}")):
         try:
             fsspec.filesystem("gcs", finalize_on_close=True).ls(bucket, max_results=1)  # the one that epath uses
         except FileNotFoundError as error:
@@ -165,12 +165,12 @@ def appearing(path: epath.Path) -> Iterator[epath.Path]:
     If making it fails, nothing is left of it.
     """
     temporary = path.parent / f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
-    with naming_faults(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)  # of a killed process with the same number
     try:
         yield temporary
-        with naming_faults(path):
+        with storage_errors(path):
             os.rename(temporary, path)
     finally:
         _remove(temporary)

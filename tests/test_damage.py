@@ -319,7 +319,7 @@ def test_digests_take_no_memory_to_speak_of():
     """On a device that a state fills, nothing like a copy of an array: split over devices or whole."""
     for shape in ((1, 1, 1), (2, 2, 2)):
         built = build(shape, model__embed_dim=128)
-        for program in digests.programs(shardings.placed(built.abstract_state, built.shardings)):
+        for program in digests.programs(shardings.with_shardings(built.abstract_state, built.shardings)):
             memory = program.memory_analysis()
             assert memory is not None
             assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2**10

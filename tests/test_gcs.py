@@ -196,9 +196,9 @@ def test_faults_of_the_clients(module):
     """They are no OSErrors; for a bucket the cure is another than for a disk."""
     path = epath.Path("gs://bucket/run")
     fault = type("Fault", (Exception,), {"__module__": module})
-    with pytest.raises(StorageFault, match=r"gs://bucket/run: not you\. .*credentials"), storage.naming_faults(path):
+    with pytest.raises(StorageFault, match=r"gs://bucket/run: not you\. .*credentials"), storage.storage_errors(path):
         raise fault("not you")
-    with pytest.raises(ZeroDivisionError), storage.naming_faults(path):
+    with pytest.raises(ZeroDivisionError), storage.storage_errors(path):
         raise ZeroDivisionError
 
 

@@ -17,7 +17,7 @@ HOLD = """
 import sys
 from etils import epath
 from mae_dist.resilience import lock
-with lock.sole_user(epath.Path(sys.argv[1])):
+with lock.workdir_lock(epath.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -30,20 +30,20 @@ def test_second_is_refused_until_the_first_is_gone(workdir):
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(StorageFault, match=f'"process": {holder.pid}'), lock.sole_user(workdir):
+    with pytest.raises(StorageFault, match=f'"process": {holder.pid}'), lock.workdir_lock(workdir):
         pass
     holder.kill()
     holder.communicate()
-    with lock.sole_user(workdir):
+    with lock.workdir_lock(workdir):
         pass
-    with lock.sole_user(workdir):
+    with lock.workdir_lock(workdir):
         pass
 
 
 def test_unwritable_workdir_is_a_fault(tmp_path):
     """A file where the directory should be."""
     (tmp_path / "run").write_text("")
-    with pytest.raises(StorageFault, match="run"), lock.sole_user(epath.Path(tmp_path / "run")):
+    with pytest.raises(StorageFault, match="run"), lock.workdir_lock(epath.Path(tmp_path / "run")):
         pass
 
 

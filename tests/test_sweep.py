@@ -33,7 +33,7 @@ from mae_dist.errors import (
     StorageFault,
 )
 from mae_dist.metrics import results
-from mae_dist.resilience.lock import sole_user
+from mae_dist.resilience.lock import workdir_lock
 from mae_dist.sweep import __main__, points, workers
 from mae_dist.sweep import runner as sweep_runner
 from mae_dist.sweep.table import Table, describe, read_description
@@ -193,7 +193,7 @@ def test_killed_and_continued(child_env, tmp_path, monkeypatch):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with pytest.raises(StorageFault, match="in use by another run"), sole_user(epath.Path(out)):
+    with pytest.raises(StorageFault, match="in use by another run"), workdir_lock(epath.Path(out)):
         pass
     assert trainings(out / good)
     process.send_signal(signal.SIGKILL)

@@ -29,7 +29,7 @@ from mae_dist.errors import StorageFault, UserError
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
 from mae_dist.parallel import shardings as sharding
-from mae_dist.storage import naming_faults
+from mae_dist.storage import storage_errors
 
 _policy = ocp.checkpoint_managers
 _POLL_SECS = 0.05
@@ -257,7 +257,7 @@ class Checkpoints:
           StorageFault: the checkpoint belongs to another configuration or other data, and every field that differs is
             named; or it cannot be read although its files are as they were written; or none is good.
         """
-        placed = sharding.placed(abstract, shardings)
+        placed = sharding.with_shardings(abstract, shardings)
         self._background.submit(integrity.programs, placed.to_dict())  # before digests need them
         while (step := self.latest_step()) is not None:
             try:
@@ -278,7 +278,7 @@ class Checkpoints:
         """Quarantines a checkpoint, for all processes."""
         path = self.directory / str(step)
         if processes.is_primary():
-            with naming_faults(path):
+            with storage_errors(path):
                 place = self._seals.quarantine(step, reason)
             logging.error(
                 "DAMAGED CHECKPOINT: step %d (%s). It is put in %s, never to be read again.", step, reason, place
@@ -328,7 +328,7 @@ def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
 
     Raises `saved.Damaged`, in all processes, if they are not.
     """
-    with naming_faults(path):
+    with storage_errors(path):
         lines = seals.damage(step, jax.process_index(), jax.process_count())
     known, lines = _from_all(lines is not None, lines or [])
     if lines:

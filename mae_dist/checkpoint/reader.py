@@ -24,8 +24,8 @@ from mae_dist import os_errors
 from mae_dist.checkpoint import digests
 from mae_dist.checkpoint.manifests import Seals
 from mae_dist.errors import ConfigError, StorageFault, UserError
-from mae_dist.parallel.shardings import placed
-from mae_dist.storage import check_checkpoints, is_local, naming_faults, write_text_atomically
+from mae_dist.parallel.shardings import with_shardings
+from mae_dist.storage import check_checkpoints, is_local, storage_errors, write_text_atomically
 
 # In the meta of converted weights: where they came from.
 WEIGHTS_ONLY = "weights_of"
@@ -43,9 +43,9 @@ class Damaged(Exception):
 
 @contextlib.contextmanager
 def naming_damage(path: epath.Path, workdir: epath.Path) -> Iterator[None]:
-    """As `naming_faults`, and for what Orbax and tensorstore raise when files are short, missing or not writable."""
+    """As `storage_errors`, and for what Orbax and tensorstore raise when files are short, missing or not writable."""
     try:
-        with naming_faults(path):
+        with storage_errors(path):
             yield
     except UserError:
         raise
@@ -164,7 +164,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: Any, shardings: Any, partial: bool = False) -> Any:
     """A checkpoint's arrays, each in its sharding; of a `partial` tree only what it names is read."""
-    target = placed(abstract, shardings)
+    target = with_shardings(abstract, shardings)
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial
     )
@@ -179,7 +179,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
             f"{workdir} is not the workdir of a run: it has no config.json; correct --workdir, --source or init_from"
         )
     check_checkpoints(workdir, saving=False)
-    with naming_faults(path):
+    with storage_errors(path):
         text = path.read_bytes()
     try:
         return config_lib.from_json(text.decode())
@@ -290,7 +290,7 @@ def save_params(workdir: epath.Path, config: ConfigDict, params: dict[str, Any],
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         manager.save(0, args=args)
         manager.wait_until_finished()
-    with naming_faults(workdir):
+    with storage_errors(workdir):
         write_text_atomically(workdir / "config.json", config_lib.to_json(config) + "\n")
 
 

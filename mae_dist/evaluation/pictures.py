@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mae_dist.data import Dataset, local_rows, to_global
 from mae_dist.errors import DataFault
 from mae_dist.parallel.shardings import num_batch_shards
-from mae_dist.storage import naming_faults, write_bytes_atomically
+from mae_dist.storage import storage_errors, write_bytes_atomically
 
 COLUMNS = ("original", "masked", "reconstruction", "with_visible")
 _TITLES = ("original", "masked", "reconstruction", "reconstruction\nwith visible patches")
@@ -94,6 +94,6 @@ def write_png(path: epath.Path, image: np.ndarray) -> None:
 
     ok, encoded = cv2.imencode(".png", image[..., ::-1])
     assert ok
-    with naming_faults(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes_atomically(path, encoded.tobytes())

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from mae_dist.storage import naming_faults, open_lines, parse_lines, read_text, write_text_atomically
+from mae_dist.storage import open_lines, parse_lines, read_text, storage_errors, write_text_atomically
 
 GOODPUT_FILE = "goodput.jsonl"
 _EVERY_SECS = 10.0
@@ -46,7 +46,7 @@ class Ledger:
         self._written = -_EVERY_SECS
         self._is_primary = is_primary
         if is_primary:
-            with naming_faults(self._path):
+            with storage_errors(self._path):
                 workdir.mkdir(parents=True, exist_ok=True)
                 text = read_text(self._path)
                 parsed = _parse(text, self._path)
@@ -72,7 +72,7 @@ class Ledger:
             "end": end,
             "secs": {name: round(value, 3) for name, value in secs.items()},
         }
-        with naming_faults(self._path):
+        with storage_errors(self._path):
             self._lines.append(json.dumps(line) + "\n")
 
 
@@ -85,7 +85,7 @@ def summarize(workdir: epath.Path) -> dict[str, Any]:
       secs: by phase; of them `step` without what was `replayed`; `away`: between the end of one start and the next.
     """
     path = workdir / GOODPUT_FILE
-    with naming_faults(path):
+    with storage_errors(path):
         runs = _runs(_parse(read_text(path), path))
     if not runs:
         return {}
@@ -114,7 +114,7 @@ def summarize(workdir: epath.Path) -> dict[str, Any]:
 def span(workdir: epath.Path) -> tuple[float, float] | None:
     """When the run began and when it was last known to work, seconds since 1970; None without a ledger."""
     path = workdir / GOODPUT_FILE
-    with naming_faults(path):
+    with storage_errors(path):
         runs = _runs(_parse(read_text(path), path))
     return (runs[0]["began"], runs[-1]["time"]) if runs else None
 
@@ -122,7 +122,7 @@ def span(workdir: epath.Path) -> tuple[float, float] | None:
 def total_steps(workdir: epath.Path) -> int | None:
     """The update that the run is to end with; None without a ledger, or with one of an older version."""
     path = workdir / GOODPUT_FILE
-    with naming_faults(path):
+    with storage_errors(path):
         runs = _runs(_parse(read_text(path), path))
     return runs[-1]["total_steps"] if runs else None
 

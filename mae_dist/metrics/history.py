@@ -16,7 +16,7 @@ from mae_dist.checkpoint.manifests import Seals
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.recorder import METRICS_FILE, read_metrics
 from mae_dist.metrics.summary import SUMMARY_FILE
-from mae_dist.storage import naming_faults, read_text
+from mae_dist.storage import read_text, storage_errors
 
 
 def check_start(workdir: epath.Path, config: ConfigDict, start: int, total_steps: int) -> None:
@@ -33,7 +33,7 @@ def check_start(workdir: epath.Path, config: ConfigDict, start: int, total_steps
             f"{workdir} is trained to step {start} already, beyond total_steps={total_steps}: nothing is done or "
             f"changed. Set total_steps={start} or more (or total_epochs accordingly), or choose another --workdir"
         )
-    with naming_faults(workdir):
+    with storage_errors(workdir):
         if start == 0:
             _check_beginning(workdir, config)
         elif _last_step(workdir) < start - start % config.log_every_steps:
@@ -82,7 +82,7 @@ def finished_summary(workdir: epath.Path, step: int) -> dict[str, Any] | None:
       StorageFault: there is none, and the records do not reach `step`.
     """
     path = workdir / SUMMARY_FILE
-    with naming_faults(path):
+    with storage_errors(path):
         text = read_text(path)
     try:
         summary = json.loads(text)

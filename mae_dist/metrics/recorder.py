@@ -17,7 +17,7 @@ from etils import epath
 
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.tensorboard import TensorBoardWriter, metric_writers
-from mae_dist.storage import naming_faults, open_lines, parse_lines, read_text, write_text_atomically
+from mae_dist.storage import open_lines, parse_lines, read_text, storage_errors, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -51,7 +51,7 @@ class Recorder:
         if not is_primary:
             return
         self._logdir = workdir / TENSORBOARD_DIR
-        with naming_faults(self._path):
+        with storage_errors(self._path):
             workdir.mkdir(parents=True, exist_ok=True)
             text = read_text(self._path)
             records = [pair for pair in _parse(text, self._path) if 0 < start_step >= pair[1]["step"]]
@@ -60,7 +60,7 @@ class Recorder:
                 write_text_atomically(self._path, kept)
             self._last_step = records[-1][1]["step"] if records else -1
             self._lines = open_lines(self._path, kept)
-        with naming_faults(self._logdir):
+        with storage_errors(self._logdir):
             tensorboard = TensorBoardWriter(self._logdir, purge_step=start_step + 1 if start_step > 0 else 0)
         lines = [metric_writers.LoggingWriter()] if log_lines else []
         self._writer = metric_writers.AsyncMultiWriter([*lines, tensorboard])
@@ -77,7 +77,7 @@ class Recorder:
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images (N, H, W, C), uint8 or floats in 0..1, to TensorBoard."""
         if self._writer is not None:
-            with naming_faults(self._logdir):
+            with storage_errors(self._logdir):
                 self._writer.write_images(step, {name: jax.device_get(image) for name, image in images.items()})
 
     def commit(self, step: int) -> None:
@@ -96,9 +96,9 @@ class Recorder:
             return
         record = {name: _number(name, value) for name, value in jax.device_get(scalars).items()}
         line = json.dumps({"step": step, **without_nan(record)}, allow_nan=False)
-        with naming_faults(self._path):
+        with storage_errors(self._path):
             self._lines.append(line + "\n")
-        with naming_faults(self._logdir):
+        with storage_errors(self._logdir):
             self._writer.write_scalars(step, record)
 
     def withdraw(self) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Recorder:
         """Waits until TensorBoard events are written; uncommitted scalars are dropped."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            with naming_faults(self._logdir):
+            with storage_errors(self._logdir):
                 writer.close()
 
     def __enter__(self) -> "Recorder":
@@ -134,7 +134,7 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
       StorageFault: a line that is no record (a last one cut short is passed over: its run may be writing it now).
     """
     path = workdir / METRICS_FILE
-    with naming_faults(path):
+    with storage_errors(path):
         records = [record for _, record in _parse(read_text(path), path)]
     return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
 

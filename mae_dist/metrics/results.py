@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist.errors import ConfigError, StorageFault
 from mae_dist.metrics.summary import SUMMARY_FILE
-from mae_dist.storage import naming_faults, read_text
+from mae_dist.storage import read_text, storage_errors
 
 # Of a summary, in the order of tables: figures of whole splits only (`top1` is of the last training batch alone). An
 # accuracy is a share, 0 to 1.
@@ -43,7 +43,7 @@ def read_result(workdir: epath.Path) -> Result | None:
     Raises:
       StorageFault: the workdir cannot be read, or its files are damaged.
     """
-    with naming_faults(workdir):
+    with storage_errors(workdir):
         texts = [read_text(workdir / name) for name in ("config.json", SUMMARY_FILE)]
     if not all(texts):
         return None

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from mae_dist.metrics.recorder import without_nan
-from mae_dist.storage import naming_faults, write_text_atomically
+from mae_dist.storage import storage_errors, write_text_atomically
 
 SUMMARY_FILE = "summary.json"
 
@@ -31,7 +31,7 @@ def last_values(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
     """Writes summary.json atomically; values that are not finite become null."""
     path = workdir / SUMMARY_FILE
-    with naming_faults(path):
+    with storage_errors(path):
         workdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(without_nan(jax.device_get(dict(summary))), indent=2, allow_nan=False)
         write_text_atomically(path, text + "\n")

@@ -124,7 +124,7 @@ def make_constrain(mesh: Mesh) -> Any:
     return constrain
 
 
-def placed(abstract: Any, shardings: Any) -> Any:
+def with_shardings(abstract: Any, shardings: Any) -> Any:
     """Shapes (a tree of them) that say where the arrays lie."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings

@@ -25,7 +25,7 @@ from mae_dist.report.model import Viewer, embed
 from mae_dist.report.page import Content, Html, document, figure, legend, picture, plots, section, tag, warning
 from mae_dist.report.plot import Line, Plot, write_files
 from mae_dist.report.runs import Run, collect, find_workdirs
-from mae_dist.storage import absolute, naming_faults, write_text_atomically
+from mae_dist.storage import absolute, storage_errors, write_text_atomically
 
 _OUT = flags.DEFINE_string("out", None, "The HTML file to write.", allow_override=True)
 _FIGURES = flags.DEFINE_string("figures", "", "Also write each figure as PNG and SVG into this directory.")
@@ -61,7 +61,7 @@ def report(argv: Sequence[str]) -> int:
     viewer = None if _QUICK.value else Viewer(_DATA_DIR.value, _MAX_IMAGES.value)
     sections = [*page.of_records(), *page.of_pictures(), *page.of_models(viewer), *page.of_files(viewer is not None)]
     title = f"Report on {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs"
-    with naming_faults(out):
+    with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out, document(title, page.head(unreadable), sections, _made()))
     print(f"{len(runs)} runs in {out} ({out.stat().length / 2**20:.1f} MiB)")

@@ -17,7 +17,7 @@ from mae_dist.metrics.summary import last_values
 from mae_dist.report.groups import Group, mean_std
 from mae_dist.report.model import Seen
 from mae_dist.report.plot import MARKERS, Line, Plot, shorten
-from mae_dist.storage import naming_faults
+from mae_dist.storage import storage_errors
 
 RIGHT, WRONG = "#0072B2", "#D55E00"
 _MOST_CLASSES = 30  # that names, cells or colours can still be told apart of
@@ -31,7 +31,7 @@ _PICTURE_WIDTH = 1000  # pixels in the page
 def some_pictures(workdir: epath.Path, most: int = 4) -> list[epath.Path]:
     """The pictures that training drew: the first, some between, the last."""
     directory = workdir / "pictures"
-    with naming_faults(directory):
+    with storage_errors(directory):
         found = directory.iterdir() if directory.is_dir() else ()
         paths = sorted(path for path in found if path.name.startswith("step_") and path.suffix == ".png")
     if len(paths) <= most:

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mae_dist.storage import naming_faults, write_bytes_atomically
+from mae_dist.storage import storage_errors, write_bytes_atomically
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -128,7 +128,7 @@ def write_files(plot: Plot, directory: epath.Path) -> None:
             figure.savefig(data, format=kind, facecolor="white", metadata=metadata, dpi=200)
             figure.set_layout_engine("none")  # found already
             path = directory / f"{plot.name}.{kind}"
-            with naming_faults(path):
+            with storage_errors(path):
                 directory.mkdir(parents=True, exist_ok=True)
                 write_bytes_atomically(path, data.getvalue())
 

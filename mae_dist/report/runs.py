@@ -20,7 +20,7 @@ from mae_dist.errors import StorageFault, UserError
 from mae_dist.metrics import goodput
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import SUMMARY_FILE
-from mae_dist.storage import absolute, children_of, naming_faults, read_text
+from mae_dist.storage import absolute, children_of, read_text, storage_errors
 from mae_dist.task_kinds import kind_of
 
 
@@ -142,7 +142,7 @@ def find_workdirs(paths: Iterable[str]) -> list[epath.Path]:
     found: dict[str, epath.Path] = {}
     for given in paths:
         path = absolute(given)
-        with naming_faults(path):
+        with storage_errors(path):
             children = [path] if (path / "config.json").exists() else children_of(path)
             runs = [child for child in children if (child / "config.json").exists()]
         if not runs:
@@ -199,7 +199,7 @@ def _first_line(error: Exception) -> str:
 
 def _read_summary(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / SUMMARY_FILE
-    with naming_faults(path):
+    with storage_errors(path):
         text = read_text(path)
     try:
         return dict(json.loads(text)) if text else {}
@@ -283,7 +283,7 @@ def checkpoints(workdir: epath.Path, *, arrays: bool) -> tuple[list[SavedState],
       arrays: whether to read the arrays too, not only compare the files with their seals.
     """
     seals, found = Seals(workdir), []
-    with naming_faults(workdir):
+    with storage_errors(workdir):
         for step in reader.steps(workdir):
             path = workdir / "checkpoints" / str(step)
             try:

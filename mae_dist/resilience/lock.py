@@ -21,7 +21,7 @@ from etils import epath
 
 from mae_dist import names
 from mae_dist.errors import StorageFault
-from mae_dist.storage import is_local, naming_faults
+from mae_dist.storage import is_local, storage_errors
 
 _FILE = ".lock"
 _RENEW_SECS = 10.0
@@ -43,14 +43,14 @@ class Held:
 
 
 @contextlib.contextmanager
-def sole_user(workdir: epath.Path) -> Iterator[Held]:
+def workdir_lock(workdir: epath.Path) -> Iterator[Held]:
     """Holds the workdir's lock.
 
     Raises:
       StorageFault: another run holds it, or it cannot be written.
     """
     path = workdir / _FILE
-    with naming_faults(path):
+    with storage_errors(path):
         workdir.mkdir(parents=True, exist_ok=True)
     with _held_file(path) if is_local(path) else _lease(path) as held:
         yield held
@@ -71,7 +71,7 @@ def _refuse(path: epath.Path, holder: str) -> StorageFault:
 
 @contextlib.contextmanager
 def _held_file(path: epath.Path) -> Iterator[Held]:
-    with naming_faults(path), contextlib.ExitStack() as stack:
+    with storage_errors(path), contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "a+", encoding="utf-8"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,14 +157,14 @@ def _take(lease: _Object, path: epath.Path, renew_secs: float, watch_secs: float
 @contextlib.contextmanager
 def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float = _WATCH_SECS) -> Iterator[Held]:
     held, ended = Held(), threading.Event()
-    with naming_faults(path):
+    with storage_errors(path):
         lease = _Object(path)
         _take(lease, path, renew_secs, watch_secs)
 
     def renew() -> None:
         while not ended.wait(renew_secs):
             try:
-                with naming_faults(path):
+                with storage_errors(path):
                     found = lease.read()
                     if found and not lease.wrote(found):
                         held.taken_by = found
@@ -181,7 +181,7 @@ def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float 
     finally:
         ended.set()
         thread.join(timeout=renew_secs)
-        with contextlib.suppress(StorageFault), naming_faults(path):
+        with contextlib.suppress(StorageFault), storage_errors(path):
             generation = lease.generation()
             if lease.wrote(lease.read()):
                 lease.delete(generation)

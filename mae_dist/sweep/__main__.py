@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from mae_dist import cli, errors
 from mae_dist.config import recipes
 from mae_dist.metrics import results
-from mae_dist.resilience.lock import sole_user
+from mae_dist.resilience.lock import workdir_lock
 from mae_dist.storage import check_checkpoints, local
 from mae_dist.sweep import points, workers
 from mae_dist.sweep.points import Point
@@ -62,7 +62,7 @@ def sweep(argv: Sequence[str]) -> int:
                 print(shlex.join(command(stage)))
         return errors.EXIT_DONE
     cores = workers.share_cores(_JOBS.value)
-    with sole_user(out):
+    with workdir_lock(out):
         describe(out, list(todo[0].fields), _THEN.value, [_described(point) for point in todo])
         runner = Runner(workable, cores)
         code = runner.run()

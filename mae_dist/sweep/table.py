@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from mae_dist.metrics.results import METRICS, Result, Spread, spread
-from mae_dist.storage import naming_faults, read_text, set_aside, write_bytes_atomically, write_text_atomically
+from mae_dist.storage import read_text, set_aside, storage_errors, write_bytes_atomically, write_text_atomically
 
 _SWEEP_FILE = "sweep.json"
 _CLASSIFIED = ("train_top1", "val_top1", "test_top1")  # what the trainings that follow the first are for
@@ -21,7 +21,7 @@ def describe(out: epath.Path, fields: Sequence[str], then: Sequence[str], points
     One that has points which are not of this sweep is kept beside it.
     """
     text = json.dumps({"fields": list(fields), "then": list(then), "points": list(points)}, indent=2)
-    with naming_faults(out):
+    with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         before = read_text(out / _SWEEP_FILE)
         if before and not {point["name"] for point in json.loads(before)["points"]} <= {p["name"] for p in points}:
@@ -31,7 +31,7 @@ def describe(out: epath.Path, fields: Sequence[str], then: Sequence[str], points
 
 def read_description(out: epath.Path) -> dict[str, Any] | None:
     """What `describe` wrote, if it did."""
-    with naming_faults(out):
+    with storage_errors(out):
         text = read_text(out / _SWEEP_FILE)
     return json.loads(text) if text else None
 
@@ -113,7 +113,7 @@ class Table:
                 for metric, found in cells.items()
             }
             described.append({"fields": row["fields"], "seeds": row["seeds"], "metrics": spreads})
-        with naming_faults(out):
+        with storage_errors(out):
             write_text_atomically(out / "table.csv", buffer.getvalue())
             write_text_atomically(out / "table.json", json.dumps(described, indent=2) + "\n")
             for field in self.fields if self.metrics else []:

@@ -20,7 +20,7 @@ class Compilation:
         self._step = job.train_step
         self._compiled: TrainStep | None = None
         self._error: Exception | None = None
-        lowered = self._step.lower(shardings.placed(job.abstract_state, job.shardings), job.abstract_batch)
+        lowered = self._step.lower(shardings.with_shardings(job.abstract_state, job.shardings), job.abstract_batch)
         self._thread = threading.Thread(target=self._compile, args=(lowered,), daemon=True)
         self._thread.start()
 

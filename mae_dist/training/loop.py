@@ -17,10 +17,10 @@ from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
 from mae_dist.resilience.interrupt import interrupted_between_steps
-from mae_dist.resilience.lock import Held, sole_user
+from mae_dist.resilience.lock import Held, workdir_lock
 from mae_dist.resilience.preemption import Notices, Preempted
 from mae_dist.resilience.watchdog import Watch
-from mae_dist.storage import naming_faults, read_text, set_aside, write_text_atomically
+from mae_dist.storage import read_text, set_aside, storage_errors, write_text_atomically
 from mae_dist.training.compilation import Compilation
 from mae_dist.training.job import Job
 from mae_dist.training.run import Run, shows_bar
@@ -49,7 +49,7 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
     _warn_of_bad_records(job.data)
     total_steps = job.schedule.total_steps
     with (
-        sole_user(workdir) if processes.is_primary() else contextlib.nullcontext(Held()) as held,
+        workdir_lock(workdir) if processes.is_primary() else contextlib.nullcontext(Held()) as held,
         interrupted_between_steps() as stop_if_interrupted,
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
@@ -131,7 +131,7 @@ def _restore_or_begin(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, i
 def _write_config(job: Job, workdir: epath.Path) -> None:
     if processes.is_primary():
         path = workdir / "config.json"
-        with naming_faults(path):
+        with storage_errors(path):
             workdir.mkdir(parents=True, exist_ok=True)
             set_aside(workdir / SUMMARY_FILE)  # of a run that was shorter
             write_text_atomically(path, config_lib.to_json(job.config) + "\n")
@@ -141,7 +141,7 @@ def _repair_config(job: Job, workdir: epath.Path) -> None:
     """Writes a damaged config.json again: a checkpoint has just shown that the run is of this config."""
     path = workdir / "config.json"
     if path.exists():
-        with naming_faults(path):
+        with storage_errors(path):
             try:
                 json.loads(read_text(path))
             except ValueError:

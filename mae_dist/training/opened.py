@@ -82,7 +82,7 @@ class Run:
           StorageFault: the file cannot be read.
         """
         path = self.workdir / SUMMARY_FILE
-        with storage.naming_faults(path):
+        with storage.storage_errors(path):
             text = storage.read_text(path)
         try:
             return json.loads(text) if text else {}

@@ -13,7 +13,7 @@ from mae_dist.metrics import goodput, history
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import SUMMARY_FILE, environment, last_values, write_summary
 from mae_dist.parallel import processes
-from mae_dist.storage import naming_faults, set_aside
+from mae_dist.storage import set_aside, storage_errors
 from mae_dist.training.job import Job
 
 _NOT_METRICS = ("name", "task", "step", "total_steps", "goodput", "environment")
@@ -42,7 +42,7 @@ def finish(job: Job, workdir: epath.Path, step: int) -> Result:
     summary = history.finished_summary(workdir, step)
     if summary is None:
         summary = _summary(job, workdir, step)
-        with naming_faults(workdir):
+        with storage_errors(workdir):
             set_aside(workdir / SUMMARY_FILE)
         write_summary(workdir, summary)
     metrics = {name: value for name, value in summary.items() if name not in _NOT_METRICS}

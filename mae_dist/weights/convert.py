@@ -14,7 +14,7 @@ from mae_dist import errors
 from mae_dist.checkpoint import reader
 from mae_dist.model import heads, patches, positions
 from mae_dist.model.parameters import path_name
-from mae_dist.storage import appearing, check_checkpoints, naming_faults
+from mae_dist.storage import appearing, check_checkpoints, storage_errors
 from mae_dist.weights import files, hugging_face, layouts, pretrained
 
 Params = dict[str, Any]
@@ -65,7 +65,7 @@ def convert_weights(
         config.name = out.stem
     config_lib.validate_model(config, masked="decoder" in params)
     _check_finite(params, source.origin)
-    with appearing(out) as temporary, naming_faults(out):
+    with appearing(out) as temporary, storage_errors(out):
         write(temporary, params, config, to, source.origin)
         _check_written(temporary, params, config)
     return sorted(params, reverse=True), sum(leaf.size for leaf in jax.tree.leaves(params))

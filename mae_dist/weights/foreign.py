@@ -16,7 +16,7 @@ from mae_dist import config as config_lib
 from mae_dist.config import default
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.model import patches, positions
-from mae_dist.storage import naming_faults
+from mae_dist.storage import storage_errors
 from mae_dist.task_kinds import kind_of
 from mae_dist.weights import layouts
 
@@ -96,7 +96,7 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
     """The object in a file, or None if there is no such file."""
     if not path.exists():
         return None
-    with naming_faults(path):
+    with storage_errors(path):
         data = path.read_bytes()
     try:
         value = json.loads(data)

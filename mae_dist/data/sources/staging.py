@@ -46,7 +46,7 @@ class Staging:
         """
         import tensorflow_datasets as tfds
 
-        with storage.naming_faults(self._source):
+        with storage.storage_errors(self._source):
             try:
                 builder = tfds.builder(name, data_dir=os.fspath(self._source), try_gcs=False)
                 directory = epath.Path(builder.data_path)
@@ -60,7 +60,7 @@ class Staging:
                 )
             contents = {self._target(path): path.read_bytes() for path in found}
         copy = self._target(directory)
-        with storage.naming_faults(epath.Path(copy)), locked(copy / _LOCK):
+        with storage.storage_errors(epath.Path(copy)), locked(copy / _LOCK):
             changed = [path for path in contents if not path.exists() or path.read_bytes() != contents[path]]
             if changed:  # then its records are others as well
                 for old in copy.iterdir():
@@ -77,7 +77,7 @@ class Staging:
           StorageFault: what is read or written fails.
         """
         copy = files[0].parent
-        with storage.naming_faults(epath.Path(copy)), locked(copy / _LOCK) as alone:
+        with storage.storage_errors(epath.Path(copy)), locked(copy / _LOCK) as alone:
             if alone:
                 remove_temporaries(copy)
             missing = [path for path in files if not path.exists()]
@@ -99,7 +99,7 @@ class Staging:
 
     def _size(self, target: Path) -> int:
         origin = self._origin(target)
-        with storage.naming_faults(origin):
+        with storage.storage_errors(origin):
             try:
                 return int(origin.stat().length)
             except FileNotFoundError as error:
@@ -134,7 +134,7 @@ def _fetch_object(origin: epath.Path, target: Path) -> tuple[int, str, bytes]:
 
     bucket: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that epath uses
     name = os.fspath(origin).removeprefix("gs://")
-    with storage.naming_faults(origin):
+    with storage.storage_errors(origin):
         known = bucket.info(name)
     # Not by the bucket's own get_file: of its faults nobody could tell on which side they are.
     with open(target, "wb") as copy:
@@ -145,7 +145,7 @@ def _fetch_object(origin: epath.Path, target: Path) -> tuple[int, str, bytes]:
 
 
 def _chunks(origin: epath.Path, open_source: Callable[[str], Any]) -> Iterator[bytes]:
-    with storage.naming_faults(origin), open_source("rb") as source:
+    with storage.storage_errors(origin), open_source("rb") as source:
         while chunk := source.read(_CHUNK):
             yield chunk
 
