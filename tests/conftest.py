@@ -5,6 +5,7 @@ import gc
 import mmap
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,6 +55,8 @@ def _device_env(devices: int) -> dict[str, str]:
 
 
 os.environ.update(_device_env(FAKE_DEVICES))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of tests in a shell's background, whose processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402 (after the environment it reads)
 

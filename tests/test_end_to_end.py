@@ -170,7 +170,7 @@ def begun(child_env, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("limit_kib", "named"), [(3, "metrics.jsonl"), (40, "checkpoints")])
+@pytest.mark.parametrize(("limit_kib", "named"), [(5, "metrics.jsonl"), (40, "checkpoints")])
 def test_full_disk_ends_with_its_code_and_harms_nothing(begun, child_env, tmp_path, limit_kib, named):
     """A limit on the size of a file stands for the disk: the last good checkpoint continues afterwards."""
     workdir = tmp_path / "run"

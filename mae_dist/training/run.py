@@ -142,9 +142,9 @@ class Run:
 
     def _first_update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """Waits for the compilation and updates; finished when this returns, for rates are of the updates after it."""
-        assert self._compilation is not None, "begun before a run with updates to come"
         with self.watch.during("compile"):
-            self._train_step = self._compilation.result()
+            # There is none where the newest checkpoint was the last step's, and was found damaged.
+            self._train_step = self._compilation.result() if self._compilation else self.job.train_step
             out = jax.block_until_ready(self._train_step(state, batch))
         self.throughput.start(step)
         return out
