@@ -326,7 +326,7 @@ class Checkpoints:
 def _check_files(seals: Seals, step: int, path: epath.Path) -> bool:
     """True if the files are known to be as they were written; each process reads its fraction of them.
 
-    Raises `saved.Damaged`, in all processes, if they are not.
+    Raises `reader.Damaged`, in all processes, if they are not.
     """
     with storage_errors(path):
         lines = seals.damage(step, jax.process_index(), jax.process_count())

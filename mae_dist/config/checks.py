@@ -1,6 +1,6 @@
-"""Checks a config before any device work, turns epochs into steps, and says what differs between two configs.
+"""Checks a config before any device work.
 
-Fields and their defaults are in configs/default.py; there are none here.
+Fields and their defaults are in `mae_dist/config/default.py`; there are none here.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Into how many microbatches a CPU device computes its examples, and what computes its matrix products."""
+"""Chooses into how many microbatches a CPU device divides its examples."""
 
 import math
 
@@ -29,7 +29,7 @@ def num_pieces(
       num_patches: the encoder sees of an image; None for all.
       decoder: whether the decoder runs too.
       update: whether gradients are computed.
-      rows_together: see `tasks.Task`; a piece holds whole groups of them.
+      rows_together: see `tasks.base.Task`; a piece holds whole groups of them.
     """
     if not is_by_cores(mesh):
         return 1

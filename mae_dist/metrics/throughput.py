@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-# Phases of `watch.Watch` that are training itself: updates, and the wait for their batches.
+# Phases of `watchdog.Watch` that are training itself: updates, and the wait for their batches.
 _TRAINING = ("step", "data")
 
 

@@ -146,7 +146,7 @@ def link_secs(
 
     Args:
       found: the exchanges.
-      generation: key of `chips.CHIPS`; anything else has no figures.
+      generation: key of `hardware.CHIPS`; anything else has no figures.
       shape: of a slice.
       coords: place in the mesh -> coordinates in its slice.
     """

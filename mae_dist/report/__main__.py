@@ -35,7 +35,7 @@ _DATA_DIR = flags.DEFINE_string(
 )
 _MAX_IMAGES = flags.DEFINE_integer("max_images", 10_000, "The most of a split that a model sees.", lower_bound=1)
 
-_CURVES: dict[str, tuple[str, dict[str, Any]]] = {  # by metric: title, and the options of `report_figures.curve`
+_CURVES: dict[str, tuple[str, dict[str, Any]]] = {  # by metric: title, and the options of `figures.curve`
     "loss": ("Training loss", {"log": True, "smooth": True}),
     "val_loss": ("Validation loss, ◆ test", {"log": True, "final": "test_loss"}),
     "top1": ("Training top-1", {"percent": True, "smooth": True}),

@@ -176,7 +176,7 @@ class Watch:
         return self.secs
 
     def join_options(self) -> dict[str, float]:
-        """For `distributed.initialize`: JAX's own time-outs come after this watch's, which says more."""
+        """For `processes.initialize`: JAX's own time-outs come after this watch's, which says more."""
         return {
             "join_secs": self._start_secs + 60 if self._start_secs else 86_400,
             "heartbeat_secs": max(100.0, 3 * self._peer_secs),
