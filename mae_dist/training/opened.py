@@ -130,7 +130,7 @@ class Run:
         if images.dtype != np.uint8:
             images = images * np.float32(255)  # as pixels are scaled
         dataset = ArrayDataset({"image": images, "label": np.zeros(len(images), np.int32)}, num_classes=1)
-        _, params = self._load()
+        params = self._load()
         return pictures.reconstruct(
             self._job.reconstruct_step,
             params,
@@ -160,7 +160,7 @@ class Run:
         if not expression:
             raise errors.ConfigError(f"the run has no such split: data.{split}_split is ''")
         dataset = open_dataset(self.config, expression)
-        built, (_, params) = self._job, self._load()
+        built, params = self._job, self._load()
         with jax.set_mesh(built.mesh):
             if built.caches_features:
                 dataset = with_features(built, params, dataset)
@@ -171,8 +171,9 @@ class Run:
         """Returns the trained encoder, as `mae_dist.load_encoder`."""
         return load_encoder(self.workdir)
 
-    def _load(self) -> tuple[int, dict[str, Any]]:
-        return reader.load_params(self.workdir, self._job.abstract_state.params, self._job.shardings.params)
+    def _load(self) -> dict[str, Any]:
+        """Returns the parameters of the newest good checkpoint, laid out as the run's job needs them."""
+        return reader.load_params(self.workdir, self._job.abstract_state.params, self._job.shardings.params)[1]
 
     @functools.cached_property
     def _job(self) -> job.Job:

@@ -79,6 +79,10 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> job.Job:
     if devices is None:
         use_cores_if_free(config, None)
         devices = jax.devices()
+    return _build(config, devices)
+
+
+def _build(config: ConfigDict, devices: Sequence[Any]) -> job.Job:
     job.check_mesh(config, len(devices))  # before any data is fetched
     return job.build(config, devices, open_data(config))
 
@@ -110,8 +114,7 @@ def run(
             path = storage.absolute(workdir)
             kind = jax.devices()[0].device_kind
             logging.info("workdir %s, %d devices of kind %s", path, jax.device_count(), kind)
-            job.check_mesh(config, jax.device_count())  # before any data is fetched
-            built = job.build(config, jax.devices(), open_data(config))
+            built = _build(config, jax.devices())
         when_built()
         return loop.train(built, path, watch, notices, profile_on_signal=profile_on_signal)
     except Preempted:
