@@ -1,6 +1,6 @@
 """The one place that chooses what a platform computes differently from plain JAX."""
 
-import functools
+import dataclasses
 import warnings
 
 from absl import logging
@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_dist.cpu import kernels, onednn
-from mae_dist.model.attention import fits_fused_kernel, fused_attention, has_fused_kernel
+from mae_dist.model.attention import cudnn_attention, has_fused_kernel
 from mae_dist.model.hooks import Hooks
 from mae_dist.parallel import shardings
 
@@ -32,18 +32,13 @@ def choose_matmul(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str
     return wanted
 
 
-def make_hooks(config: ConfigDict, mesh: Mesh, matmul: str = "xla") -> Hooks:
+def make_hooks(mesh: Mesh, matmul: str = "xla") -> Hooks:
     """Returns the model's hooks for `mesh`, with matmuls on a CPU by `matmul`, of `onednn.BACKENDS`."""
-    constrain = shardings.make_constrain(mesh)
     if shardings.is_by_cores(mesh):
         if matmul == "onednn":  # JAX tries to store programs with such calls all the same
             warnings.filterwarnings("ignore", onednn.NOT_STORED, UserWarning)
         return kernels.make_hooks(matmul == "onednn")
-    head_dim = config.model.embed_dim // config.model.num_heads
-    if (
-        mesh.devices.flat[0].platform == "gpu"
-        and fits_fused_kernel(config.model.dtype, head_dim)
-        and has_fused_kernel()
-    ):
-        return Hooks(constrain=constrain, attention=functools.partial(fused_attention, "cudnn"))
-    return Hooks(constrain=constrain)
+    hooks = Hooks(constrain=shardings.make_constrain(mesh))
+    if mesh.devices.flat[0].platform == "gpu" and has_fused_kernel():
+        return dataclasses.replace(hooks, attention=cudnn_attention)
+    return hooks

@@ -9,7 +9,7 @@ import pytest
 
 from mae_dist.cpu import kernels
 from mae_dist.model import attention as attention_lib
-from mae_dist.model.attention import attention, fused_attention
+from mae_dist.model.attention import attention, cudnn_attention, fused_attention
 from tests import QUICK
 
 IMPLEMENTATIONS = {
@@ -92,19 +92,19 @@ def test_no_fused_kernel_without_a_gpu():
 
 
 @pytest.mark.parametrize(("num_q", "num_k"), [(196, 196), (197, 197), (147, 197), (257, 257), (50, 50), (65, 65)])
-def test_the_fused_kernel_is_lowered(monkeypatch, num_q, num_k):
-    """Forward and backward, for all lengths of the paper's models.
+@pytest.mark.parametrize(("head_dim", "fused"), [(80, True), (20, False)])
+def test_lowered_for_a_gpu(monkeypatch, head_dim, fused, num_q, num_k):
+    """cuDNN's kernel forward and backward, for all lengths of the paper's models, and only where the width fits it.
 
-    What needs a GPU is only to ask which version of cuDNN there is.
+    Encoder and decoder may differ in width. What needs a GPU is only to ask which version of cuDNN there is.
     """
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    queries, keys = (jax.ShapeDtypeStruct((8, length, 4, 80), jnp.bfloat16) for length in (num_q, num_k))
-    fused = functools.partial(fused_attention, "cudnn")
-    grad = jax.grad(lambda q, k, v: fused(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    queries, keys = (jax.ShapeDtypeStruct((8, length, 4, head_dim), jnp.bfloat16) for length in (num_q, num_k))
+    grad = jax.grad(lambda q, k, v: cudnn_attention(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     with jax.numpy_dtype_promotion("standard"):  # within JAX's own attention
         text = jax.jit(grad).trace(queries, keys, keys).lower(lowering_platforms=("cuda",)).as_text()
     for name in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
-        assert name in text
-    assert "stablehlo.exponential" not in text
+        assert (name in text) == fused
+    assert ("stablehlo.exponential" in text) != fused

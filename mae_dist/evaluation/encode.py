@@ -84,7 +84,7 @@ def make_feature_step(
     `shardings` are those of the parameters it is given, `batch_size` the images of all devices together.
     """
     matmul = platforms.choose_matmul(config, mesh, forward_flops(config))
-    encode = make_encode(config, kinds, block, platforms.make_hooks(config, mesh, matmul))
+    encode = make_encode(config, kinds, block, platforms.make_hooks(mesh, matmul))
     return make_eval_step(
         lambda params, batch: encode(params, batch["image"]),
         mesh=mesh,

@@ -52,3 +52,8 @@ def fused_attention(implementation: Literal["cudnn", "xla"], q: jax.Array, k: ja
         implementation=implementation,
     )
     return padded[:, :num_q]
+
+
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Computes `attention` by cuDNN's kernel where type and head width allow it; needs a GPU that has it."""
+    return fused_attention("cudnn", q, k, v) if fits_fused_kernel(q.dtype, q.shape[-1]) else attention(q, k, v)

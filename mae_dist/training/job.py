@@ -197,9 +197,9 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     flops_per_image = train_flops_per_image(config, data.train.num_classes, num_kept, encoder_passes)
     config = config.copy_and_resolve_references()
     by_cores, matmul = sharding.is_by_cores(mesh), platforms.choose_matmul(config, mesh, flops_per_image)
-    task = eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(config, mesh, matmul))
+    task = eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(mesh, matmul))
     if matmul == "onednn":  # programs that call it cannot be stored: not worth it for an evaluation
-        eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(config, mesh))
+        eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(mesh))
     if by_cores:
         config.cpu.products = matmul
     if not config.cpu.pieces:
