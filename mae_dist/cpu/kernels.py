@@ -24,7 +24,6 @@ def make_hooks(by_onednn: bool) -> Hooks:
     """Returns the functions of this file, with matmuls by oneDNN or by XLA; the same objects for the same argument."""
     return Hooks(
         affine=functools.partial(_affine, by_onednn),
-        normalize=_normalize_rows,
         gelu=_gelu_or_plain,
         attention=functools.partial(_attention, by_onednn),
     )
@@ -74,36 +73,6 @@ def _affine_backward(by_onednn: bool, inputs: int, saved: Any, grad: jax.Array) 
 
 
 _affine.defvjp(_affine_forward, _affine_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    return _normalize_forward(x, scale, bias, eps)[0]
-
-
-def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> Any:
-    mean = x.mean(axis=-1, keepdims=True)
-    centred = x - mean
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
-    return centred * inverse * scale + bias, (x, mean, inverse, scale)
-
-
-def _normalize_backward(eps: float, saved: Any, grad: jax.Array) -> Any:
-    del eps
-    x, mean, inverse, scale = saved
-    normal = (x - mean) * inverse
-    scaled = grad * scale
-    dx = scaled - scaled.mean(axis=-1, keepdims=True) - normal * (scaled * normal).mean(axis=-1, keepdims=True)
-    return inverse * dx, _sum_rows(grad * normal, x.ndim - 1), _sum_rows(grad, x.ndim - 1)
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-def _normalize_rows(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """Normalises x (*rows, D) as a matrix: in the shape in which the next matmul takes it, one array serves both."""
-    rows: Any = _normalize(x.reshape(-1, x.shape[-1]), scale, bias, eps)
-    return rows.reshape(x.shape)
 
 
 def _normal_cdf(x: jax.Array, sign: float) -> jax.Array:

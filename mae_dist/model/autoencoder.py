@@ -86,7 +86,7 @@ class Encoder(nnx.Module):
             x = jnp.concatenate([cls, x], axis=1)  # (B, 1 + K, D)
         x = dropout(x, self.dropout, fold_in(keys, self.stack.depth))
         x = self.stack(x, keys, num_blocks)
-        return layer_norm(self.norm, x, normalize=self.hooks.normalize) if self.final_norm and num_blocks is None else x
+        return layer_norm(self.norm, x) if self.final_norm and num_blocks is None else x
 
     def features(
         self, images: jax.Array, pools: Sequence[str], keys: jax.Array | None = None, num_blocks: int | None = None
@@ -167,7 +167,7 @@ class Decoder(nnx.Module):
 
     def _predict(self, x: jax.Array) -> jax.Array:
         """Tokens (B, N, E) -> float32 values of their patches (B, N, P)."""
-        x = layer_norm(self.norm, x, normalize=self.hooks.normalize)
+        x = layer_norm(self.norm, x)
         return linear(self.pred, x, affine=self.hooks.affine).astype(jnp.float32)
 
 

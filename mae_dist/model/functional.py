@@ -45,13 +45,6 @@ def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int)
     return out if bias is None else out + bias
 
 
-def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """Returns x (*rows, D) with mean 0 and variance 1 over D, times scale (D,), plus bias (D,)."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
-    return centred * inverse * scale + bias
-
-
 def gelu(x: jax.Array, approximate: bool) -> jax.Array:
     """Returns GELU of x in any shape, exact or by tanh."""
     return jax.nn.gelu(x, approximate=approximate)
@@ -81,8 +74,11 @@ def linear(
     return affine(x.astype(module.dtype), kernel.astype(module.dtype), bias, inputs)
 
 
-def layer_norm(norm: nnx.LayerNorm, x: jax.Array, *, normalize: Callable[..., jax.Array] = normalize) -> jax.Array:
-    """Applies `norm` in float32 to x (*rows, D) and returns x's own dtype; `normalize` computes it, see `hooks`."""
+def layer_norm(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
+    """Applies `norm` in float32 to x (*rows, D) and returns x's own dtype."""
     assert norm.scale is not None
     assert norm.bias is not None
-    return normalize(x.astype(jnp.float32), norm.scale[...], norm.bias[...], norm.epsilon).astype(x.dtype)
+    values = x.astype(jnp.float32)
+    centred = values - values.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + norm.epsilon)
+    return (centred * inverse * norm.scale[...] + norm.bias[...]).astype(x.dtype)

@@ -26,14 +26,12 @@ class Hooks:
     Attributes:
       constrain: (array, logical axes) -> array; pins an activation's layout. Models know logical axes, never a mesh.
       affine: as `functional.affine`.
-      normalize: as `functional.normalize`.
       gelu: as `functional.gelu`.
       attention: as `attention.attention`.
     """
 
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained
     affine: Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array] = functional.affine
-    normalize: Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array] = functional.normalize
     gelu: Callable[[jax.Array, bool], jax.Array] = functional.gelu
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attention
 

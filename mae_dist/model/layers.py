@@ -101,7 +101,7 @@ class Block(nnx.Module):
         """x (B, N, D) -> (B, N, D), or only the last `num_out` tokens."""
         attend = functools.partial(self.attn, num_out=num_out)
         for site, (norm, layer) in enumerate(((self.norm1, attend), (self.norm2, self.mlp))):
-            branch = layer(layer_norm(norm, x, normalize=self.hooks.normalize))  # (B, N, D)
+            branch = layer(layer_norm(norm, x))  # (B, N, D)
             if num_out is not None:
                 x = x[:, -num_out:]
             if self.scaled:
