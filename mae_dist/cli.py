@@ -14,7 +14,6 @@ from ml_collections import ConfigDict, config_flags
 
 from mae_dist import console, errors
 from mae_dist.config import named
-from mae_dist.cpu import cores
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to train: a name, as cifar_small, or a file.", lock_config=True
@@ -200,7 +199,6 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
         sys.exit(errors.exit_code_of(_show_help))
     if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its updates; before and after them it would kill
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    cores.use_huge_pages()
     errors.open_closed_streams()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()

@@ -10,7 +10,6 @@ from absl import flags
 
 from mae_dist import cli, errors
 from mae_dist.cli import WORKDIR, end_when_told, is_single_process, join_processes, needed_config, run
-from mae_dist.cpu.start import use_cores
 
 flags.adopt_module_key_flags(cli)  # --help shows them too
 _METADATA_SERVER = flags.DEFINE_string(
@@ -38,6 +37,7 @@ def _train(argv: Sequence[str]) -> int:
     config = needed_config()
 
     from mae_dist import storage
+    from mae_dist.cpu.start import use_cores
     from mae_dist.resilience import preemption, watchdog
 
     workdir = storage.absolute_name(WORKDIR.value or f"runs/{config.name}")

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import shutil
-import sys
 from typing import Any
 
 import jax
@@ -77,8 +76,7 @@ def machine(monkeypatch):
 )
 def test_devices(machine, wanted, batches, devices):
     """As many as divide the batches and leave each enough; what is asked for otherwise."""
-    assert cpu.split_cores(wanted, batches) == devices
-    assert os.environ["XLA_FLAGS"] == f"--xla_force_host_platform_device_count={devices}"
+    assert cpu.num_devices(wanted, batches) == devices
 
 
 @pytest.mark.parametrize(
@@ -91,7 +89,7 @@ def test_devices(machine, wanted, batches, devices):
 )
 def test_not_on_accelerators_nor_against_the_user(machine, variable, value):
     machine.setenv(variable, value)
-    assert cpu.split_cores(0, ((256, 1),)) == 0
+    assert cpu.num_devices(0, ((256, 1),)) == 0
     assert os.environ[variable] == value
 
 
@@ -103,7 +101,7 @@ def test_libtpu_is_no_tpu(machine, tmp_path, chips, devices):
     machine.delenv("JAX_PLATFORMS")
     machine.setattr(cpu, "find_spec", lambda name: name if name == "libtpu" else None)
     machine.setattr(cpu, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*", f"{tmp_path}/vfio/[0-9]*"))
-    assert cpu.split_cores(0, ((256, 1),)) == devices
+    assert cpu.num_devices(0, ((256, 1),)) == devices
 
 
 def test_a_run_keeps_its_choices(machine, tmp_path):
@@ -120,7 +118,7 @@ def test_a_run_keeps_its_choices(machine, tmp_path):
         machine.setattr(cpu, "num_cores", lambda cores=cores: cores)
         machine.delenv("XLA_FLAGS", raising=False)
         config = smoke_config(**overrides)
-        start.use_cores(config, str(tmp_path))
+        start.choose_devices(config, str(tmp_path))
         assert (config.cpu.devices, config.cpu.pieces) == found
         assert (config.cpu.products, config.cpu.fold) == ("onednn", False)
 
@@ -133,7 +131,7 @@ def test_devices_chosen_for_a_run_can_compute_it(machine, tmp_path, overrides, d
     """125 images are whole shares of 250, but no whole pairs to mix, and no ten pieces."""
     machine.setattr(cpu, "num_cores", lambda: 2)
     config = smoke_config(global_batch_size=250, **overrides)
-    start.use_cores(config, str(tmp_path))
+    start.choose_devices(config, str(tmp_path))
     assert config.cpu.devices == devices
     job.check_mesh(config, devices)
 
@@ -141,9 +139,8 @@ def test_devices_chosen_for_a_run_can_compute_it(machine, tmp_path, overrides, d
 def test_more_devices_than_cores(machine, tmp_path):
     """They would wait for each other for ever; a mesh that needs them is refused where meshes are checked."""
     with pytest.raises(ConfigError, match=r"cpu\.devices=9 and this process may use 8 cores"):
-        start.use_cores(smoke_config(cpu__devices=9), str(tmp_path))
-    start.use_cores(smoke_config(mesh__data=16), str(tmp_path))
-    assert "XLA_FLAGS" not in os.environ
+        start.choose_devices(smoke_config(cpu__devices=9), str(tmp_path))
+    assert start.choose_devices(smoke_config(mesh__data=16), str(tmp_path)) == 0
 
 
 @pytest.mark.parametrize("masking", ["random", "grid"])
@@ -244,40 +241,6 @@ def test_options_of_later_versions_and_of_the_user(machine):
     machine.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
     assert cpu.options_to_train() == {}
     assert list(cpu.options_to_run_once("0.10.9", 1)) == ["xla_cpu_use_fusion_emitters"]
-
-
-@pytest.mark.parametrize("given", ["", "glibc.malloc.arena_max=2"])
-def test_huge_pages(machine, given):
-    """The process starts again, once, with what it was called with; other programs see what the user set."""
-    started = []
-    machine.setattr(cpu.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    machine.setattr(cpu.Path, "read_text", lambda self: "always [madvise] never")
-    machine.setattr(os, "execv", lambda *command: started.append(command))
-    machine.setenv("GLIBC_TUNABLES", given)
-    machine.delenv("MAE_DIST_GLIBC_TUNABLES", raising=False)
-    for _ in range(2):
-        cpu.use_huge_pages()
-    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
-    assert os.environ["GLIBC_TUNABLES"].split(":") == [*filter(None, [given]), "glibc.malloc.hugetlb=1"]
-    assert cpu.given_environment()["GLIBC_TUNABLES"] == given
-    os.environ.pop("MAE_DIST_GLIBC_TUNABLES")
-
-
-@pytest.mark.parametrize(
-    ("library", "version", "setting"),
-    [
-        ("glibc", "2.34", "[madvise]"),
-        ("", "", "[madvise]"),
-        ("glibc", "2.36", "[always]"),
-        ("glibc", "2.36", "[never]"),
-    ],
-)
-def test_no_huge_pages(machine, library, version, setting):
-    machine.setattr(cpu.platform, "libc_ver", lambda: (library, version))
-    machine.setattr(cpu.Path, "read_text", lambda self: setting)
-    machine.setattr(os, "execv", lambda *command: pytest.fail(str(command)))
-    machine.delenv("GLIBC_TUNABLES", raising=False)
-    cpu.use_huge_pages()
 
 
 def test_compiled_programs_are_kept(child_env, tmp_path):

@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist.cpu.cores import given_environment, num_cores
+from mae_dist.cpu.cores import num_cores
 from mae_dist.data import Dataset, num_readers
 from mae_dist.data.from_config import open_dataset, train_batches
 from mae_dist.data.sources.tfds import TfdsDataset
@@ -42,7 +42,6 @@ class Pipeline:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=given_environment(),
             process_group=0,
         )
         assert self._process.stdout is not None

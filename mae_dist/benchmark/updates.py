@@ -177,7 +177,6 @@ class Theirs:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=cores.given_environment(),
         )
         assert self._process.stdout is not None
         self.works = self._process.stdout.readline().startswith("ready")

@@ -1,20 +1,15 @@
 """How a computation is carried out on a CPU: into how many devices the cores are split, a batch into how many pieces.
 
 Measured on two cores: a device per core with data parallelism, and pieces whose activations stay in the cache, are
-twice as fast as one device and the whole batch; memory in huge pages spares matrix products another 5 %. Nothing here
-touches a TPU or GPU. Nothing imports JAX: the number of devices counts only before JAX makes its CPU client.
+twice as fast as one device and the whole batch. Nothing here touches a TPU or GPU.
 """
 
 import glob
 import math
 import os
-import platform
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc 2.35 asks the kernel for them then, where the kernel lets it
-_GIVEN = "MAE_DIST_GLIBC_TUNABLES"  # what GLIBC_TUNABLES was before
 _FLAG = "xla_force_host_platform_device_count"
 _PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 _TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # libtpu alone is no TPU: it also compiles for absent ones
@@ -46,34 +41,8 @@ def _has_accelerator() -> bool:
     return find_spec("libtpu") is not None and any(glob.glob(pattern) for pattern in _TPU_CHIPS)
 
 
-def use_huge_pages() -> None:
-    """Starts this process once more, under the same number, with memory in huge pages: a setting of the C library that
-    it reads only then. Nothing happens where that does not exist or does not help."""
-    if not _runs_on_cores() or "glibc.malloc.hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
-        return
-    try:
-        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return
-    library, version = platform.libc_ver()
-    if "[madvise]" not in setting or library != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
-        return
-    given = os.environ.get("GLIBC_TUNABLES", "")
-    os.environ[_GIVEN] = given
-    os.environ["GLIBC_TUNABLES"] = f"{given}:{_HUGE_PAGES}".lstrip(":")
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def given_environment() -> dict[str, str]:
-    """The environment as the user set it, for programs that are none of ours."""
-    given = dict(os.environ)
-    if _GIVEN in given:
-        given["GLIBC_TUNABLES"] = given.pop(_GIVEN)
-    return given
-
-
 def num_devices(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
-    """Makes JAX see the CPU as so many devices, before it first looks; returns how many that is, 0 if it is not asked.
+    """Chooses into how many devices the cores are split; 0 where JAX will not compute on a CPU, or XLA_FLAGS say.
 
     Args:
       wanted: 0 for a device per core, as far as each gets whole shares of the batches and enough of them.
@@ -86,14 +55,6 @@ def num_devices(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
         whole = (n for n in range(1, most + 1) if all(size % (n * multiple) == 0 for size, multiple in batches))
         wanted = max(whole, default=1)
     return wanted
-
-
-def split_cores(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
-    """Makes the cores `num_devices` devices of JAX's, for this process and those that it starts."""
-    count = num_devices(wanted, batches)
-    if count:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FLAG}={count}".strip()
-    return count
 
 
 def options_to_train() -> dict[str, str]:

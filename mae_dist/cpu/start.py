@@ -1,32 +1,36 @@
-"""Splits a CPU's cores into devices at the start of a command, before JAX makes its CPU client."""
+"""Splits a CPU's cores into devices, by JAX's own option, before JAX makes its CPU client."""
 
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+from mae_dist import config as config_lib
 from mae_dist import errors
 from mae_dist.cpu import cores
 
 
-def use_cores(
-    config: ConfigDict,
-    workdir: str | None,
-    *,
-    single_process: bool = True,
-    split: Callable[[int, tuple[tuple[int, int], ...]], int] = cores.split_cores,
-) -> None:
-    """On a CPU splits the cores into devices, as the run in `workdir` did before or as `config.cpu` says.
+def use_cores(config: ConfigDict, workdir: str | None, *, single_process: bool = True) -> None:
+    """On a CPU splits the cores into devices, as `choose_devices` says.
 
-    A run that continues keeps its choices, for results depend on them in the last bits. `split` does it, and returns
-    the number of devices, 0 where it does nothing.
+    Nothing happens where JAX has its devices already, or where the number of devices was set by hand.
+
+    Args:
+      config: validated; its `cpu` fields are filled in.
+      workdir: where the run may have been before; None for nowhere.
+      single_process: False if this is one of several processes that have yet to join.
     """
-    from mae_dist import config as config_lib
+    if single_process and _may_split_cores(config) and _is_free() and not (workdir and "://" in workdir):
+        _split(choose_devices(config, workdir))
 
-    if (workdir and "://" in workdir) or not (single_process and _may_split_cores(config)):
-        return
+
+def choose_devices(config: ConfigDict, workdir: str | None) -> int:
+    """Fills in the fields of `config.cpu` as the run in `workdir` had them; returns the number of devices, 0 for JAX's.
+
+    A run that continues keeps its choices, for results depend on them in the last bits.
+    """
     with config.unlocked():
         stored = _stored_choices(workdir) if workdir else {}
         if not config.cpu.devices and 0 < stored.get("devices", 0) <= cores.num_cores():
@@ -45,38 +49,35 @@ def use_cores(
                 "one core wait for each other; choose 0 (one per core) or fewer"
             )
         wanted = config.cpu.devices if config.mesh.data == -1 else config.mesh.data
-        if wanted <= cores.num_cores():  # of a larger mesh the check of the mesh tells
-            config.cpu.devices = split(wanted, batches)
-
-
-def use_cores_if_free(config: ConfigDict, workdir: str | None) -> None:
-    """As `use_cores`, within a program that may have used JAX before: devices that JAX has already stay as they are.
-
-    It sets JAX's own option and no variable of the environment, which would reach the program's other processes.
-    """
-    import jax
-
-    given = jax.config.jax_num_cpu_devices  # pyright: ignore
-    try:  # refused, whatever the value, once JAX has its devices
-        jax.config.update("jax_num_cpu_devices", given)
-    except RuntimeError:
-        return
-    if given >= 0:  # whoever set it knows better
-        return
-
-    def split(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
-        count = cores.num_devices(wanted, batches)
-        if count:
-            jax.config.update("jax_num_cpu_devices", count)
-        return count
-
-    use_cores(config, workdir, single_process=not jax.distributed.is_initialized(), split=split)
+        if wanted > cores.num_cores():  # a larger mesh is refused where meshes are checked
+            return 0
+        config.cpu.devices = cores.num_devices(wanted, batches)
+        return config.cpu.devices
 
 
 def use_all_cores(config: ConfigDict | None, *, single_process: bool = True) -> None:
     """On a CPU makes each core a device, for commands to which any number will do; a mesh given goes first."""
-    if single_process and _may_split_cores(config):
-        cores.split_cores(cores.num_cores() if config is None or config.mesh.data == -1 else config.mesh.data, ())
+    if single_process and _may_split_cores(config) and _is_free():
+        wanted = cores.num_cores() if config is None or config.mesh.data == -1 else config.mesh.data
+        _split(cores.num_devices(wanted, ()))
+
+
+def _split(count: int) -> None:
+    """Makes JAX see `count` devices; 0 leaves it to JAX."""
+    if count:
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _is_free() -> bool:
+    """True if JAX has no devices yet and nobody said how many CPU devices there shall be."""
+    if jax.distributed.is_initialized():
+        return False
+    given = jax.config.jax_num_cpu_devices  # pyright: ignore
+    try:  # refused, whatever the value, once JAX has its devices
+        jax.config.update("jax_num_cpu_devices", given)
+    except RuntimeError:
+        return False
+    return given < 0
 
 
 def _may_split_cores(config: ConfigDict | None) -> bool:

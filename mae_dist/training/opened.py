@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist import errors, storage
 from mae_dist.checkpoint import reader
-from mae_dist.cpu.start import use_cores_if_free
+from mae_dist.cpu.start import use_cores
 from mae_dist.data import ArrayDataset
 from mae_dist.data.from_config import Data, open_dataset
 from mae_dist.evaluation import evaluate, pictures
@@ -179,7 +179,7 @@ class Run:
     def _job(self) -> job.Job:
         """The run's computations on the devices that are here; the images come from elsewhere."""
         config = _copy(self.config)
-        use_cores_if_free(config, str(self.workdir))  # as the run did, to the same last bits
+        use_cores(config, str(self.workdir))  # as the run did, to the same last bits
         num_classes = max(1, pretrained.open_workdir(self.workdir).num_classes)
         no_images = ArrayDataset({"label": np.zeros(1, np.int32)}, num_classes=num_classes)
         return job.build(_fitting(config), jax.devices(), Data(no_images, None, None))

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist import errors, storage
-from mae_dist.cpu.start import use_cores_if_free
+from mae_dist.cpu.start import use_cores
 from mae_dist.data.from_config import open_data
 from mae_dist.resilience.preemption import Notices, Preempted
 from mae_dist.resilience.watchdog import Watch
@@ -50,7 +50,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     config = _checked(config)
     name = storage.absolute_name(workdir)
     storage.check_checkpoints(name, saving=True)
-    use_cores_if_free(config, name)
+    use_cores(config, name)
     with warnings.catch_warnings():
         return run(config, name, Watch(**config.deadlines), Notices())
 
@@ -77,7 +77,7 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> job.Job:
     """
     config = _checked(config)
     if devices is None:
-        use_cores_if_free(config, None)
+        use_cores(config, None)
         devices = jax.devices()
     return _build(config, devices)
 
