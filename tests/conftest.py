@@ -59,6 +59,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of tests in a shell's b
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402 (after the environment it reads)
+import jaxtyping  # noqa: E402
+
+# Shapes and types of these modules' annotations are checked at every call, that is when JAX traces.
+jaxtyping.install_import_hook(("mae_dist.model", "mae_dist.tasks", "mae_dist.training.train_step"), "beartype.beartype")
 
 from tests import runs  # noqa: E402
 

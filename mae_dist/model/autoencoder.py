@@ -1,7 +1,7 @@
-"""The masked autoencoder (He et al. 2021) and the classifiers that stand on its encoder.
+"""The masked autoencoder (He et al. 2021).
 
 Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (K or L, plus one with a class
-token), D encoder width, E decoder width, Y classes.
+token), D encoder width, E decoder width.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Key
 
 from mae_dist.model import masking as model_masking
 from mae_dist.model import patches
@@ -20,18 +21,20 @@ from mae_dist.model.positions import Positions
 
 
 def _token(kind: str, dim: int, rngs: nnx.Rngs) -> nnx.Param | None:
-    """A learned token (1, 1, dim) ~ N(0, 0.02), or None where it is the constant zero."""
+    """Returns a learned token (1, 1, dim) ~ N(0, 0.02), or None for a constant zero."""
     return nnx.Param(normal02(rngs.params(), (1, 1, dim), jnp.float32)) if kind == "learned" else None
 
 
-def _token_value(token: nnx.Param | None, batch: int, count: int, dim: int, dtype: Any) -> jax.Array:
-    """Repeats a token to (batch, count, dim)."""
+def _token_value(
+    token: nnx.Param | None, batch: int, count: int, dim: int, dtype: Any
+) -> Float[Array, "{batch} {count} {dim}"]:
+    """Repeats a token `count` times for each of `batch` examples."""
     value = jnp.zeros((1, 1, dim), dtype) if token is None else token[...].astype(dtype)
     return jnp.broadcast_to(value, (batch, count, dim))
 
 
 class Encoder(nnx.Module):
-    """Vision transformer over the patches it is given: all of them, or the kept ones only."""
+    """Vision transformer over all patches of an image, or over the kept ones only."""
 
     def __init__(
         self,
@@ -62,22 +65,26 @@ class Encoder(nnx.Module):
         self.dtype, self.dropout, self.hooks = dtype, stack["dropout"], hooks
 
     def __call__(
-        self, x: jax.Array, ids_keep: jax.Array | None, keys: jax.Array | None, num_blocks: int | None = None
-    ) -> jax.Array:
+        self,
+        x: Float[Array, "B L P"],
+        ids_keep: Int[Array, "B K"] | None,
+        keys: Key[Array, "B"] | None,
+        num_blocks: int | None = None,
+    ) -> Float[Array, "B N D"]:
         """Encodes patches.
 
         Args:
-          x: all patches of the images, (B, L, P).
-          ids_keep: (B, K) which patches to look at, or None for all; the others never enter the computation.
-          keys: one key per example for dropout and DropPath, or None.
-          num_blocks: stop after so many blocks, before the final norm; None for all of them and the norm.
+          x: all patches of the images.
+          ids_keep: the patches to encode, None for all; the others never enter the computation.
+          keys: for dropout and DropPath; None for neither.
+          num_blocks: stop after `num_blocks` blocks, before the final norm; None for all blocks and the norm.
 
         Returns:
-          Tokens (B, N, D), the class token first if there is one.
+          Tokens, the class token first if there is one.
         """
         position = self.positions(self.dtype)  # (1, L, D)
         if ids_keep is not None:
-            # Gathering raw patches before embedding them: K products instead of L.
+            # Gather before embedding: K rows of the matmul instead of L.
             x = patches.take_patches(x, ids_keep)  # (B, K, P)
             position = position[0][ids_keep]  # (B, K, D)
         x = linear(self.patch_embed, x, affine=self.hooks.affine) + position  # (B, K, D)
@@ -89,17 +96,21 @@ class Encoder(nnx.Module):
         return layer_norm(self.norm, x) if self.final_norm and num_blocks is None else x
 
     def features(
-        self, images: jax.Array, pools: Sequence[str], keys: jax.Array | None = None, num_blocks: int | None = None
-    ) -> dict[str, jax.Array]:
+        self,
+        images: Float[Array, "B H W C"],
+        pools: Sequence[str],
+        keys: Key[Array, "B"] | None = None,
+        num_blocks: int | None = None,
+    ) -> dict[str, Float[Array, "B *D"]]:
         """Encodes whole images.
 
         Args:
-          images: scaled pixels, (B, H, W, C).
-          pools: the class token (`cls`), the mean over patches (`gap`), or a vector for each patch (`patches`).
+          images: scaled pixels.
+          pools: any of `cls` (the class token), `gap` (the mean over patches), `patches` (one vector per patch).
           keys, num_blocks: as `__call__`.
 
         Returns:
-          By pool (B, D), or for `patches` (B, gh, gw, D).
+          For each pool (B, D), for `patches` (B, gh, gw, D).
         """
         tokens = self(patches.patchify(images, self.patch_size), None, keys, num_blocks)  # (B, N, D)
 
@@ -113,7 +124,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Transformer that sees the encoded patches and mask tokens in their places and predicts every patch."""
+    """Transformer over encoded patches, with mask tokens in the places of removed ones; predicts patches."""
 
     def __init__(
         self,
@@ -140,8 +151,10 @@ class Decoder(nnx.Module):
         self.pred = nnx.Linear(embed_dim, patch_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.has_cls, self.dtype, self.hooks = has_cls, dtype, hooks
 
-    def __call__(self, latent: jax.Array, ids_restore: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """latent (B, N, D), ids_restore (B, L) -> float32 predictions (B, L, P)."""
+    def __call__(
+        self, latent: Float[Array, "B N D"], ids_restore: Int[Array, "B L"], keys: Key[Array, "B"] | None
+    ) -> Float[Array, "B L P"]:
+        """Predicts every patch, in raster order, float32."""
         x = linear(self.embed, latent, affine=self.hooks.affine)  # (B, N, E)
         cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
         b, kept, dim = x.shape
@@ -150,11 +163,13 @@ class Decoder(nnx.Module):
         x = jnp.concatenate([cls, x + self.positions(self.dtype)], axis=1)
         return self._predict(self.stack(x, keys)[:, int(self.has_cls) :])
 
-    def predict_removed(self, latent: jax.Array, ids_shuffle: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """The same predictions, of the removed patches only and in their shuffled order: float32 (B, L - K, P).
+    def predict_removed(
+        self, latent: Float[Array, "B N D"], ids_shuffle: Int[Array, "B L"], keys: Key[Array, "B"] | None
+    ) -> Float[Array, "B removed P"]:
+        """Predicts the removed patches only, in shuffled order, float32.
 
-        For training, where nothing else is looked at: attention does not mind the order, so nothing is put back into
-        raster order, and the last block spares what only visible patches would need.
+        A training loss needs no others. Attention does not depend on the order of tokens, so nothing is put back into
+        raster order, and the last block computes no visible tokens.
         """
         x = linear(self.embed, latent, affine=self.hooks.affine)  # (B, N, E)
         cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
@@ -165,14 +180,14 @@ class Decoder(nnx.Module):
         x = self.stack(jnp.concatenate([cls, x], axis=1), keys, num_out=num_removed)
         return self._predict(x)
 
-    def _predict(self, x: jax.Array) -> jax.Array:
-        """Tokens (B, N, E) -> float32 values of their patches (B, N, P)."""
+    def _predict(self, x: Float[Array, "B N E"]) -> Float[Array, "B N P"]:
+        """Returns the values of the tokens' patches, float32."""
         x = layer_norm(self.norm, x)
         return linear(self.pred, x, affine=self.hooks.affine).astype(jnp.float32)
 
 
 class MaskedAutoencoder(nnx.Module):
-    """Encoder on kept patches, decoder on all; its keyword arguments are the fields of `config.model`."""
+    """Encoder on kept patches, decoder on all; the keyword arguments are the fields of `config.model`."""
 
     def __init__(
         self,
@@ -203,7 +218,7 @@ class MaskedAutoencoder(nnx.Module):
         dtype: str,
         scan: bool,
         remat: str,
-        final_norm: bool = True,  # of the encoder; a classifier may normalise what it pooled instead
+        final_norm: bool = True,  # False where a classifier normalises after pooling instead
         hooks: Hooks = PLAIN,
         rngs: nnx.Rngs,
     ):
@@ -249,39 +264,47 @@ class MaskedAutoencoder(nnx.Module):
             **shared,
         )
 
-    def draw_ids_shuffle(self, keys: jax.Array) -> tuple[jax.Array, int]:
-        """One mask per example by the configured strategy: keys (B,) -> ids_shuffle (B, L) and K."""
+    def draw_ids_shuffle(self, keys: Key[Array, "B"]) -> tuple[Int[Array, "B L"], int]:
+        """Draws one mask per example with the configured strategy; returns ids_shuffle and K."""
         return model_masking.draw_ids_shuffle(
             keys, strategy=self.masking, grid=self.grid, mask_ratio=self.mask_ratio, mask_file=self.mask_file
         )
 
     def __call__(
-        self, images: jax.Array, ids_shuffle: jax.Array, kept: int, keys: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self,
+        images: Float[Array, "B H W C"],
+        ids_shuffle: Int[Array, "B L"],
+        kept: int,
+        keys: Key[Array, "B"] | None,
+    ) -> tuple[Float[Array, "B L P"], Float[Array, "B L P"], Float[Array, "B L"]]:
         """Reconstructs images from their kept patches.
 
         Args:
-          images: scaled pixels (B, H, W, C), float32.
-          ids_shuffle: (B, L), the kept patches first.
+          images: scaled pixels, float32.
+          ids_shuffle: the kept patches first.
           kept: K.
-          keys: one key per example for dropout and DropPath, or None.
+          keys: for dropout and DropPath; None for neither.
 
         Returns:
-          Predictions (B, L, P) float32, the true patches (B, L, P) float32, and the mask (B, L).
+          The predicted and the true patches, float32, and the mask.
         """
         x = patches.patchify(images, self.patch_size)  # (B, L, P)
         ids_restore = model_masking.restore_ids(ids_shuffle)
         latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)
-        pred = self.decoder(latent, ids_restore, fold_in(keys, 1 << 16))  # apart from the encoder's layer indices
+        pred = self.decoder(latent, ids_restore, fold_in(keys, 1 << 16))  # beyond the encoder's layer indices
         return pred, x, model_masking.mask_from_ids(ids_restore, kept)
 
     def removed_patches(
-        self, images: jax.Array, ids_shuffle: jax.Array, kept: int, keys: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """What a training loss needs of `__call__`, for less: its arguments, removed patches only.
+        self,
+        images: Float[Array, "B H W C"],
+        ids_shuffle: Int[Array, "B L"],
+        kept: int,
+        keys: Key[Array, "B"] | None,
+    ) -> tuple[Float[Array, "B removed P"], Float[Array, "B removed P"]]:
+        """Reconstructs the removed patches only, all that a training loss needs; arguments as of `__call__`.
 
         Returns:
-          Predictions and true patches, both (B, L - K, P) float32, in shuffled order.
+          The predicted and the true patches, float32, in shuffled order.
         """
         x = patches.patchify(images, self.patch_size)  # (B, L, P)
         latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)

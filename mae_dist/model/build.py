@@ -1,4 +1,4 @@
-"""Makes the module that a config describes, and takes modules apart into functions of their parameters."""
+"""Makes the module that a config describes, and splits modules into pure functions of their parameters."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from mae_dist.task_kinds import kind_of
 
 
 def param_count(params: Any) -> int:
-    """Number of values in a parameter tree (arrays or their shapes)."""
+    """Counts the values in a parameter tree (arrays or their shapes)."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
@@ -24,10 +24,10 @@ Params = dict[str, Any]
 
 
 class Functional(NamedTuple):
-    """A module taken apart.
+    """A module as functions of its parameters.
 
-    abstract: the shapes of its parameters, a nested dict.
-    init: key -> its parameters.
+    abstract: the parameters' shapes, a nested dict.
+    init: key -> parameters.
     bind: parameters -> the module to call.
     """
 
@@ -37,7 +37,7 @@ class Functional(NamedTuple):
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
-    """Takes apart the module that `make` makes, without making it."""
+    """Splits the module that `make` would make, without allocating it."""
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
 
     def init(key: jax.Array) -> Params:
@@ -47,7 +47,7 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
 
 
 def make_model(config: ConfigDict, num_classes: int, hooks: Hooks, rngs: nnx.Rngs) -> Any:
-    """The module that `config` describes: a `MaskedAutoencoder`, or a `Classifier` for `num_classes`."""
+    """Makes the module that `config` describes: a `MaskedAutoencoder`, or a `Classifier` for `num_classes`."""
     fields, options = config.model.to_dict(), config.classify
     if kind_of(config).has_decoder:
         return MaskedAutoencoder(**fields, hooks=hooks, rngs=rngs)
@@ -65,5 +65,5 @@ def make_model(config: ConfigDict, num_classes: int, hooks: Hooks, rngs: nnx.Rng
 
 
 def abstract_params(config: ConfigDict, num_classes: int) -> Params:
-    """The shapes of the parameters of `config`'s model, by group."""
+    """Returns the parameters' shapes of `config`'s model, by group."""
     return functional(functools.partial(make_model, config, num_classes, PLAIN)).abstract

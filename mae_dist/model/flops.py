@@ -1,6 +1,6 @@
-"""Analytic floating point operations per image: with the peak of known devices (`hardware`), the MFU of a run.
+"""Analytic FLOPs per image, from which MFU is computed with the peak of a device (`hardware`).
 
-A multiply-add is 2 FLOPs. Only matrix products are counted (over 99 % of the work of a transformer); a backward pass
+A multiply-add is 2 FLOPs. Only matmuls are counted (over 99 % of the work of a transformer); a backward pass
 is 2 forward passes; recomputation by rematerialisation is not counted. XLA's own `cost_analysis` is no substitute: it
 counts the body of a scanned stack once.
 
@@ -18,7 +18,7 @@ from mae_dist.task_kinds import kind_of
 
 
 def stack_forward_flops(*, num_tokens: int, embed_dim: int, depth: int, mlp_ratio: float) -> float:
-    """Forward FLOPs of `depth` transformer blocks over one sequence of `num_tokens`; heads do not change the count."""
+    """Counts the forward FLOPs of `depth` blocks over one sequence; the number of heads does not matter."""
     projections = 4 * 2 * num_tokens * embed_dim**2  # q, k, v and out, (N, D) @ (D, D) each
     attention = 2 * 2 * num_tokens**2 * embed_dim  # scores and weighted values
     mlp = 2 * 2 * num_tokens * embed_dim * (mlp_ratio * embed_dim)
@@ -26,9 +26,9 @@ def stack_forward_flops(*, num_tokens: int, embed_dim: int, depth: int, mlp_rati
 
 
 def activation_bytes(*, num_tokens: int, embed_dim: int, num_heads: int, mlp_ratio: float) -> int:
-    """Bytes of the largest float32 arrays that one image's forward pass through a block holds at once.
+    """Counts the bytes of the largest float32 arrays that one image's forward pass through a block holds at once.
 
-    What goes into a product and what comes out of the widest one, and the attention scores.
+    These are the input and output of the widest matmul, and the attention scores.
     """
     widest = embed_dim + max(3 * embed_dim, int(mlp_ratio * embed_dim))
     return 4 * (num_tokens * widest + num_heads * num_tokens**2)
@@ -44,7 +44,7 @@ def encoder_forward_flops(
     num_patches: int,
     cls_token: bool,
 ) -> float:
-    """Forward FLOPs of the encoder over `num_patches` patches of one image (the kept ones in pretraining)."""
+    """Counts the forward FLOPs of the encoder over `num_patches` patches of one image (in pretraining K)."""
     patch_embed = 2 * num_patches * math.prod(patch_size) * channels * embed_dim
     return patch_embed + stack_forward_flops(
         num_tokens=num_patches + int(cls_token), embed_dim=embed_dim, depth=depth, mlp_ratio=mlp_ratio
@@ -70,7 +70,7 @@ def mae_train_flops_per_image(
     num_keep: int,
     cls_token: bool,
 ) -> float:
-    """FLOPs of one pretraining step per image: the encoder on `num_keep` patches and the decoder on all, both ways.
+    """Counts the FLOPs of one pretraining step per image: encoder on `num_keep` patches, decoder on all.
 
     Sizes are (height, width) in pixels. The patch embedding and the decoder's embedding see the kept patches only, and
     the prediction head all patches without the class token.
@@ -109,7 +109,7 @@ def classifier_train_flops_per_image(
     encoder_passes: int,
     head_hidden_dims: Sequence[int] = (),
 ) -> float:
-    """FLOPs of one classifier training step per image: the encoder on all patches and a head on the pooled token.
+    """Counts the FLOPs of one classifier training step per image: encoder on all patches, head on pooled features.
 
     `encoder_passes` counts the encoder in forward passes: 3 where it is trained, 1 where it is frozen, 0 where its
     features are cached. `head_hidden_dims` are the hidden widths of an MLP head, none for a linear one.
@@ -129,7 +129,7 @@ def classifier_train_flops_per_image(
 
 
 def forward_flops(config: ConfigDict) -> float:
-    """Of the encoder on all patches of an image."""
+    """Counts the forward FLOPs of the encoder on all patches of an image."""
     model = config.model
     return encoder_forward_flops(
         patch_size=model.patch_size,
@@ -143,7 +143,7 @@ def forward_flops(config: ConfigDict) -> float:
 
 
 def count_kept_patches(config: ConfigDict) -> int:
-    """Patches the encoder sees of an image while it trains."""
+    """Counts the patches of an image that the encoder sees in training."""
     model = config.model
     rows, columns = patches.grid_size(model.image_size, model.patch_size)
     if not kind_of(config).has_decoder:
@@ -157,14 +157,14 @@ def count_kept_patches(config: ConfigDict) -> int:
 
 
 def encoder_passes_of(config: ConfigDict) -> int:
-    """See `Job.encoder_passes`; a frozen encoder without augmentation gives the same features every epoch."""
+    """Returns `Job.encoder_passes`; a frozen encoder without augmentation gives the same features every epoch."""
     if kind_of(config).trains_encoder:
         return 3
     return 0 if config.data.augment == "none" else 1
 
 
 def train_flops_per_image(config: ConfigDict, num_classes: int, num_kept: int, encoder_passes: int) -> float:
-    """Returns the FLOPs of one training step per image.
+    """Counts the FLOPs of one training step per image.
 
     Args:
       config: validated.

@@ -1,4 +1,4 @@
-"""Functions that layers are made of, in plain JAX.
+"""Stateless parts of the layers, in plain JAX.
 
 Parameters are float32; matmuls run in a module's `dtype`; normalisation statistics are float32. Randomness comes in as
 one key per example, `keys` (B,), or None for a deterministic pass, so that dropout of an example does not depend on
@@ -11,25 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 
-def fold_in(keys: jax.Array | None, data: Any) -> jax.Array | None:
-    """Per-example keys (B,) for another purpose; None stays None."""
+def fold_in(keys: Key[Array, "B"] | None, data: Any) -> Key[Array, "B"] | None:
+    """Returns keys for another purpose, which `data` numbers; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
-    """Zeroes single values of x (B, ...) with probability `rate` and scales the rest by 1 / (1 - rate)."""
+def dropout(x: Float[Array, "B *rest"], rate: float, keys: Key[Array, "B"] | None) -> Float[Array, "B *rest"]:
+    """Zeroes single values of x with probability `rate` and scales the rest by 1 / (1 - rate)."""
     if keys is None or rate == 0:
         return x
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
 
 
-def drop_path(x: jax.Array, rate: Any, keys: jax.Array | None) -> jax.Array:
-    """Zeroes whole examples of a residual branch x (B, N, D) with probability `rate`, which may be traced.
+def drop_path(x: Float[Array, "B N D"], rate: Any, keys: Key[Array, "B"] | None) -> Float[Array, "B N D"]:
+    """Zeroes whole examples of a residual branch with probability `rate`, which may be traced.
 
-    Stochastic depth of Huang et al. 2016; what is kept is scaled by 1 / (1 - rate).
+    Stochastic depth (Huang et al. 2016); the branches that are kept are scaled by 1 / (1 - rate).
     """
     if keys is None:
         return x
@@ -38,32 +39,34 @@ def drop_path(x: jax.Array, rate: Any, keys: jax.Array | None) -> jax.Array:
     return x * scale[:, None, None]
 
 
-def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int) -> jax.Array:
-    """Returns x (*rows, *in) times kernel (*in, *out), with `inputs` axes of input, plus bias (*out): (*rows, *out)."""
+def affine(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Float[Array, "..."] | None, inputs: int
+) -> Float[Array, "..."]:
+    """Returns x (*rows, *in) times kernel (*in, *out), of `inputs` input axes, plus bias (*out): (*rows, *out)."""
     axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
     out = jax.lax.dot_general(x, kernel, (axes, ((), ())))
     return out if bias is None else out + bias
 
 
-def gelu(x: jax.Array, approximate: bool) -> jax.Array:
-    """Returns GELU of x in any shape, exact or by tanh."""
+def gelu(x: Float[Array, "*shape"], approximate: bool) -> Float[Array, "*shape"]:
+    """Returns the exact GELU of x, or its tanh approximation."""
     return jax.nn.gelu(x, approximate=approximate)
 
 
 def linear(
     module: nnx.Linear | nnx.LinearGeneral,
-    x: jax.Array,
+    x: Float[Array, "..."],
     part: Any = None,
     *,
     affine: Callable[..., jax.Array] = affine,
-) -> jax.Array:
+) -> Float[Array, "..."]:
     """Applies a linear module to x (*rows, *in) in the module's dtype: (*rows, *out).
 
     Args:
       module: its kernel and bias.
       x: inputs.
-      part: an index into the first axis of the output: only that part is computed.
-      affine: the function that computes it, see `hooks`.
+      part: an index into the first output axis; only that part is computed.
+      affine: computes it, see `hooks`.
     """
     inputs = len(module.axis) if isinstance(module, nnx.LinearGeneral) else 1
     kernel: Any = module.kernel[...]
@@ -74,8 +77,8 @@ def linear(
     return affine(x.astype(module.dtype), kernel.astype(module.dtype), bias, inputs)
 
 
-def layer_norm(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
-    """Applies `norm` in float32 to x (*rows, D) and returns x's own dtype."""
+def layer_norm(norm: nnx.LayerNorm, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Applies `norm` to x in float32; returns x's own dtype."""
     assert norm.scale is not None
     assert norm.bias is not None
     values = x.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What stands on pooled features: a head, and for the paper's linear probe a normalisation by batch statistics.
+"""Heads of a classifier, and the batch normalisation of the paper's linear probe.
 
 Shapes: B examples, D features, Y classes. All arithmetic in float32.
 """
@@ -6,15 +6,16 @@ Shapes: B examples, D features, Y classes. All arithmetic in float32.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
-# Of BatchNorm, as PyTorch's default and the paper's probe: the share of a new batch in the running statistics.
+# BatchNorm's, as PyTorch's default and the paper's probe; the momentum is the weight of a new batch.
 _MOMENTUM, EPS = 0.1, 1e-6
 
 
 class Head(nnx.Module):
-    """Pooled features (B, D) to logits (B, Y): linear, or one hidden layer with GELU; a LayerNorm first if asked.
+    """Linear classifier, or an MLP with one hidden layer and GELU; a LayerNorm first if `norm_eps` > 0.
 
-    The head's GELU is the tanh approximation, whatever `model.gelu` says: that describes the encoder.
+    The head's GELU is the tanh approximation; `model.gelu` is the encoder's.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Head(nnx.Module):
         # distribution. JAX's `truncated_normal` cuts off at 2 standard deviations, which leaves 0.88 of the deviation.
         self.linear = nnx.Linear(dim, num_classes, kernel_init=nnx.initializers.normal(init_std), rngs=rngs)
 
-    def __call__(self, features: jax.Array) -> jax.Array:
+    def __call__(self, features: Float[Array, "B D"]) -> Float[Array, "B Y"]:
         x = features.astype(jnp.float32)
         if self.has_norm:
             x = self.norm(x)
@@ -47,24 +48,24 @@ class Head(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Normalises features (B, D) without scale or bias.
+    """Normalises features without scale or bias.
 
-    Not `nnx.BatchNorm`, which keeps the biased variance where PyTorch keeps the unbiased one, and changes itself. The
-    running statistics are a group of the parameters that nothing trains.
+    Unlike `nnx.BatchNorm` it keeps the unbiased variance, as PyTorch does, and does not change itself: the running
+    statistics are a parameter group that is never trained.
     """
 
     def __init__(self, dim: int):
         self.mean = nnx.Param(jnp.zeros((dim,), jnp.float32))
         self.var = nnx.Param(jnp.ones((dim,), jnp.float32))
 
-    def __call__(self, features: jax.Array, *, whole_batch: bool) -> jax.Array:
-        """By the statistics of the features themselves, which must be a whole batch, or by the running ones."""
+    def __call__(self, features: Float[Array, "B D"], *, whole_batch: bool) -> Float[Array, "B D"]:
+        """Normalises by the features' own statistics if they are a whole batch, else by the running ones."""
         x = features.astype(jnp.float32)
         mean, var = (x.mean(axis=0), x.var(axis=0)) if whole_batch else (self.mean[...], self.var[...])
         return (x - mean) * jax.lax.rsqrt(var + EPS)
 
-    def updated(self, features: jax.Array) -> dict[str, jax.Array]:
-        """The running statistics after a whole batch."""
+    def updated(self, features: Float[Array, "B D"]) -> dict[str, Float[Array, "D"]]:
+        """Returns the running statistics after a whole batch."""
         x = features.astype(jnp.float32)
         new = {"mean": x.mean(axis=0), "var": x.var(axis=0, ddof=1)}
         old = {"mean": self.mean[...], "var": self.var[...]}

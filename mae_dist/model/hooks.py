@@ -1,7 +1,7 @@
-"""The hook by which a platform changes how a model is computed, but for rounding not the result.
+"""The functions that a platform may replace in a model; up to rounding the results are the same.
 
-A module is given one `Hooks` and calls its functions. The default is plain JAX, which any transformation goes through,
-forward mode too. `mae_dist/platforms.py` chooses.
+A module is given one `Hooks` and calls its functions. The default is plain JAX, which supports every transformation,
+forward mode included. `mae_dist/platforms.py` chooses.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from mae_dist.model.attention import attention
 
 
 def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Returns `x` as it is: a single device has nothing to pin."""
+    """Returns `x` as it is: one device needs no sharding constraint."""
     del axes
     return x
 
@@ -24,7 +24,7 @@ class Hooks:
     """Functions that a model's modules call.
 
     Attributes:
-      constrain: (array, logical axes) -> array; pins an activation's layout. Models know logical axes, never a mesh.
+      constrain: (array, logical axes) -> array; constrains an activation's sharding. Models know logical axes, no mesh.
       affine: as `functional.affine`.
       gelu: as `functional.gelu`.
       attention: as `attention.attention`.

@@ -1,4 +1,4 @@
-"""Layers of a vision transformer: attention, MLP, the pre-norm block with LayerScale and DropPath, a stack of blocks.
+"""Transformer layers: attention, MLP, the pre-norm block with LayerScale and DropPath, a stack of blocks.
 
 Shapes: B batch, N tokens, D width, H heads, hd = D / H, M MLP width.
 """
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Key
 
 from mae_dist.model import functional
 from mae_dist.model.functional import drop_path, dropout, fold_in, layer_norm
@@ -24,13 +25,13 @@ xavier = nnx.initializers.xavier_uniform()
 normal02 = nnx.initializers.normal(0.02)
 
 
-def _unstack(x: jax.Array) -> list[jax.Array]:
-    """(B, N, n, H, hd) -> n times (B, N, H, hd); the gradient of a split is a concatenation, of n slices n sums."""
+def _unstack(x: Float[Array, "B N n H hd"]) -> list[Float[Array, "B N H hd"]]:
+    """Splits axis 2. The gradient of a split is one concatenation; that of n slices would be n sums."""
     return [part[:, :, 0] for part in jax.lax.split(x, (1,) * x.shape[2], axis=2)]
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention; q, k and v come from one product whose weights split along heads."""
+    """Multi-head self-attention; one matmul computes q, k and v, its weights sharded along heads."""
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool, dtype: Any, rngs: nnx.Rngs, hooks: Hooks = PLAIN):
         head_dim = dim // num_heads
@@ -39,8 +40,8 @@ class Attention(nnx.Module):
         self.out = make((num_heads, head_dim), dim, axis=(-2, -1))
         self.hooks = hooks
 
-    def __call__(self, x: jax.Array, num_out: int | None = None) -> jax.Array:
-        """x (B, N, D) -> (B, N, D), or only the last `num_out` tokens, which look at all."""
+    def __call__(self, x: Float[Array, "B N D"], num_out: int | None = None) -> Float[Array, "B n_out D"]:
+        """Returns all tokens, or only the last `num_out`; every query attends to all tokens."""
         linear = functools.partial(functional.linear, affine=self.hooks.affine)
         if num_out is None:
             qkv = linear(self.qkv, x)  # (B, N, 3, H, hd)
@@ -62,7 +63,7 @@ class Mlp(nnx.Module):
         self.approximate = gelu == "tanh"
         self.hooks = hooks
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         linear = functools.partial(functional.linear, affine=self.hooks.affine)
         return linear(self.fc2, self.hooks.gelu(linear(self.fc1, x), self.approximate))
 
@@ -96,9 +97,9 @@ class Block(nnx.Module):
         self.dropout, self.hooks = dropout, hooks
 
     def __call__(
-        self, x: jax.Array, drop_path_rate: Any, keys: jax.Array | None, num_out: int | None = None
-    ) -> jax.Array:
-        """x (B, N, D) -> (B, N, D), or only the last `num_out` tokens."""
+        self, x: Float[Array, "B N D"], drop_path_rate: Any, keys: Key[Array, "B"] | None, num_out: int | None = None
+    ) -> Float[Array, "B n_out D"]:
+        """Returns all tokens, or only the last `num_out`."""
         attend = functools.partial(self.attn, num_out=num_out)
         for site, (norm, layer) in enumerate(((self.norm1, attend), (self.norm2, self.mlp))):
             branch = layer(layer_norm(norm, x))  # (B, N, D)
@@ -114,9 +115,9 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """`depth` equal blocks whose parameters lie stacked along a leading axis, applied by a scan or one after another.
+    """`depth` equal blocks, their parameters stacked along a leading axis, applied by a scan or one by one.
 
-    The stored layout is the same either way, so `scan` and `remat` may change between runs of one checkpoint.
+    The parameters are laid out the same either way, so a checkpoint may be continued with another `scan` or `remat`.
     """
 
     def __init__(
@@ -141,15 +142,19 @@ class Stack(nnx.Module):
         self.hooks = hooks
 
     def __call__(
-        self, x: jax.Array, keys: jax.Array | None, num_blocks: int | None = None, num_out: int | None = None
-    ) -> jax.Array:
-        """x (B, N, D) -> (B, N, D).
+        self,
+        x: Float[Array, "B N D"],
+        keys: Key[Array, "B"] | None,
+        num_blocks: int | None = None,
+        num_out: int | None = None,
+    ) -> Float[Array, "B n_out D"]:
+        """Applies the blocks.
 
         Args:
           x: tokens.
-          keys: one key per example for dropout and DropPath, or None.
-          num_blocks: go through the first so many blocks; None for all.
-          num_out: return the last so many tokens only, and spare the last block what the others would cost.
+          keys: for dropout and DropPath; None for neither.
+          num_blocks: apply only the first `num_blocks`.
+          num_out: return only the last `num_out` tokens, so that the last block computes no others.
         """
         depth = self.depth if num_blocks is None else num_blocks
         graphdef, params = nnx.split(self.blocks)
@@ -169,12 +174,12 @@ class Stack(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             whole, last = (jax.checkpoint(f, policy=policy, prevent_cse=not self.scan) for f in (whole, last))
         x = self.hooks.constrain(x, TOKENS)
-        num_alike = depth - 1 if num_out is not None else depth  # the last block is another function then
+        num_alike = depth - 1 if num_out is not None else depth  # with `num_out` the last block is another function
         if self.scan:
             layers = (params, jnp.arange(self.depth), jnp.asarray(rates))
             x, _ = jax.lax.scan(whole, x, jax.tree.map(lambda p: p[:num_alike], layers))
         scanned = num_alike if self.scan else 0
-        # Taken apart by one split, whose gradient is a concatenation; of one slice a block, a sum of as many paddings.
+        # One split of the stack, because its gradient is one concatenation; slices would give a sum of padded arrays.
         sizes = (scanned, *(1,) * (depth - scanned), self.depth - depth)
         leaves, structure = jax.tree.flatten(params)
         parts = [jax.lax.split(p, sizes) for p in leaves]

@@ -1,9 +1,9 @@
-"""Masks: which patches of an image the encoder sees.
+"""Masking strategies: they choose the patches of an image that the encoder sees.
 
 Shapes: B batch, L patches, K kept patches, (gh, gw) grid. A `mask` is 0 where a patch is kept and 1 where it is removed
 (He et al. 2021, section 3).
 
-A strategy is one function, here or in a module of yours that `config.imports` names:
+A strategy is one function, in this file or in a module of your own that `config.imports` names:
 
     @mae_dist.masking.register("center")
     def center(key, grid, num_keep):  # -> ids_shuffle (L,), the patches that are kept first
@@ -19,18 +19,19 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from mae_dist.errors import ConfigError
 from mae_dist.registry import Registry, named_arguments
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# Blocks tried per example by `block`; whatever they leave short of the count is filled at random.
+# Rectangles that `block` draws per example; patches that are still missing after them are drawn at random.
 _NUM_BLOCKS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """What `register` was given."""
+    """A registered strategy: the arguments of `register`."""
 
     draw: Callable[..., jax.Array]
     count: Callable[..., int]
@@ -40,7 +41,7 @@ STRATEGIES: Registry[Strategy] = Registry("model.masking")
 
 
 def num_keep(num_patches: int, mask_ratio: float) -> int:
-    """int(L * (1 - mask_ratio)), rounded down in floating point exactly as the paper's code does it."""
+    """Returns int(L * (1 - mask_ratio)), rounded down in floating point exactly as in the paper's code."""
     return int(num_patches * (1 - mask_ratio))
 
 
@@ -50,17 +51,17 @@ def count_by_ratio(grid: tuple[int, int], *, mask_ratio: float) -> int:
 
 
 def register(name: str, *, count: Callable[..., int] = count_by_ratio) -> Callable[[Function], Function]:
-    """Adds a strategy, for `config.model.masking` to name: a decorator of the function that draws one example's mask.
+    """Decorates the function that draws one example's mask; `config.model.masking` then accepts `name`.
 
-    The function takes (key, grid, num_keep) and returns `ids_shuffle` (L,), every patch once, the `num_keep` that are
-    kept first. It is mapped over a batch by `jax.vmap`, so it must be traceable, and depend on nothing but its
-    arguments: masks are to be the same on any devices. Both functions may name, after a `*`, `mask_ratio` and
-    `mask_file`, the fields of `config.model`.
+    The function takes (key, grid, num_keep) and returns `ids_shuffle` (L,): every patch once, the `num_keep` kept ones
+    first. `jax.vmap` maps it over a batch, so it must be traceable and depend on nothing but its arguments, or masks
+    would differ between devices. Both functions may take `mask_ratio` and `mask_file`, the fields of `config.model`,
+    as keyword-only arguments.
 
     Args:
-      name: of the strategy.
+      name: the strategy's.
       count: (grid) -> K, how many patches are kept; by default int(L * (1 - mask_ratio)). It raises `ConfigError` for
-        a grid or fields that the strategy cannot do with.
+        a grid or fields that the strategy does not support.
 
     Raises:
       ConfigError: another function has the name.
@@ -73,23 +74,23 @@ def register(name: str, *, count: Callable[..., int] = count_by_ratio) -> Callab
     return add
 
 
-def _ids_of(mask: np.ndarray) -> jax.Array:
-    """A mask (L,) as ids_shuffle (L,)."""
+def _ids_of(mask: np.ndarray) -> Int[Array, "L"]:
+    """Returns the ids_shuffle of a mask (L,)."""
     return jnp.argsort(jnp.asarray(mask, jnp.float32), stable=True)
 
 
 @register("random")
-def _random(key: jax.Array, grid: tuple[int, int], num_keep: int) -> jax.Array:
+def _random(key: Key[Array, ""], grid: tuple[int, int], num_keep: int) -> Int[Array, "L"]:
     """Draws the kept patches uniformly, as the paper does."""
-    del num_keep  # the same order whatever is cut off
+    del num_keep  # the order does not depend on it
     return jnp.argsort(jax.random.uniform(key, (grid[0] * grid[1],)), stable=True)
 
 
 def grid_patterns(grid: tuple[int, int]) -> dict[int, np.ndarray]:
-    """Every regular pattern of `grid`: number of kept patches -> mask (L,), 1 = removed.
+    """Returns every regular pattern of `grid`, by the number of patches that it keeps: masks (L,), 1 = removed.
 
-    A pattern keeps, or removes, one patch of each (sh, sw) cell where sh and sw divide the grid. Where two cells give
-    the same count the squarer one stands.
+    A pattern keeps, or removes, one patch of each (sh, sw) cell where sh and sw divide the grid. Of two cells with the
+    same count the squarer one is used.
     """
     gh, gw = grid
     cells = [(sh, sw) for sh in range(1, gh + 1) for sw in range(1, gw + 1) if gh % sh == gw % sw == 0 and sh * sw > 1]
@@ -102,7 +103,7 @@ def grid_patterns(grid: tuple[int, int]) -> dict[int, np.ndarray]:
 
 
 def grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
-    """The regular mask (L,) that removes `mask_ratio` of the patches; `ConfigError` listing the ratios that exist."""
+    """Returns the regular mask (L,) that removes `mask_ratio` of the patches; `ConfigError` lists the others."""
     patterns = grid_patterns(grid)
     length = grid[0] * grid[1]
     for kept, mask in patterns.items():
@@ -120,14 +121,14 @@ def _count_of_grid(grid: tuple[int, int], *, mask_ratio: float) -> int:
 
 
 @register("grid", count=_count_of_grid)
-def _grid(key: jax.Array, grid: tuple[int, int], num_keep: int) -> jax.Array:
-    """Keeps the same regular pattern of every image."""
+def _grid(key: Key[Array, ""], grid: tuple[int, int], num_keep: int) -> Int[Array, "L"]:
+    """Keeps the same regular pattern of patches in every image."""
     del key
     return _ids_of(grid_patterns(grid)[num_keep])
 
 
-def _block_removal_rank(key: jax.Array, grid: tuple[int, int], num_removed: int) -> jax.Array:
-    """Rank (L,) in which the patches of one example are removed: rectangle after rectangle, as BEiT places its blocks.
+def _block_removal_rank(key: Key[Array, ""], grid: tuple[int, int], num_removed: int) -> Float[Array, "L"]:
+    """Ranks the patches of one example for removal: rectangle after rectangle, as BEiT places its blocks.
 
     Each of `_NUM_BLOCKS` rectangles has an area between 8 % of the image and the whole removal, and an aspect between
     0.3 and 1/0.3. Patches no rectangle covers come last, at random.
@@ -149,20 +150,20 @@ def _block_removal_rank(key: jax.Array, grid: tuple[int, int], num_removed: int)
     inside = (rows >= top) & (rows < top + height) & (cols >= left) & (cols < left + width)  # (blocks, gh, gw)
     inside = inside.reshape(_NUM_BLOCKS, length)
     block = jnp.where(inside.any(0), jnp.argmax(inside, 0), _NUM_BLOCKS).astype(jnp.float32)
-    # Within a block raster order keeps a cut-off last block in one piece.
+    # Raster order within a block keeps the last block connected if it is cut short.
     raster = jnp.arange(length, dtype=jnp.float32) / length
     within = jnp.where(block < _NUM_BLOCKS, raster, jax.random.uniform(k_rest, (length,)))
     return block + within
 
 
 @register("block")
-def _block(key: jax.Array, grid: tuple[int, int], num_keep: int) -> jax.Array:
+def _block(key: Key[Array, ""], grid: tuple[int, int], num_keep: int) -> Int[Array, "L"]:
     """Removes rectangles, as BEiT does."""
     return jnp.argsort(-_block_removal_rank(key, grid, grid[0] * grid[1] - num_keep), stable=True)
 
 
 def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
-    """Reads a user's own mask, a `.npy` of shape (gh, gw) or (L,) with 1 (or True) where a patch is removed."""
+    """Reads a mask from a `.npy` file of shape (gh, gw) or (L,), 1 (or True) where a patch is removed; returns (L,)."""
     try:
         mask = np.load(os.path.expanduser(path), allow_pickle=False)
         flat = mask.astype(np.int32).reshape(-1)
@@ -182,29 +183,29 @@ def _count_of_user(grid: tuple[int, int], *, mask_file: str) -> int:
 
 
 @register("user", count=_count_of_user)
-def _user(key: jax.Array, grid: tuple[int, int], num_keep: int, *, mask_file: str) -> jax.Array:
-    """Removes of every image what a file says."""
+def _user(key: Key[Array, ""], grid: tuple[int, int], num_keep: int, *, mask_file: str) -> Int[Array, "L"]:
+    """Removes the same patches of every image, as a file says."""
     del key, num_keep
     return _ids_of(load_user_mask(mask_file, grid))
 
 
 def draw_ids_shuffle(
-    keys: jax.Array, *, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_file: str = ""
-) -> tuple[jax.Array, int]:
-    """Draws the masks of a batch, one per example.
+    keys: Key[Array, "B"], *, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_file: str = ""
+) -> tuple[Int[Array, "B L"], int]:
+    """Draws one mask per example.
 
     Args:
-      keys: one random key per example, (B,); an example's mask depends on its own key alone.
-      strategy: the name of a registered one.
+      keys: an example's mask depends on its own key alone.
+      strategy: the name of a registered strategy.
       grid: (gh, gw).
-      mask_ratio: share of patches to remove.
+      mask_ratio: fraction of patches to remove.
       mask_file: for `user`.
 
     Returns:
       `ids_shuffle` (B, L) int32, patch indices with the kept ones first, and K, how many are kept.
 
     Raises:
-      ConfigError: the strategy is unknown, cannot do with the arguments, or returns anything but (L,) integers.
+      ConfigError: the strategy is unknown, does not support the arguments, or returns anything but (L,) integers.
     """
     fields = {"mask_ratio": mask_ratio, "mask_file": mask_file}
     kept = count_kept(strategy=strategy, grid=grid, **fields)
@@ -220,17 +221,17 @@ def draw_ids_shuffle(
 
 
 def count_kept(*, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_file: str = "") -> int:
-    """Returns K, how many patches `draw_ids_shuffle` keeps of an image; its arguments and errors."""
+    """Returns K, the number of patches that `draw_ids_shuffle` keeps; same arguments and errors."""
     count = STRATEGIES.get(strategy).count
     fields = {"mask_ratio": mask_ratio, "mask_file": mask_file}
     return count(grid, **named_arguments(count, fields, f"the count of model.masking={strategy!r}"))
 
 
-def restore_ids(ids_shuffle: jax.Array) -> jax.Array:
-    """(B, L) -> `ids_restore` (B, L), the inverse permutation: where each patch stands in shuffled order."""
+def restore_ids(ids_shuffle: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Returns `ids_restore`, the inverse permutation: each patch's place in shuffled order."""
     return jnp.argsort(ids_shuffle, axis=1).astype(jnp.int32)
 
 
-def mask_from_ids(ids_restore: jax.Array, kept: int) -> jax.Array:
-    """(B, L) ids_restore -> float32 mask (B, L), 0 kept, 1 removed."""
+def mask_from_ids(ids_restore: Int[Array, "B L"], kept: int) -> Float[Array, "B L"]:
+    """Returns the mask, 0 where a patch is kept and 1 where it is removed."""
     return (ids_restore >= kept).astype(jnp.float32)

@@ -1,7 +1,7 @@
 """The table of parameters: logical axes, weight decay, layer, and names in other layouts.
 
-A parameter is known by its path in the parameter tree, as `encoder/stack/blocks/attn/qkv/kernel`. Each has exactly one
-row here, which sharding, weight decay, layer decay and conversions read. A new parameter costs its module and its row.
+A parameter is identified by its path in the parameter tree, such as `encoder/stack/blocks/attn/qkv/kernel`. Each has
+exactly one row here, which sharding, weight decay, layer decay and conversions read.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ class Parameter:
     """One row: a parameter, or the same parameter of every block of a stack.
 
     path: in the parameter tree.
-    axes: the logical axis of each dimension: `layers` for the stack, None for one that is never split. Vectors of the
-      model width stay whole: an all-gather would cost more than they weigh.
+    axes: the logical axis of each dimension: `layers` for the stack, None for one that is never sharded. Vectors of
+      the model width are replicated: an all-gather would cost more than they weigh.
     decays: True if weight decay and LARS's trust ratio apply.
     layer: EMBEDDING, BLOCK or HEAD.
     timm, hf: its name in timm's layout and in that of Hugging Face's transformers, `{}` for the number of a block;
@@ -127,7 +127,7 @@ assert len(PARAMETERS) == len(_ROWS), "two rows have one path"
 
 
 def path_name(path: Any) -> str:
-    """A key path of a parameter tree as `encoder/stack/blocks/…`."""
+    """Returns a key path of a parameter tree as `encoder/stack/blocks/…`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -1,11 +1,10 @@
-"""Patches, masks and position embeddings: the arithmetic of a masked autoencoder, pure and stateless.
+"""Cuts images into patches and puts them together again.
 
 Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch (ph * pw * C), D width, (gh, gw) grid.
-A `mask` is 0 where a patch is kept and 1 where it is removed (He et al. 2021, section 3).
 """
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from mae_dist.errors import ConfigError
 
@@ -23,8 +22,8 @@ def grid_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
 
-def patchify(images: jax.Array, patch_size: tuple[int, int]) -> jax.Array:
-    """(B, H, W, C) -> (B, L, P): patches in raster order, each flattened as (row, column, channel)."""
+def patchify(images: Shaped[Array, "B H W C"], patch_size: tuple[int, int]) -> Shaped[Array, "B L P"]:
+    """Returns the patches of images in raster order, each flattened as (row, column, channel)."""
     b, h, w, c = images.shape
     ph, pw = patch_size
     gh, gw = grid_size((h, w), patch_size)
@@ -32,8 +31,10 @@ def patchify(images: jax.Array, patch_size: tuple[int, int]) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * gw, ph * pw * c)
 
 
-def unpatchify(patches: jax.Array, image_size: tuple[int, int], patch_size: tuple[int, int]) -> jax.Array:
-    """(B, L, P) -> (B, H, W, C), the inverse of `patchify`."""
+def unpatchify(
+    patches: Shaped[Array, "B L P"], image_size: tuple[int, int], patch_size: tuple[int, int]
+) -> Shaped[Array, "B H W C"]:
+    """Returns the images of patches: the inverse of `patchify`."""
     b, _, p = patches.shape
     ph, pw = patch_size
     gh, gw = grid_size(image_size, patch_size)
@@ -41,6 +42,6 @@ def unpatchify(patches: jax.Array, image_size: tuple[int, int], patch_size: tupl
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, gh * ph, gw * pw, p // (ph * pw))
 
 
-def take_patches(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Gathers patches: x (B, L, D), ids (B, K) -> (B, K, D)."""
+def take_patches(x: Float[Array, "B L D"], ids: Int[Array, "B K"]) -> Float[Array, "B K D"]:
+    """Gathers the patches `ids` of each example."""
     return jnp.take_along_axis(x, ids[:, :, None], axis=1)

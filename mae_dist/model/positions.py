@@ -1,16 +1,15 @@
-"""Position embeddings: fixed ones by sines and cosines, or learned ones.
+"""Position embeddings: fixed sines and cosines, or learned.
 
 Shapes: L patches, D width, (gh, gw) grid.
 """
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
-from mae_dist.model import positions
 from mae_dist.model.layers import normal02
 
 
@@ -22,38 +21,38 @@ class Positions(nnx.Module):
         if kind == "learned":
             self.embedding = nnx.Param(normal02(rngs.params(), (grid[0] * grid[1], dim), jnp.float32))
 
-    def __call__(self, dtype: Any) -> jax.Array:
-        """Returns (1, L, D) in `dtype`."""
+    def __call__(self, dtype: Any) -> Float[Array, "1 L D"]:
+        """Returns the embeddings in `dtype`."""
         if self.kind == "learned":
             table = self.embedding[...]
         else:
-            table = jnp.asarray(positions.fixed_positions(self.kind, self.grid, self.dim))
+            table = jnp.asarray(fixed_positions(self.kind, self.grid, self.dim))
         return table.astype(dtype)[None]
 
 
 POSITIONS = ("sincos2d", "sincos1d", "learned")
-# Widths that fixed positions can have: a multiple of this.
+# The width of fixed embeddings must be a multiple of this.
 FIXED_POSITIONS = {"sincos2d": 4, "sincos1d": 2}
 
 
 def _sincos(positions: np.ndarray, dim: int) -> np.ndarray:
-    """positions (L,) -> (L, dim): sines of dim/2 frequencies, then their cosines (Vaswani et al. 2017)."""
+    """Returns sines of dim / 2 frequencies, then their cosines (Vaswani et al. 2017): (L,) -> (L, dim)."""
     omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2))
     angles = np.outer(positions.reshape(-1).astype(np.float64), omega)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 def sincos_1d(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """Fixed positions (L, D) over the raster index, as the report's models use; D must be even."""
+    """Returns fixed embeddings (L, D) of the raster index, D even."""
     return _sincos(np.arange(grid[0] * grid[1]), dim).astype(np.float32)
 
 
 def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """Fixed positions (L, D) as the paper's: the first half of D encodes the column, the second the row; D % 4 == 0."""
+    """Returns the paper's fixed embeddings (L, D): D / 2 values for the column, then D / 2 for the row; D % 4 == 0."""
     rows, cols = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     return np.concatenate([_sincos(cols, dim // 2), _sincos(rows, dim // 2)], axis=1).astype(np.float32)
 
 
 def fixed_positions(kind: str, grid: tuple[int, int], dim: int) -> np.ndarray:
-    """The table (L, D) of `sincos2d` or `sincos1d`."""
+    """Returns the table (L, D) of `sincos2d` or `sincos1d`."""
     return (sincos_2d if kind == "sincos2d" else sincos_1d)(grid, dim)

@@ -1,4 +1,4 @@
-"""What is trained: pretraining, probing and fine-tuning, each as one `Task` value."""
+"""Tasks: pretraining, probing and fine-tuning, each as one `Task` value."""
 
 from mae_dist.tasks.base import Task
 from mae_dist.tasks.classify import make_classify

@@ -1,9 +1,10 @@
-"""What is trained: pretraining, probing and fine-tuning, each as one `Task` value for the one loop.
+"""The `Task` value: model, loss and metrics of one kind of training, for the one loop.
 
 Shapes: B batch, H W C image, L patches, P values of one patch, D encoder width, Y classes. A batch holds `image` uint8
 (B, H, W, C) or, for a probe on cached features, `features` float32 (B, D); `label` int32 (B,); in evaluation also
-`index` int32 (B,), the example's place in its split, and `weight` float32 (B,), 0 for padding. `seed` uint32 (B,), the
-same in every row, is that of fixed masks, so that another one compiles nothing new; without it that of the config.
+`index` int32 (B,), the example's position in its split, `weight` float32 (B,), 0 for padding, and optionally `seed`
+uint32 (B,), the same in every row: the seed of the fixed masks, by default the config's. It is data, so that another
+seed compiles nothing.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
+from jaxtyping import Array, Float, Num
 
 from mae_dist.model.build import Params
 
@@ -22,17 +24,17 @@ Batch = Mapping[str, jax.Array]
 class Task:
     """Model, loss and metrics of one kind of training.
 
-    abstract_params: the shapes of the parameters, by group.
+    abstract_params: the parameters' shapes, by group.
     init_params: key -> parameters.
-    loss: (params, batch, keys (B,)) -> (loss of each example (B,), further per-example metrics (B,)); integers among
-      them are summed, modulo their size, where others are averaged.
+    loss: (params, batch, keys (B,)) -> (loss of each example (B,), further per-example metrics (B,)); integer metrics
+      are summed (modulo 2^32), others averaged.
     evaluate: (params, batch) -> clu metrics, to be merged over batches.
     frozen: top-level parameter groups that are not trained.
-    features: (params, batch) -> pooled features (B, D) of whole images by the encoder, where it is asked for them.
+    features: (params, batch) -> the encoder's pooled features (B, D) of whole images.
     reconstruct: (params, batch) -> pictures, see `make_pictures`.
-    rows_together: so many rows of a batch, one after another, are needed at once by `loss`.
-    statistics: (params, batch) -> new values of frozen groups. Where there is one, it and `loss` are given all of an
-      update's examples at once, on whatever devices, and as `features`.
+    rows_together: consecutive rows of a batch that must stay on one device (2 for mixup and cutmix pairs).
+    statistics: (params, batch) -> new values of frozen groups. With it, `statistics` and `loss` get all examples of a
+      step at once, on any devices, as `features`.
     """
 
     name: str
@@ -47,11 +49,15 @@ class Task:
     statistics: Callable[[Params, Batch], Params] | None = None
 
 
-def scale_pixels(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8 (B, H, W, C) -> float32 (pixel / 255 - mean) / std; mean and std have one value or one per channel."""
+def scale_pixels(
+    images: Num[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B H W C"]:
+    """Returns (pixel / 255 - mean) / std in float32; mean and std have one value, or one per channel."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def unscale_pixels(x: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """The inverse of `scale_pixels`, to values in 0..1 (clipped)."""
+def unscale_pixels(
+    x: Float[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B H W C"]:
+    """Inverts `scale_pixels`, to values in 0..1 (clipped)."""
     return jnp.clip(x * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32), 0, 1)

@@ -1,4 +1,4 @@
-"""Training a classifier: a probe on a frozen encoder, or fine-tuning of all weights."""
+"""Training of a classifier: a probe on a frozen encoder, or fine-tuning of all weights."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 from flax import struct
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
@@ -19,23 +20,23 @@ from mae_dist.tasks.base import Batch, Task, scale_pixels
 
 @struct.dataclass
 class PerClassAccuracy(clu_metrics.Metric):
-    """Accuracy of each class: correct and count, float32 (Y,). A class without examples is NaN."""
+    """Accuracy of each class; NaN for a class without examples."""
 
-    correct: jax.Array
-    count: jax.Array
+    correct: Float[Array, "Y"]
+    count: Float[Array, "Y"]
 
     def merge(self, other: "PerClassAccuracy") -> "PerClassAccuracy":
         return PerClassAccuracy(correct=self.correct + other.correct, count=self.count + other.count)
 
-    def compute(self) -> jax.Array:
+    def compute(self) -> Float[Array, "Y"]:
         return jnp.where(self.count > 0, self.correct / jnp.maximum(self.count, 1), jnp.nan)
 
 
 def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None:
-    """What fine-tuning does to a batch on the device: erasing, then mixing; None for nothing.
+    """Makes the augmentation of fine-tuning on the device, erasing and then mixing; None if both are off.
 
-    (batch, keys (B,)) -> scaled pixels (B, H, W, C), their labels (B,) or soft ones (B, Y), and the label (B,) of the
-    larger part.
+    It maps (batch, keys (B,)) to scaled pixels (B, H, W, C), labels (B,) or soft labels (B, Y), and the label (B,) with
+    the larger weight.
     """
     options, mixes = config.classify, config_lib.rows_together(config) > 1
     if not kind_of(config).finetunes or not (mixes or options.erase_prob > 0):
@@ -43,13 +44,13 @@ def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[j
 
     def augment(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         images, label = scale_pixels(batch["image"], config.data.mean, config.data.std), batch["label"]
-        # Purposes of the keys beyond those of the encoder and a decoder.
+        # Numbers of purposes beyond those of the encoder and the decoder.
         erase_keys, mix_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, (1 << 17) + i) for i in range(2))
         if options.erase_prob > 0:
             images = mixing.erase(images, erase_keys, options.erase_prob)
         if not mixes:
             return images, label, label
-        images, share = mixing.mix(
+        images, weight = mixing.mix(
             images,
             mix_keys,
             mixup=options.mixup,
@@ -57,12 +58,13 @@ def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[j
             prob=options.mix_prob,
             switch_prob=options.mix_switch_prob,
         )
-        return images, *mixing.mix_labels(label, share, num_classes)
+        return images, *mixing.mix_labels(label, weight, num_classes)
 
     return augment
 
 
 def make_classify(config: ConfigDict, num_classes: int, hooks: Hooks) -> Task:
+    """Returns the task of a classifier, whose encoder a probe freezes and fine-tuning trains."""
     mean, std, options = config.data.mean, config.data.std, config.classify
     probe = not kind_of(config).trains_encoder
 

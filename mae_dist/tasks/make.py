@@ -1,4 +1,4 @@
-"""Makes the Task that a config names."""
+"""The registry of tasks, and the function that makes the one that a config names."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ _MAKERS.add("finetune", make_classify, make_classify)
 
 
 def register(name: str, *, like: str) -> Callable[[MakeTask], MakeTask]:
-    """Adds a task, for `config.task` to name: a decorator of the function that makes it.
+    """Decorates the function that makes a task; `config.task` then accepts `name`.
 
     The function takes (config, num_classes, hooks) and returns a `Task`. Another loss for the same model:
 
@@ -29,11 +29,11 @@ def register(name: str, *, like: str) -> Callable[[MakeTask], MakeTask]:
             return make_pretrain(config, hooks, error=lambda pred, target: jnp.abs(pred - target))
 
     or `dataclasses.replace(make_pretrain(config, hooks), loss=…)`, with `mae_dist.model.build.functional` to call
-    the model. It trains the model of `like`: what reads its checkpoints takes it for one of that.
+    the model. The task trains the model of `like`, and whatever reads its checkpoints treats them as those of `like`.
 
     Args:
-      name: of the task.
-      like: the task whose kind it is: "pretrain", "probe", "finetune".
+      name: the task's.
+      like: "pretrain", "probe" or "finetune", the task whose model it has.
 
     Raises:
       ConfigError: another function has the name, or there is no task `like`.
@@ -49,5 +49,5 @@ def register(name: str, *, like: str) -> Callable[[MakeTask], MakeTask]:
 
 
 def make_task(config: ConfigDict, num_classes: int, hooks: Hooks) -> Task:
-    """The Task that `config.task` names, for a data set of `num_classes`."""
+    """Makes the task that `config.task` names, for a data set of `num_classes`."""
     return _MAKERS.get(config.task)(config, num_classes, hooks)

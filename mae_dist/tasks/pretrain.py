@@ -1,4 +1,4 @@
-"""Pretraining: reconstruct removed patches.
+"""Pretraining: reconstruct the removed patches.
 
 Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, D encoder width.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
+from jaxtyping import Array, Float, Int, UInt
 from ml_collections import ConfigDict
 
 from mae_dist.checkpoint.checksum import checksum
@@ -46,7 +47,7 @@ def make_pretrain(
         return error(pred, target(true)).mean(axis=(1, 2)), traced
 
     def fixed_keys(batch: Batch) -> jax.Array:
-        """One mask per example of a split, the same at every evaluation and on any devices: keys (B,)."""
+        """Returns keys (B,) that give an example of a split the same mask at every evaluation, on any devices."""
         index = batch["index"]
         seeds = batch["seed"] if "seed" in batch else jnp.full(index.shape, config.seed, jnp.uint32)
         return jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(seeds, index)
@@ -74,26 +75,28 @@ def make_pretrain(
     )
 
 
-def _trace(images: jax.Array, ids_shuffle: jax.Array) -> jax.Array:
-    """What each example and its mask are, as one number: uint32 (B,)."""
+def _trace(images: UInt[Array, "B H W C"], ids_shuffle: Int[Array, "B L"]) -> UInt[Array, "B"]:
+    """Returns a checksum of each example together with its mask."""
     return jax.vmap(lambda image, ids: checksum(image) ^ checksum(ids + 1))(images, ids_shuffle)
 
 
-def make_pictures(config: ConfigDict, pred: jax.Array, true: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+def make_pictures(
+    config: ConfigDict, pred: Float[Array, "B L P"], true: Float[Array, "B L P"], mask: Float[Array, "B L"]
+) -> dict[str, Float[Array, "B H W C"]]:
     """Turns a prediction into pictures.
 
     Args:
-      config: of the pretraining; `pictures.pix_stats` says whence the moments of normalised patches are.
-      pred: predictions (B, L, P), normalised per patch where the loss was.
-      true: the patches as the model saw them (B, L, P).
-      mask: (B, L), 1 where a patch was removed.
+      config: the pretraining's; `pictures.pix_stats` chooses the moments by which patches are de-normalised.
+      pred: predictions, normalised per patch with `norm_pix_loss`.
+      true: the patches as the model saw them.
+      mask: 1 where a patch was removed.
 
     Returns:
-      `original`, `masked`, `reconstruction`, `with_visible`: float32 (B, H, W, C) in 0..1.
+      `original`, `masked`, `reconstruction`, `with_visible`: float32 in 0..1.
     """
     mean, std, model = config.data.mean, config.data.std, config.model
     pixels = pred
-    if config.pretrain.norm_pix_loss:  # the model says nothing of the patches' moments
+    if config.pretrain.norm_pix_loss:  # the model does not predict the moments of patches
         if config.pictures.pix_stats == "visible":
             moments = losses.visible_moments(true, mask, patches.grid_size(model.image_size, model.patch_size))
         else:

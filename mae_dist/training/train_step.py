@@ -1,4 +1,4 @@
-"""The compiled update: a pure function of (state, batch, hyperparams), sharded, the state donated."""
+"""The compiled training step: a pure function of (state, batch, hyperparams), sharded, the state donated."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Num, Shaped
 
 from mae_dist.cpu import cores, folding
 from mae_dist.optim.hyperparams import Hyperparams
@@ -29,11 +30,11 @@ Gradient = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """One run's update: (TrainState, Batch) -> (TrainState, dict of scalars), the old state donated.
+    """The training step of one run: (TrainState, Batch) -> (TrainState, dict of scalars), the old state donated.
 
-    program: (state, batch, hyperparams) -> (state, metrics), which compiles on first call, or what was compiled ahead.
-    hyperparams: its last argument, by which this run differs from others of the same program.
-    mesh: what it runs on.
+    program: (state, batch, hyperparams) -> (state, metrics), which compiles on its first call or was compiled ahead.
+    hyperparams: the last argument, by which this run differs from others with the same program.
+    mesh: the devices it runs on.
     """
 
     program: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -42,32 +43,33 @@ class TrainStep:
 
     @functools.cached_property
     def _placed(self) -> Hyperparams:
-        """The hyperparameters on the devices, put there by the first call."""
+        """Puts the hyperparameters on the devices, once."""
         return replicate(self.hyperparams, self.mesh)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         return self.program(state, batch, self._placed)
 
     def trace(self, state: TrainState, batch: Any) -> jax.stages.Traced:
-        """Traces the program for arrays like these, or for shapes of them."""
+        """Traces the program for arguments like these; their shapes and shardings suffice."""
         assert isinstance(self.program, jax.stages.Wrapped), "compiled ahead"
         return self.program.trace(state, batch, self.hyperparams)
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """Lowers the program for arguments like these."""
         return self.trace(state, batch).lower()
 
     def compiled(self, lowered: jax.stages.Lowered, **options: Any) -> "TrainStep":
-        """Returns the same update by the executable of what `lower` gave; `options` are those of its `compile`."""
+        """Returns the same step with `lowered` compiled; `options` go to its `compile`."""
         return dataclasses.replace(self, program=lowered.compile(**options))
 
 
 def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any:
-    """(B, ...) -> (A, B / A, ...), taking every A-th row so that each device splits its own rows and none move.
+    """Splits (B, ...) into (A, B / A, ...) by every A-th row, so that each device splits its own rows and none move.
 
-    Of rows that must stay together (`Task.rows_together`) it takes every A-th group.
+    Where rows must stay together (`Task.rows_together`) it takes every A-th group of them.
     """
 
-    def split(x: jax.Array) -> jax.Array:
+    def split(x: Shaped[Array, "B *rest"]) -> Shaped[Array, "A B_A *rest"]:
         rest = x.shape[1:]
         groups = x.reshape(x.shape[0] // (accum_steps * rows_together), accum_steps, rows_together, *rest)
         return jnp.moveaxis(groups, 1, 0).reshape(accum_steps, x.shape[0] // accum_steps, *rest)
@@ -75,8 +77,8 @@ def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any
     return jax.tree.map(split, batch)
 
 
-def _join_microbatches(x: jax.Array, rows_together: int) -> jax.Array:
-    """The inverse of `_split_microbatches` for one array: (A, B / A, ...) -> (B, ...)."""
+def _join_microbatches(x: Shaped[Array, "A B_A *rest"], rows_together: int) -> Shaped[Array, "B *rest"]:
+    """Inverts `_split_microbatches` for one array."""
     count, rest = x.shape[0], x.shape[2:]
     groups = x.reshape(count, -1, rows_together, *rest)
     return jnp.moveaxis(groups, 0, 1).reshape(-1, *rest)
@@ -86,39 +88,39 @@ def _is_integer(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def _reduce(x: jax.Array) -> jax.Array:
-    """A metric of examples (B,) to one of all: their mean, or the sum of integers."""
+def _reduce(x: Num[Array, "B"]) -> Num[Array, ""]:
+    """Returns the mean of a per-example metric, or the sum if it is an integer."""
     return x.sum(dtype=x.dtype) if _is_integer(x) else x.mean()
 
 
 def _divide(sums: Any, count: int) -> Any:
-    """Means of what was summed over `count` equal shares; of integers the sums."""
+    """Divides sums over `count` equal parts of a batch into means; integers stay sums."""
     return sums if count == 1 else jax.tree.map(lambda x: x if _is_integer(x) else x / count, sums)
 
 
 def _average(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
-    """The exponential moving average after update `step` (from 0), of parameters that became `new`.
+    """Returns the exponential moving average of parameters after step `step` (from 0), which made them `new`.
 
-    Early on it reaches over about a tenth of the updates done: over 1 / (1 - decay) it would be the initial weights.
+    The decay is at most (1 + step) / (10 + step): with the full decay the initial weights would dominate early on.
     """
     done = step.astype(jnp.float32)
     rate = 1 - jnp.minimum(decay, (1 + done) / (10 + done))
     return jax.tree.map(lambda average, value: average + rate * (value - average), ema, new)
 
 
-def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Batch], Batch]:
-    """(params, batch) -> the batch with `features` of a frozen encoder in the place of images, computed in pieces."""
+def _make_to_features(task: Task, mesh: Mesh, accum_steps: int) -> Callable[[Any, Batch], Batch]:
+    """Makes (params, batch) -> batch that replaces images by the frozen encoder's features, in microbatches."""
 
     def compute(params: Any, images: Batch) -> jax.Array:
         assert task.features is not None
-        split = _split_microbatches(images, pieces, task.rows_together)
+        split = _split_microbatches(images, accum_steps, task.rows_together)
         return _join_microbatches(jax.lax.map(functools.partial(task.features, params), split), task.rows_together)
 
     if is_data_parallel(mesh):
         compute = on_each_device(compute, mesh, num_whole=1, combine=None)
 
     def to_features(params: Any, batch: Batch) -> Batch:
-        if "features" in batch:  # computed once, before the run
+        if "features" in batch:  # computed once before the run
             return batch
         rest = {name: value for name, value in batch.items() if name != "image"}
         return {**rest, "features": compute(params, {"image": batch["image"]})}
@@ -127,7 +129,7 @@ def _make_to_features(task: Task, mesh: Mesh, pieces: int) -> Callable[[Any, Bat
 
 
 def _through_folded(gradient: Gradient) -> Gradient:
-    """From the gradient for folded parameters that for the parameters: folded once, and pulled back once."""
+    """Makes the gradient for parameters from that for folded ones: folds once and pulls back once per step."""
 
     def compute(trainable: Any, *rest: Any) -> tuple[Any, dict[str, jax.Array]]:
         folded, pull_back = jax.vjp(folding.fold, trainable)
@@ -138,7 +140,7 @@ def _through_folded(gradient: Gradient) -> Gradient:
 
 
 def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Gradient:
-    """(trainable, frozen, batch, keys (B,)) -> the gradient of the mean loss and the metrics, of all devices."""
+    """Makes (trainable, frozen, batch, keys (B,)) -> (gradient of the mean loss, metrics), over all devices."""
     shapes, _ = split_frozen(task.abstract_params, task.frozen)
 
     def loss_fn(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -148,11 +150,11 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Grad
         metrics = {"loss": loss, **metrics}
         return loss.mean(), {name: _reduce(value) for name, value in metrics.items()}
 
-    # Under jit of its own so that the shapes of the sums and the loop over pieces take one trace, which takes seconds.
+    # With a jit of its own it is traced once for `eval_shape` and the scan below; a trace takes seconds.
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True), inline=True)
 
     def accumulated(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        """The sums of gradients and metrics over `accum_steps` microbatches, one at a time in memory."""
+        """Sums gradients and metrics over `accum_steps` microbatches, one at a time in memory."""
 
         def add(total: Any, micro: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad_fn(trainable, frozen, *micro)), None
@@ -163,14 +165,14 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Grad
         return jax.lax.scan(add, zeros, micros)[0]
 
     if task.statistics is not None:
-        return grad_fn  # of features, all at once: over how many devices is the compiler's business
-    compute, shares = accumulated if accum_steps > 1 else grad_fn, accum_steps
+        return grad_fn  # of features of the whole batch; XLA shards it
+    compute, num_parts = accumulated if accum_steps > 1 else grad_fn, accum_steps
     if fold:
         compute = _through_folded(compute)
     if is_data_parallel(mesh):
         compute = on_each_device(compute, mesh, num_whole=2, combine=jax.lax.psum)
-        shares *= mesh.size
-    return lambda *args: _divide(compute(*args), shares)  # once, in the operations that take the gradient
+        num_parts *= mesh.size
+    return lambda *args: _divide(compute(*args), num_parts)  # fused into the operations that use the gradient
 
 
 def make_train_step(
@@ -185,13 +187,13 @@ def make_train_step(
     ema_decay: float,
     fold: bool,
 ) -> TrainStep:
-    """Returns the update of a run, which compiles on first call; no number of `hyperparams` is part of the program.
+    """Returns the training step, which compiles on its first call; `hyperparams` are arguments of it, not constants.
 
     With `fold` gradients are computed with folded parameters (`cpu/folding.py`).
 
-    Every example has its own key, derived from (seed, step, row): masks and dropout do not depend on the number of
-    devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further means of the task,
-    lr, grad_norm (before clipping), param_norm, skipped_steps (in all) and skipped_run (in a row).
+    Every example has its own key, derived from (seed, step, row), so masks and dropout do not depend on the number of
+    devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further metrics of the task,
+    lr, grad_norm (before clipping), param_norm, skipped_steps (in total) and skipped_run (in a row).
     """
 
     gradient = _make_gradient(task, mesh, accum_steps, fold)
@@ -212,7 +214,7 @@ def make_train_step(
             updates, opt_state = tx.update(grads, state.opt_state, trainable, learning_rate=lr)
         trainable: Any = optax.apply_updates(trainable, updates)
         skipped_run, skipped_steps = nonfinite_counts(opt_state)
-        keep = functools.partial(jnp.where, skipped_run > 0)  # what there was, if this update is skipped
+        keep = functools.partial(jnp.where, skipped_run > 0)  # the old values if this step is skipped
         if task.statistics is not None:
             new = task.statistics(state.params, batch)
             frozen = {**frozen, **jax.tree.map(keep, {name: frozen[name] for name in new}, new)}
