@@ -119,7 +119,7 @@ PATHS = ("init_from", "model.mask_file", "data.data_dir", "data.cache_dir")
 
 
 def field_faults(config: ConfigDict) -> dict[str, str]:
-    """Dotted path -> what is wrong, of every field that does not exist, that is missing or of another type."""
+    """Returns what is wrong with each field that does not exist, is missing or has another type, by dotted path."""
     found, known = dict(flatten(config)), dict(flatten(default.get_config()))
     faults = {}
     for field in found.keys() - known.keys():
@@ -343,7 +343,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
 
 
 def _retention_faults(options: ConfigDict) -> Iterator[str]:
-    """`keep_every_steps` keeps what is saved; with `keep_best` also evaluated steps are, which may be those."""
+    """Checks `keep_every_steps` against the steps that are saved; with `keep_best` evaluated steps are saved too."""
     kept, saved = options.keep_every_steps, options.every_steps
     if kept <= 0 or saved < 0 or options.keep_best:
         return
@@ -387,7 +387,7 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 
 
 def parse_steps(steps: str) -> range:
-    """`10:15` -> the updates 10 to 15, both included; "" -> none."""
+    """Parses `10:15` into steps 10 to 15, both included; "" into none."""
     if not steps:
         return range(0)
     first, colon, last = steps.partition(":")

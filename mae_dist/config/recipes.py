@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 
 def probe(config: ConfigDict) -> ConfigDict:
-    """The report's probe: frozen encoder, head with one hidden layer of 128, 50 epochs, batch 64, no augmentation."""
+    """Sets the report's probe: frozen encoder, head with one hidden layer of 128, 50 epochs, no augmentation."""
     config.task = "probe"
     config.init_from = f"runs/{config.name}"
     config.name = f"{config.name}_probe"
@@ -24,7 +24,7 @@ def probe(config: ConfigDict) -> ConfigDict:
 
 
 def finetune(config: ConfigDict) -> ConfigDict:
-    """All weights trained on from the pretrained encoder, as DeiT and MAE do it, by what suits a small net and data.
+    """Sets fine-tuning of all weights as DeiT and MAE do it, for a small model.
 
     Crops and flips; mixup 0.8, cutmix 1 and label smoothing 0.1; layer decay 0.75, drop path 0.1; averaged weights.
     """
@@ -48,7 +48,7 @@ def finetune(config: ConfigDict) -> ConfigDict:
 
 
 def scratch(config: ConfigDict) -> ConfigDict:
-    """The supervised baseline: the fine-tuning recipe from random weights, all layers of which learn equally fast."""
+    """Sets the supervised baseline: the fine-tuning recipe from random weights, without layer decay."""
     name = config.name
     config = finetune(config)
     config.name = f"{name}_scratch"
@@ -60,7 +60,7 @@ def scratch(config: ConfigDict) -> ConfigDict:
 def imagenet_finetune(
     config: ConfigDict, *, epochs: float, base_lr: float, layer_decay: float, drop_path: float
 ) -> ConfigDict:
-    """The paper's fine-tuning on ImageNet-1k (its table 9 and its code); what differs between sizes is given."""
+    """Sets the paper's fine-tuning on ImageNet-1k (table 9 and code); the arguments differ between model sizes."""
     config.task = "finetune"
     config.init_from = f"runs/{config.name}"
     config.name = f"{config.name}_finetune"
@@ -91,7 +91,7 @@ def imagenet_finetune(
 
 
 def imagenet_linear(config: ConfigDict) -> ConfigDict:
-    """The paper's linear probe on ImageNet-1k (its table 10 and its code), the same for all sizes."""
+    """Sets the paper's linear probe on ImageNet-1k (table 10 and code), the same for all model sizes."""
     config.task = "probe"
     config.init_from = f"runs/{config.name}"
     config.name = f"{config.name}_linear"

@@ -8,7 +8,7 @@ from mae_dist.task_kinds import kind_of
 
 
 def rows_together(config: ConfigDict) -> int:
-    """So many rows of a batch, one after another, are one device's: mixup and cutmix need pairs."""
+    """Returns how many consecutive rows must stay on one device: 2 for mixup and cutmix, which need pairs."""
     return 2 if kind_of(config).finetunes and (config.classify.mixup or config.classify.cutmix) else 1
 
 
@@ -41,7 +41,7 @@ def schedule(config: ConfigDict, num_examples: int) -> Schedule:
 
 
 def is_time(step: int, every_steps: float, total_steps: int) -> bool:
-    """Whether something due every so many updates (0: never) is due after update `step`; always after the last.
+    """True if something due every `every` steps (0: never) is due after step `step`; always after the last.
 
     A fractional interval, as of epochs that are no whole number of updates, is due at the first update beyond it.
     """

@@ -41,7 +41,7 @@ FREE = (
 
 
 def get(config: ConfigDict, field: str) -> Any:
-    """The value at a dotted path."""
+    """Returns the value at a dotted path."""
     value: Any = config
     for part in field.split("."):
         value = value[part]
@@ -49,7 +49,7 @@ def get(config: ConfigDict, field: str) -> Any:
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every leaf; tuples as lists, as JSON keeps them."""
+    """Yields (dotted path, value) of every leaf; tuples as lists, as in JSON."""
     for key in sorted(config):
         value = config[key]
         if isinstance(value, (dict, ConfigDict)):
@@ -85,12 +85,12 @@ def from_json(text: str, *, for_use: bool = True) -> ConfigDict:
 
 
 def last_name(path: str) -> str:
-    """The name of a directory or file, by which weights are known when they were moved."""
+    """Returns the name of a directory or file, which still identifies weights that were moved."""
     return os.path.basename(path.rstrip("/"))
 
 
 def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
-    """One line `field: old -> new` for every leaf that differs, except below the fields in `ignore`."""
+    """Returns a line `field: old -> new` for every leaf that differs, except below the fields in `ignore`."""
     before, after = dict(flatten(old)), dict(flatten(new))
     lines = []
     for field in sorted(before.keys() | after.keys()):

@@ -1,1 +1,1 @@
-"""How this package uses a CPU well. Nothing here touches a GPU or TPU."""
+"""CPU optimisations: cores as devices, microbatches, folding, kernels, oneDNN. GPUs and TPUs use none of them."""

@@ -1,9 +1,9 @@
-"""Parameters as a CPU computes with them: norms and LayerScale multiplied into the products beside them, blocks apart.
+"""Folds the scales and biases of LayerNorms, and LayerScales, into the matmuls beside them; unstacks blocks.
 
-A LayerNorm's scale and bias act on the input of one product, a LayerScale on the output of one; so each can as well be
-a factor of that product's weights. There it is multiplied in once an update, and has its gradient once an update, from
-the gradient of the weights: instead of once a piece of the batch for each of its tokens. `unfold(fold(params))`
-computes what `params` does, but for rounding, and by `jax.vjp(fold, params)` gradients find their way back.
+A LayerNorm's scale and bias act on the input of one matmul, a LayerScale on the output of one, so each can be
+multiplied into that matmul's weights. That is done once per step, and so is its gradient, instead of once per
+microbatch for every token. A model with `unfold(fold(params))` computes what it does with `params`, up to rounding;
+`jax.vjp(fold, params)` maps gradients back.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,13 @@ import jax.numpy as jnp
 
 Params = Mapping[str, Any]
 
-# Norms and the only product that takes their output, in a block and in the decoder; LayerScales and the product whose
-# output they take.
+# Norms and the one matmul that reads them, in a block and in the decoder; LayerScales and the matmul they scale.
 _NORMS = {"norm1": ("attn", "qkv"), "norm2": ("mlp", "fc1"), "norm": ("pred",)}
 _SCALES = {"scale1": ("attn", "out"), "scale2": ("mlp", "fc2")}
 
 
 def _get(params: Params, path: tuple[str, ...]) -> Any:
-    """What stands at `path`, or nothing: an empty mapping."""
+    """Returns what is at `path`, or an empty mapping."""
     for name in path:
         params = params.get(name, {})
     return params
@@ -34,7 +33,7 @@ def _set(params: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _fold_norm(linear: Params, norm: Params) -> Params:
-    """The product (kernel (*depth, D, *out)) of what `norm` (scale and bias (*depth, D)) takes as input."""
+    """Folds a norm (scale and bias (*depth, D)) into the linear layer (kernel (*depth, D, *out)) that reads it."""
     scale, shift, kernel = norm["scale"], norm["bias"], linear["kernel"]
     matrix = kernel.reshape(*scale.shape, -1)
     bias = jnp.matmul(shift[..., None, :], matrix).reshape(linear["bias"].shape)
@@ -42,7 +41,7 @@ def _fold_norm(linear: Params, norm: Params) -> Params:
 
 
 def _fold_scale(linear: Params, scale: jax.Array) -> Params:
-    """The product (kernel (depth, *in, D)) whose output is multiplied by `scale` (depth, D)."""
+    """Folds a LayerScale (depth, D) into the linear layer (kernel (depth, *in, D)) before it."""
     depth, width = scale.shape
     kernel = linear["kernel"]
     matrix = kernel.reshape(depth, -1, width)
@@ -50,12 +49,12 @@ def _fold_scale(linear: Params, scale: jax.Array) -> Params:
 
 
 def fold(params: Params) -> dict[str, Any]:
-    """Takes out norms and LayerScales and what a stack of blocks holds apart, as lists of (1, ...)."""
+    """Folds norms and LayerScales, and unstacks the blocks into lists of arrays (1, ...)."""
     folded: dict[str, Any] = {
         name: fold(value) if isinstance(value, Mapping) else value for name, value in params.items()
     }
     for norm, path in _NORMS.items():
-        if norm in folded and "bias" in _get(folded, path):  # without a bias a norm's has nowhere to go
+        if norm in folded and "bias" in _get(folded, path):  # a linear layer without bias cannot take the norm's
             _set(folded, path, _fold_norm(_get(folded, path), folded.pop(norm)))
     for scale, path in _SCALES.items():
         if scale in folded:
@@ -66,9 +65,9 @@ def fold(params: Params) -> dict[str, Any]:
 
 
 def unfold(folded: Params, like: Params) -> dict[str, Any]:
-    """What `fold` gave, in the structure of `like`: norms and LayerScales that leave their input as it is.
+    """Puts folded parameters into the structure of `like`, with norms and LayerScales that change nothing.
 
-    These are constants, which the compiler drops; as it drops putting the blocks together, where they are taken apart.
+    Those are constants, which the compiler removes. It also removes the stacking of blocks where they are split again.
     """
 
     def restore(name: str, shape: Any) -> Any:

@@ -1,9 +1,8 @@
-"""The model's functions as a CPU takes the least time for them, with gradients of their own; float32.
+"""The model's functions with hand-written gradients, in the form that is fastest on a CPU; float32.
 
-For programs in which each device computes its own examples (`parallel.shardings.on_each_device`): nothing here lets the
-compiler split an axis over devices. `BUILD.md` has what each of them gains. They have no forward-mode derivative.
-
-Shapes: B batch, N queries, M keys and values, H heads, hd width of a head, D model width.
+They are for programs in which each device computes its own examples (`parallel.shardings.on_each_device`): XLA could
+not shard them over devices. They have no forward-mode derivative. BUILD.md says what each gains. Shapes: B batch, N
+queries, M keys and values, H heads, hd width of a head, D model width.
 """
 
 import functools
@@ -21,7 +20,7 @@ from mae_dist.model.hooks import Hooks
 
 @functools.cache
 def make_hooks(by_onednn: bool) -> Hooks:
-    """Returns the functions of this file, with matmuls by oneDNN or by XLA; the same objects for the same argument."""
+    """Returns the hooks of this file, with matmuls by oneDNN or by XLA; cached, so that JAX sees the same functions."""
     return Hooks(
         affine=functools.partial(_affine, by_onednn),
         gelu=_gelu_or_plain,
@@ -30,7 +29,7 @@ def make_hooks(by_onednn: bool) -> Hooks:
 
 
 def _sum_rows(x: jax.Array, rows: int) -> jax.Array:
-    """Sums x over its first `rows` axes, as a matmul with ones: XLA's reductions take three times as long."""
+    """Sums x over its first `rows` axes by a matmul with ones; XLA's reduction takes three times as long."""
     axes = tuple(range(rows))
     return jax.lax.dot_general(jnp.ones(x.shape[:rows], x.dtype), x, ((axes, axes), ((), ())))
 
@@ -38,7 +37,7 @@ def _sum_rows(x: jax.Array, rows: int) -> jax.Array:
 def _contract(a: jax.Array, b: jax.Array, num: int, sides: tuple[str, str], by_onednn: bool) -> jax.Array:
     """Contracts `num` axes of a and b, the `first` or `last` ones, as a matmul of two matrices.
 
-    Operands of more axes would first be transposed, which takes a tenth of a step.
+    XLA would transpose operands with more axes first, which takes a tenth of a step.
     """
 
     def rest(x: jax.Array, side: str) -> tuple[int, ...]:
@@ -63,7 +62,7 @@ def _affine_forward(by_onednn: bool, x: jax.Array, kernel: jax.Array, bias: jax.
 
 
 def _affine_backward(by_onednn: bool, inputs: int, saved: Any, grad: jax.Array) -> Any:
-    x, kernel, bias = saved  # of the bias only whether there is one
+    x, kernel, bias = saved  # bias is () if there is one: its value is not needed
     rows, outputs = x.ndim - inputs, kernel.ndim - inputs
     return (
         _contract(grad, kernel, outputs, ("last", "last"), by_onednn),
@@ -76,17 +75,17 @@ _affine.defvjp(_affine_forward, _affine_backward)
 
 
 def _normal_cdf(x: jax.Array, sign: float) -> jax.Array:
-    """Returns the fraction of a standard normal distribution below x; `sign` is 1 or -1 and changes no value.
+    """Returns the standard normal distribution function of x; `sign` is 1 or -1 and changes no value.
 
-    A CPU's compiler that finds one expression in both directions keeps its values and reads them again, which takes
-    longer than computing it twice: so the two are given different signs.
+    If forward and backward pass share an expression, XLA stores its values and reads them again, which takes longer
+    than computing it twice. Different signs keep the two expressions apart.
     """
     return 0.5 + (0.5 * sign) * jax.lax.erf(x * (sign * math.sqrt(0.5)))
 
 
 @jax.custom_vjp
 def _gelu(x: jax.Array) -> jax.Array:
-    """Returns exact GELU by PyTorch's formula, to 1e-7 of absolute error; keeps nothing but x for its gradient."""
+    """Returns the exact GELU by PyTorch's formula, to an absolute error of 1e-7; saves only x for its gradient."""
     return x * _normal_cdf(x, 1)
 
 
@@ -107,17 +106,16 @@ def _gelu_or_plain(x: jax.Array, approximate: bool) -> jax.Array:
 
 
 def _swap_heads(x: jax.Array) -> jax.Array:
-    """(B, N, H, hd) <-> (B, H, N, hd)."""
+    """Swaps (B, N, H, hd) and (B, H, N, hd)."""
     return x.transpose(0, 2, 1, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _heads_first(by_onednn: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Computes the two matmuls of attention with heads before tokens.
+    """Computes attention with heads before tokens, so that no matmul transposes its operands.
 
-    So nothing is transposed within a matmul. Queries are scaled, for there are fewer
-    of them than of scores. The gradient of the softmax subtracts the mean of each row's gradient, weighted by its
-    probabilities: that is found from the output (B, N, H, hd) instead of from the scores (B, H, N, M).
+    Queries are scaled instead of the scores, which are more. The softmax's gradient subtracts each row's mean gradient,
+    weighted by the probabilities; it is computed from the output (B, N, H, hd), not from the scores (B, H, N, M).
     """
     return _heads_first_forward(by_onednn, q, k, v)[0]
 

@@ -1,4 +1,4 @@
-"""Chooses into how many microbatches a CPU device divides its examples."""
+"""Chooses the number of microbatches per CPU device."""
 
 import math
 
@@ -20,16 +20,16 @@ def num_pieces(
     update: bool = False,
     rows_together: int = 1,
 ) -> int:
-    """Into how many pieces each device computes its share of `images`; 1 but on a CPU whose devices share nothing else.
+    """Chooses how many microbatches each device computes; 1 unless the devices are a CPU's cores, data-parallel.
 
     Args:
       config: validated.
-      mesh: what it runs on.
+      mesh: the devices.
       images: of all devices together.
-      num_patches: the encoder sees of an image; None for all.
-      decoder: whether the decoder runs too.
-      update: whether gradients are computed.
-      rows_together: see `tasks.base.Task`; a piece holds whole groups of them.
+      num_patches: patches of an image that the encoder sees; None for all.
+      decoder: True if the decoder runs too.
+      update: True if gradients are computed.
+      rows_together: see `tasks.base.Task`; a microbatch holds whole groups.
     """
     if not is_by_cores(mesh):
         return 1

@@ -13,9 +13,9 @@ from mae_dist.cpu import cores
 
 
 def use_cores(config: ConfigDict, workdir: str | None, *, single_process: bool = True) -> None:
-    """On a CPU splits the cores into devices, as `choose_devices` says.
+    """Splits a CPU's cores into devices, as `choose_devices` says.
 
-    Nothing happens where JAX has its devices already, or where the number of devices was set by hand.
+    Does nothing if JAX has its devices already, or if the number of devices was set by hand.
 
     Args:
       config: validated; its `cpu` fields are filled in.
@@ -56,7 +56,7 @@ def choose_devices(config: ConfigDict, workdir: str | None) -> int:
 
 
 def use_all_cores(config: ConfigDict | None, *, single_process: bool = True) -> None:
-    """On a CPU makes each core a device, for commands to which any number will do; a mesh given goes first."""
+    """Makes each core of a CPU a device, for commands that work with any number; a config's mesh goes first."""
     if single_process and _may_split_cores(config) and _is_free():
         wanted = cores.num_cores() if config is None or config.mesh.data == -1 else config.mesh.data
         _split(cores.num_devices(wanted, ()))
@@ -69,7 +69,7 @@ def _split(count: int) -> None:
 
 
 def _is_free() -> bool:
-    """True if JAX has no devices yet and nobody said how many CPU devices there shall be."""
+    """True if JAX has no devices yet and the number of CPU devices was not set by hand."""
     if jax.distributed.is_initialized():
         return False
     given = jax.config.jax_num_cpu_devices  # pyright: ignore

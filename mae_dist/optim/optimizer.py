@@ -1,6 +1,6 @@
 """The optimizer from the fields of `config.optim`; its learning rate is an argument of every step.
 
-An optimizer is one function, here or in a module of yours that `config.imports` names:
+An optimizer is one function, in this file or in a module of your own that `config.imports` names:
 
     @mae_dist.optim.register("lion")
     def lion(*, b1, b2):  # fields of config.optim
@@ -25,15 +25,15 @@ OPTIMIZERS: Registry[Callable[..., Any]] = Registry("optim.name")
 
 
 def register(name: str) -> Callable[[Function], Function]:
-    """Adds an optimizer, for `config.optim.name` to name: a decorator of the function that makes it.
+    """Decorates the function that makes an optimizer; `config.optim.name` then accepts `name`.
 
-    The function returns the transformation that turns a gradient into the direction to go against, for a learning rate
-    of 1 (optax's `scale_by_…`), or a sequence of such. Clipping before it, decoupled weight decay, the layers' factors
-    and the learning rate after it, and skipping steps without a finite gradient are not its business.
+    The function returns an optax transformation of gradients for a learning rate of 1 (`optax.scale_by_…`), or a
+    sequence of them. Clipping before it, and decoupled weight decay, layer decay, the learning rate and the skipping of
+    non-finite steps after it are added for it.
 
-    It may name, after a `*`, the fields of `config.optim`; `rows`, a tree like the parameters of
-    their rows in the table of parameters; and `decay`, a list of the transformation that adds weight decay, empty
-    for none: then it has to use that itself.
+    As keyword-only arguments it may take the fields of `config.optim`; `rows`, a tree like the parameters of their rows
+    in the table of parameters; and `decay`, a list of the transformation that adds weight decay, empty for none: an
+    optimizer that takes `decay` has to apply it itself.
 
     Raises:
       ConfigError: another function has the name.
@@ -52,10 +52,9 @@ def decay_mask(rows: Any) -> Any:
 
 
 def _scale_by_trust_ratio(rows: Any, trust_coefficient: float) -> optax.GradientTransformation:
-    """LARS's factor trust_coefficient * |parameter| / |update| (You et al. 2017), for what weight decay touches.
+    """Scales by LARS's trust_coefficient * |parameter| / |update| (You et al. 2017), where weight decay applies.
 
-    A stack of blocks has one factor per block: its leading axis is mapped over. Under jit the norms of sharded arrays
-    are those of the whole arrays.
+    A stack of blocks has one factor per block. Under jit the norms of sharded arrays are those of the whole arrays.
     """
     trust = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
 
@@ -71,7 +70,7 @@ def _scale_by_trust_ratio(rows: Any, trust_coefficient: float) -> optax.Gradient
 
 
 def layer_scales(rows: Any, params: Any, layer_decay: float) -> Any:
-    """Factors of the learning rate that shrink with the distance to the head (Clark et al. 2020; BEiT, MAE).
+    """Returns learning-rate factors that shrink with the distance to the head (Clark et al. 2020; BEiT, MAE).
 
     layer_decay ** (depth + 1 - id) with id 0 for the encoder's embeddings, i + 1 for its block i and depth + 1 for the
     rest: a tree like `rows` and `params` (arrays or shapes) of float32 arrays that broadcast against them.
@@ -95,10 +94,10 @@ def _scale_by_layer(rows: Any, layer_decay: float) -> optax.GradientTransformati
 
 
 def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optax.apply_if_finite` without its limit, and its state; here finite is what has a finite norm in float32.
+    """Skips steps whose gradient has no finite norm in float32; otherwise as `optax.apply_if_finite`, with its state.
 
-    The norm is computed anyway, and selecting old or new is part of the operations that compute the new: a test and a
-    branch of its own for every array took a CPU seconds to compile and moved all moments once more.
+    The norm is computed anyway, and the selection of old or new values fuses with the operations that compute them. A
+    test and a branch for every array took a CPU seconds to compile and copied all moments once more.
     """
 
     def init(params: Any) -> optax.ApplyIfFiniteState:
@@ -127,9 +126,9 @@ def _adamw(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
 
 @register("sgd")
 def _sgd(*, momentum: float, decay: list[optax.GradientTransformation]) -> list[optax.GradientTransformation]:
-    """Decay is part of the gradient that momentum sums, as in PyTorch.
+    """Adds decay to the gradient that momentum accumulates, as PyTorch does.
 
-    Checkpoints have its state, which is empty, behind momentum's.
+    In checkpoints the (empty) state of decay follows momentum's.
     """
     trace = optax.trace(momentum)
 
@@ -150,12 +149,12 @@ def _sgd(*, momentum: float, decay: list[optax.GradientTransformation]) -> list[
 def _lars(
     *, rows: Any, momentum: float, trust_coefficient: float, decay: list[optax.GradientTransformation]
 ) -> list[optax.GradientTransformation]:
-    """Decay is part of the gradient whose norm counts, and momentum comes last."""
+    """Adds decay to the gradient before its norm is taken; momentum comes last."""
     return [*decay, _scale_by_trust_ratio(rows, trust_coefficient), optax.trace(momentum)]
 
 
 def _direction(rows: Any, name: str, weight_decay: float, fields: Mapping[str, Any]) -> Sequence[Any]:
-    """The transformations of the optimizer called `name`, with weight decay behind them unless it has used that."""
+    """Returns the transformations of the optimizer `name`, followed by weight decay unless it applies that itself."""
     decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask(rows))] if weight_decay > 0 else []
     offered = {**fields, "weight_decay": weight_decay, "rows": rows, "decay": decay}
     make = OPTIMIZERS.get(name)
@@ -196,12 +195,12 @@ def make_optimizer(
     clip_norm: float,
     clip_value: float,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns clipping, the optimizer called `name`, decay, and the scale by `update(…, learning_rate=)`.
+    """Chains clipping, the optimizer `name`, weight decay, and the scale by `update(…, learning_rate=)`.
 
-    `rows` are those of the trainable parameters in the table of parameters, a tree like them.
+    `rows` is a tree like the trainable parameters, of their rows in the table of parameters.
 
     A step whose gradient has no finite norm changes neither parameters nor moments; the transformation counts such
-    steps. The learning rate stands outside that guard and so follows the step number, skipped or not.
+    steps. The learning rate is outside that guard, so it follows the step number, skipped or not.
     """
     parts = []
     if clip_value > 0:
@@ -217,7 +216,7 @@ def make_optimizer(
 
 
 def nonfinite_counts(opt_state: Any) -> tuple[jax.Array, jax.Array]:
-    """(current run, total) of skipped steps, int32 scalars, from the state of `make_optimizer`'s transformation."""
+    """Returns the skipped steps (in a row, in total), int32 scalars, from the state of `make_optimizer`'s result."""
     guard = opt_state[0]
     assert isinstance(guard, optax.ApplyIfFiniteState), type(guard)
     return guard.notfinite_count.astype(jnp.int32), guard.total_notfinite.astype(jnp.int32)

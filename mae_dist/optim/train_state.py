@@ -14,9 +14,9 @@ from mae_dist.parallel import shardings
 
 @struct.dataclass
 class TrainState:
-    """All that a checkpoint holds of the optimisation: arrays, or their shapes, or their shardings.
+    """The state of the optimisation: arrays, or their shapes, or their shardings.
 
-    step: int32 scalar, updates done. params: nested dict of float32 arrays. opt_state: of the trainable parameters.
+    step: int32 scalar, steps done. params: nested dict of float32 arrays. opt_state: of the trainable parameters.
     ema: their exponential moving average, a tree like them; None without one.
     """
 
@@ -27,16 +27,16 @@ class TrainState:
 
     @property
     def averaged(self) -> Any:
-        """The parameters that are evaluated and handed on: the averages where there are any."""
+        """Returns the parameters to evaluate and export: the moving averages if there are any."""
         return {**self.params, **(self.ema or {})}
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores, by name; without an average no trace of one."""
+        """Returns what a checkpoint stores, by name; no `ema` if there is none."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trainable, frozen) top-level parts of `params`."""
+    """Splits the groups of `params` into (trainable, frozen)."""
     return {k: v for k, v in params.items() if k not in frozen}, {k: v for k, v in params.items() if k in frozen}
 
 
@@ -60,7 +60,7 @@ def make_init(
 def abstract_state(
     abstract_params: dict[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...], has_ema: bool
 ) -> TrainState:
-    """The shapes of what `make_init` creates, from those of the parameters."""
+    """Returns the shapes of the state that `make_init` creates."""
     trainable, _ = split_frozen(abstract_params, frozen)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     ema = trainable if has_ema else None
@@ -70,7 +70,7 @@ def abstract_state(
 def state_shardings(
     mesh: Mesh, abstract: TrainState, tx: optax.GradientTransformation, frozen: tuple[str, ...]
 ) -> TrainState:
-    """A tree like the state with a NamedSharding for every array."""
+    """Returns a NamedSharding for every array of the state."""
     params = shardings.param_shardings(mesh, abstract.params)
     trainable, _ = split_frozen(params, frozen)
     opt_state = shardings.opt_state_shardings(mesh, tx, abstract.opt_state, trainable)

@@ -14,7 +14,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
-    """Sizes of (data, fsdp, tensor) over `num_devices`; one of them may be -1 and takes what is left."""
+    """Returns the sizes of (data, fsdp, tensor) over `num_devices`; one of them may be -1 and takes what is left."""
     shape = [sizes[axis] for axis in AXES]
     named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
@@ -36,15 +36,15 @@ def mesh_shape(sizes: dict[str, int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
-    """A mesh over `devices` (real or abstract) with the axes data, fsdp and tensor; `data` spans the TPU slices."""
+    """Makes a mesh over `devices`, real or abstract, with axes data, fsdp and tensor; `data` spans the TPU slices."""
     return Mesh(mesh_devices(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_devices(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
-    """`devices` in their places (data, fsdp, tensor), neighbours of the mesh close to each other.
+    """Arranges `devices` as (data, fsdp, tensor) so that neighbours in the mesh are close to each other.
 
-    Where TPU devices belong to several slices, `data` spans the slices and the other axes stay within one: the network
-    between slices is far slower than that within. GPUs need nothing: their order alone keeps `data` outermost.
+    If TPU devices belong to several slices, `data` spans the slices and the other axes stay within one: the network
+    between slices is far slower than within one. GPUs keep their order, in which `data` is outermost.
     """
     shape, slices = mesh_shape(sizes, len(devices)), num_slices(devices)
     if slices == 1:
@@ -55,12 +55,12 @@ def mesh_devices(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def num_slices(devices: Iterable[Any]) -> int:
-    """How many TPU slices the devices belong to; 1 for anything but TPUs."""
+    """Counts the TPU slices of the devices; 1 for anything but TPUs."""
     return max(1, len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}))
 
 
 def _data_within_slice(shape: tuple[int, ...], slices: int) -> int:
-    """The share of mesh axis `data` that lies in one slice."""
+    """Returns the size of mesh axis `data` within one slice."""
     data, each = shape[0], math.prod(shape) // slices
     if data % slices:
         raise ConfigError(

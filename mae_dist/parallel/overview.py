@@ -24,7 +24,7 @@ class _Row:
 
 
 def overview(mesh: Mesh, state: Any, shardings: Any) -> str:
-    """A readable table: mesh, every parameter with its spec and bytes per device, totals, and what is whole and why.
+    """Returns a table: mesh, every parameter with its spec and bytes per device, totals, what is replicated and why.
 
     Args:
       mesh: the mesh.

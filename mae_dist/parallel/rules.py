@@ -16,7 +16,7 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def to_spec(axes: LogicalAxes, what: str) -> PartitionSpec:
-    """Logical axes of one array -> PartitionSpec; two axes on one mesh axis are an error that names both."""
+    """Returns the PartitionSpec of an array's logical axes; two of them on one mesh axis are an error."""
     entries, taken = [], {}
     for axis in axes:
         mesh_axes = MESH_AXES[axis] if axis is not None else None

@@ -1,7 +1,7 @@
 """Shardings of parameters, optimizer state, batches and activations on the mesh.
 
-The table of parameters names the logical axes of each, `MESH_AXES` the mesh axes of a logical axis. Models know logical
-axes at most. Optimizer state follows its parameter.
+The table of parameters gives the logical axes of each parameter, `MESH_AXES` the mesh axes of each logical axis. Models
+know logical axes only. Optimizer state is sharded like its parameter.
 """
 
 import math
@@ -24,7 +24,7 @@ def _axis_size(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
-    """A NamedSharding for every parameter; `ConfigError` where a split dimension is not divisible by its mesh axis."""
+    """Returns a NamedSharding per parameter; `ConfigError` if a mesh axis does not divide the dimension it shards."""
 
     def shard(leaf: Any, row: Parameter) -> NamedSharding:
         spec = to_spec(row.axes, row.path)
@@ -41,7 +41,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
 
 
 def opt_state_shardings(mesh: Mesh, tx: optax.GradientTransformation, opt_state: Any, shardings: Any) -> Any:
-    """Each moment like its parameter (`shardings`, a tree like the trainable parameters); counters whole everywhere."""
+    """Shards each moment like its parameter (`shardings`, a tree like the trainable ones); replicates counters."""
     replicated = NamedSharding(mesh, PartitionSpec())
     return optax.tree.map_params(
         tx, lambda _, sharding: sharding, opt_state, shardings, transform_non_params=lambda _: replicated
@@ -49,16 +49,17 @@ def opt_state_shardings(mesh: Mesh, tx: optax.GradientTransformation, opt_state:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples over data x fsdp, everything else of a batch whole."""
+    """Returns the sharding of a batch: examples over data x fsdp."""
     return NamedSharding(mesh, to_spec(("batch",), "batch"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that puts a whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts host arrays whole on every device of the mesh; each process gives the same ones."""
+    """Puts whole host arrays on every device of the mesh; all processes pass the same arrays."""
     sharding = replicated(mesh)
 
     def place(value: Any) -> jax.Array:
@@ -70,33 +71,33 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def num_batch_shards(mesh: Any) -> int:
-    """Into how many parts the examples of a batch are split."""
+    """Counts the parts into which the examples of a batch are split."""
     return _axis_size(mesh, MESH_AXES["batch"])
 
 
 def is_data_parallel(mesh: Mesh) -> bool:
-    """Whether every device holds the whole model and only examples are split."""
+    """True if every device holds the whole model and only examples are split."""
     return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
 
 
 def is_by_cores(mesh: Mesh) -> bool:
-    """Whether the devices are a CPU's and share nothing but examples: each can compute in the way that suits a core."""
+    """True if the devices are a CPU's cores and only examples are split: `cpu/` chooses how each computes."""
     return mesh.devices.flat[0].platform == "cpu" and is_data_parallel(mesh)
 
 
 def on_each_device(
     fn: Callable[..., Any], mesh: Mesh, num_whole: int, combine: Callable[[Any, Any], Any] | None
 ) -> Callable[..., Any]:
-    """Runs `fn` on each device for its own examples; for a data-parallel mesh.
+    """Makes a function that runs `fn` on each device for its own examples, under `shard_map`.
 
-    What is combined is exchanged once at the end, whatever loop `fn` runs: left to itself the compiler would exchange
-    in every round of it.
+    Devices exchange results once, at the end, whatever loop `fn` runs; under plain jit XLA would exchange them in every
+    iteration.
 
     Args:
-      fn: takes `num_whole` arguments that are whole on every device, then one or more split over examples.
+      fn: takes `num_whole` replicated arguments, then one or more that are split over examples.
       mesh: data-parallel.
-      num_whole: how many of the arguments are whole.
-      combine: (results, mesh axes) -> results of all, as `jax.lax.psum`; None leaves the results split over examples.
+      num_whole: the number of replicated arguments.
+      combine: (results, mesh axes) -> combined results, such as `jax.lax.psum`; None leaves them split over examples.
     """
     whole, split = PartitionSpec(), batch_sharding(mesh).spec
 
@@ -105,7 +106,7 @@ def on_each_device(
 
     def call(*args: Any) -> Any:
         specs = tuple(whole if i < num_whole else split for i in range(len(args)))
-        # Nothing is said of replication inside: gradients taken there are of local examples only.
+        # check_vma=False: gradients inside are of local examples only and must not be summed by shard_map.
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole if combine else split, check_vma=False)(
             *args
         )
@@ -114,9 +115,9 @@ def on_each_device(
 
 
 def make_constrain(mesh: Mesh) -> Any:
-    """The hook (array, logical axes) -> array by which a model pins activations without knowing the mesh."""
+    """Makes the hook (array, logical axes) -> array that constrains activations; models know no mesh."""
     if is_data_parallel(mesh):
-        return lambda x, axes: x  # the batch is split from the start and nothing else is
+        return lambda x, axes: x  # only the batch is sharded, and it is already
 
     def constrain(x: jax.Array, axes: LogicalAxes) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, to_spec(axes, "activation")))
@@ -125,14 +126,14 @@ def make_constrain(mesh: Mesh) -> Any:
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-    """Shapes (a tree of them) that say where the arrays lie."""
+    """Returns a tree of shapes with their shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Bytes one device holds of `tree` (arrays or shapes) laid out by `shardings`."""
+    """Counts the bytes of `tree` (arrays or shapes) on one device under `shardings`."""
     sizes = jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings
     )

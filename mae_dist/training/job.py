@@ -42,7 +42,7 @@ from mae_dist.weights.compatible import check_fits
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything a command needs, compiled lazily and placed by `shardings`."""
+    """A wired run: all that training, evaluation, benchmark, plan and export need, compiled lazily."""
 
     config: ConfigDict
     data: Data
@@ -58,28 +58,28 @@ class Job:
     reconstruct_step: Any
     batch_sharding: NamedSharding
     eval_batch_size: int
-    encoder_passes: int  # of an update, in forward passes: 3 with gradients, 1 frozen, 0 where features are cached
-    num_kept: int  # patches that the encoder sees of an image in an update
+    encoder_passes: int  # of a step, in forward passes: 3 with gradients, 1 frozen, 0 where features are cached
+    num_kept: int  # patches of an image that the encoder sees in a step
     flops_per_image: float
 
     @property
     def caches_features(self) -> bool:
-        """Whether features take the place of images: nothing but the head runs then."""
+        """True if cached features replace images, so that only the head runs."""
         return self.encoder_passes == 0
 
     @property
     def fingerprint(self) -> str:
-        """What makes the training examples and their order."""
+        """Identifies the training examples and their order."""
         return self.data.train.fingerprint
 
     @property
     def meta(self) -> dict[str, str]:
-        """What a checkpoint remembers besides the state."""
+        """Returns what a checkpoint stores besides the state."""
         return {"config": config_lib.to_json(self.config), "data_fingerprint": self.fingerprint}
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of one global batch of updates, in its shards."""
+        """Returns the shapes of one global training batch, with its sharding."""
         model = self.config.model
         rows = {"label": ((), jnp.int32), "image": ((*model.image_size, model.channels), jnp.uint8)}
         if self.caches_features:
@@ -90,7 +90,7 @@ class Job:
         }
 
     def features_of(self, dataset: Dataset, params: Any) -> Iterator[evaluate.Columns]:
-        """Columns of batch after batch (see `evaluate.columns`): `features` (n, D) by the encoder of `params`."""
+        """Yields the columns of each batch (see `evaluate.columns`): `features` (n, D) by the encoder of `params`."""
 
         def step(params: Any, batch: Any) -> dict[str, jax.Array]:
             return {"features": self.feature_step(params, batch)}
@@ -98,10 +98,11 @@ class Job:
         return evaluate.columns(step, params, dataset, self.batch_sharding, self.eval_batch_size)
 
     def overview(self) -> str:
+        """Returns a table of the mesh and of every parameter's sharding."""
         return parallel_overview.overview(self.mesh, self.abstract_state, self.shardings)
 
     def init_state(self) -> TrainState:
-        """The state at step 0, created in its shards; trained weights from `config.init_from` if that is set.
+        """Creates the state at step 0, sharded; with `config.init_from` it takes trained weights from there.
 
         A pretraining takes encoder and, where there is one, decoder; probe and finetune the encoder.
         """
@@ -120,7 +121,7 @@ class Job:
         check_fits(source.config, self.config, groups)
         loaded = source.load({group: self.shardings.params[group] for group in groups})
         logging.info("%s from %s", " and ".join(groups), source.origin)
-        # The averages start from the weights, in arrays of their own: an update overwrites both.
+        # The averages start as copies of the weights, because a step donates both.
         ema = new.ema and {**new.ema, **jax.tree.map(jnp.copy, {k: v for k, v in loaded.items() if k in new.ema})}
         return new.replace(params={**new.params, **loaded}, ema=ema)
 
@@ -142,14 +143,14 @@ class Job:
                 yield to_global(batch, self.batch_sharding, self.config.global_batch_size, rows)
 
     def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
-        """This process's rows of the batches of updates `start_step`, `start_step` + 1, …"""
+        """Opens this process's rows of the batches of steps `start_step`, `start_step` + 1, …"""
         return train_batches(
             self.config, dataset, start_step=start_step, total_steps=self.schedule.total_steps, rows=rows
         )
 
 
 def check_mesh(config: ConfigDict, num_devices: int) -> None:
-    """Raises `ConfigError` for what cannot be split over the devices: the mesh itself, batches, heads."""
+    """Raises `ConfigError` if the mesh, a batch or the heads cannot be split over the devices."""
     shape = dict(zip(AXES, mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
     split = (("mesh.data", shape["data"]), ("mesh.fsdp", shape["fsdp"]))
     pieces = [("accum_steps", config.accum_steps)]
@@ -182,7 +183,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     """Wires a validated config for `devices`, real or abstract.
 
     Raises:
-      ConfigError: what cannot work on this mesh, with both numbers and the cure.
+      ConfigError: the config cannot run on this mesh; the message gives both numbers and the cure.
     """
     check_mesh(config, len(devices))
     mesh = make_mesh(config.mesh.to_dict(), devices)
@@ -198,7 +199,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     config = config.copy_and_resolve_references()
     by_cores, matmul = sharding.is_by_cores(mesh), platforms.choose_matmul(config, mesh, flops_per_image)
     task = eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(mesh, matmul))
-    if matmul == "onednn":  # programs that call it cannot be stored: not worth it for an evaluation
+    if matmul == "onednn":  # programs that call it cannot be cached on disk: not worth it for an evaluation
         eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(mesh))
     if by_cores:
         config.cpu.products = matmul
@@ -241,7 +242,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         global_batch_size=config.global_batch_size,
         accum_steps=config.accum_steps * config.cpu.pieces,
         ema_decay=config.ema_decay,
-        # A scanned stack would have its blocks put together in every piece.
+        # Unfolding would stack the blocks again for every microbatch if they are scanned.
         fold=by_cores and config.cpu.fold and not config.model.scan and task.statistics is None,
     )
 

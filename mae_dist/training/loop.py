@@ -118,7 +118,7 @@ def _recorder(workdir: epath.Path, start: int) -> Recorder:
 
 
 def _restore_or_begin(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int, dict[str, float] | None]:
-    """The newest good checkpoint of the workdir, or a new state: (state, updates done, record left `unfinished`)."""
+    """Restores the newest good checkpoint, or begins: (state, steps done, record left `unfinished`)."""
     began = time.monotonic()
     restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint)
     if restored is None:

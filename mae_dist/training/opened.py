@@ -1,4 +1,4 @@
-"""A run that was trained, or is being trained, opened to be looked at: `mae_dist.open_run(workdir)`.
+"""Read access to a run, finished or not: `mae_dist.open_run(workdir)`.
 
 Here and not in `evaluation`, because an evaluation or a picture as the run itself has them comes from the run's `Job`.
 
@@ -47,7 +47,7 @@ def open_run(workdir: str | os.PathLike[str]) -> "Run":
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A run in its directory. Everything is read when it is asked for: a run under way has more to tell each time.
+    """A run in its directory. Everything is read when it is asked for, because a run may still be training.
 
     Attributes:
       workdir: where it is.
@@ -59,12 +59,12 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the saved checkpoints, ascending."""
+        """Returns the steps of the saved checkpoints, ascending."""
         return reader.steps(self.workdir)
 
     @property
     def step(self) -> int:
-        """The step of the newest checkpoint, 0 before the first."""
+        """Returns the step of the newest checkpoint, 0 before the first."""
         return max(self.steps, default=0)
 
     def metrics(self) -> list[dict[str, float]]:
@@ -172,12 +172,12 @@ class Run:
         return load_encoder(self.workdir)
 
     def _load(self) -> dict[str, Any]:
-        """Returns the parameters of the newest good checkpoint, laid out as the run's job needs them."""
+        """Returns the parameters of the newest good checkpoint, sharded for the run's job."""
         return reader.load_params(self.workdir, self._job.abstract_state.params, self._job.shardings.params)[1]
 
     @functools.cached_property
     def _job(self) -> job.Job:
-        """The run's computations on the devices that are here; the images come from elsewhere."""
+        """Builds the run's computations for the devices of this process, without its data."""
         config = _copy(self.config)
         use_cores(config, str(self.workdir))  # as the run did, to the same last bits
         num_classes = max(1, pretrained.open_workdir(self.workdir).num_classes)

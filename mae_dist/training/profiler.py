@@ -1,4 +1,4 @@
-"""A profiler's trace of some updates, asked for by config or by a signal, for XProf, TensorBoard or Perfetto."""
+"""Profiler traces of some steps, requested by config or by a signal, for XProf, TensorBoard or Perfetto."""
 
 import contextlib
 import shlex
@@ -72,7 +72,7 @@ class Profiler:
         return jax.profiler.StepTraceAnnotation("update", step_num=step)
 
     def ends_with(self, step: int) -> bool:
-        """Whether `stop` is due after update `step`, when the device has finished it."""
+        """True if `stop` is due after step `step`, once the device has finished it."""
         return self._tracing is not None and step >= self._tracing[-1]
 
     def stop(self) -> None:

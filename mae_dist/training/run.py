@@ -1,4 +1,4 @@
-"""What the loop does besides the step, each part deciding by itself whether it is due."""
+"""The parts of the loop besides the step: batches, logging, evaluation, pictures, saving. Each decides if it is due."""
 
 import contextlib
 import sys
@@ -33,12 +33,12 @@ from mae_dist.training.train_step import TrainStep
 
 
 def shows_bar() -> bool:
-    """A terminal gets a progress bar, anything else plain lines."""
+    """True if this process shows a progress bar: the first one, on a terminal."""
     return sys.stderr.isatty() and processes.is_primary()
 
 
 class Run:
-    """What the loop does besides the update, each part deciding by itself whether it is due."""
+    """The parts of the loop besides the step. Each decides by itself whether it is due."""
 
     def __init__(
         self,
@@ -96,16 +96,16 @@ class Run:
                 raise
 
     def preempted(self, step: int) -> Result:
-        """The end after a notice, all saved."""
+        """Returns the result of a preempted run whose state is saved."""
         self.ended = "preempted"
         logging.warning("Preempted: saved step %d; the same command continues from it.", step)
         return Result(step, "preempted")
 
     def batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """(number of the update, global batch) for every update after `start`, with a bar on a terminal."""
+        """Yields (step, global batch) for every step after `start`; shows a progress bar on a terminal."""
         job, total = self.job, self.job.schedule.total_steps
         rows = local_rows(job.batch_sharding, job.config.global_batch_size)
-        taken = tuple(job.abstract_batch)  # of the columns that a data set may have: what the update is compiled for
+        taken = tuple(job.abstract_batch)  # the columns that the step is compiled for
         progress = periodic_actions.ReportProgress(num_train_steps=total, every_secs=60.0)
         shown = shows_bar()
         with (
@@ -130,7 +130,7 @@ class Run:
                     progress(step)
 
     def update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update, dispatched; (new state, metrics on the device)."""
+        """Dispatches one step; returns the new state, and metrics on the device."""
         with self.profiler.annotate(step):
             out = self._train_step(state, batch) if self._train_step else self._first_update(step, state, batch)
         if self.profiler.ends_with(step):
@@ -141,9 +141,9 @@ class Run:
         return out
 
     def _first_update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Waits for the compilation and updates; finished when this returns, for rates are of the updates after it."""
+        """Waits for the compilation, and for the step: rates are measured from the step after it."""
         with self.watch.during("compile"):
-            # There is none where the newest checkpoint was the last step's, and was found damaged.
+            # There is none if the newest checkpoint was the last step's and turned out to be corrupted.
             self._train_step = self._compilation.result() if self._compilation else self.job.train_step
             out = jax.block_until_ready(self._train_step(state, batch))
         self.throughput.start(step)
@@ -152,8 +152,8 @@ class Run:
     def save(
         self, checkpoints: Checkpoints, step: int, state: TrainState, pending: dict[str, float] | None, last: bool
     ) -> None:
-        """Saves if that is due; the `last` time whatever is due, and waits until it is on disk."""
-        with jax.transfer_guard("allow"):  # several processes ask the first
+        """Saves if that is due; the `last` time always, and waits until it is on disk."""
+        with jax.transfer_guard("allow"):  # process 0 decides for all
             due = last or checkpoints.is_due(step, self.evaluated)
         if due:
             meta = {**self.meta, "unfinished": pending}
@@ -161,10 +161,10 @@ class Run:
                 (checkpoints.save_and_wait if last else checkpoints.save)(step, state, meta, self.evaluated)
 
     def conclude(self, step: int, state: TrainState) -> dict[str, float] | None:
-        """Evaluates, draws and records what is due; on disk before the checkpoint, so a resumed run continues after it.
+        """Evaluates, draws and records what is due, before the checkpoint is saved: a resumed run goes on after it.
 
         Returns:
-          None, or what is left to be recorded when a preemption notice cut the evaluation short.
+          None, or the record that is left unfinished where a preemption signal cut the evaluation short.
         """
         try:
             self.evaluate(step, state)
@@ -176,7 +176,7 @@ class Run:
         return None
 
     def conclude_again(self, step: int, state: TrainState, unfinished: dict[str, float]) -> bool:
-        """What a notice cut short before; whether it was done now."""
+        """Repeats a `conclude` that a preemption signal cut short; returns True if it finished."""
         if unfinished:
             self.recorder.write_scalars(step, unfinished)
         return self.conclude(step, state) is None
@@ -209,7 +209,7 @@ class Run:
             )
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """The validation split when it is due, others after the last update; a notice ends it: `Preempted`."""
+        """Evaluates the splits that are due, after the last step all of them; raises `Preempted` after a signal."""
         schedule, options = self.job.schedule, self.job.config.eval
         ends = step == schedule.total_steps
         test = self.data.test if options.test_at_end and ends else None
@@ -233,7 +233,7 @@ class Run:
             )
 
     def _read_out(self, state: TrainState, splits: dict[str, Dataset | None]) -> None:
-        """Accuracy on these splits by the features of the encoder as it is now."""
+        """Measures kNN and ridge accuracy on these splits with the encoder's current features."""
         job, options = self.job, self.job.config.online
 
         def features(dataset: Dataset) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class Run:
                 self.evaluated |= {f"{prefix}{name}": value for name, value in found.items()}
 
     def _after_batch(self) -> None:
-        """After each batch of an evaluation, on all processes."""
+        """Reports progress and looks for a preemption signal, after each batch of an evaluation, on all processes."""
         self.watch.progress()
         # The best checkpoint is found by the metrics it is saved with: such an evaluation is finished.
         if not self.job.config.checkpoint.keep_best and self.notices.poll():
@@ -264,13 +264,13 @@ class Run:
 
     @contextlib.contextmanager
     def _pause(self, state: TrainState, phase: str) -> Iterator[None]:
-        """A phase that is not the updates': waits first for those under way, whose time would count as its own."""
+        """Runs a phase between steps. Waits first for dispatched steps, whose time would count as the phase's."""
         jax.block_until_ready(state.step)
         with self.watch.during(phase), jax.transfer_guard("allow"):
             yield
 
     def draw(self, step: int, state: TrainState) -> None:
-        """Pictures of the first test images, to pictures/ and TensorBoard."""
+        """Writes pictures of the first test images to pictures/ and TensorBoard, if they are due."""
         job = self.job
         dataset = job.data.test or job.data.val
         every = job.schedule.pictures_every_steps
@@ -288,7 +288,7 @@ class Run:
 
 
 def draw_reconstructions(job: Job, params: Any, dataset: Dataset, step: int, num_images: int) -> Any:
-    """The picture of the first `num_images` of a split, uint8 (height, width, 3); all processes take part."""
+    """Draws the first `num_images` of a split, uint8 (height, width, 3); all processes take part."""
     images, names = pictures.reconstruct(
         job.reconstruct_step, params, dataset, job.batch_sharding, num_images, job.config.seed
     )

@@ -1,4 +1,4 @@
-"""Trains in a workdir: what `mae_dist.train` and the command `mae_dist.main` have in common, and the first of these.
+"""Trains in a workdir: `mae_dist.train`, and the part of the command `mae_dist.main` that it shares.
 
 The command adds what only a process of its own may do: flags, signal handlers, the watchdog, exit codes.
 """
@@ -101,10 +101,10 @@ def run(
     Args:
       config: checked.
       workdir: an absolute path or `gs://…`.
-      watch: what is done, and for how long; without its thread no deadline holds.
-      notices: of preemption; without handlers there are none.
-      when_built: called between the two.
-      profile_on_signal: as of `loop.train`.
+      watch: accounts for time by phase; without its thread it enforces no deadline.
+      notices: preemption signals; without handlers there are none.
+      when_built: called after building and before training.
+      profile_on_signal: as for `loop.train`.
 
     Raises:
       UserError: as `train`.
@@ -121,13 +121,13 @@ def run(
         logging.warning("Preempted before there was anything to save; the same command begins or continues.")
         return Result(0, "preempted")
     except Exception as error:
-        if _may_be_a_broken_connection(error):  # then who broke it is the news
+        if _may_be_a_broken_connection(error):  # then the lost peer is what to report
             watch.end_if_peers_are_gone()
         raise
 
 
 def _may_be_a_broken_connection(error: BaseException | None) -> bool:
-    """True if anything but the system and ourselves raised it: JAX has several types for a collective that failed."""
+    """True if neither the system nor we raised it: JAX has several exception types for a failed collective."""
     while error is not None:
         if not isinstance(error, errors.UserError | OSError):
             return True
@@ -138,8 +138,8 @@ def _may_be_a_broken_connection(error: BaseException | None) -> bool:
 def keep_compilations(workdir: str) -> None:
     """Keeps compiled programs in `.compiled` beside a local workdir, for the next start of this or a like run.
 
-    They are code: a directory that somebody else owns or may write to is not used. `JAX_COMPILATION_CACHE_DIR` names
-    another place, a bucket's too; `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    Compiled programs are code, so a directory that others own or may write to is not used. `JAX_COMPILATION_CACHE_DIR`
+    names another place, also in a bucket; `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
     """
     if "://" in workdir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

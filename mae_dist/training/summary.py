@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, the result, and the line that tells it."""
+"""The end of a run: summary.json, the result, and the line that reports it."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ _NOT_METRICS = ("name", "task", "step", "total_steps", "goodput", "environment")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Where a training ended.
+    """The end of a training.
 
     Attributes:
       step: the last step of the run.
@@ -50,18 +50,18 @@ def finish(job: Job, workdir: epath.Path, step: int) -> Result:
 
 
 def line_of(name: str, result: Result, workdir: str) -> str:
-    """Returns the one line that tells the result of the finished run called `name`."""
+    """Returns the line that reports the result of the finished run called `name`."""
     accuracies = ("val_top1", "test_top1", *config_lib.ONLINE, "test_knn_top1", "test_ridge_top1")
     shown = ("loss", "val_loss", "test_loss", *accuracies, "images_per_sec")
     known = dict(result.metrics)
-    if math.isnan(known.get("images_per_sec", 0.0)):  # nothing was trained but the update that was compiled
+    if math.isnan(known.get("images_per_sec", 0.0)):  # only the first step was trained, which is not timed
         del known["images_per_sec"]
     values = ", ".join(f"{name} {known[name]:.4g}" for name in shown if name in known)
     return f"{name}: step {result.step} of {result.step}, {values} ({workdir})"
 
 
 def _summary(job: Job, workdir: epath.Path, step: int) -> dict[str, Any]:
-    """What summary.json says of the run."""
+    """Returns the contents of summary.json."""
     records = read_metrics(workdir)
     rates = [record["images_per_sec"] for record in records if math.isfinite(record.get("images_per_sec", math.nan))]
     timing = ("step_secs", "eta_secs", "images_per_sec", "data_wait", "mfu")
