@@ -5,20 +5,22 @@ import jax.numpy as jnp
 import pytest
 
 from mae_dist import hardware
+from mae_dist.config import get_config
 from mae_dist.model import flops
+from tests.runs import smoke_config
 
 SMALL = {
-    "image_size": (32, 24),
-    "patch_size": (8, 4),
-    "channels": 3,
-    "embed_dim": 48,
-    "depth": 3,
-    "mlp_ratio": 4.0,
+    "model__image_size": (32, 24),
+    "model__patch_size": (8, 4),
+    "model__channels": 3,
+    "model__embed_dim": 48,
+    "model__depth": 3,
+    "model__mlp_ratio": 4.0,
 }
 
 
 def _block(x: jax.Array, heads: int, mlp_dim: int) -> jax.Array:
-    """The matrix products of one transformer block, x (N, D), with weights of ones and nothing else."""
+    """Computes the matmuls of one transformer block, x (N, D), with weights of ones and nothing else."""
     n, d = x.shape
     square = jnp.ones((d, d))
     q, k, v = ((x @ square).reshape(n, heads, d // heads) for _ in range(3))
@@ -34,7 +36,7 @@ def _xla_flops(fn, *shapes: tuple[int, ...]) -> float:
     return analysis["flops"]
 
 
-def test_mae_count_is_that_of_xla_for_the_same_products():
+def test_mae_count_is_that_of_xla_for_the_same_matmuls():
     num_keep, num_patches, patch_dim, width = 6, 24, 96, 32
 
     def forward(kept, restored):
@@ -48,44 +50,34 @@ def test_mae_count_is_that_of_xla_for_the_same_products():
         return embedded, y[1:] @ jnp.ones((width, patch_dim))
 
     expected = _xla_flops(forward, (num_keep, patch_dim), (num_patches + 1, width))
-    counted = flops.mae_train_flops_per_image(
-        **SMALL, decoder_embed_dim=width, decoder_depth=2, decoder_mlp_ratio=2.0, num_keep=num_keep, cls_token=True
-    )
+    decoder = {"model__decoder_embed_dim": width, "model__decoder_depth": 2, "model__decoder_mlp_ratio": 2.0}
+    config = smoke_config(**SMALL, **decoder, model__cls_token="learned")
+    counted = flops.train_flops_per_image(config, 0, num_keep, 3)
     assert counted / 3 == pytest.approx(expected, rel=1e-3)
 
 
 def test_vit_base_is_17_5_giga_multiply_adds():
-    forward = flops.classifier_train_flops_per_image(
-        image_size=(224, 224),
-        patch_size=(16, 16),
-        channels=3,
-        embed_dim=768,
-        depth=12,
-        mlp_ratio=4.0,
-        num_classes=1000,
-        cls_token=True,
-        encoder_passes=3,
-    )
-    assert forward / 3 == pytest.approx(2 * 17.56e9, rel=1e-3)
+    config = get_config("imagenet_vit_b16")
+    config.model.cls_token = "learned"
+    head = 2 * 768 * 1000
+    assert flops.forward_flops(config) + head == pytest.approx(2 * 17.56e9, rel=1e-3)
 
 
 def test_an_encoder_costs_what_runs_of_it():
     """Frozen its forward pass only, and nothing where its features are cached."""
-    cached, frozen, trained = (
-        flops.classifier_train_flops_per_image(
-            **SMALL, num_classes=10, cls_token=False, encoder_passes=passes, head_hidden_dims=(16,)
-        )
-        for passes in (0, 1, 3)
-    )
+    probe = {"task": "probe", "init_from": "x", "classify__head": "mlp", "classify__hidden_dim": 16}
+    config = smoke_config(**SMALL, **probe, model__cls_token="none")
+    cached, frozen, trained = (flops.train_flops_per_image(config, 10, 24, passes) for passes in (0, 1, 3))
     assert cached == 3 * 2 * (48 * 16 + 16 * 10)
     assert trained - cached == pytest.approx(3 * (frozen - cached))
 
 
 def test_masking_three_quarters_saves_most_of_the_encoder():
+    decoder = {"model__decoder_embed_dim": 8, "model__decoder_depth": 1, "model__decoder_mlp_ratio": 4.0}
+    config = smoke_config(**SMALL, **decoder, model__cls_token="none")
+
     def count(num_keep: int) -> float:
-        return flops.mae_train_flops_per_image(
-            **SMALL, decoder_embed_dim=8, decoder_depth=1, decoder_mlp_ratio=4.0, num_keep=num_keep, cls_token=False
-        )
+        return flops.train_flops_per_image(config, 0, num_keep, 3)
 
     assert count(6) < 0.35 * count(24)
 

@@ -9,7 +9,6 @@ Shapes: N tokens, D width.
 
 import itertools
 import math
-from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -34,123 +33,55 @@ def activation_bytes(*, num_tokens: int, embed_dim: int, num_heads: int, mlp_rat
     return 4 * (num_tokens * widest + num_heads * num_tokens**2)
 
 
-def encoder_forward_flops(
-    *,
-    patch_size: tuple[int, int],
-    channels: int,
-    embed_dim: int,
-    depth: int,
-    mlp_ratio: float,
-    num_patches: int,
-    cls_token: bool,
-) -> float:
+def encoder_forward_flops(model: ConfigDict, num_patches: int) -> float:
     """Counts the forward FLOPs of the encoder over `num_patches` patches of one image (in pretraining K)."""
-    patch_embed = 2 * num_patches * math.prod(patch_size) * channels * embed_dim
+    patch_embed = 2 * num_patches * math.prod(model.patch_size) * model.channels * model.embed_dim
     return patch_embed + stack_forward_flops(
-        num_tokens=num_patches + int(cls_token), embed_dim=embed_dim, depth=depth, mlp_ratio=mlp_ratio
+        num_tokens=num_patches + _has_cls(model),
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        mlp_ratio=model.mlp_ratio,
     )
 
 
-def _count_patches(image_size: tuple[int, int], patch_size: tuple[int, int]) -> int:
-    assert image_size[0] % patch_size[0] == 0 == image_size[1] % patch_size[1], (image_size, patch_size)
-    return (image_size[0] // patch_size[0]) * (image_size[1] // patch_size[1])
-
-
-def mae_train_flops_per_image(
-    *,
-    image_size: tuple[int, int],
-    patch_size: tuple[int, int],
-    channels: int,
-    embed_dim: int,
-    depth: int,
-    mlp_ratio: float,
-    decoder_embed_dim: int,
-    decoder_depth: int,
-    decoder_mlp_ratio: float,
-    num_keep: int,
-    cls_token: bool,
-) -> float:
-    """Counts the FLOPs of one pretraining step per image: encoder on `num_keep` patches, decoder on all.
-
-    Sizes are (height, width) in pixels. The patch embedding and the decoder's embedding see the kept patches only, and
-    the prediction head all patches without the class token.
-    """
-    num_patches = _count_patches(image_size, patch_size)
-    encoder = encoder_forward_flops(
-        patch_size=patch_size,
-        channels=channels,
-        embed_dim=embed_dim,
-        depth=depth,
-        mlp_ratio=mlp_ratio,
-        num_patches=num_keep,
-        cls_token=cls_token,
+def _decoder_forward_flops(model: ConfigDict, num_kept: int) -> float:
+    """Counts the forward FLOPs of the decoder, which embeds the kept patches and predicts all."""
+    num_patches, width = _count_patches(model), model.decoder_embed_dim
+    embed = 2 * (num_kept + _has_cls(model)) * model.embed_dim * width
+    pred = 2 * num_patches * width * math.prod(model.patch_size) * model.channels
+    return (
+        embed
+        + pred
+        + stack_forward_flops(
+            num_tokens=num_patches + _has_cls(model),
+            embed_dim=width,
+            depth=model.decoder_depth,
+            mlp_ratio=model.decoder_mlp_ratio,
+        )
     )
-    decoder_embed = 2 * (num_keep + int(cls_token)) * embed_dim * decoder_embed_dim
-    decoder = stack_forward_flops(
-        num_tokens=num_patches + int(cls_token),
-        embed_dim=decoder_embed_dim,
-        depth=decoder_depth,
-        mlp_ratio=decoder_mlp_ratio,
-    )
-    pred = 2 * num_patches * decoder_embed_dim * math.prod(patch_size) * channels
-    return 3 * (encoder + decoder_embed + decoder + pred)
 
 
-def classifier_train_flops_per_image(
-    *,
-    image_size: tuple[int, int],
-    patch_size: tuple[int, int],
-    channels: int,
-    embed_dim: int,
-    depth: int,
-    mlp_ratio: float,
-    num_classes: int,
-    cls_token: bool,
-    encoder_passes: int,
-    head_hidden_dims: Sequence[int] = (),
-) -> float:
-    """Counts the FLOPs of one classifier training step per image: encoder on all patches, head on pooled features.
+def _has_cls(model: ConfigDict) -> int:
+    return int(model.cls_token != "none")
 
-    `encoder_passes` counts the encoder in forward passes: 3 where it is trained, 1 where it is frozen, 0 where its
-    features are cached. `head_hidden_dims` are the hidden widths of an MLP head, none for a linear one.
-    """
-    encoder = encoder_forward_flops(
-        patch_size=patch_size,
-        channels=channels,
-        embed_dim=embed_dim,
-        depth=depth,
-        mlp_ratio=mlp_ratio,
-        num_patches=_count_patches(image_size, patch_size),
-        cls_token=cls_token,
-    )
-    widths = (embed_dim, *head_hidden_dims, num_classes)
-    head = sum(2 * fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
-    return encoder_passes * encoder + 3 * head
+
+def _count_patches(model: ConfigDict) -> int:
+    return math.prod(patches.grid_size(model.image_size, model.patch_size))
 
 
 def forward_flops(config: ConfigDict) -> float:
     """Counts the forward FLOPs of the encoder on all patches of an image."""
-    model = config.model
-    return encoder_forward_flops(
-        patch_size=model.patch_size,
-        channels=model.channels,
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        mlp_ratio=model.mlp_ratio,
-        num_patches=math.prod(patches.grid_size(model.image_size, model.patch_size)),
-        cls_token=model.cls_token != "none",
-    )
+    return encoder_forward_flops(config.model, _count_patches(config.model))
 
 
 def count_kept_patches(config: ConfigDict) -> int:
     """Counts the patches of an image that the encoder sees in training."""
     model = config.model
-    rows, columns = patches.grid_size(model.image_size, model.patch_size)
     if not kind_of(config).has_decoder:
-        return rows * columns
+        return _count_patches(model)
     return masking.count_kept(
         strategy=model.masking,
-        grid=(rows, columns),
+        grid=patches.grid_size(model.image_size, model.patch_size),
         mask_ratio=model.mask_ratio,
         mask_file=model.mask_file,
     )
@@ -170,15 +101,11 @@ def train_flops_per_image(config: ConfigDict, num_classes: int, num_kept: int, e
       config: validated.
       num_classes: of the data set; a classifier's head has as many outputs.
       num_kept: patches that the encoder of a pretraining sees, `count_kept_patches`.
-      encoder_passes: of a classifier, see `encoder_passes_of`.
+      encoder_passes: of a classifier, in forward passes, see `encoder_passes_of`.
     """
-    model = config.model
-    shape = {name: model[name] for name in ("image_size", "patch_size", "channels", "embed_dim", "depth", "mlp_ratio")}
-    shape["cls_token"] = model.cls_token != "none"
-    if not kind_of(config).has_decoder:
-        hidden = (config.classify.hidden_dim,) if config.classify.head == "mlp" else ()
-        return classifier_train_flops_per_image(
-            **shape, num_classes=num_classes, head_hidden_dims=hidden, encoder_passes=encoder_passes
-        )
-    decoder = {name: model[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
-    return mae_train_flops_per_image(**shape, **decoder, num_keep=num_kept)
+    if kind_of(config).has_decoder:
+        return 3 * (encoder_forward_flops(config.model, num_kept) + _decoder_forward_flops(config.model, num_kept))
+    hidden = (config.classify.hidden_dim,) if config.classify.head == "mlp" else ()
+    widths = (config.model.embed_dim, *hidden, num_classes)
+    head = sum(2 * fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
+    return encoder_passes * forward_flops(config) + 3 * head
