@@ -20,13 +20,13 @@ from mae_dist.model.layers import Stack, normal02, xavier
 from mae_dist.model.positions import Positions
 
 
-def _token(kind: str, dim: int, rngs: nnx.Rngs) -> nnx.Param | None:
+def _token(kind: str, dim: int, rngs: nnx.Rngs) -> nnx.Param[jax.Array] | None:
     """Returns a learned token (1, 1, dim) ~ N(0, 0.02), or None for a constant zero."""
     return nnx.Param(normal02(rngs.params(), (1, 1, dim), jnp.float32)) if kind == "learned" else None
 
 
 def _token_value(
-    token: nnx.Param | None, batch: int, count: int, dim: int, dtype: Any
+    token: nnx.Param[jax.Array] | None, batch: int, count: int, dim: int, dtype: Any
 ) -> Float[Array, "{batch} {count} {dim}"]:
     """Repeats a token `count` times for each of `batch` examples."""
     value = jnp.zeros((1, 1, dim), dtype) if token is None else token[...].astype(dtype)

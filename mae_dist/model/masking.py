@@ -208,7 +208,7 @@ def draw_ids_shuffle(
       ConfigError: the strategy is unknown, does not support the arguments, or returns anything but (L,) integers.
     """
     fields = {"mask_ratio": mask_ratio, "mask_file": mask_file}
-    kept = count_kept(strategy=strategy, grid=grid, **fields)
+    kept = count_kept(strategy=strategy, grid=grid, mask_ratio=mask_ratio, mask_file=mask_file)
     draw, what = STRATEGIES.get(strategy).draw, f"the function of model.masking={strategy!r}"
     asked = named_arguments(draw, fields, what)
     ids_shuffle = jax.vmap(lambda key: jnp.asarray(draw(key, grid, kept, **asked)))(keys)  # (B, L)

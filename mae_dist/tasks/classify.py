@@ -25,7 +25,7 @@ class PerClassAccuracy(clu_metrics.Metric):
     correct: Float[Array, "Y"]
     count: Float[Array, "Y"]
 
-    def merge(self, other: "PerClassAccuracy") -> "PerClassAccuracy":
+    def merge(self, other: "PerClassAccuracy") -> "PerClassAccuracy":  # pyright: ignore[reportIncompatibleMethodOverride]
         return PerClassAccuracy(correct=self.correct + other.correct, count=self.count + other.count)
 
     def compute(self) -> Float[Array, "Y"]:
