@@ -28,12 +28,16 @@ import configs.default
 from configs import recipes, smoke
 from mae_dist import config as config_lib
 from mae_dist import errors
+from mae_dist.data import AUGMENTATIONS, SOURCES
 from mae_dist.metrics import results
 from mae_dist.model import masking
 from mae_dist.model.build import abstract_params
+from mae_dist.optim.optimizer import OPTIMIZERS
 from mae_dist.parallel import shardings
 from mae_dist.parallel.mesh import AXES, mesh_shape
 from mae_dist.sweep import points
+from mae_dist.task_kinds import TASK_KINDS
+from mae_dist.tasks.make import _MAKERS
 from mae_dist.training import job
 from mae_dist.weights import pretrained
 from mae_dist.weights.compatible import check_fits
@@ -47,7 +51,7 @@ COMMANDS = (
 FIELDS = dict(config_lib.flatten(configs.default.get_config()))
 SECTIONS = sorted({field.partition(".")[0] for field in FIELDS if "." in field})
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-DOCUMENTS = ("README.md", "BUILD.md", "CHANGELOG.md", "results/README.md")
+DOCUMENTS = ("README.md", "BUILD.md", "CHANGELOG.md", "docs/measurements.md", "results/README.md")
 LAUNCHERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "launch").iterdir())
 FLAGS = {name: commands.flag_names(name) for name in COMMANDS if name != "checkpoint"}
 
@@ -279,7 +283,7 @@ def name_faults(text: str, known_flags: set[str], is_message: bool = True) -> It
     for name in re.findall(r"(?<![\w./-])[a-z]+(?:_[a-z]+)+(?![\w(/])", text if is_message else ""):
         if name in WITHIN_SECTIONS:
             yield f"{name} is said without its section"
-    for path in re.findall(r"(?<![\w/])(?:mae_dist|configs|launch|tests|results)/[\w./${}]*\w", text):
+    for path in re.findall(r"(?<![\w/])(?:mae_dist|configs|docs|launch|tests|results)/[\w./${}]*\w", text):
         if "$" not in path and not (ROOT / path).exists():
             yield f"there is no {path}"
     for extra in re.findall(r"(?<!\w)\.\[([\w,]+)\]", text):
@@ -344,6 +348,25 @@ def is_of_a_module(fault: str) -> bool:
     """True for `cpu.cache_bytes`, a function of mae_dist.cpu."""
     module, _, name = fault.removesuffix(" is no field").partition(".")
     return (ROOT / f"mae_dist/{module}.py").exists() and hasattr(importlib.import_module(f"mae_dist.{module}"), name)
+
+
+def test_samples_of_the_contributor_guide(tmp_path, monkeypatch):
+    """Checks that the module in BUILD.md registers its parts, and that the lines to change are in the package."""
+    text = (ROOT / "BUILD.md").read_text(encoding="utf-8")
+    (module,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "parts_of_the_guide.py").write_text(module, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for registry in (masking.STRATEGIES, TASK_KINDS, _MAKERS, SOURCES, OPTIMIZERS, AUGMENTATIONS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    config = smoke.get_config()
+    config.imports, config.task, config.model.masking = ("parts_of_the_guide",), "weighted_pretrain", "stripes"
+    config.data.source, config.optim.name, config.data.augment = "npy", "nadamw", "darken"
+    config_lib.validate(config)
+    for diff in re.findall(r"^```diff\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for part in re.split(r"^ # ", diff, flags=re.MULTILINE)[1:]:
+            place, *lines = part.splitlines()
+            code = (ROOT / "mae_dist" / place.partition(",")[0]).read_text(encoding="utf-8").splitlines()
+            assert {line[1:] for line in lines if not line.startswith("+")} <= set(code), place
 
 
 # --- heads of configs -------------------------------------------------------------------------------------------------
