@@ -1,4 +1,4 @@
-"""The report's medium model on CIFAR-10: encoder 256d/4 blocks/4 heads, decoder 128d/2/4, patch 4, 100 epochs.
+"""The student report's medium model on CIFAR-10: encoder 256d/4 blocks/4 heads, decoder 128d/2/4, patch 4, 100 epochs.
 
 python -m mae_dist.main --config configs/cifar_medium.py
 """
@@ -9,7 +9,7 @@ import mae_dist
 
 
 def get_config() -> ConfigDict:
-    """The report's Table 1, medium."""
+    """Returns the medium model of the report's Table 1."""
     config = mae_dist.get_config("cifar_small")
     config.name = "cifar_medium"
     config.model.embed_dim = 256

@@ -1,4 +1,4 @@
-"""Accuracy of the frozen encoder of cifar_medium.py.
+"""Trains a head on the frozen encoder of cifar_medium.py, which measures its accuracy.
 
 python -m mae_dist.main --config configs/cifar_medium_probe.py
 """
@@ -10,5 +10,5 @@ from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
-    """See recipes.probe."""
+    """Returns the config of the pretraining, changed by `recipes.probe`."""
     return recipes.probe(mae_dist.get_config("cifar_medium"))

@@ -1,7 +1,7 @@
 """ViT-Tiny with 2x2 patches on CIFAR-10, the published small-data recipe: 192d/12/3, decoder 192d/4/3, 2000 epochs.
 
-Published elsewhere: 89.8 % fine-tuned against 74.1 % from scratch, both for 100 epochs. For an accelerator: 256 patches
-per image make it about 40 times the work of cifar_small.
+Published elsewhere: 89.8 % fine-tuned against 74.1 % from scratch, both for 100 epochs. It is for an accelerator: 256
+patches per image make it about 40 times the work of cifar_small.
 
 python -m mae_dist.main --config configs/cifar_vit_tiny.py
 """
@@ -12,7 +12,7 @@ import mae_dist
 
 
 def get_config() -> ConfigDict:
-    """Recipe: batch 4096, base lr 1.5e-4, 200 epochs of warm-up, pixels scaled to -1..1, no augmentation."""
+    """Returns the recipe: batch 4096, base lr 1.5e-4, 200 warm-up epochs, pixels scaled to -1..1, no augmentation."""
     config = mae_dist.default_config()
     config.name = "cifar_vit_tiny"
     config.total_epochs = 2000.0

@@ -1,4 +1,4 @@
-"""Accuracy of the encoder of cifar_vit_tiny.py, fine-tuned.
+"""Fine-tunes the encoder of cifar_vit_tiny.py, which measures its accuracy.
 
 python -m mae_dist.main --config configs/cifar_vit_tiny_finetune.py
 """
@@ -10,5 +10,5 @@ from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
-    """See recipes.finetune."""
+    """Returns the config of the pretraining, changed by `recipes.finetune`."""
     return recipes.finetune(mae_dist.get_config("cifar_vit_tiny"))

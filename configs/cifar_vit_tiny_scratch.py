@@ -10,5 +10,5 @@ from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
-    """See recipes.scratch."""
+    """Returns the config of the pretraining, changed by `recipes.scratch`."""
     return recipes.scratch(mae_dist.get_config("cifar_vit_tiny"))

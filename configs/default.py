@@ -1,4 +1,4 @@
-"""Every field with its default: `mae_dist/config/default.py`. The other files change it."""
+"""Re-exports `mae_dist/config/default.py`: every field with its default, which the other files change."""
 
 from mae_dist.config.default import get_config
 

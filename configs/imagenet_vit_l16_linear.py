@@ -1,7 +1,7 @@
 r"""The paper's linear probe of ViT-L/16 on ImageNet-1k: 90 epochs (He et al. 2021, table 10, and the published code).
 
-Expected: 76.0 % top-1, the published code's from its own encoder (800 to 1600 epochs); not run here.
-Mesh (batch 16384; every device holds the whole encoder, which is frozen and has no moments); by the sizes, not planned:
+Published top-1 with the published encoder (800 to 1600 epochs): 76.0 %. Not run here.
+Meshes (batch 16384; every device holds the whole frozen encoder, which has no moments), from the sizes, not planned:
   v5e-16      --config.accum_steps=8 (128 images at a time)
   v5e-256     as it is: 64 images a chip
   8 x H100    --config.accum_steps=16 (128 images at a time)
@@ -18,5 +18,5 @@ from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
-    """See recipes.imagenet_linear."""
+    """Returns the config of the pretraining, changed by `recipes.imagenet_linear`."""
     return recipes.imagenet_linear(mae_dist.get_config("imagenet_vit_l16"))

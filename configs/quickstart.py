@@ -1,4 +1,4 @@
-"""Quick start: 8x8 handwritten digits that come with scikit-learn; about a minute on two cores, no download.
+"""Quick start: the 8x8 handwritten digits of scikit-learn; about a minute on two cores, no download.
 
 bash launch/local.sh
 """
@@ -9,7 +9,7 @@ import mae_dist
 
 
 def get_config() -> ConfigDict:
-    """A small autoencoder with 2x2 patches, 16 to an image."""
+    """Returns a small autoencoder with 2x2 patches, 16 per image."""
     config = mae_dist.default_config()
     config.name = "quickstart"
     config.total_epochs = 120.0

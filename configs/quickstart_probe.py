@@ -1,4 +1,4 @@
-"""Accuracy of the quick start's frozen encoder: an MLP head on its features.
+"""Trains an MLP head on the features of the quick start's frozen encoder, which measures its accuracy.
 
 python -m mae_dist.main --config configs/quickstart_probe.py
 """
@@ -10,7 +10,7 @@ from mae_dist.config import recipes
 
 
 def get_config() -> ConfigDict:
-    """recipes.probe, longer, since an epoch of 1,294 images is short."""
+    """Returns the config of `recipes.probe` with more epochs, because an epoch of 1,294 images is short."""
     config = recipes.probe(mae_dist.get_config("quickstart"))
     config.total_epochs = 100.0
     config.optim.base_lr = 8e-3

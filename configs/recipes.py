@@ -1,4 +1,4 @@
-"""Turns a pretraining config into the config that belongs to it: `mae_dist/config/recipes.py`."""
+"""Re-exports `mae_dist/config/recipes.py`, which turns a pretraining's config into those of what follows it."""
 
 from mae_dist.config.recipes import finetune, imagenet_finetune, imagenet_linear, probe, scratch
 

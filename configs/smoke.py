@@ -1,4 +1,4 @@
-"""Does it run? Procedural shapes, a tiny model, twenty updates: seconds.
+"""Smoke test: procedural shapes, a tiny model, twenty steps; takes seconds.
 
 python -m mae_dist.main --config configs/smoke.py
 """
@@ -9,7 +9,7 @@ import mae_dist
 
 
 def get_config() -> ConfigDict:
-    """Everything that a real run does, as small as it goes."""
+    """Returns a config that does everything a real run does, as small as possible."""
     config = mae_dist.default_config()
     config.name = "smoke"
     config.total_steps = 20
