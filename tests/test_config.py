@@ -181,7 +181,7 @@ def test_there_are_configs():
 def test_tables_name_real_fields():
     """A typo in a table of checks would check nothing."""
     sections = {field.rpartition(".")[0] for field in FIELDS}
-    tables = (checks.POSITIVE, checks.NOT_NEGATIVE, checks.SHARES, checks.PROBABILITIES)
+    tables = (checks.POSITIVE, checks.NOT_NEGATIVE, checks.FRACTIONS, checks.PROBABILITIES)
     for table in (config_lib.CHOICES, *tables):
         assert set(table) <= set(FIELDS)
     assert set(config_lib.FREE) <= set(FIELDS) | sections
@@ -199,7 +199,7 @@ def test_fields_that_are_not_negative(field, value):
     assert f"{field}={value} must not be negative" in fault(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), numbers(checks.SHARES, -0.1, 1.0, float("nan")))
+@pytest.mark.parametrize(("field", "value"), numbers(checks.FRACTIONS, -0.1, 1.0, float("nan")))
 def test_shares(field, value):
     """Each of them has 1 / (1 - share) somewhere."""
     assert f"{field}={value} must be at least 0 and below 1" in fault(**{field: value})

@@ -97,8 +97,7 @@ NOT_NEGATIVE = (
     "checkpoint.retries",
     *(f"deadlines.{name}_secs" for name in ("start", "step", "data", "checkpoint", "evaluate", "peer")),
 )
-# Shares: in [0, 1) each.
-SHARES = (
+FRACTIONS = (  # in [0, 1)
     "ema_decay",
     "model.drop_path",
     "model.dropout",
@@ -109,12 +108,12 @@ SHARES = (
     "data.max_bad_share",
 )
 
-# Probabilities: in [0, 1] each.
+# Each in [0, 1].
 PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob")
-# What a pretraining's features are worth, by `online`.
+# Metrics of `online`.
 ONLINE = ("val_knn_top1", "val_ridge_top1")
 
-# Names of files and directories; "": none, or a default.
+# Paths; "" is none, or a default.
 PATHS = ("init_from", "model.mask_file", "data.data_dir", "data.cache_dir")
 
 
@@ -180,7 +179,7 @@ def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:
     for fields, test, needed in (
         (POSITIVE, lambda v: v > 0, "must be above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
-        (SHARES, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
+        (FRACTIONS, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
         (PROBABILITIES, lambda v: 0 <= v <= 1, "must be at least 0 and at most 1"),
     ):
         for field in fields:
@@ -275,7 +274,7 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
             f"nearest that does: {_nearest_divisor(config.global_batch_size, config.accum_steps)}"
         )
     if not 0 < config.total_epochs < math.inf:
-        yield f"total_epochs={config.total_epochs} must be above 0, with total_steps too: the warm-up is a share of it"
+        yield f"total_epochs={config.total_epochs} must be above 0, also with total_steps: the warm-up is a part of it"
     elif config.optim.warmup_epochs > config.total_epochs:
         yield (
             f"optim.warmup_epochs={config.optim.warmup_epochs} is longer than "

@@ -103,5 +103,5 @@ def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
     return lines
 
 
-# What only a pretraining takes notice of; the trainings that follow inherit it.
+# Fields that only a pretraining uses; trainings that follow inherit them.
 MASKING = ("model.masking", "model.mask_ratio", "model.mask_file")

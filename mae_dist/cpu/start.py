@@ -90,4 +90,4 @@ def _stored_choices(workdir: str) -> dict[str, Any]:
         with open(os.path.join(workdir, "config.json"), encoding="utf-8") as file:
             return dict(json.load(file)["cpu"])
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # no run there yet, or one whose damage is told later
+        return {}  # no run there yet, or one whose corruption is reported later

@@ -104,7 +104,7 @@ class Job:
     def init_state(self) -> TrainState:
         """Creates the state at step 0, sharded; with `config.init_from` it takes trained weights from there.
 
-        A pretraining takes encoder and, where there is one, decoder; probe and finetune the encoder.
+        Pretraining takes the encoder and, if there is one, the decoder; probe and finetune take the encoder.
         """
         options = None
         if self.mesh.devices.flat[0].platform == "cpu":
@@ -153,13 +153,13 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
     """Raises `ConfigError` if the mesh, a batch or the heads cannot be split over the devices."""
     shape = dict(zip(AXES, mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
     split = (("mesh.data", shape["data"]), ("mesh.fsdp", shape["fsdp"]))
-    pieces = [("accum_steps", config.accum_steps)]
+    divisors = [("accum_steps", config.accum_steps)]
     if config.cpu.pieces > 1:
-        pieces.append(("cpu.pieces", config.cpu.pieces))
+        divisors.append(("cpu.pieces", config.cpu.pieces))
     if config_lib.rows_together(config) > 1:
-        pieces.append(("pairs to mix", config_lib.rows_together(config)))
+        divisors.append(("pairs to mix", config_lib.rows_together(config)))
     for field, factors in (
-        ("global_batch_size", (*split, *pieces)),
+        ("global_batch_size", (*split, *divisors)),
         ("eval.batch_size", split),
     ):
         needed = math.prod(factor for _, factor in factors)

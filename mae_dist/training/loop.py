@@ -33,18 +33,18 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
     Args:
       job: what to train.
       workdir: where the run lives.
-      watch: takes note of what the run is doing.
-      notices: of preemption, after which the state is saved and the run ends.
-      profile_on_signal: while the loop runs, SIGUSR1 asks for a profiler's trace.
+      watch: accounts for the run's time by phase.
+      notices: preemption signals, after which the state is saved and the run ends.
+      profile_on_signal: SIGUSR1 requests a profiler trace while the loop runs.
 
     Returns:
-      The result; of a preempted run without metrics.
+      The result, without metrics if the run was preempted.
 
     Raises:
       StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.
       DataFault: an example cannot be read.
-      Diverged: `config.max_skipped_steps` updates in a row had a non-finite gradient.
-      Preempted: before there was anything to save.
+      Diverged: `config.max_skipped_steps` steps in a row had a non-finite gradient.
+      Preempted: a signal came before there was anything to save.
     """
     _warn_of_bad_records(job.data)
     total_steps = job.schedule.total_steps
@@ -81,7 +81,7 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
                     stop_if_interrupted()
                     if (ending and step < total_steps) or pending is not None:
                         return run.preempted(step)
-                if run.step < total_steps:  # told to end while it waited for a batch
+                if run.step < total_steps:  # preempted while it waited for a batch
                     if run.step == 0:
                         raise Preempted
                     run.save(checkpoints, run.step, state, None, last=True)
@@ -91,7 +91,7 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
 
 
 def _compile_ahead(job: Job, checkpoints: Checkpoints, watch: Watch) -> Compilation | None:
-    """Begins to compile the update, if there is one to come."""
+    """Begins to compile the step, if any is left to do."""
     if (checkpoints.latest_step() or 0) >= job.schedule.total_steps:
         return None
     with watch.during("compile"):
@@ -138,7 +138,7 @@ def _write_config(job: Job, workdir: epath.Path) -> None:
 
 
 def _repair_config(job: Job, workdir: epath.Path) -> None:
-    """Writes a damaged config.json again: a checkpoint has just shown that the run is of this config."""
+    """Writes a corrupted config.json again: the restored checkpoint has shown that the run is of this config."""
     path = workdir / "config.json"
     if path.exists():
         with storage_errors(path):

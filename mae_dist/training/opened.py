@@ -88,7 +88,7 @@ class Run:
             return json.loads(text) if text else {}
         except ValueError as error:
             raise errors.StorageFault(
-                f"{path} is damaged: {error}; delete it, and the run's own command writes it again"
+                f"{path} is corrupted: {error}; delete it, and the run's own command writes it again"
             ) from error
 
     def load_params(self, step: int | None = None) -> dict[str, Any]:

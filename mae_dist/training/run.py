@@ -55,7 +55,7 @@ class Run:
         self.job, self.workdir, self.recorder, self.watch, self.notices = job, workdir, recorder, watch, notices
         self.meta = job.meta  # written anew at every call of it, and needed after every update
         self.step = watch.step = start
-        self.ended = "by a fault"  # unless told otherwise
+        self.ended = "by a fault"  # until set otherwise
         began = time.time() - sum(watch.account().values())
         self.ledger = Ledger(
             workdir,
