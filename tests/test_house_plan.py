@@ -40,10 +40,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     (
         "checkpoint",
+        "cli",
         "cpu",
     ),
     (
-        "cli",
         "metrics",
         "platforms",
         "tasks",
