@@ -34,7 +34,7 @@ from mae_dist.errors import (
 )
 from mae_dist.metrics import results
 from mae_dist.resilience.lock import workdir_lock
-from mae_dist.sweep import __main__, points, workers
+from mae_dist.sweep import __main__, points
 from mae_dist.sweep import runner as sweep_runner
 from mae_dist.sweep.table import Table, describe, read_description
 from tests.runs import ONLY_UPDATES, ROOT, records, run, smoke_config, start
@@ -155,17 +155,20 @@ def test_wrong_fields_and_values(texts, words):
     assert words in str(error.value)
 
 
-def test_cores_are_shared(tmp_path):
-    """Each gets its own, all are given; a child sees only its share. More parts than cores are refused."""
+def test_cores_are_split(scripted, tmp_path):
+    """Each gets its own, all are given; a child sees only its part. More parts than cores are refused."""
     cores = sorted(os.sched_getaffinity(0))
-    parts = workers.share_cores(len(cores))
+    parts = sweep_runner.split_cores(len(cores))
     assert sorted(core for part in parts for core in part) == cores
-    assert workers.share_cores(1) == [cores]
+    assert sweep_runner.split_cores(1) == [cores]
     with pytest.raises(ConfigError, match=f"--jobs={len(cores) + 1}: each needs a core"):
-        workers.share_cores(len(cores) + 1)
-    code = "import os; print(sorted(os.sched_getaffinity(0)))"
-    assert workers.start([sys.executable, "-S", "-c", code], tmp_path / "log", parts[-1]).wait(20) == 0
-    assert workers.last_lines(tmp_path / "log", 3) == [str(parts[-1])]
+        sweep_runner.split_cores(len(cores) + 1)
+    show = f"{sys.executable} -S -c 'import os; print(sorted(os.sched_getaffinity(0)))'"
+    runner = scripted(f"{show}; sleep 0.3", show, cores=parts[-2:])
+    assert runner.run() == EXIT_DONE
+    shown = [(tmp_path / name / "log.txt").read_text().splitlines()[-1] for name in "01"]
+    assert sorted(shown) == sorted(map(str, parts[-2:]))
+    assert sorted(os.sched_getaffinity(0)) == cores
 
 
 # --- runs
@@ -242,13 +245,13 @@ def scripted(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(sweep_runner, "command", lambda stage: ["sh", "-c", f"echo attempt; {stage.name}"])
 
-    def make(*scripts, jobs=1):
+    def make(*scripts, jobs=1, cores=()):
         todo = []
         for i, (first, *following) in enumerate([text] if isinstance(text, str) else text for text in scripts):
             place = tmp_path / str(i)
             follow = [stage_of(tmp_path / f"{i},{j}", text, place) for j, text in enumerate(following)]
             todo.append(points.Point(str(i), {}, 0, (stage_of(place, first), *follow), ""))
-        return sweep_runner.Runner(todo, [[]] * jobs)
+        return sweep_runner.Runner(todo, cores or [[]] * jobs)
 
     return make
 
@@ -412,7 +415,7 @@ def test_spare_panels_and_runs_without_figures(tmp_path):
     description = read_description(epath.Path(tmp_path))
     assert description is not None
     table = Table(description, lambda name: results.read_result(epath.Path(tmp_path) / name))
-    assert [row["seeds"] for row in table.rows] == [1, 1]
+    assert [row.num_finished for row in table.rows] == [1, 1]
     panels = table.figure("model.depth").axes
     assert [panel.axison for panel in panels] == [True] * 4 + [False] * 2
 

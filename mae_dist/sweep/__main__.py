@@ -1,16 +1,15 @@
 """Trains all combinations of fields' values: `python -m mae_dist.sweep --config F --over config.a.b=x,y --seeds 3`.
 
-Each combination and seed is a run of `mae_dist.main` in a workdir of its own under --out, with `--then probe,finetune`
-followed by those of configs/recipes.py; `scratch`, which no masking changes, is trained once for all. The same line
-again skips what is finished and continues the rest; a failure takes along what begins from it and nothing else.
-SIGTERM, SIGHUP and Ctrl-C are passed on to the runs, which save. `--out D --table` shows what there is so far.
---config.a.b=x is for all.
+Each combination and seed is a run of `mae_dist.main` in a workdir of its own under --out, followed by those of
+`--then probe,finetune` by configs/recipes.py; `scratch`, which no masking changes, is trained once for all. The same
+command again skips what is finished and continues the rest; a failure stops what begins from it and nothing else.
+SIGTERM, SIGHUP and Ctrl-C are passed on to the runs, which save. `--out D --table` shows the results so far.
+--config.a.b=x holds for all.
 """
 
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from etils import epath
@@ -21,17 +20,19 @@ from mae_dist.config import recipes
 from mae_dist.metrics import results
 from mae_dist.resilience.lock import workdir_lock
 from mae_dist.storage import check_checkpoints, local
-from mae_dist.sweep import points, workers
+from mae_dist.sweep import points
 from mae_dist.sweep.points import Point
-from mae_dist.sweep.runner import Runner, command, trainings
+from mae_dist.sweep.runner import Runner, command, split_cores, trainings
 from mae_dist.sweep.table import Table, describe, read_description
 from mae_dist.task_kinds import kind_of
 
 _OVER = flags.DEFINE_multi_string("over", [], "config.section.field=value,value,…; repeat it for further fields.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "How many seeds, from the config's own on.", lower_bound=1)
-_THEN = flags.DEFINE_list("then", [], "What follows at each point: probe, finetune, scratch.")
-_SET = flags.DEFINE_multi_string("set", [], "A field of what follows, as probe.total_epochs=5; repeat it for others.")
-_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at once, each on its share of the cores.")
+_THEN = flags.DEFINE_list("then", [], "The trainings that follow at each point: probe, finetune, scratch.")
+_SET = flags.DEFINE_multi_string(
+    "set", [], "A field of one that follows, as probe.total_epochs=5; repeat it for others."
+)
+_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at once, each on its part of the cores.")
 _OUT = flags.DEFINE_string("out", None, "A local directory (default runs/sweep_<config.name>).", allow_override=True)
 _TABLE = flags.DEFINE_bool("table", False, "Only write and print the table of what is finished in --out.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print the points and their commands.")
@@ -45,7 +46,9 @@ def sweep(argv: Sequence[str]) -> int:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; fields to sweep over are --over=config.a.b=x,y")
     if _TABLE.value:
         return show_table(_local(cli.required(_OUT)))
-    base = _base()
+    base = cli.given_config()  # it need not be able to work as it is
+    if base is None:
+        raise errors.ConfigError("--config is missing: for example --config configs/quickstart.py")
     out = _local(_OUT.value or f"runs/sweep_{base.name}")
     check_checkpoints(out, saving=True)
     todo = _points(base, out)
@@ -61,9 +64,9 @@ def sweep(argv: Sequence[str]) -> int:
             for stage in stages:
                 print(shlex.join(command(stage)))
         return errors.EXIT_DONE
-    cores = workers.share_cores(_JOBS.value)
+    cores = split_cores(_JOBS.value)
     with workdir_lock(out):
-        describe(out, list(todo[0].fields), _THEN.value, [_described(point) for point in todo])
+        describe(out, list(todo[0].fields), _THEN.value, [point.describe() for point in todo])
         runner = Runner(workable, cores)
         code = runner.run()
         show_table(out)
@@ -72,25 +75,12 @@ def sweep(argv: Sequence[str]) -> int:
     return errors.EXIT_CONFIG if faults and code == errors.EXIT_DONE else code
 
 
-def _described(point: Point) -> dict[str, Any]:
-    follow = {stage.name: stage.workdir.name for stage in point.stages[1:]}
-    return {"name": point.name, "fields": point.fields, "seed": point.seed, "fault": point.fault, "follow": follow}
-
-
 def _local(value: str) -> epath.Path:
     return local(value, "--out", "a sweep is kept on a disk; write to a local path")
 
 
-def _base() -> ConfigDict:
-    """What --config names; it need not be able to work as it is."""
-    base = cli.given_config()
-    if base is None:
-        raise errors.ConfigError("--config is missing: for example --config configs/quickstart.py")
-    return base
-
-
 def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
-    """What the flags ask for, each point checked."""
+    """Returns the points that the flags ask for, each of them checked."""
     flag = flags.FLAGS["config"]
     if unknown := [name for name in _THEN.value if name not in _RECIPES]:
         raise errors.ConfigError(f"--then={unknown[0]} is not one of {', '.join(_RECIPES)}")

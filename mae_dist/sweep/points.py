@@ -38,9 +38,20 @@ class Point:
     stages: tuple[Stage, ...]
     fault: str  # why it cannot work, if it cannot
 
+    def describe(self) -> dict[str, Any]:
+        """Returns its entry in sweep.json."""
+        follow = {stage.name: stage.workdir.name for stage in self.stages[1:]}
+        return {
+            "name": self.name,
+            "fields": self.fields,
+            "seed": self.seed,
+            "fault": self.fault,
+            "follow": follow,
+        }
+
 
 def parse_over(texts: Sequence[str], base: ConfigDict) -> Over:
-    """`config.model.mask_ratio=.5,.75` -> {"model.mask_ratio": [0.5, 0.75]}, in the types of `base`.
+    """Parses `config.model.mask_ratio=.5,.75` as {"model.mask_ratio": [0.5, 0.75]}, in the types of `base`.
 
     Raises:
       ConfigError: no such field, a value that is not of its type, or one twice.
@@ -61,7 +72,7 @@ def parse_over(texts: Sequence[str], base: ConfigDict) -> Over:
 
 
 def parse_value(base: ConfigDict, field: str, text: str) -> Any:
-    """`text` as a value of a field, of the type that it has in `base`."""
+    """Parses the value of a field, of the type that it has in `base`."""
     known = dict(config_lib.flatten(base))
     if field not in known:
         raise ConfigError(f"the config has no field {field!r}.{config_lib.nearest(field, list(known))}")
@@ -86,14 +97,14 @@ def make_points(
     make_first: Callable[[dict[str, Any], Path], Stage],
     make_next: Sequence[Callable[[Stage, Path], Stage]],
 ) -> list[Point]:
-    """The product of all values and seeds.
+    """Returns a point for each combination of all values and seeds.
 
     Args:
       over: of `parse_over`.
       seeds: the values of config.seed.
       out: the directory of their workdirs.
       make_first: (fields to change, workdir) -> the first training.
-      make_next: (first training, the place beside which it goes if it needs none) -> each that follows it.
+      make_next: for each training that follows, (first training, workdir that does without masking) -> it.
     """
     short = _short_names(list(over))
 
@@ -114,7 +125,7 @@ def make_points(
 
 
 def first_stage(base: ConfigDict, file: str, overrides: Mapping[str, Any]) -> Callable[[dict[str, Any], Path], Stage]:
-    """A function that makes the training of `base` with changed fields, as a command on its config file.
+    """Returns a function that makes the training of `base` with changed fields, as a command on its config file.
 
     Args:
       base: what `file` gives with `overrides`.
@@ -123,9 +134,8 @@ def first_stage(base: ConfigDict, file: str, overrides: Mapping[str, Any]) -> Ca
     """
 
     def make(fields: dict[str, Any], workdir: Path) -> Stage:
-        given = {**overrides, **fields}
-        arguments = (f"--config={file}", *(_argument(name, value) for name, value in given.items()))
-        return Stage(base.task, workdir, _changed(base, fields), arguments)
+        given = [f"--config.{field}={value}" for field, value in {**overrides, **fields}.items()]
+        return Stage(base.task, workdir, _changed(base, fields), (f"--config={file}", *given))
 
     return make
 
@@ -135,37 +145,30 @@ def next_stage(
     recipe: Callable[[ConfigDict], ConfigDict],
     changes: Mapping[str, str],
 ) -> Callable[[Stage, Path], Stage]:
-    """A function that makes the training by a recipe of configs/recipes.py from another one.
+    """Returns a function that makes the training by a recipe of configs/recipes.py from another one.
 
-    One that begins from nothing is the same whatever the masking of the pretraining was, and has one workdir for all.
+    Trainings that begin from nothing are the same for every masking of the pretraining, and share one workdir.
 
     Args:
       name: of the recipe.
-      recipe: config of a pretraining -> its config, which starts from the pretrained weights or from none.
+      recipe: config of a pretraining -> config of this training, which begins from those weights or from none.
       changes: field -> value as text, made after the recipe.
     """
     known = dict(config_lib.flatten(default.get_config()))
 
     def make(first: Stage, unmasked: Path) -> Stage:
         config = recipe(first.config.copy_and_resolve_references())
+        beside = first.workdir if config.init_from else unmasked
         if config.init_from:
-            config.init_from, beside = str(first.workdir), first.workdir
+            config.init_from = str(first.workdir)
         else:
-            config, beside = (
-                _changed(config, {field: config_lib.get(default.get_config(), field) for field in MASKING}),
-                unmasked,
-            )
+            config = _changed(config, {field: known[field] for field in MASKING})
         config = _changed(config, {field: parse_value(config, field, text) for field, text in changes.items()})
         fields = [field for field, value in config_lib.flatten(config) if value != known[field]]
-        arguments = (_argument(field, config_lib.get(config, field)) for field in fields)
-        workdir = beside.with_name(f"{beside.name},{name}")
-        return Stage(name, workdir, config, ("--config=default", *arguments))
+        arguments = [f"--config.{field}={config_lib.get(config, field)}" for field in fields]
+        return Stage(name, beside.with_name(f"{beside.name},{name}"), config, ("--config=default", *arguments))
 
     return make
-
-
-def _argument(field: str, value: Any) -> str:
-    return f"--config.{field}={value}"
 
 
 def _fault(stages: Sequence[Stage]) -> str:
@@ -178,12 +181,12 @@ def _fault(stages: Sequence[Stage]) -> str:
 
 
 def _short_names(fields: Sequence[str]) -> dict[str, str]:
-    """model.mask_ratio -> mask_ratio, where no other field ends so."""
+    """Returns the last part of each field's name, or all of it where another field ends so."""
     last = [field.rpartition(".")[2] for field in fields]
     return {field: name if last.count(name) == 1 else field for field, name in zip(fields, last, strict=True)}
 
 
 def _readable(value: Any) -> str:
-    """A value as part of a file's name."""
+    """Returns a value as part of a file's name."""
     text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return re.sub(r"[^\w.+-]", "_", text)

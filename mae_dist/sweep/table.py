@@ -1,6 +1,7 @@
-"""The outcome of a sweep over its seeds: a table as text, CSV and JSON, and a figure for each swept field."""
+"""The results of a sweep over its seeds: a table as text, CSV and JSON, and a figure for each swept field."""
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,13 @@ from mae_dist.metrics.results import METRICS, Result, Spread, spread
 from mae_dist.storage import read_text, set_aside, storage_errors, write_bytes_atomically, write_text_atomically
 
 _SWEEP_FILE = "sweep.json"
-_CLASSIFIED = ("train_top1", "val_top1", "test_top1")  # what the trainings that follow the first are for
+_CLASSIFIED = ("train_top1", "val_top1", "test_top1")  # the metrics of the trainings that follow the first
 
 
 def describe(out: epath.Path, fields: Sequence[str], then: Sequence[str], points: Sequence[Mapping[str, Any]]) -> None:
-    """Writes sweep.json, from which alone the table can be made: what is swept and where each point is.
+    """Writes sweep.json, which alone is needed to make the table: the swept fields, and where each point is.
 
-    One that has points which are not of this sweep is kept beside it.
+    Keeps one that has points of another sweep beside it.
     """
     text = json.dumps({"fields": list(fields), "then": list(then), "points": list(points)}, indent=2)
     with storage_errors(out):
@@ -30,89 +31,88 @@ def describe(out: epath.Path, fields: Sequence[str], then: Sequence[str], points
 
 
 def read_description(out: epath.Path) -> dict[str, Any] | None:
-    """What `describe` wrote, if it did."""
+    """Returns what `describe` wrote, if it did."""
     with storage_errors(out):
         text = read_text(out / _SWEEP_FILE)
     return json.loads(text) if text else None
 
 
-class Table:
-    """One row for each combination of the swept values.
+@dataclasses.dataclass
+class Row:
+    """One combination of the swept values: `values` are those of each metric at the seeds that are finished."""
 
-    Attributes:
-      rows: `fields` (name -> value), `seeds` (finished so far), `of` (all), `fault` (why it cannot work, or "") and
-        `values` (metric -> its value at each finished seed).
-      metrics: those that any row has, in order.
-    """
+    fields: dict[str, Any]
+    fault: str  # why it cannot work, or ""
+    num_seeds: int = 0
+    num_finished: int = 0
+    values: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def cell(self, metric: str) -> Spread | None:
+        return spread(self.values[metric]) if metric in self.values else None
+
+    def label(self, without: str) -> str:
+        """Returns the values of all fields but one."""
+        pairs = ((name.rpartition(".")[2], value) for name, value in self.fields.items() if name != without)
+        return ", ".join(f"{name} {_shown(value)}" for name, value in pairs)
+
+
+class Table:
+    """One row for each combination of the swept values, and the metrics that any row has, in order."""
 
     def __init__(self, description: Mapping[str, Any], read: Callable[[str], Result | None]):
         """Collects the results.
 
         Args:
           description: of `read_description`.
-          read: name of a workdir -> what its run came to.
+          read: name of a workdir -> the result of its run, None if it is not finished.
         """
         self.fields: list[str] = description["fields"]
-        order = [*METRICS, *(f"{then}_{name}" for then in description["then"] for name in _CLASSIFIED)]
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[str, Row] = {}
         for point in description["points"]:
-            row = rows.setdefault(
-                json.dumps(point["fields"]),
-                {"fields": point["fields"], "seeds": 0, "of": 0, "fault": point["fault"], "values": {}},
-            )
+            row = rows.setdefault(json.dumps(point["fields"]), Row(point["fields"], point["fault"]))
             result = read(point["name"])
             found = dict(result.metrics) if result else {}
-            row["of"] += 1
-            row["seeds"] += result is not None
+            row.num_seeds += 1
+            row.num_finished += result is not None
             for then in description["then"]:
                 # An older sweep.json names no workdirs of these: they lay beside the first, each under its name.
                 follow = point.get("follow", {}).get(then, f"{point['name']},{then}")
                 if result := read(follow):
                     found |= {f"{then}_{name}": result.metrics[name] for name in _CLASSIFIED if name in result.metrics}
             for name, value in found.items():
-                row["values"].setdefault(name, []).append(value)
+                row.values.setdefault(name, []).append(value)
         self.rows = list(rows.values())
-        self.metrics = [name for name in order if any(name in row["values"] for row in self.rows)]
-
-    def cell(self, row: Mapping[str, Any], metric: str) -> Spread | None:
-        values = row["values"].get(metric)
-        return spread(values) if values else None
+        order = [*METRICS, *(f"{then}_{name}" for then in description["then"] for name in _CLASSIFIED)]
+        self.metrics = [name for name in order if any(name in row.values for row in self.rows)]
 
     def text(self) -> str:
-        """For people: aligned, mean ± sample standard deviation over seeds."""
+        """Returns the table for people: aligned, mean ± sample standard deviation over seeds."""
         lines = [[*(field.rpartition(".")[2] for field in self.fields), "seeds", *self.metrics]]
         for row in self.rows:
-            seeds = "cannot work" if row["fault"] else f"{row['seeds']}/{row['of']}"
-            cells = [str(self.cell(row, metric) or "-") for metric in self.metrics]
-            lines.append([*(_shown(value) for value in row["fields"].values()), seeds, *cells])
+            seeds = "cannot work" if row.fault else f"{row.num_finished}/{row.num_seeds}"
+            cells = [str(row.cell(metric) or "-") for metric in self.metrics]
+            lines.append([*map(_shown, row.fields.values()), seeds, *cells])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     def write(self, out: epath.Path) -> None:
-        """table.csv, table.json and figures/<field>.png."""
-        header = [name for metric in self.metrics for name in (metric, f"{metric}_std", f"{metric}_count")]
+        """Writes table.csv, table.json and figures/<field>.png."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
+        header = [name for metric in self.metrics for name in (metric, f"{metric}_std", f"{metric}_count")]
         writer.writerow([*self.fields, "seeds", *header])
         described = []
         for row in self.rows:
-            cells = {metric: found for metric in self.metrics if (found := self.cell(row, metric))}
-            line = [*map(_shown, row["fields"].values()), row["seeds"]]
+            line, metrics = [*map(_shown, row.fields.values()), row.num_finished], {}
             for metric in self.metrics:
-                found = cells.get(metric)
-                line += [found.mean, found.std if found.count > 1 else "", found.count] if found else ["", "", ""]
+                if cell := row.cell(metric):
+                    std = cell.std if cell.count > 1 else None
+                    metrics[metric] = {"mean": cell.mean, "std": std, "values": row.values[metric]}
+                    line += [cell.mean, std, cell.count]
+                else:
+                    line += [None, None, None]
             writer.writerow(line)
-            spreads = {
-                metric: {
-                    "mean": found.mean,
-                    "std": found.std if found.count > 1 else None,
-                    "values": row["values"][metric],
-                }
-                for metric, found in cells.items()
-            }
-            described.append({"fields": row["fields"], "seeds": row["seeds"], "metrics": spreads})
+            described.append({"fields": row.fields, "seeds": row.num_finished, "metrics": metrics})
         with storage_errors(out):
             write_text_atomically(out / "table.csv", buffer.getvalue())
             write_text_atomically(out / "table.json", json.dumps(described, indent=2) + "\n")
@@ -123,41 +123,31 @@ class Table:
                 write_bytes_atomically(out / "figures" / f"{field}.png", picture.getvalue())
 
     def figure(self, field: str) -> Any:
-        """A matplotlib Figure: a panel for each metric against `field`, a line for each combination of the others."""
+        """Draws a panel for each metric against `field`, with a line for each combination of the other fields."""
         from matplotlib.figure import Figure
 
         columns = min(3, len(self.metrics))
         rows = -(-len(self.metrics) // columns)
         figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4), dpi=100, layout="constrained")
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-        labels = list(dict.fromkeys(_shown(row["fields"][field]) for row in self.rows))  # where it is no number
-        values = [row["fields"][field] for row in self.rows]
+        values = [row.fields[field] for row in self.rows]
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        others = dict.fromkeys(self._others(row, field) for row in self.rows)
+        in_order = sorted(self.rows, key=lambda row: row.fields[field]) if numeric else self.rows
+        labels = dict.fromkeys(row.label(field) for row in self.rows)
         for panel, metric in zip(panels, self.metrics, strict=False):
-            for other in others:
-                found = [
-                    (value if numeric else labels.index(_shown(value)), cell)
-                    for row, value in zip(self.rows, values, strict=True)
-                    if self._others(row, field) == other and (cell := self.cell(row, metric))
-                ]
-                found.sort(key=lambda pair: pair[0])
-                errors = [cell.std if cell.count > 1 else 0.0 for _, cell in found]
-                xs, means = [x for x, _ in found], [cell.mean for _, cell in found]
-                panel.errorbar(xs, means, errors, marker="o", linestyle="-" if numeric else "", capsize=3, label=other)
+            for label in labels:
+                found = [row for row in in_order if row.label(field) == label and metric in row.values]
+                xs = [row.fields[field] if numeric else _shown(row.fields[field]) for row in found]
+                cells = [spread(row.values[metric]) for row in found]
+                means, stds = [cell.mean for cell in cells], [cell.std if cell.count > 1 else 0.0 for cell in cells]
+                panel.errorbar(xs, means, stds, marker="o", linestyle="-" if numeric else "", capsize=3, label=label)
             panel.set(title=metric, xlabel=field)
-            if not numeric:
-                panel.set_xticks(range(len(labels)), labels)
         for panel in panels[len(self.metrics) :]:
             panel.set_axis_off()
-        if len(others) > 1:
-            handles, names = figure.axes[0].get_legend_handles_labels()
+        if len(labels) > 1:
+            handles, names = panels[0].get_legend_handles_labels()
             figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
         return figure
-
-    def _others(self, row: Mapping[str, Any], field: str) -> str:
-        pairs = ((name.rpartition(".")[2], value) for name, value in row["fields"].items() if name != field)
-        return ", ".join(f"{name} {_shown(value)}" for name, value in pairs)
 
 
 def _shown(value: Any) -> str:
