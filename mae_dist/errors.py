@@ -1,4 +1,4 @@
-"""Faults a user can cause or cure, the exit code each one ends a command with, and what makes the one of the other.
+"""User-facing exceptions, their exit codes, and the wrapper that turns one into the other.
 
 Every message says what was wrong, the values, and the cure. Our own mistakes are `assert`s and end with code 1.
 """
@@ -6,7 +6,6 @@ Every message says what was wrong, the values, and the cure. Our own mistakes ar
 import contextlib
 import difflib
 import os
-import select
 import sys
 from collections.abc import Callable, Iterable
 
@@ -20,11 +19,11 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as shells have it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved; the same command continues
 EXIT_STALLED = 76  # no progress within a deadline; the same command continues
 EXIT_PEER_LOST = 77  # another process of the run is gone; the same command continues
-EXIT_UNREAD = 141  # nobody reads the output any more, as after `| head`; what shells make of SIGPIPE
+EXIT_UNREAD = 141  # nothing reads the output any more, as after `| head`; the code of SIGPIPE in shells
 
 
 class UserError(ValueError):
-    """Base of the faults that are reported as one message without a traceback."""
+    """Base of the exceptions that are reported as one message without a traceback."""
 
     exit_code = EXIT_INTERNAL
 
@@ -60,7 +59,12 @@ def nearest(value: str, choices: Iterable[str]) -> str:
 
 
 def exit_code_of(command: Callable[[], int]) -> int:
-    """Runs a command: a fault of the user is one message and its code; any other exception passes."""
+    """Runs a command and returns its exit code: a fault of the user is one message, any other exception passes.
+
+    Nothing is printed where the reader of the standard output has ended (`| head`); a full disk behind it is a fault.
+    SIGPIPE stays ignored, as Python has it: by default it would kill a training within a save.
+    """
+    failure = None
     try:
         code = command()
     except UserError as error:
@@ -70,63 +74,36 @@ def exit_code_of(command: Callable[[], int]) -> int:
         say("interrupted: the same command continues from the last checkpoint")
         code = EXIT_INTERRUPTED
     except OSError as error:
-        if not _is_of_the_output(error):
-            raise
-        code = _unwritten(error)
+        code, failure = EXIT_DONE, error
     try:
-        sys.stdout.flush()
+        print(end="\n" if failure else "", flush=True)  # one more line tells whether it is the output that fails
     except OSError as error:
-        code = code or _unwritten(error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left, at the interpreter's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        if isinstance(error, BrokenPipeError):
+            return code or EXIT_UNREAD
+        say(f"error: the output cannot be written: {error}. Free some space, or send it elsewhere")
+        return code or EXIT_STORAGE
+    if failure:
+        raise failure
     return code
 
 
 def say(message: str) -> None:
     """Prints to the standard error output, whether or not anything can be written there any more.
 
-    For signal handlers and threads too: unlike `print` it waits for no lock, and nothing is raised amid other work.
+    For signal handlers and threads too: unlike `print` it waits for no lock, and raises nothing amid other work.
     """
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode(errors="backslashreplace"))
 
 
 def open_closed_streams() -> None:
-    """Starts this process once more if a standard stream is closed (`>&-`), with the null device in its place.
+    """Opens the null device for each standard stream that is closed (`>&-`).
 
-    Else the next file that is opened gets its number, and what libraries print. Before anything else: loggers keep the
-    stream that they find.
+    The next file that is opened would get its number otherwise, and what libraries print.
     """
-    closed = [number for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)) if stream is None]
-    if closed:
-        null = os.open(os.devnull, os.O_RDWR)
-        for number in closed:
-            os.dup2(null, number)
-            os.set_inheritable(number, True)  # `null` may be that number itself
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _unwritten(error: OSError) -> int:
-    """The exit code after the standard output could not be written."""
-    if _output_is_unread():
-        return EXIT_UNREAD
-    say(f"error: the output cannot be written: {error}. Free some space, or send it elsewhere")
-    return EXIT_STORAGE
-
-
-def _is_of_the_output(error: OSError) -> bool:
-    """True if the standard output is what could not be written: one more empty line is tried."""
-    if isinstance(error, BrokenPipeError):
-        return _output_is_unread()
-    try:
-        if error.filename is None:
-            print(flush=True)
-    except OSError as again:
-        return again.errno == error.errno
-    return False
-
-
-def _output_is_unread() -> bool:
-    """True if the reader of our output has ended, as in `… | head`, or its terminal was closed."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # faults are told without being asked for
-    return bool(poll.poll(0))
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115 (gets the lowest free number)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
