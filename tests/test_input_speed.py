@@ -1,5 +1,6 @@
 """The input pipeline measured alone and against PyTorch's, which reads the same records."""
 
+import functools
 import io
 import os
 import signal
@@ -15,13 +16,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from mae_dist.benchmark import inputs, torch_input
+from mae_dist.benchmark import inputs, turns, updates
 from mae_dist.data.batches import Batches, HostBatch
 from mae_dist.data.from_config import open_data, open_dataset
 from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.data.transforms import CROP_UNIFORMS, Augment, RandomCrops
 from mae_dist.errors import EXIT_CONFIG, ConfigError, DataFault
 from mae_dist.training import job
+from tests.comparators import torch_input
 from tests.conftest import ROOT
 from tests.test_tfds import prepare_shapes
 
@@ -61,21 +63,21 @@ def test_the_other_pipeline_makes_the_same_of_the_same_records(config: ConfigDic
 
 
 def test_both_are_measured_by_turns_and_stopped_between(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = inputs.Pipeline.run
-    turns = []
+    run = turns.Child.run
+    names = []
 
-    def watched(self: inputs.Pipeline, count: int) -> float:
+    def watched(self: turns.Child, count: int) -> float:
         seconds = run(self, count)
-        turns.append(self.name)
+        names.append(self.name)
         deadline = time.monotonic() + 20
-        while not all(_is_stopped(process) for process in inputs._group(self._process.pid)):
+        while not all(_is_stopped(process) for process in turns.processes_of(self.process.pid)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         return seconds
 
-    monkeypatch.setattr(inputs.Pipeline, "run", watched)
+    monkeypatch.setattr(turns.Child, "run", watched)
     result = inputs.measure(config, against_torch=True, repeats=2, secs=0.05)
-    assert turns == ["mae_dist", "torch"] * 3
+    assert names == ["mae_dist", "torch"] * 3
     assert result["images_per_sec"] > 0
     assert result["ratio"] > 0
     assert result["torch_worker_peak_mib"] > 10
@@ -96,7 +98,7 @@ def test_a_long_trial_tells_speed_and_memory_again_and_again(config: ConfigDict)
 
 def test_a_pipeline_that_ends_is_told(config: ConfigDict) -> None:
     with inputs.pipelines(config, against_torch=False) as (pipeline,):
-        os.killpg(pipeline._process.pid, signal.SIGKILL)
+        os.killpg(pipeline.process.pid, signal.SIGKILL)
         with pytest.raises(DataFault, match="mae_dist ended with code -9"):
             pipeline.run(1)
 
@@ -125,11 +127,19 @@ def test_the_files_may_be_many(config: ConfigDict) -> None:
     dataset = open_dataset(config, "train")
     options = inputs._torch_options(config, dataset)
     options["spans"] *= 1 + (1 << 17) // len(options["spans"][0])  # more than an argument of a command may hold
-    pipeline = inputs.Pipeline("torch", "mae_dist.benchmark.torch_input", options)
+    pipeline = turns.Child("torch", (turns.comparator("torch_input"),), options)
     try:
         assert pipeline.run(1) > 0
     finally:
         pipeline.close()
+
+
+def test_what_an_installed_package_lacks_is_named(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "__file__", "/nowhere/mae_dist/benchmark/turns.py")
+    for measure in (inputs.measure, functools.partial(updates.measure, what="train")):
+        against = {"against_torch" if measure is inputs.measure else "against_hf": True}
+        with pytest.raises(ConfigError, match=r"which is in a clone and not in the installed package: clone .*parity"):
+            measure(config, **against, repeats=1, secs=0.05)
 
 
 @pytest.mark.parametrize("flags", ["--what=input --scaling", "--what=input --minutes=1 --against=torch"])

@@ -1,11 +1,10 @@
 """Measures a config here: `python -m mae_dist.benchmark --config F [--against hf] [--what features] [--scaling]`.
 
-`--what input` measures the training input alone, by turns with a DataLoader of PyTorch if `--against torch`, or once a
-minute for `--minutes`.
-
-Repeats of several updates with the real data pipeline; medians, and the spread as (largest - smallest) / median.
+Repeats of several steps with the real data pipeline; medians, and the spread as (largest - smallest) / median.
 `--against hf` takes turns with Hugging Face's ViTMAE of the same shape in PyTorch, eager and compiled, on as many
-threads (extra `parity`). `--scaling` measures one change after another, each in a process of its own.
+threads (in a clone with the extra `parity`). `--scaling` measures one change after another, each in a process of its
+own. `--what input` measures the training input alone, by turns with a DataLoader of PyTorch if `--against torch`, or
+once a minute for `--minutes`.
 """
 
 import json
@@ -17,8 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from mae_dist import cli, errors
-from mae_dist.benchmark import inputs
-from mae_dist.benchmark.updates import Ours, Result, Theirs, measure
+from mae_dist.benchmark import inputs, updates
+from mae_dist.benchmark.turns import Result
 from mae_dist.cpu import cores
 from mae_dist.cpu.start import use_cores
 
@@ -28,7 +27,7 @@ _WHAT = flags.DEFINE_enum(
     "what",
     "train",
     ["train", "features", "input"],
-    "Updates, features of whole images, or the training input alone.",
+    "Steps, features of whole images, or the training input alone.",
     allow_override=True,
 )
 _SCALING = flags.DEFINE_bool("scaling", False, "A table over batch sizes, image sizes, model sizes and CPU devices.")
@@ -47,13 +46,8 @@ def benchmark(argv: Sequence[str]) -> int:
     if _WHAT.value == "input":
         return _input(config)
     use_cores(config, None)
-    ours = Ours(config, _WHAT.value)
-    others = {}
-    if _AGAINST.value:
-        others = {
-            name: Theirs(config, _WHAT.value, name == "compiled", ours.job.num_kept) for name in ("eager", "compiled")
-        }
-    _show(measure(ours, others, repeats=_REPEATS.value, secs=_SECS.value))
+    against_hf = _AGAINST.value == "hf"
+    _show(updates.measure(config, _WHAT.value, against_hf=against_hf, repeats=_REPEATS.value, secs=_SECS.value))
     return errors.EXIT_DONE
 
 
@@ -66,7 +60,7 @@ def _check_flags() -> None:
     if _MINUTES.value and (not is_input or _AGAINST.value):
         raise errors.ConfigError("--minutes is for --what input without --against; leave it out, or the other")
     if _SCALING.value and is_input:
-        raise errors.ConfigError("--scaling is of models, and --what input has none; leave one out")
+        raise errors.ConfigError("--scaling measures models, and --what input has none; leave one out")
 
 
 def _show(result: Result) -> None:
@@ -83,14 +77,14 @@ def _input(config: ConfigDict) -> int:
     if _MINUTES.value:
         for line in inputs.watch(config, _MINUTES.value):
             print(json.dumps(line), flush=True)
-        return errors.EXIT_DONE
-    against_torch = _AGAINST.value == "torch"
-    _show(inputs.measure(config, against_torch=against_torch, repeats=_REPEATS.value, secs=_SECS.value))
+    else:
+        against_torch = _AGAINST.value == "torch"
+        _show(inputs.measure(config, against_torch=against_torch, repeats=_REPEATS.value, secs=_SECS.value))
     return errors.EXIT_DONE
 
 
 def _variations(config: ConfigDict) -> Iterator[tuple[str, list[str]]]:
-    """(what is changed, overrides)."""
+    """Yields what is changed, and its overrides."""
     model, batch = config.model, config.global_batch_size
     yield "as configured", []
     for factor in (0.25, 4):

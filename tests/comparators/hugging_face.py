@@ -1,7 +1,7 @@
-"""Hugging Face's ViTMAE in PyTorch: how it describes a model of ours, and a process that does its steps when told to.
+"""Hugging Face's ViTMAE in PyTorch, for `mae_dist.benchmark --against hf`.
 
-`python -m mae_dist.benchmark.hugging_face '{"config": {…}, …}'` prints `ready <compile seconds>`, and after each line
-`<n>` of its input the seconds that n steps took. It imports neither JAX nor anything of mae_dist.
+It reads its options as the line `{"config": {…}, …}` and prints `ready`; for each further line `<n>` it prints the
+seconds that n steps took.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def make_step(options: dict[str, Any]) -> Any:
-    """One training step with AdamW, or one forward pass of the encoder on whole images without gradients."""
+    """Returns one training step with AdamW, or one forward pass of the encoder on whole images without gradients."""
     import torch
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -39,11 +39,10 @@ def make_step(options: dict[str, Any]) -> Any:
 
 
 def serve(options: dict[str, Any]) -> None:
-    """Warms up, then obeys."""
+    """Does a first step, then as many as each line of the input asks for."""
     step = make_step(options)
-    began = time.monotonic()
     step()
-    print(f"ready {time.monotonic() - began}", flush=True)
+    print("ready", flush=True)
     for line in sys.stdin:
         began = time.monotonic()
         for _ in range(int(line)):
@@ -52,4 +51,4 @@ def serve(options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    serve(json.loads(sys.stdin.readline()))

@@ -1,8 +1,7 @@
-"""The usual input pipeline in PyTorch, Pillow and a DataLoader, in a process that takes from it when told to.
+"""The usual input pipeline in PyTorch, with Pillow and a DataLoader, for `mae_dist.benchmark --against torch`.
 
-`python -m mae_dist.benchmark.torch_input` reads the line `{"spans": […], …}` and prints `ready`, and after each further
-line `<n>` the seconds that n batches took. Random resized crop and flip are torchvision's, written out. It imports
-neither JAX nor anything of mae_dist.
+It reads its options as the line `{"spans": […], …}` and prints `ready`; for each further line `<n>` it prints the
+seconds that n batches took. Random resized crop and flip are torchvision's, written out.
 """
 
 import io
@@ -16,7 +15,7 @@ import numpy as np
 
 
 def crop_box(width: int, height: int, scale: list[float], ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Any:
-    """(left, top, right, bottom) as torchvision's RandomResizedCrop draws it; the whole image after ten misses."""
+    """Returns (left, top, right, bottom) as torchvision's RandomResizedCrop does; the whole image after ten misses."""
     import torch
 
     for _ in range(10):
@@ -31,7 +30,7 @@ def crop_box(width: int, height: int, scale: list[float], ratio: tuple[float, fl
 
 
 class Records:
-    """Examples of array_record files as (uint8 tensor (C, H, W), label): a map-style dataset."""
+    """A map-style dataset of array_record files; an example is (uint8 tensor (C, H, W), label)."""
 
     def __init__(self, spans: list[str], image_size: list[int], mode: str, scale: list[float]):
         self._spans, self._image_size, self._mode, self._scale = spans, image_size, mode, scale
@@ -61,12 +60,12 @@ class Records:
 
 
 def _span(span: str) -> list[str]:
-    """The numbers of `file[start:stop]`."""
+    """Returns the numbers of `file[start:stop]`."""
     return span[span.rindex("[") + 1 : -1].split(":")
 
 
 def serve(options: dict[str, Any]) -> None:
-    """Takes the first batch, then obeys."""
+    """Takes the first batch, then as many as each line of the input asks for."""
     import torch
 
     torch.set_num_threads(1)  # of one process; the workers are the parallelism
