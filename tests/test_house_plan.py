@@ -46,13 +46,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "metrics",
         "platforms",
+        "prepare",
         "tasks",
         "weights",
     ),
     (
         "convert",
         "evaluation",
-        "prepare",
         "sweep",
     ),
     (
