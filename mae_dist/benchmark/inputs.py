@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -23,7 +23,9 @@ _MANY = 1 << 40
 @contextlib.contextmanager
 def pipelines(config: ConfigDict, against_torch: bool) -> Iterator[list[Child]]:
     """Holds the config's pipeline and, if asked for, PyTorch's with as many workers as ours has threads or workers."""
-    started = [("mae_dist", ("-m", "mae_dist.benchmark.inputs"), json.loads(config_lib.to_json(config)))]
+    started: list[tuple[str, Sequence[str], Result]] = [
+        ("mae_dist", ("-m", "mae_dist.benchmark.inputs"), json.loads(config_lib.to_json(config)))
+    ]
     if against_torch:
         dataset = open_dataset(config, config.data.train_split)
         started.append(("torch", (comparator("torch_input"),), _torch_options(config, dataset)))

@@ -21,6 +21,8 @@ class Subject(Protocol):
         """Returns the seconds that `count` batches take."""
         ...
 
+    def close(self) -> None: ...
+
 
 class Child:
     """A subject in a process group of its own, which is stopped except during its turns.
