@@ -5,25 +5,26 @@
     run = mae_dist.open_run("runs/smoke")             # its records, weights, reconstructions, evaluations
     features = run.encoder().features(images)         # load_encoder(path): other weights too
 
-`build(config)` gives the parts of a training to a loop of one's own. Faults are those of `mae_dist.errors`.
+`build(config)` gives the parts of a training to a loop of one's own. User faults raise the exceptions of
+`mae_dist.errors`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
+
+from etils import epy
 
 from mae_dist import errors
 from mae_dist.config.default import get_config as default_config
 from mae_dist.config.named import get_config
 
-if TYPE_CHECKING:
+# Imported when first used, for JAX comes with them: a typo on a command line is reported before that.
+with epy.lazy_api_imports(globals()):
     from mae_dist.evaluation.encoder import Encoder, load_encoder
     from mae_dist.model import masking
     from mae_dist.training.job import Job
     from mae_dist.training.opened import Run, open_run
     from mae_dist.training.session import build, train
     from mae_dist.training.summary import Result
-
-    __version__: str
 
 __all__ = [
     "Encoder",
@@ -41,40 +42,7 @@ __all__ = [
     "train",
 ]
 
-# Imported when first used, for JAX comes with them: a typo on a command line is told before. A name is that of a module
-# (`package.module`) or of something in one (`package.module:name`).
-_LAZY = {
-    "Encoder": "mae_dist.evaluation.encoder:Encoder",
-    "Job": "mae_dist.training.job:Job",
-    "Result": "mae_dist.training.summary:Result",
-    "Run": "mae_dist.training.opened:Run",
-    "build": "mae_dist.training.session:build",
-    "load_encoder": "mae_dist.evaluation.encoder:load_encoder",
-    "masking": "mae_dist.model.masking",
-    "open_run": "mae_dist.training.opened:open_run",
-    "train": "mae_dist.training.session:train",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return _version()
-    if name not in _LAZY:
-        raise AttributeError(f"module 'mae_dist' has no attribute {name!r}; it offers {', '.join(__all__)}")
-    module, _, attribute = _LAZY[name].partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    """Returns the installed version; of files that were put on the path without an installation it is unknown."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("mae_dist")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+try:
+    __version__ = metadata.version("mae_dist")
+except metadata.PackageNotFoundError:  # files that were put on the path without an installation
+    __version__ = "unknown"

@@ -1,4 +1,4 @@
-"""The flags that commands share, the wrapper that runs a command, and its exit code."""
+"""The flags that commands share, and the wrapper that runs a command."""
 
 import os
 import re
@@ -16,22 +16,22 @@ from mae_dist import console, errors
 from mae_dist.config import named
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "What to train: a name, as cifar_small, or a file.", lock_config=True
+    "config", None, "The config: a name, as cifar_small, or a file.", lock_config=True
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives (default runs/<config.name>); may be gs://….")
+WORKDIR = flags.DEFINE_string("workdir", None, "The directory of the run (default runs/<config.name>); may be gs://….")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, for several processes.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; what is wrong with it, the config's file or an override of it is a `ConfigError`."""
+    """Parses the command line; a fault in it, in the config's file or in an override raises a `ConfigError`."""
     console.check_arguments(argv)
     argv = with_config_path(argv)
     try:
         rest = flags.FLAGS(list(argv))
         if CONFIG.value is not None:
-            getattr(CONFIG.value, "name", None)  # a file that is not there is an error only when it is first read
+            getattr(CONFIG.value, "name", None)  # a missing file is an error only when it is first read
     except (Exception, SystemExit) as error:
         raise errors.ConfigError(_fault_in_config(error) or _fault_on_command_line(error)) from error
     if CONFIG.value is not None:
@@ -40,22 +40,16 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def with_config_path(argv: Sequence[str]) -> list[str]:
-    """Puts the path of its file in the place of the name of a config that comes with the package."""
+    """Replaces the name of a config that comes with the package by the path of its file."""
     found = list(argv)
     for place, argument in enumerate(argv[1:], start=1):
-        flag, equals, value = argument.partition("=")
-        if flag not in ("--config", "-config"):
-            continue
-        if not equals and place + 1 < len(argv):
-            found[place + 1] = _config_path(argv[place + 1])
-        elif equals:
-            found[place] = f"{flag}={_config_path(value)}"
+        flag = re.match(r"--?config=", argument)
+        if flag or argv[place - 1] in ("--config", "-config"):
+            start = flag.end() if flag else 0
+            value = argument[start:]
+            if value.isidentifier() and not os.path.exists(value):
+                found[place] = argument[:start] + str(named.path(value))
     return found
-
-
-def _config_path(value: str) -> str:
-    is_name = value.isidentifier() and not os.path.exists(value)
-    return str(named.path(value)) if is_name else value
 
 
 def _fault_on_command_line(error: BaseException) -> str:
@@ -67,14 +61,14 @@ def _fault_on_command_line(error: BaseException) -> str:
 
 
 def _said(error: BaseException) -> Any:
-    """The message of an exception; ConfigDict's is that of a KeyError inside an AttributeError."""
+    """Returns the message of an exception; ConfigDict puts it into a KeyError inside an AttributeError."""
     while isinstance(error, AttributeError | KeyError) and error.args:
         error = error.args[0]
     return error.msg if isinstance(error, SyntaxError) else error
 
 
 def _fault_in_config(error: BaseException | None) -> str:
-    """Names the lines of the user's files that raised `error`, or what it was raised from; "" if none did."""
+    """Returns the lines of the user's files that raised `error` or its cause, "" if none did."""
     found = ""
     while error is not None:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
@@ -89,13 +83,13 @@ def _fault_in_config(error: BaseException | None) -> str:
 
 
 def _is_users(file: str) -> bool:
-    """True if a source file is neither Python's, nor a library's, nor this package's."""
+    """True if a source file belongs neither to Python, nor to a library, nor to this package."""
     libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     return not file.startswith(("<", os.path.dirname(os.path.abspath(__file__)), *libraries))
 
 
 def _check_fields(config: Any) -> None:
-    """Raises a `ConfigError` if --config gives fields that do not exist, or lacks some."""
+    """Raises a `ConfigError` if --config has fields that do not exist, or lacks some."""
     from mae_dist import config as config_lib
 
     if not isinstance(config, ConfigDict):
@@ -103,7 +97,7 @@ def _check_fields(config: Any) -> None:
     faults = config_lib.field_faults(config)
     if faults:
         lines = [f"{fault} ({_line_with(field)})" for field, fault in faults.items()]
-        raise errors.ConfigError("the config is not as configs/default.py has it:\n  - " + "\n  - ".join(lines))
+        raise errors.ConfigError("the fields are not those of configs/default.py:\n  - " + "\n  - ".join(lines))
 
 
 def _config_file() -> str:
@@ -111,7 +105,7 @@ def _config_file() -> str:
 
 
 def _line_with(words: str) -> str:
-    """The config's file, and the last line in it that has the last of these words."""
+    """Returns the config's file, with its last line that has the last of these words."""
     word = re.compile(rf"\b{re.escape(words.rpartition('.')[2])}\b")
     with open(_config_file(), encoding="utf-8", errors="replace") as file:
         numbers = [number for number, line in enumerate(file, start=1) if word.search(line)]
@@ -119,9 +113,9 @@ def _line_with(words: str) -> str:
 
 
 def join_processes(watching: Any = None, notices: Any = None) -> None:
-    """Joins the processes of one command, as the flags or the cluster say, before any device is touched.
+    """Joins the processes of one command by the flags or the cluster's variables, before any device is used.
 
-    A training's `Watch` and `Notices` join with it.
+    A training's `Watch` and `Notices` join them too.
     """
     from mae_dist.parallel import processes
 
@@ -161,14 +155,14 @@ def is_single_process() -> bool:
 
 
 def required(flag: flags.FlagHolder[Any]) -> str:
-    """The value of a flag that a command cannot do without."""
+    """Returns the value of a flag; raises a `ConfigError` if it is missing."""
     if not flag.value:
         raise errors.ConfigError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
     return flag.value
 
 
 def new_local_path(value: str) -> Any:
-    """Where a command shall write what is not there yet; a `ConfigError` for a bucket or something that exists."""
+    """Returns --out as a path; raises a `ConfigError` for a bucket, or if it exists already."""
     from mae_dist import storage
 
     path = storage.local(value, "--out", "write to a local path and copy the result to the bucket")
@@ -178,12 +172,12 @@ def new_local_path(value: str) -> Any:
 
 
 def given_config() -> ConfigDict | None:
-    """What --config names, if anything."""
+    """Returns the config of --config, if it is given."""
     return CONFIG.value
 
 
 def needed_config() -> ConfigDict:
-    """What --config names, checked."""
+    """Returns the config of --config, validated."""
     if CONFIG.value is None:
         raise errors.ConfigError("--config is missing: for example --config configs/smoke.py (seconds, no download)")
 
@@ -194,10 +188,10 @@ def needed_config() -> ConfigDict:
 
 
 def run(entry: Callable[[Sequence[str]], int]) -> None:
-    """Runs a command: faults of the user are one message and their exit code, anything else a traceback and 1."""
+    """Runs a command: a fault of the user is one message and its exit code, anything else a traceback and code 1."""
     if "--help" in sys.argv[1:]:
         sys.exit(errors.exit_code_of(_show_help))
-    if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its updates; before and after them it would kill
+    if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its steps; before and after them it would kill
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     errors.open_closed_streams()
     logging.set_verbosity(logging.INFO)
@@ -210,15 +204,15 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
         code = errors.EXIT_INTERNAL
     if code == errors.EXIT_DONE:
         return
-    # Not by sys.exit: of several processes one with a fault must not wait for the others, which wait for it; and a
-    # compilation under way does not survive the interpreter.
+    # Not by sys.exit: one of several processes must not wait for the others, which wait for it; and a compilation under
+    # way does not survive the interpreter.
     os._exit(code)
 
 
-def end_when_told() -> None:
-    """Makes SIGTERM and SIGHUP end this process as preempted, wherever `Notices` does not take them.
+def exit_on_signal() -> None:
+    """Makes SIGTERM and SIGHUP end this process as preempted while `Notices` does not handle them.
 
-    Before it does there is nothing to save, and afterwards all is saved: a second signal must not change the code.
+    Before that there is nothing to save, and afterwards all is saved: a second signal must not change the code.
     """
 
     def end(number: int, frame: Any) -> None:

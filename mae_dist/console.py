@@ -1,4 +1,4 @@
-"""Command-line arguments, and output to a terminal or log, whatever their characters."""
+"""Arguments and output with any characters, and logs without the tracebacks of libraries."""
 
 import io
 import logging
@@ -20,10 +20,10 @@ def check_arguments(argv: Sequence[str]) -> None:
 
 
 def set_up() -> None:
-    """Lets every character be printed, and a failed save be one message instead of hundreds of tracebacks.
+    """Allows every character in the output, and makes a failed save one message instead of hundreds of tracebacks.
 
-    Orbax raises what it logs, and leaves tasks behind that failed for the same reason; tensorstore calls them back when
-    their event loop is closed.
+    Orbax logs what it raises, and leaves failed tasks behind; tensorstore calls them back when their event loop is
+    closed.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

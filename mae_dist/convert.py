@@ -1,7 +1,7 @@
-"""Turns trained weights into another layout: `python -m mae_dist.convert --source S --out O --to hf|timm|mae_dist`.
+"""Converts trained weights to another layout: `python -m mae_dist.convert --source S --out O --to hf|timm|mae_dist`.
 
 S is the workdir of a run, a directory in Hugging Face's layout (ViTMAE, or ViT for a classifier), or a `.pth` or
-`.safetensors` file in timm's, which the paper's own code extends by a decoder. O is written whole or not at all.
+`.safetensors` file in timm's, which the paper's own code extends by a decoder. O is written completely or not at all.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from mae_dist.weights.convert import convert_weights
 _SOURCE = flags.DEFINE_string("source", None, "Workdir, Hugging Face directory, or file in timm's layout.")
 _OUT = flags.DEFINE_string("out", None, "A directory for hf and mae_dist, a file for timm.", allow_override=True)
 _TO = flags.DEFINE_enum("to", None, [*layouts.LAYOUTS, "mae_dist"], "The layout to write.")
-_IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Height,width for which positions are interpolated.")
-_CHANNELS = flags.DEFINE_integer("channels", None, "Adapt the patch products to so many channels.")
+_IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Height,width to interpolate positions for.")
+_CHANNELS = flags.DEFINE_integer("channels", None, "Adapt the patch embedding to so many channels.")
 _ENCODER_ONLY = flags.DEFINE_bool("encoder_only", False, "Leave out the decoder or the head.")
 
 

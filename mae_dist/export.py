@@ -31,9 +31,9 @@ from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the model is.", allow_override=True)
 _OUT = flags.DEFINE_string("out", None, "The file to write.", allow_override=True)
-_WHAT = flags.DEFINE_enum("what", "encoder", ["encoder", "reconstruction"], "Which function.")
-_INPUT = flags.DEFINE_enum("input", "uint8", ["uint8", "float32"], "Type of the images.")
-_PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "Where it will run.")
+_WHAT = flags.DEFINE_enum("what", "encoder", ["encoder", "reconstruction"], "The function to write.")
+_INPUT = flags.DEFINE_enum("input", "uint8", ["uint8", "float32"], "The type of the images.")
+_PLATFORMS = flags.DEFINE_list("platforms", ["cpu", "cuda", "tpu"], "The platforms it will run on.")
 
 Function = Callable[..., dict[str, jax.Array]]
 
@@ -64,7 +64,7 @@ def export(argv: Sequence[str]) -> int:
 def make_function(
     source: pretrained.Pretrained, what: str, dtype: str
 ) -> tuple[Function, dict[str, jax.ShapeDtypeStruct]]:
-    """The function with its weights inside, and its arguments in order, their number of images a symbol."""
+    """Returns the function with its weights inside, and the shapes of its arguments for a symbolic number of images."""
     config, model = source.config, source.config.model
     (batch,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *model.image_size, model.channels), jnp.dtype(dtype))
@@ -86,7 +86,7 @@ def _make_reconstruction(config: ConfigDict, params: Any) -> Function:
 
     def reconstruct(images: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
         model = bind(params)
-        _, kept = model.draw_ids_shuffle(jax.random.split(jax.random.key(0), 1))  # how many; which, the noise says
+        _, kept = model.draw_ids_shuffle(jax.random.split(jax.random.key(0), 1))  # only how many are kept
         ids_shuffle = jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32)
         pred, true, mask = model(scale(images, config), ids_shuffle, kept, None)
         return {**make_pictures(config, pred, true, mask), "mask": mask}
@@ -95,7 +95,7 @@ def _make_reconstruction(config: ConfigDict, params: Any) -> Function:
 
 
 def _check(path: epath.Path, function: Function, arguments: dict[str, jax.ShapeDtypeStruct]) -> None:
-    """Runs what was written, for one image and for three, and compares it with the function itself."""
+    """Runs the written file for one image and for three, and compares the results with the function's own."""
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     here = jax.export.default_export_platform()  # cuda or rocm, where the backend is called gpu
     if here not in exported.platforms:
@@ -103,10 +103,10 @@ def _check(path: epath.Path, function: Function, arguments: dict[str, jax.ShapeD
         return
     rng = np.random.default_rng(0)
     for batch in (1, 3):
-        shares = {name: rng.random((batch, *value.shape[1:]), np.float32) for name, value in arguments.items()}
-        drawn = [
-            shares[n] if v.dtype == np.float32 else (shares[n] * 255).astype(np.uint8) for n, v in arguments.items()
-        ]
+        drawn = []
+        for shape in arguments.values():
+            scale = 255 if shape.dtype == np.uint8 else 1
+            drawn.append((scale * rng.random((batch, *shape.shape[1:]), np.float32)).astype(shape.dtype))
         ours, written = jax.jit(function)(*drawn), exported.call(*drawn)
         for name, value in ours.items():
             difference = float(jnp.abs(value - written[name]).max())

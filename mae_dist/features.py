@@ -1,8 +1,8 @@
 """Writes the features of a split: `python -m mae_dist.features --workdir W --out F [--split test] [--kinds mean,cls]`.
 
 W is the workdir of a run, a directory of `mae_dist.convert` or in Hugging Face's layout, or a file in timm's; the
-images are those of W's config, or of --config. F becomes a directory of shards and `features.json`, which says what is
-in them; it appears when all of it is written. Every readable image is in it once, nothing masked, nothing random.
+images are those of W's config, or of --config. F becomes a directory of shards and `features.json`, which describes
+them; it appears when it is complete. Every readable image is in it once, with nothing masked and nothing random.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ _OUT = flags.DEFINE_string("out", None, "The directory to write.", allow_overrid
 _SPLIT = flags.DEFINE_string(
     "split", "test", "train, val or test of the config, or an expression such as train[:10%].", allow_override=True
 )
-_KINDS = flags.DEFINE_list("kinds", ["mean"], f"What to write, of {', '.join(KINDS)}.")
-_BLOCK = flags.DEFINE_integer("block", None, "Of which block's output, from 1; by default the last, normalised.")
-_FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "parquet"], "Of the shards.")
+_KINDS = flags.DEFINE_list("kinds", ["mean"], f"The features to write, of {', '.join(KINDS)}.")
+_BLOCK = flags.DEFINE_integer("block", None, "The block to write the output of, from 1; default: the last, normalised.")
+_FORMAT = flags.DEFINE_enum("format", "npz", ["npz", "parquet"], "The format of the shards.")
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 10_000, "Examples in a shard.", lower_bound=1)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where TFDS keeps data sets, if not where the config says.", allow_override=True
@@ -52,14 +52,14 @@ def features(argv: Sequence[str]) -> int:
     out = cli.new_local_path(out_value)
     source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
     config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
-    # Refuses what the model has not, before data are opened.
+    # Raises for features that the model does not have, before data are opened.
     compute = extract.prepare(source, config, _KINDS.value, _BLOCK.value)
     split = extract.split_expression(config, "split", split)
     dataset = open_dataset(config, split)
     logging.info("%s; %d images of %s", source.origin, dataset.num_examples, split)
-    # Only the first process writes: on another machine, a process may have the same number.
+    # Only the first process writes: on another machine, a process may have the same process id.
     with appearing(out) if processes.is_primary() else contextlib.nullcontext(out) as temporary:
-        files = list(_write_shards(temporary, compute(dataset), dataset))
+        files = _write_shards(temporary, compute(dataset), dataset)
         if processes.is_primary():
             description = _describe(source, config, dataset, split, files)
             with storage_errors(out):
@@ -69,35 +69,45 @@ def features(argv: Sequence[str]) -> int:
     return errors.EXIT_DONE
 
 
-def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Writes full shards as soon as they are; yields the name and count of each. Only the first process writes."""
+def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Dataset) -> list[dict[str, Any]]:
+    """Writes each shard as soon as it is full; returns their names and counts. Only the first process writes."""
     if processes.is_primary():
         with storage_errors(directory):
             directory.mkdir()
-    left: list[Columns] = []
-    count = number = 0
-
-    def shard(size: int) -> dict[str, Any]:
-        nonlocal left, count, number
-        columns = {name: np.concatenate([part[name] for part in left]) for name in left[0]}
-        file = f"{number:05d}.{_FORMAT.value}"
+    files = []
+    for number, columns in enumerate(_shards(batches, _SHARD_SIZE.value)):
+        name = f"{number:05d}.{_FORMAT.value}"
         if processes.is_primary():
-            with storage_errors(directory / file):
-                _write_shard(directory / file, {name: column[:size] for name, column in columns.items()}, dataset)
-        left, count, number = [{name: column[size:] for name, column in columns.items()}], count - size, number + 1
-        return {"name": file, "count": size}
+            with storage_errors(directory / name):
+                _write_shard(directory / name, columns, dataset)
+        files.append({"name": name, "count": len(columns["label"])})
+    return files
 
-    for columns in batches:
-        left.append(columns)
-        count += len(columns["label"])
-        while count >= _SHARD_SIZE.value:
-            yield shard(_SHARD_SIZE.value)
+
+def _shards(batches: Iterator[Columns], size: int) -> Iterator[Columns]:
+    """Yields the examples of all batches, `size` at a time."""
+    left: list[Columns] = []
+    count = 0
+    for batch in batches:
+        left.append(batch)
+        count += len(batch["label"])
+        if count >= size:
+            columns = _concatenate(left)
+            while count >= size:
+                yield {name: column[:size] for name, column in columns.items()}
+                columns = {name: column[size:] for name, column in columns.items()}
+                count -= size
+            left = [columns]
     if count:
-        yield shard(count)
+        yield _concatenate(left)
+
+
+def _concatenate(parts: list[Columns]) -> Columns:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _write_shard(path: epath.Path, columns: Columns, dataset: Dataset) -> None:
-    """One file: `.npz` with an array per column, or Parquet with the values of an example flat in one list."""
+    """Writes `.npz` with an array per column, or Parquet with the values of an example flat in one list."""
     if path.suffix == ".npz":
         with path.open("wb") as file:
             np.savez(file, **dict[str, Any](columns))
@@ -119,7 +129,7 @@ def _write_shard(path: epath.Path, columns: Columns, dataset: Dataset) -> None:
 def _describe(
     source: pretrained.Pretrained, config: ConfigDict, dataset: Dataset, split: str, files: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What features.json says."""
+    """Returns the content of features.json."""
     model = config.model
     grid = patches.grid_size(model.image_size, model.patch_size)
     shapes = {"mean": [model.embed_dim], "cls": [model.embed_dim], "patches": [*grid, model.embed_dim]}

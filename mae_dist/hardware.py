@@ -1,6 +1,6 @@
-"""What one chip is said to do: memory, and how fast bytes move within it, to its neighbours and to other slices.
+"""Published figures of chips: memory, bandwidths to memory, neighbours and other slices, and peak FLOP/s.
 
-Published figures, each with its source; matrix products are in `flops.peak_flops`. None: not published.
+Each with its source. None: not published.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Chip:
     source: str
 
     def rings(self, slice_shape: Sequence[int]) -> list[bool]:
-        """Which sides of a slice are closed."""
+        """Returns for each side of a slice whether it is closed to a ring."""
         closed = [size % self.wraps == 0 for size in slice_shape]
         return [all(closed)] * len(closed) if self.sides == 3 else closed
 
@@ -45,10 +45,9 @@ CHIPS: dict[str, Chip] = {
 
 
 def ici_bytes_per_sec(chip: Chip, group: Iterable[Sequence[int]], slice_shape: Sequence[int]) -> float:
-    """Bytes per second that can leave a chip within its slice when a group of chips exchanges.
+    """Returns the bytes per second that can leave a chip within its slice when a group of chips exchanges.
 
-    Two links along every side that the group extends along; one where that side is no ring, for the chip at its end has
-    no more.
+    A chip has two links along every side that the group extends along, or one where that side is not a ring.
 
     Args:
       chip: its generation.
@@ -63,8 +62,8 @@ def ici_bytes_per_sec(chip: Chip, group: Iterable[Sequence[int]], slice_shape: S
     return max(1, links) * chip.link_bytes_per_sec
 
 
-# What one JAX device does per second, dense, from the vendors' data sheets (NVIDIA prints twice the dense number, with
-# 2:4 sparsity). On TPU v2 and v3 a device is one of a chip's two cores; on v4 and later it is the chip.
+# Dense peak FLOP/s of one JAX device, from the vendors' data sheets (NVIDIA prints twice the dense number, with 2:4
+# sparsity). On TPU v2 and v3 a device is one of a chip's two cores; on v4 and later it is the chip.
 _TPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
     "TPU v2": {"bfloat16": 46e12 / 2},
     "TPU v3": {"bfloat16": 123e12 / 2},
@@ -76,7 +75,7 @@ _TPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
     "TPU v6 lite": {"bfloat16": 918e12},  # v6e
     "TPU v6e": {"bfloat16": 918e12},
 }
-# float32 is the tensor cores' TF32, which JAX uses for float32 products by default, where the device has it.
+# float32 is the tensor cores' TF32, which JAX uses for float32 matmuls by default, where the device has it.
 # Matched by the start of the device's name without "NVIDIA" and "Tesla", the longest first.
 _H100_SXM = {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12}
 _H100_NVL = {"bfloat16": 835e12, "float16": 835e12, "float32": 417e12}
@@ -95,11 +94,11 @@ _GPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Peak FLOP/s of one device, or None where it is not known: a run then has no MFU rather than a wrong one.
+    """Returns the peak FLOP/s of one device, or None if it is unknown: a run then has no MFU rather than a wrong one.
 
     Args:
       device_kind: `jax.Device.device_kind`, such as "TPU v5 lite" or "NVIDIA A100-SXM4-80GB".
-      dtype: what matrix products are computed in: "bfloat16", "float16" or "float32".
+      dtype: the type of matmuls: "bfloat16", "float16" or "float32".
     """
     if device_kind in _TPU_PEAK_FLOPS:
         return _TPU_PEAK_FLOPS[device_kind].get(dtype)

@@ -1,4 +1,4 @@
-"""What a trained encoder's features are worth: `python -m mae_dist.knn --workdir S [--k 20] [--temperature 0.07]`.
+"""Classifies by a trained encoder's features: `python -m mae_dist.knn --workdir S [--k 20] [--temperature 0.07]`.
 
 Top-1 accuracy of the test split against the training split by weighted nearest neighbours (Wu et al. 2018) and by ridge
 regression, on features of whole images; nothing is trained. S is the workdir of a run, a directory of
@@ -20,13 +20,13 @@ from mae_dist.storage import absolute
 from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
-_K = flags.DEFINE_integer("k", 20, "Neighbours that vote.")
+_K = flags.DEFINE_integer("k", 20, "The number of neighbours that vote.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.07, "A vote counts exp(cosine similarity / temperature).")
 _RIDGE = flags.DEFINE_float("ridge", 1e-3, "Penalty of the regression, for each example's squared error.")
 _TRAIN_SPLIT = flags.DEFINE_string(
     "train_split", "train", "train, val or test of the config, or an expression such as train[:10%]."
 )
-_TEST_SPLIT = flags.DEFINE_string("test_split", "test", "What is classified; as --train_split.")
+_TEST_SPLIT = flags.DEFINE_string("test_split", "test", "The split to classify; as --train_split.")
 _KIND = flags.DEFINE_enum("kind", "mean", ["mean", "cls"], "Features: mean over patches, or the class token.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where TFDS keeps data sets, if not where the config says.", allow_override=True

@@ -1,6 +1,6 @@
 """Trains what a config describes: `python -m mae_dist.main --config configs/cifar_medium.py [--config.a.b=value …]`.
 
-The same line again continues the run in its workdir. Exit codes: `mae_dist/errors.py`.
+The same command again continues the run in its workdir. Exit codes: `mae_dist/errors.py`.
 """
 
 import gc
@@ -9,29 +9,21 @@ from collections.abc import Sequence
 from absl import flags
 
 from mae_dist import cli, errors
-from mae_dist.cli import WORKDIR, end_when_told, is_single_process, join_processes, needed_config, run
+from mae_dist.cli import WORKDIR, exit_on_signal, is_single_process, join_processes, needed_config, run
 
 flags.adopt_module_key_flags(cli)  # --help shows them too
 _METADATA_SERVER = flags.DEFINE_string(
     "metadata_server",
     None,
-    "host[:port] to ask for preemption notices, '': none (default: $GCE_METADATA_HOST, or Google's on its machines).",
+    "host[:port] to ask for preemption signals, '': none (default: $GCE_METADATA_HOST, or Google's on its machines).",
 )
 _SIMULATE_PREEMPTION = flags.DEFINE_integer(
-    "simulate_preemption_at_step", 0, "Be told after this update that the machine will go, to see what happens."
+    "simulate_preemption_at_step", 0, "Get a preemption signal after this step, to see what happens."
 )
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    gc.disable()  # of what is imported and built nothing is garbage, and looking for it takes a fifth of the time
-    try:
-        return _train(argv)
-    finally:
-        gc.enable()
-
-
-def _train(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; options are --config.field=value")
     config = needed_config()
@@ -52,7 +44,7 @@ def _train(argv: Sequence[str]) -> int:
         join_processes(watching, notices)
         session.keep_compilations(workdir)
         result = session.run(
-            config, workdir, watching, notices, when_built=_collect_garbage_again, profile_on_signal=True
+            config, workdir, watching, notices, when_built=_start_collecting_garbage, profile_on_signal=True
         )
         if result.status == "preempted":
             return errors.EXIT_PREEMPTED
@@ -61,11 +53,12 @@ def _train(argv: Sequence[str]) -> int:
         return errors.EXIT_DONE
 
 
-def _collect_garbage_again() -> None:
+def _start_collecting_garbage() -> None:
     gc.freeze()
     gc.enable()
 
 
 if __name__ == "__main__":
-    end_when_told()
+    gc.disable()  # imports and set-up make no garbage, and looking for it takes a fifth of their time
+    exit_on_signal()
     run(main)

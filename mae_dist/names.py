@@ -1,7 +1,7 @@
-"""Names of files: those that a library between us and the file would read as something else.
+"""Checks of file names that a library would read as something else.
 
-Functions return a sentence about the fault, with the cure, or "". Which characters work was measured by saving and
-reading with each of them.
+Functions return a sentence with the fault and the cure, or "". The characters were found by saving and reading with
+each of them.
 """
 
 import os
@@ -14,7 +14,7 @@ _CONTROL = "".join(map(chr, (*range(32), 127)))
 
 
 def scheme_fault(path: str) -> str:
-    """Returns what is wrong with how a path begins, as given: only gs:// names anything but a file of this machine."""
+    """Returns the fault in the beginning of a path as given: a file of this machine, or gs://."""
     scheme = re.match(r"\w+:/+", path)
     if scheme is None or scheme[0] == BUCKET:
         return ""
@@ -25,7 +25,7 @@ def scheme_fault(path: str) -> str:
 
 
 def path_fault(path: str) -> str:
-    """Returns what is wrong with an absolute path, whatever is to be done with it."""
+    """Returns the fault of an absolute path for any use."""
     if fault := text_fault(path):
         return f"the path {path!r} has {fault}"
     if path.startswith(BUCKET):
@@ -61,13 +61,13 @@ def label_fault(name: str) -> str:
 
 
 def text_fault(name: str) -> str:
-    """Returns what is wrong with the bytes of a name or an argument: libraries in C++ take every one for UTF-8."""
+    """Returns the fault in the bytes of a name or an argument: libraries in C++ read them as UTF-8."""
     try:
         if os.fsencode(name) == name.encode():
             return ""
         byte = ""
     except UnicodeEncodeError as error:
-        byte = f"0x{ord(name[error.start]) & 0xFF:02x}"  # Python stands U+DC80 to U+DCFF for bytes that are no text
+        byte = f"0x{ord(name[error.start]) & 0xFF:02x}"  # Python has U+DC80 to U+DCFF for bytes that are not text
     encoding = sys.getfilesystemencoding()
     if encoding.lower() != "utf-8":
         return f"characters outside ASCII, and this locale's names are in {encoding}; set LC_ALL=C.UTF-8"

@@ -1,4 +1,4 @@
-"""What to do about an error of the operating system, by its number."""
+"""Cures for errors of the operating system, by errno."""
 
 import errno
 import os
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 _IN_THE_WAY = "A file has the name of a directory that is needed: move it away, or choose another place"
 _NOT_ALLOWED = "This user may not: change the permissions of the file or its directory, or choose another place"
-_BROKEN = "The disk or network file system fails: look into the system's log (dmesg), then choose another place"
-_NETWORK = "The network file system does not answer: see to the network"
+_BROKEN = "The disk or network file system fails: read the system's log (dmesg), then choose another place"
+_NETWORK = "The network file system does not answer: check the network"
 _CURES = {
     errno.ENOSPC: "The disk is full: free some space, or choose a place on another",
     errno.EDQUOT: "The quota of this user is used up: delete something, or ask for a larger one",
@@ -32,7 +32,7 @@ _CURES = {
 
 
 def cure(error: BaseException) -> str:
-    """Returns what to do about an error, or what caused it; "" if no number of the operating system is known.
+    """Returns what to do about an error or its cause, "" if neither has a known errno.
 
     Libraries in C++ pass the system's error on as text.
     """

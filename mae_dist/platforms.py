@@ -1,4 +1,4 @@
-"""The one place that chooses what a platform computes differently from plain JAX."""
+"""Chooses what each platform computes differently from plain JAX: matmuls, attention, microbatches."""
 
 import dataclasses
 import warnings
@@ -14,12 +14,12 @@ from mae_dist.parallel import shardings
 
 
 def choose_matmul(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str:
-    """Returns what computes a program's matmuls on `mesh`, of `onednn.BACKENDS`: as the config says, or what is fast.
+    """Returns the backend of a program's matmuls on `mesh`, of `onednn.BACKENDS`: the config's, or the fastest.
 
     Args:
       config: validated.
-      mesh: what it runs on.
-      flops_per_image: of the program: small ones are not worth what oneDNN costs at start.
+      mesh: the devices it runs on.
+      flops_per_image: of the program: small ones do not repay oneDNN's cost at start.
     """
     if not shardings.is_by_cores(mesh) or config.model.dtype != "float32":
         return "xla"
@@ -35,7 +35,7 @@ def choose_matmul(config: ConfigDict, mesh: Mesh, flops_per_image: float) -> str
 def make_hooks(mesh: Mesh, matmul: str = "xla") -> Hooks:
     """Returns the model's hooks for `mesh`, with matmuls on a CPU by `matmul`, of `onednn.BACKENDS`."""
     if shardings.is_by_cores(mesh):
-        if matmul == "onednn":  # JAX tries to store programs with such calls all the same
+        if matmul == "onednn":  # JAX still tries to store programs with such calls
             warnings.filterwarnings("ignore", onednn.NOT_STORED, UserWarning)
         return kernels.make_hooks(matmul == "onednn")
     hooks = Hooks(constrain=shardings.make_constrain(mesh))

@@ -1,4 +1,4 @@
-"""Draws what a run has learned to restore: `python -m mae_dist.reconstruct --workdir runs/cifar_small`.
+"""Draws reconstructions of a pretraining: `python -m mae_dist.reconstruct --workdir runs/cifar_small`.
 
 Each row of the picture is an image: original, masked, reconstruction, reconstruction with visible patches.
 """
@@ -20,8 +20,8 @@ from mae_dist.training import job
 from mae_dist.training.run import draw_reconstructions
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "How many images, the first of the split.", lower_bound=1)
-_SPLIT = flags.DEFINE_enum("split", "test", ["train", "val", "test"], "Which split of the run.", allow_override=True)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "The number of images, the first of the split.", lower_bound=1)
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "val", "test"], "A split of the run.", allow_override=True)
 _OUT = flags.DEFINE_string(
     "out", None, "Where to write the PNG (default <workdir>/pictures/<split>_<step>.png).", allow_override=True
 )
@@ -29,8 +29,8 @@ _PIX_STATS = flags.DEFINE_enum(
     "pix_stats",
     None,
     list(config_lib.CHOICES["pictures.pix_stats"]),
-    "Of a model trained with pretrain.norm_pix_loss: where mean and deviation of removed patches are from, themselves "
-    "or the visible patches (default: as the run has it).",
+    "For a model trained with pretrain.norm_pix_loss: takes mean and deviation of removed patches from themselves or "
+    "from the visible patches (default: as the run has it).",
     allow_override=True,
 )
 _DATA_DIR = flags.DEFINE_string(
@@ -47,7 +47,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     with config.unlocked():
         config.mesh.update(data=-1, fsdp=1, tensor=1)
         config.accum_steps = config.cpu.pieces = 1
-        # Only the picture's own batch is computed: any size that splits over the devices will do.
+        # Only the pictures are computed: any batch size that splits over the devices will do.
         config.global_batch_size = config.eval.batch_size = jax.device_count()
         config.data.data_dir = _DATA_DIR.value or config.data.data_dir
         config.pictures.pix_stats = _PIX_STATS.value or config.pictures.pix_stats

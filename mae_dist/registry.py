@@ -1,4 +1,4 @@
-"""Named functions that users can add to: what a config's field may name."""
+"""Registries of named functions, which users can add to: the choices of a config's field."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Values of one field of the config, by name, in the order they were added; iterating gives the names."""
+    """The choices of one field of the config, by name, in the order they were added; iterating gives the names."""
 
     def __init__(self, field: str):
         """`field`: the dotted name of the field, for errors."""
@@ -18,9 +18,9 @@ class Registry(Generic[T]):
         self._entries: dict[str, tuple[T, str]] = {}  # with who added it
 
     def add(self, name: str, entry: T, function: Callable[..., Any]) -> None:
-        """Adds an entry that `function` makes up.
+        """Adds an entry, which `function` defines.
 
-        The same function may add itself again, as a notebook's cell or a reloaded module does.
+        The same function may be added again, as by a notebook's cell or a reloaded module.
 
         Raises:
           ConfigError: another function has the name.
@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         return self._entries[name][0]
 
     def fault(self, name: Any) -> str:
-        """Returns the sentence that says that nothing is called `name`, and the cure."""
+        """Returns the message that nothing is called `name`, with the cure."""
         cure = nearest(str(name), self) or " If a module of yours registers it, name that module in imports."
         return f"{self.field}={name!r} is not one of {', '.join(self)}.{cure}"
 
@@ -49,15 +49,12 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._entries))
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
 
 def named_arguments(function: Callable[..., Any], offered: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Returns those of `offered` that `function` has keyword-only parameters for, all of them for a `**` parameter.
 
     Raises:
-      ConfigError: it needs one that is not offered; `what` says in the message what the function is.
+      ConfigError: it needs one that is not offered; `what` names the function in the message.
     """
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -66,7 +63,7 @@ def named_arguments(function: Callable[..., Any], offered: Mapping[str, Any], wh
     for parameter in asked:
         if parameter.name not in offered and parameter.default is parameter.empty:
             raise ConfigError(
-                f"{what} asks for {parameter.name!r}, which there is not.{nearest(parameter.name, offered)} It may "
+                f"{what} asks for {parameter.name!r}, which is not offered.{nearest(parameter.name, offered)} It may "
                 f"name, after a *: {', '.join(offered)}"
             )
     return {parameter.name: offered[parameter.name] for parameter in asked if parameter.name in offered}

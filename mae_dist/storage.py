@@ -1,4 +1,4 @@
-"""Text files of a run's directory, on a disk or in a bucket: written whole, with faults that name the file."""
+"""Files of a run's directory, on a disk or in a bucket: atomic writes, and errors that name the file."""
 
 import contextlib
 import datetime
@@ -9,7 +9,7 @@ import logging
 import os
 import posixpath
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from clu import asynclib
 from etils import epath
@@ -27,12 +27,12 @@ _Record = TypeVar("_Record")
 
 @contextlib.contextmanager
 def storage_errors(path: epath.Path) -> Iterator[None]:
-    """Turns a failure to read or write into a StorageFault that names the path."""
+    """Turns an exception while reading or writing into a StorageFault that names the path."""
     try:
         yield
     except Exception as error:
         cause: BaseException = error
-        while isinstance(cause, asynclib.AsyncError) and cause.__cause__ is not None:  # what happened in the thread
+        while isinstance(cause, asynclib.AsyncError) and cause.__cause__ is not None:  # raised in its thread
             cause = cause.__cause__
         of_client = type(cause).__module__.partition(".")[0] in _CLIENTS
         if not (isinstance(error, OSError | asynclib.AsyncError) or of_client):
@@ -40,7 +40,7 @@ def storage_errors(path: epath.Path) -> Iterator[None]:
         cure = (
             os_errors.cure(error) or "See whether the place can be read and written, or choose another"
             if is_local(path)
-            else "See to the network, the credentials (gcloud auth application-default login) and their permissions"
+            else "Check the network, the credentials (gcloud auth application-default login) and their permissions"
         )
         raise StorageFault(
             f"cannot read or write {path}: {str(cause).rstrip('.')}. {cure}; the same command then continues from the "
@@ -54,7 +54,7 @@ def absolute_name(path: str | os.PathLike[Any]) -> str:
     Looks at the name alone, not at what is there.
 
     Raises:
-      ConfigError: a name that a library would read as another; the message says which character is to blame.
+      ConfigError: a library would read the name as another; the message names the character.
     """
     given = os.fsdecode(path)
     if fault := names.scheme_fault(given):
@@ -85,7 +85,7 @@ def absolute(path: str | os.PathLike[Any]) -> epath.Path:
 
 
 def local(path: str, flag: str, instead: str) -> epath.Path:
-    """Returns `absolute(path)`; a `ConfigError` that names the flag or field, and the cure, if it is in a bucket."""
+    """Returns `absolute(path)`; raises a `ConfigError` with the flag or field and the cure if it is in a bucket."""
     full = absolute_name(path)
     if full.startswith(names.BUCKET):
         raise ConfigError(f"{flag}={path}: {instead}")
@@ -100,14 +100,14 @@ def check_checkpoints(path: str | epath.Path, *, saving: bool) -> None:
 
 @functools.cache
 def _reach(bucket: str) -> None:
-    """Asks once for a bucket: a name mistyped is else an empty directory, until the first checkpoint is written."""
+    """Asks once for a bucket: a mistyped name would look like an empty directory until the first checkpoint."""
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"gs://{bucket}: buckets need the extra `gcs`: pip install -e .[gcs]")
     import fsspec.config
 
-    # gcsfs remembers listings for ever; tensorstore and other processes write to the same directories.
+    # gcsfs caches listings for ever; tensorstore and other processes write to the same directories.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    # What fails is raised as well, and here told without a traceback.
+    # Failures are raised as well, and reported without a traceback.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     logging.getLogger("fsspec").setLevel(logging.WARNING)  # reports every file opened
     with storage_errors(epath.Path(f"gs://{bucket}")):
@@ -121,14 +121,16 @@ def _reach(bucket: str) -> None:
 
 
 def children_of(directory: epath.Path) -> list[epath.Path]:
-    """Returns what is in a directory, sorted, [] if it is none; epath alone would leave out names that end in ~."""
+    """Returns what is in a directory, sorted, [] if there is none; epath alone would leave out names that end in ~."""
+    if not directory.is_dir():
+        return []
     if is_local(directory):
-        return [directory / name for name in sorted(os.listdir(directory))] if directory.is_dir() else []
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+        return [directory / name for name in sorted(os.listdir(directory))]
+    return sorted(directory.iterdir())
 
 
 def write_text_atomically(path: epath.Path, text: str) -> None:
-    """`write_bytes_atomically` of text in UTF-8; of a name's bytes that are none it shows the numbers."""
+    """Writes text in UTF-8 by `write_bytes_atomically`; bytes of names that are not text are written as numbers."""
     write_bytes_atomically(path, text.encode(errors="backslashreplace"))
 
 
@@ -150,7 +152,7 @@ def write_bytes_atomically(path: epath.Path, data: bytes) -> None:
 
 
 def set_aside(path: epath.Path) -> None:
-    """Gives a file, if it is there, a name with the time in it, so that another can be written in its place."""
+    """Renames a file, if it exists, to a name with the time in it, so that another can be written in its place."""
     if path.exists():
         now = datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m%dT%H%M%S")
         kept = path.parent / f"{path.stem}_{now}{path.suffix}"
@@ -160,9 +162,9 @@ def set_aside(path: epath.Path) -> None:
 
 @contextlib.contextmanager
 def appearing(path: epath.Path) -> Iterator[epath.Path]:
-    """A hidden place beside a local `path` for a file or directory to be made, which then gets the name.
+    """Holds a hidden path beside a local `path`, for a file or directory that gets the name when it is complete.
 
-    If making it fails, nothing is left of it.
+    Nothing is left of it if an exception is raised.
     """
     temporary = path.parent / f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
     with storage_errors(path):
@@ -183,58 +185,45 @@ def _remove(path: epath.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class Lines(Protocol):
-    def append(self, line: str) -> None: ...
+class Lines:
+    """Appends lines to a file; each is stored when `append` returns."""
 
-
-class FileLines:
-    """Appends lines to a file; each is on disk when `append` returns."""
-
-    def __init__(self, path: epath.Path):
-        self._path = path
+    def __init__(self, path: epath.Path, text: str):
+        """`text`: what the file holds. An object of a bucket cannot be appended to: it is replaced each time."""
+        self._path, self._text = path, text
 
     def append(self, line: str) -> None:
+        if not is_local(self._path):
+            self._text += line
+            self._path.write_text(self._text)
+            return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
 
-class ObjectLines:
-    """Keeps the lines of an object of a bucket, which cannot be appended to, and replaces it each time."""
-
-    def __init__(self, path: epath.Path, text: str):
-        self._path, self._text = path, text
-
-    def append(self, line: str) -> None:
-        self._text += line
-        self._path.write_text(self._text)
-
-
-def open_lines(path: epath.Path, text: str) -> Lines:
-    return FileLines(path) if is_local(path) else ObjectLines(path, text)
-
-
 def is_local(path: epath.Path) -> bool:
-    """Whether a path is on a disk, not in a bucket."""
+    """True if a path is on a disk, not in a bucket."""
     return "://" not in os.fspath(path)
 
 
 def read_text(path: epath.Path) -> str:
+    """Returns the text of a file, "" if it does not exist; bytes that are not UTF-8 are replaced."""
     return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
 
 
 def parse_lines(text: str, path: epath.Path, parse: Callable[[Any], _Record], what: str) -> list[tuple[str, _Record]]:
-    """The lines of a JSON Lines file, each with its record; a last one that is none was cut short, and is left out.
+    """Returns the lines of a JSON Lines file, each with its record; a last line that was cut short is left out.
 
     Args:
       text: of the file.
       path: its name.
-      parse: JSON value -> record; raises ValueError, KeyError, TypeError or AttributeError where it is none.
-      what: a record is called.
+      parse: JSON value -> record; raises ValueError, KeyError, TypeError or AttributeError if it is not one.
+      what: the name of a record in messages.
 
     Raises:
-      StorageFault: a line before the last is no record.
+      StorageFault: a line before the last is not a record.
     """
     lines = text.removesuffix("\n").split("\n") if text else []
     parsed = []
@@ -244,7 +233,7 @@ def parse_lines(text: str, path: epath.Path, parse: Callable[[Any], _Record], wh
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number < len(lines):
                 raise StorageFault(
-                    f"{path}, line {number} is no {what}: {line[:80]!r}. Something else wrote to this file, or the "
-                    "disk damaged it: delete that line and start again."
+                    f"{path}, line {number} is no {what}: {line[:80]!r}. Something else wrote to this "
+                    "file, or the disk corrupted it: delete that line and start again."
                 ) from error
     return parsed

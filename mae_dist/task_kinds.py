@@ -1,4 +1,4 @@
-"""The kinds of tasks: what models, checks and reports need to know of what is trained, without making it."""
+"""The kinds of tasks: properties that models, checks and reports need before a task is built."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from mae_dist.registry import Registry
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What is true of a task before it is made.
+    """Properties of a task.
 
     Attributes:
       has_decoder: it pretrains: masks patches and reconstructs them. Otherwise it classifies whole images.

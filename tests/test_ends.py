@@ -52,7 +52,7 @@ def outcome(body: str, redirect: str = "", **env: str) -> tuple[int, str]:
         (FAULT.format("Diverged"), errors.EXIT_DIVERGED, "^error: what is wrong$"),
         (FAULT.format("StorageFault"), errors.EXIT_STORAGE, "^error: what is wrong$"),
         *[
-            (f"import os; cli.end_when_told(); os.kill(os.getpid(), {int(number)})", errors.EXIT_PREEMPTED, "nothing")
+            (f"import os; cli.exit_on_signal(); os.kill(os.getpid(), {int(number)})", errors.EXIT_PREEMPTED, "nothing")
             for number in (signal.SIGTERM, signal.SIGHUP)  # to a training before and after it listens
         ],
         ("raise KeyboardInterrupt", errors.EXIT_INTERRUPTED, "^interrupted: the same command continues"),

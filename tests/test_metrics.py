@@ -208,9 +208,10 @@ def test_close_leaves_no_thread(workdir: epath.Path):
     assert threading.active_count() == before
 
 
-def test_bucket_objects_are_rewritten_whole(workdir: epath.Path):
+def test_bucket_objects_are_rewritten_whole(workdir: epath.Path, monkeypatch: pytest.MonkeyPatch):
     workdir.mkdir()
-    lines = storage.ObjectLines(workdir / "metrics.jsonl", '{"step": 1}\n')
+    monkeypatch.setattr(storage, "is_local", lambda path: False)
+    lines = storage.Lines(workdir / "metrics.jsonl", '{"step": 1}\n')
     lines.append('{"step": 2}\n')
     assert [record["step"] for record in read_metrics(workdir)] == [1, 2]
 

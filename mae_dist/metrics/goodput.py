@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from mae_dist.storage import open_lines, parse_lines, read_text, storage_errors, write_text_atomically
+from mae_dist.storage import Lines, parse_lines, read_text, storage_errors, write_text_atomically
 
 GOODPUT_FILE = "goodput.jsonl"
 _EVERY_SECS = 10.0
@@ -54,7 +54,7 @@ class Ledger:
                 self._run = len(_runs(parsed)) + 1
                 if whole != text:
                     write_text_atomically(self._path, whole)
-                self._lines = open_lines(self._path, whole)
+                self._lines = Lines(self._path, whole)
 
     def note(self, step: int, secs: Mapping[str, float], end: str = "") -> None:
         """Where the time went until now, `secs` by phase; at most every ten seconds, but always at an `end`."""

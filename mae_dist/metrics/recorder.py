@@ -17,7 +17,7 @@ from etils import epath
 
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.tensorboard import TensorBoardWriter, metric_writers
-from mae_dist.storage import open_lines, parse_lines, read_text, storage_errors, write_text_atomically
+from mae_dist.storage import Lines, parse_lines, read_text, storage_errors, write_text_atomically
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -59,7 +59,7 @@ class Recorder:
             if kept != text:
                 write_text_atomically(self._path, kept)
             self._last_step = records[-1][1]["step"] if records else -1
-            self._lines = open_lines(self._path, kept)
+            self._lines = Lines(self._path, kept)
         with storage_errors(self._logdir):
             tensorboard = TensorBoardWriter(self._logdir, purge_step=start_step + 1 if start_step > 0 else 0)
         lines = [metric_writers.LoggingWriter()] if log_lines else []
