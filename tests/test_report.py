@@ -16,7 +16,7 @@ from absl.testing import flagsaver
 from matplotlib.figure import Figure
 from PIL import Image
 
-from configs import default, recipes
+from configs import default
 from mae_dist import config as config_lib
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.report import __main__, figures, model, pictures, tables
@@ -103,9 +103,8 @@ def fake(workdir, *, config=None, done=True, **values):
 def fake_sweep(out, over, then, accuracy):
     """The workdirs of a sweep over two seeds; `accuracy` of (stage, its config) is the test top-1 of what follows."""
     base = default.get_config()
-    follow = [points.next_stage(name, getattr(recipes, name), {}) for name in then]
-    first = points.first_stage(base, default.__file__, {})
-    for point in points.make_points(points.parse_over(over, base), range(2), out, first, follow):
+    swept = points.parse_over(over, base)
+    for point in points.make_points(base, default.__file__, {}, swept, range(2), out, {name: {} for name in then}):
         assert not point.fault
         for stage in point.stages:
             if not stage.workdir.exists():

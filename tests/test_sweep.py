@@ -20,7 +20,7 @@ from absl.testing import flagsaver
 from etils import epath
 from ml_collections import config_flags
 
-from configs import default, quickstart, recipes
+from configs import default, quickstart
 from mae_dist import cli
 from mae_dist import config as config_lib
 from mae_dist.errors import (
@@ -61,8 +61,7 @@ def test_the_product_with_names(tmp_path):
     base = quickstart.get_config()
     over = points.parse_over(["config.model.mask_ratio=.5,.6", "model.masking=random,grid"], base)
     assert over == {"model.mask_ratio": [0.5, 0.6], "model.masking": ["random", "grid"]}
-    first = points.first_stage(base, "F.py", {"seed": 9, "total_epochs": 3.0})
-    found = points.make_points(over, [4, 5], tmp_path, first, [])
+    found = points.make_points(base, "F.py", {"seed": 9, "total_epochs": 3.0}, over, [4, 5], tmp_path, {})
     assert [point.name for point in found][:3] == [
         "mask_ratio=0.5,masking=random,seed=4",
         "mask_ratio=0.5,masking=random,seed=5",
@@ -88,10 +87,10 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     """A probe of each point's own encoder; its command line gives exactly the config that the recipe made."""
     base = quickstart.get_config()
     base.model.masking = "block"
-    first = points.first_stage(base, "F.py", {})({"seed": 3}, tmp_path / "p=0.5,seed=3")
-    make = points.next_stage("probe", recipes.probe, {"total_epochs": "7"})
-    stage = make(first, tmp_path / "seed=3")
-    assert stage.workdir == tmp_path / "p=0.5,seed=3,probe"
+    then = {"probe": {"total_epochs": "7"}, "scratch": {}}
+    (point,) = points.make_points(base, "F.py", {}, {"model.mask_ratio": [0.5]}, [3], tmp_path, then)
+    first, stage, scratch = point.stages
+    assert stage.workdir == tmp_path / "mask_ratio=0.5,seed=3,probe"
     assert (stage.config.task, stage.config.init_from, stage.config.seed) == ("probe", str(first.workdir), 3)
     assert (stage.config.total_epochs, stage.config.model.masking) == (7.0, "block")
     values = flags.FlagValues()
@@ -102,18 +101,14 @@ def test_what_follows_is_the_recipe_of_the_point(tmp_path, monkeypatch):
     values(sys.argv)
     assert config_lib.differences(parsed.value, stage.config, ignore=()) == []
     assert base.task == first.config.task == "pretrain"
-    scratch = points.next_stage("scratch", recipes.scratch, {})
-    stage = scratch(first, tmp_path / "seed=3")
-    assert (stage.config.init_from, stage.workdir) == ("", tmp_path / "seed=3,scratch")
+    assert (scratch.config.init_from, scratch.workdir) == ("", tmp_path / "seed=3,scratch")
 
 
 def test_a_baseline_without_masking_is_one_for_all(tmp_path):
     """From nothing, it is the same training for every masking, and is done at the first point that can work."""
     base = quickstart.get_config()
     over = points.parse_over(["model.mask_ratio=0.6,.5,.75", "model.masking=grid,random", "model.depth=1,2"], base)
-    follow = [points.next_stage(name, getattr(recipes, name), {})
-              for name in ("finetune", "scratch")]  # fmt: skip
-    found = points.make_points(over, [0, 1], tmp_path, points.first_stage(base, "F.py", {}), follow)
+    found = points.make_points(base, "F.py", {}, over, [0, 1], tmp_path, {"finetune": {}, "scratch": {}})
     scratch = {point.stages[2].workdir.name for point in found}
     assert scratch == {f"depth={depth},seed={seed},scratch" for depth in (1, 2) for seed in (0, 1)}
     for one in {point.stages[2].workdir: point.stages[2] for point in found}.values():
@@ -132,7 +127,7 @@ def test_values_of_all_types(tmp_path):
     base = default.get_config()
     over = points.parse_over(["model.patch_size=(2, 2),(4,4)", "eval.every_steps=1", "pictures.every_steps=1"], base)
     assert over["model.patch_size"] == [(2, 2), (4, 4)]
-    found = points.make_points(over, [0], tmp_path, points.first_stage(base, "F.py", {}), [])
+    found = points.make_points(base, "F.py", {}, over, [0], tmp_path, {})
     assert found[0].name == "patch_size=2x2,eval.every_steps=1,pictures.every_steps=1,seed=0"
 
 

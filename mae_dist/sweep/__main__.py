@@ -16,7 +16,6 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mae_dist import cli, errors
-from mae_dist.config import recipes
 from mae_dist.metrics import results
 from mae_dist.resilience.lock import workdir_lock
 from mae_dist.storage import check_checkpoints, local
@@ -94,11 +93,13 @@ def _points(base: ConfigDict, out: epath.Path) -> list[Point]:
             raise errors.ConfigError(f"--set={text}: write <recipe>.<field>=value, with a recipe of --then")
         changes[recipe][field.removeprefix("config.")] = value
     return points.make_points(
+        base,
+        config_flags.get_config_filename(flag),
+        config_flags.get_override_values(flag),
         points.parse_over(_OVER.value, base),
         range(base.seed, base.seed + _SEEDS.value),
         Path(out),
-        points.first_stage(base, config_flags.get_config_filename(flag), config_flags.get_override_values(flag)),
-        [points.next_stage(name, getattr(recipes, name), changes[name]) for name in _THEN.value],
+        changes,
     )
 
 

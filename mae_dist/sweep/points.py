@@ -4,14 +4,14 @@ import ast
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist.config import default
+from mae_dist.config import default, recipes
 from mae_dist.config.stored import MASKING
 from mae_dist.errors import ConfigError
 
@@ -41,13 +41,7 @@ class Point:
     def describe(self) -> dict[str, Any]:
         """Returns its entry in sweep.json."""
         follow = {stage.name: stage.workdir.name for stage in self.stages[1:]}
-        return {
-            "name": self.name,
-            "fields": self.fields,
-            "seed": self.seed,
-            "fault": self.fault,
-            "follow": follow,
-        }
+        return {"name": self.name, "fields": self.fields, "seed": self.seed, "fault": self.fault, "follow": follow}
 
 
 def parse_over(texts: Sequence[str], base: ConfigDict) -> Over:
@@ -91,20 +85,24 @@ def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
 
 
 def make_points(
+    base: ConfigDict,
+    file: str,
+    overrides: Mapping[str, Any],
     over: Over,
     seeds: Sequence[int],
     out: Path,
-    make_first: Callable[[dict[str, Any], Path], Stage],
-    make_next: Sequence[Callable[[Stage, Path], Stage]],
+    then: Mapping[str, Mapping[str, str]],
 ) -> list[Point]:
     """Returns a point for each combination of all values and seeds.
 
     Args:
+      base: what `file` gives with `overrides`.
+      file: the value of --config.
+      overrides: field -> value, from the command line.
       over: of `parse_over`.
       seeds: the values of config.seed.
       out: the directory of their workdirs.
-      make_first: (fields to change, workdir) -> the first training.
-      make_next: for each training that follows, (first training, workdir that does without masking) -> it.
+      then: the recipes of the trainings that follow, each with the fields to change after it (values as text).
     """
     short = _short_names(list(over))
 
@@ -116,59 +114,35 @@ def make_points(
         fields = dict(zip(over, values, strict=True))
         name = name_of(fields, seed)
         unmasked = name_of({field: value for field, value in fields.items() if field not in MASKING}, seed)
-        first = make_first({**fields, "seed": seed}, out / name)
-        stages = (first, *(make(first, out / unmasked) for make in make_next))
+        arguments = _arguments(file, {**overrides, **fields, "seed": seed})
+        first = Stage(base.task, out / name, _changed(base, {**fields, "seed": seed}), arguments)
+        stages = (first, *(_next_stage(first, out / unmasked, recipe, changes) for recipe, changes in then.items()))
         points.append(Point(name, fields, seed, stages, _fault(stages)))
     if len({point.name for point in points}) < len(points):
         raise ConfigError("two points have the same name; sweep over values that differ in more than punctuation")
     return points
 
 
-def first_stage(base: ConfigDict, file: str, overrides: Mapping[str, Any]) -> Callable[[dict[str, Any], Path], Stage]:
-    """Returns a function that makes the training of `base` with changed fields, as a command on its config file.
+def _next_stage(first: Stage, unmasked: Path, name: str, changes: Mapping[str, str]) -> Stage:
+    """Returns the training by a recipe from a pretraining.
 
-    Args:
-      base: what `file` gives with `overrides`.
-      file: the value of --config.
-      overrides: field -> value, from the command line.
-    """
-
-    def make(fields: dict[str, Any], workdir: Path) -> Stage:
-        given = [f"--config.{field}={value}" for field, value in {**overrides, **fields}.items()]
-        return Stage(base.task, workdir, _changed(base, fields), (f"--config={file}", *given))
-
-    return make
-
-
-def next_stage(
-    name: str,
-    recipe: Callable[[ConfigDict], ConfigDict],
-    changes: Mapping[str, str],
-) -> Callable[[Stage, Path], Stage]:
-    """Returns a function that makes the training by a recipe of configs/recipes.py from another one.
-
-    Trainings that begin from nothing are the same for every masking of the pretraining, and share one workdir.
-
-    Args:
-      name: of the recipe.
-      recipe: config of a pretraining -> config of this training, which begins from those weights or from none.
-      changes: field -> value as text, made after the recipe.
+    One that begins from nothing is the same for every masking of the pretraining: its workdir is beside `unmasked`.
     """
     known = dict(config_lib.flatten(default.get_config()))
+    config = getattr(recipes, name)(first.config.copy_and_resolve_references())
+    beside = first.workdir if config.init_from else unmasked
+    if config.init_from:
+        config.init_from = str(first.workdir)
+    else:
+        config = _changed(config, {field: known[field] for field in MASKING})
+    config = _changed(config, {field: parse_value(config, field, text) for field, text in changes.items()})
+    changed = [field for field, value in config_lib.flatten(config) if value != known[field]]
+    arguments = _arguments("default", {field: config_lib.get(config, field) for field in changed})
+    return Stage(name, beside.with_name(f"{beside.name},{name}"), config, arguments)
 
-    def make(first: Stage, unmasked: Path) -> Stage:
-        config = recipe(first.config.copy_and_resolve_references())
-        beside = first.workdir if config.init_from else unmasked
-        if config.init_from:
-            config.init_from = str(first.workdir)
-        else:
-            config = _changed(config, {field: known[field] for field in MASKING})
-        config = _changed(config, {field: parse_value(config, field, text) for field, text in changes.items()})
-        fields = [field for field, value in config_lib.flatten(config) if value != known[field]]
-        arguments = [f"--config.{field}={config_lib.get(config, field)}" for field in fields]
-        return Stage(name, beside.with_name(f"{beside.name},{name}"), config, ("--config=default", *arguments))
 
-    return make
+def _arguments(config: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    return (f"--config={config}", *(f"--config.{field}={value}" for field, value in fields.items()))
 
 
 def _fault(stages: Sequence[Stage]) -> str:

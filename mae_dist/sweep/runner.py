@@ -87,7 +87,7 @@ class Runner:
         self._secs: dict[str, list[float]] = {}  # by kind of training: how long each took
         self._processes: list[subprocess.Popen[bytes]] = []
         self._stopped_by = 0  # a signal
-        self._lock = threading.RLock()  # a signal's handler may interrupt whoever holds it
+        self._lock = threading.RLock()
         self.failures: dict[str, str] = {}
         for name, stages in self._left.items():
             for stage in list(stages):
