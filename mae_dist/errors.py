@@ -76,7 +76,7 @@ def exit_code_of(command: Callable[[], int]) -> int:
     except OSError as error:
         code, failure = EXIT_DONE, error
     try:
-        print(end="\n" if failure else "", flush=True)  # one more line tells whether it is the output that fails
+        print(end="\n" if failure else "", flush=True)  # one more line shows whether the output fails
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
         if isinstance(error, BrokenPipeError):

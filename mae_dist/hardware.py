@@ -15,7 +15,7 @@ class Chip:
 
     hbm_bytes, hbm_bytes_per_sec: memory and its speed. link_bytes_per_sec: of one link to a neighbour, one way.
     sides, max_chips: of a slice. wraps: a side whose length is a multiple of this is closed to a ring; with three sides
-    only if all are, for whole cubes are wired together. dcn_bytes_per_sec: a chip's share of its host's network card,
+    only if all are, for whole cubes are wired together. dcn_bytes_per_sec: a chip's part of its host's network card,
     one way.
     """
 
