@@ -7,13 +7,16 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mae_dist import console, errors
 from mae_dist.config import named
+
+if TYPE_CHECKING:
+    from etils import epath
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config: a name, as cifar_small, or a file.", lock_config=True
@@ -161,7 +164,7 @@ def required(flag: flags.FlagHolder[Any]) -> str:
     return flag.value
 
 
-def new_local_path(value: str) -> Any:
+def new_local_path(value: str) -> "epath.Path":
     """Returns --out as a path; raises a `ConfigError` for a bucket, or if it exists already."""
     from mae_dist import storage
 

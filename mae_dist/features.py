@@ -87,18 +87,13 @@ def _write_shards(directory: epath.Path, batches: Iterator[Columns], dataset: Da
 def _shards(batches: Iterator[Columns], size: int) -> Iterator[Columns]:
     """Yields the examples of all batches, `size` at a time."""
     left: list[Columns] = []
-    count = 0
     for batch in batches:
         left.append(batch)
-        count += len(batch["label"])
-        if count >= size:
+        while sum(len(part["label"]) for part in left) >= size:
             columns = _concatenate(left)
-            while count >= size:
-                yield {name: column[:size] for name, column in columns.items()}
-                columns = {name: column[size:] for name, column in columns.items()}
-                count -= size
-            left = [columns]
-    if count:
+            yield {name: column[:size] for name, column in columns.items()}
+            left = [{name: column[size:] for name, column in columns.items()}]
+    if any(len(part["label"]) for part in left):
         yield _concatenate(left)
 
 

@@ -27,8 +27,8 @@ _LOG = "log.txt"
 # Fields that a finished training may differ in: no result depends on them.
 _OF_THE_RESULT = ("total_steps", "total_epochs", "eval", "online")
 HARMLESS = tuple(field for field in config_lib.FREE if field not in _OF_THE_RESULT)
-# Becomes a command that Linux kills when the thread that started it dies, even by SIGKILL (PR_SET_PDEATHSIG is 1). It is
-# a program because `preexec_fn` is not safe in a process with threads.
+# Becomes a command that Linux kills when the thread that started it dies, even by SIGKILL (PR_SET_PDEATHSIG is 1). Not
+# a `preexec_fn`, which is not safe in a process with threads.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
