@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mae_dist.data.from_config import open_data
 from mae_dist.errors import StorageFault
-from mae_dist.metrics.goodput import GOODPUT_FILE, Ledger, span, summarize, total_steps
+from mae_dist.metrics.goodput import GOODPUT_FILE, Ledger, read_starts, summarize
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.resilience.preemption import Notices
 from mae_dist.resilience.watchdog import Watch
@@ -21,6 +21,10 @@ from tests.runs import smoke_config
 def start(workdir, from_step, began, now):
     """A ledger whose clock is `now[0]`."""
     return Ledger(workdir, from_step=from_step, total_steps=100, began=began, is_primary=True, clock=lambda: now[0])
+
+
+def summary(workdir):
+    return summarize(read_starts(workdir))
 
 
 def test_killed_and_continued(workdir):
@@ -34,14 +38,15 @@ def test_killed_and_continued(workdir):
     second = start(workdir, 60, 220.0, now)
     now[0] = 280.0
     second.note(100, {"start": 10.0, "step": 40.0}, "done")
-    assert summarize(workdir) == {
+    assert summary(workdir) == {
         "productive_share": round(100 / 170, 4),
         "runs": 2,
         "steps_replayed": 20,
         "secs": {"start": 20.0, "step": 100.0, "replayed": 20.0, "away": 30.0},
     }
-    assert span(workdir) == (0.0, 280.0)
-    assert total_steps(workdir) == 100
+    assert [start["began"] for start in read_starts(workdir)] == [0.0, 220.0]
+    assert read_starts(workdir)[-1]["time"] == 280.0
+    assert read_starts(workdir)[-1]["total_steps"] == 100
 
 
 def test_notes_are_rare_but_for_the_end(workdir):
@@ -57,11 +62,11 @@ def test_notes_are_rare_but_for_the_end(workdir):
 
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=6))
 def test_clocks_may_jump(tmp_path_factory, starts):
-    """Whatever the clock of a start says, no share leaves 0..1 and no time is negative."""
+    """Whatever the clock of a start says, no fraction leaves 0..1 and no time is negative."""
     workdir = tmp_path_factory.mktemp("ledger")
     for clock, from_step, done in starts:
         start(workdir, from_step, clock, [clock]).note(from_step + done, {"start": 1.0, "step": 2.0}, "end")
-    found = summarize(workdir)
+    found = summary(workdir)
     assert found["runs"] == len(starts)
     assert 0 <= found["productive_share"] <= 1
     assert all(value >= 0 for value in found["secs"].values())
@@ -72,23 +77,23 @@ def test_a_line_cut_short_is_dropped(workdir):
     start(workdir, 0, 0.0, [5.0]).note(3, {"step": 5.0}, "killed")
     path = workdir / GOODPUT_FILE
     path.write_text(path.read_text() + '{"run": 1, "beg')
-    assert summarize(workdir)["runs"] == 1
+    assert summary(workdir)["runs"] == 1
     start(workdir, 3, 6.0, [9.0]).note(4, {"step": 1.0}, "done")
-    assert summarize(workdir)["runs"] == 2
+    assert summary(workdir)["runs"] == 2
     path.write_text(path.read_text() + "nonsense\n")
-    assert summarize(workdir)["runs"] == 2
+    assert summary(workdir)["runs"] == 2
     start(workdir, 4, 9.0, [10.0]).note(5, {"step": 1.0}, "done")
-    assert summarize(workdir)["runs"] == 3
+    assert summary(workdir)["runs"] == 3
     path.write_text("nonsense\n" + path.read_text())
     with pytest.raises(StorageFault, match="line 1 is no entry"):
-        summarize(workdir)
+        summary(workdir)
 
 
 def test_without_a_ledger(workdir):
     """An older run has none; other processes than the first write none."""
     Ledger(workdir, from_step=0, total_steps=1, began=0.0, is_primary=False).note(1, {"step": 1.0}, "done")
-    assert summarize(workdir) == {}
-    assert total_steps(workdir) is None
+    assert read_starts(workdir) == []
+    assert summary(workdir) == {}
 
 
 def test_a_line_of_an_older_version(workdir):
@@ -96,8 +101,8 @@ def test_a_line_of_an_older_version(workdir):
     start(workdir, 0, 0.0, [5.0]).note(3, {"step": 5.0}, "killed")
     path = workdir / GOODPUT_FILE
     path.write_text(path.read_text().replace('"total_steps": 100, ', ""))
-    assert total_steps(workdir) is None
-    assert summarize(workdir)["runs"] == 1
+    assert read_starts(workdir)[-1]["total_steps"] is None
+    assert summary(workdir)["runs"] == 1
 
 
 def test_the_figures_of_a_run_agree_with_its_ledger(workdir):

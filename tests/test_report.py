@@ -19,9 +19,10 @@ from PIL import Image
 from configs import default
 from mae_dist import config as config_lib
 from mae_dist.errors import ConfigError, DataFault, StorageFault
+from mae_dist.metrics.results import spread
 from mae_dist.report import __main__, figures, model, pictures, tables
-from mae_dist.report.groups import Group, family_names, group, mean_std
-from mae_dist.report.plot import _drawn, _style
+from mae_dist.report.groups import Group, family_names, group
+from mae_dist.report.plot import drawn
 from mae_dist.report.runs import Masking, Run, collect, find_workdirs
 from mae_dist.sweep import points
 from tests.runs import run
@@ -174,7 +175,7 @@ def test_page(whole):
     for heading in ("Results", "Curves: pretrain", "Curves: probe", "Reconstructions over time", "Models",
                     "Where the time went", "Configurations", "Checkpoints"):  # fmt: skip
         assert f">{heading}</h2>" in text
-    for shown in ("60.00 ± 14.14 %", "n = 2", "step 8 of 8", "Update 4", "Update 8", "Confusion matrix", "t-SNE",
+    for shown in ("60.00 ± 14.14 %", "n = 2", "step 8 of 8", "Step 4", "Step 8", "Confusion matrix", "t-SNE",
                   "Accuracy of each class", "all 51 test images", "mae_probe_s*", "optim.base_lr"):  # fmt: skip
         assert shown in text.replace("<wbr>", ""), shown
     assert text.count("good</td>") == 3
@@ -203,12 +204,12 @@ def test_groups_and_deviation(trained):
     """
     groups = read(trained)
     assert [(one.label, len(one.runs)) for one in groups] == [("mae", 1), ("mae_probe_s*", 2)]
-    mean, std = mean_std(groups[1].values("test_top1"))
-    assert mean == pytest.approx(0.6)
-    assert std == pytest.approx(math.sqrt(0.02))
+    found = spread(groups[1].values("test_top1"))
+    assert found.mean == pytest.approx(0.6)
+    assert found.std == pytest.approx(math.sqrt(0.02))
     assert {run.masking for run in groups[1].runs} == {Masking("random", 0.75)}
-    assert tables.number(0.33012, 0.0151) == "0.330 ± 0.015"
-    assert tables.number(1234.5) == "1,234"
+    assert tables.number([0.3195, 0.3408]) == "0.330 ± 0.015"
+    assert tables.number([1234.5]) == "1,234"
 
 
 def test_other_fields_make_other_groups(trained, tmp_path):
@@ -222,11 +223,13 @@ def test_other_fields_make_other_groups(trained, tmp_path):
     both, grid, half, wide = groups
     assert (grid.shown.masking, half.shown.masking) == (Masking("grid", 0.75), Masking("random", 0.5))
     assert both.family == grid.family == half.family != wide.family
-    (ratio,) = figures.against_masking([both, half], "test_top1", "Test")
-    assert ratio.alt == "Test against the masking ratio: random 0.5: 50.00 %; random 0.75: 60.00 ± 14.14 % (n = 2)"
-    (strategy,) = figures.against_masking([both, grid], "test_top1", "Test")
-    assert strategy.alt.startswith("Test against the masking strategy: grid 0.75: 50.00 %; random 0.75: 60.00")
-    assert not figures.against_masking([both, wide], "test_top1", "Test")
+    (ratio,) = figures.against_masking([both, half], "test_top1")
+    assert (
+        ratio.alt == "Test top-1 against the masking ratio: random 0.5: 50.00 %; random 0.75: 60.00 ± 14.14 % (n = 2)"
+    )
+    (strategy,) = figures.against_masking([both, grid], "test_top1")
+    assert strategy.alt.startswith("Test top-1 against the masking strategy: grid 0.75: 50.00 %; random 0.75: 60.00")
+    assert not figures.against_masking([both, wide], "test_top1")
 
 
 def test_a_sweep_against_its_masking(tmp_path):
@@ -240,8 +243,8 @@ def test_a_sweep_against_its_masking(tmp_path):
     groups = read(tmp_path)
     probes = [one for one in groups if one.task == "probe"]
     assert [len(one.runs) for one in probes] == [2] * 4
-    (plot,) = figures.against_masking(probes, "test_top1", "Test")
-    found = plot.alt.removeprefix("Test against the masking ratio: ").split("; ")
+    (plot,) = figures.against_masking(probes, "test_top1")
+    found = plot.alt.removeprefix("Test top-1 against the masking ratio: ").split("; ")
     assert found == [
         "hidden_dim 128, random 0.5: 37.50 ± 17.68 % (n = 2)",
         "hidden_dim 128, random 0.75: 43.75 ± 17.68 % (n = 2)",
@@ -250,16 +253,15 @@ def test_a_sweep_against_its_masking(tmp_path):
     ]
     scratch = [one for one in groups if one.task == "finetune"]
     assert [len(one.values("test_top1")) for one in scratch] == [2, 2]
-    assert not figures.against_masking(scratch, "test_top1", "Test")
+    assert not figures.against_masking(scratch, "test_top1")
 
 
 def test_the_legend_covers_nothing(tmp_path):
     """It is below the axes, which keep their height however many experiments there are."""
     fake_sweep(tmp_path, ["model.mask_ratio=.5,.75", "classify.hidden_dim=1,2,3,4,5,6"], ["probe"], lambda *_: 0.5)
     probes = [one for one in read(tmp_path) if one.task == "probe"]
-    (plot,) = figures.against_masking(probes, "test_top1", "Test")
-    with _style(plot, "#000000"):
-        figure = _drawn(plot)
+    (plot,) = figures.against_masking(probes, "test_top1")
+    with drawn(plot, "#000000") as figure:
         figure.draw_without_rendering()
         (legend,), (axes,) = figure.legends, figure.axes
         assert len(legend.get_texts()) == 6
@@ -317,7 +319,7 @@ def test_other_weights_make_other_groups(tmp_path):
         fake(tmp_path / "masks" / name, name=name, model__masking="user", model__mask_file=f"{name}.npy", val_top1=0.5)
     groups = read(tmp_path / "masks")
     assert len(groups) == 2
-    (plot,) = figures.against_masking(groups, "val_top1", "Val")
+    (plot,) = figures.against_masking(groups, "val_top1")
     assert "user cross.npy 0.75: 50.00 %" in plot.alt
 
 
@@ -344,11 +346,11 @@ def test_features_without_distances():
             model.embed(seen)
 
 
-def test_shares_are_told_in_percent():
+def test_fractions_are_shown_in_percent():
     """Also of the lowest and the median class; a loss is none."""
-    shares = [name for name in ("val_top1", "top5", "val_top1_min", "test_top1_median", "val_loss", "val_knn_top1")
-              if tables.is_share(name)]  # fmt: skip
-    assert shares == ["val_top1", "top5", "val_top1_min", "test_top1_median", "val_knn_top1"]
+    fractions = [name for name in ("val_top1", "top5", "val_top1_min", "test_top1_median", "val_loss", "val_knn_top1")
+              if tables.is_fraction(name)]  # fmt: skip
+    assert fractions == ["val_top1", "top5", "val_top1_min", "test_top1_median", "val_knn_top1"]
 
 
 def test_a_pretraining_that_was_moved(trained, tmp_path):
@@ -436,7 +438,7 @@ def test_steps_and_epochs():
     run_now.records = [{"step": 100, "step_secs": 0.5, "eta_secs": 450.0}]
     assert run_now.total_steps == 1000
     assert run_now.steps_per_epoch == 10
-    run_now.planned_steps = 2000
+    run_now.starts = [{"total_steps": 2000}]
     assert run_now.total_steps == 2000
     assert not run_now.finished
 

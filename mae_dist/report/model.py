@@ -1,4 +1,4 @@
-"""What a report computes with a run's newest good checkpoint: predictions and features of test images, nothing masked.
+"""Predictions and features of test images by a run's newest good checkpoint, nothing masked.
 
 Shapes: N images, H W C image, D width, Y classes.
 """
@@ -36,9 +36,9 @@ _NUM_EMBEDDED = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A model's view of the first readable images of a split.
+    """Predictions and features of the first readable images of a split.
 
-    origin: which weights. split: its name and how many images of how many, in words.
+    origin: of the weights. split: its name and how many images of how many, in words.
     images: the very first, uint8 (n, H, W, C). features: float32 (N, D). labels: int (N,).
     predictions: int (N,), None for an encoder without a head.
     """
@@ -51,16 +51,9 @@ class Seen:
     labels: np.ndarray
     predictions: np.ndarray | None
 
-    @property
-    def confusion(self) -> np.ndarray:
-        """Counts (Y, Y): row the true class, column the predicted one."""
-        assert self.predictions is not None
-        size = len(self.class_names)
-        return np.bincount(self.labels * size + self.predictions, minlength=size * size).reshape(size, size)
-
 
 class Viewer:
-    """Shows test images to models; splits that several of them share are opened once.
+    """Computes what the models of runs make of test images; splits that several runs share are opened once.
 
     Args:
       data_dir: where TFDS keeps data sets, if not where a run had it.
@@ -73,10 +66,10 @@ class Viewer:
         self._mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices())
 
     def look(self, run: Run) -> Seen:
-        """Computes what the page shows of this run's model.
+        """Returns the predictions and features of this run's model.
 
         Raises:
-          UserError: there is no good checkpoint, the data are not there, or either cannot be read.
+          UserError: there is no good checkpoint, there are no data, or either cannot be read.
         """
         source = pretrained.open_pretrained(run.workdir)
         config = source.config
@@ -138,10 +131,10 @@ def _make_forward(config: ConfigDict, num_classes: int) -> Any:
 
 
 def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(points (n, 2), labels (n,)): t-SNE on at most 50 principal components, of at most 2,000 images, seeded.
+    """Returns (points (n, 2), labels (n,)): t-SNE on at most 50 principal components, of at most 2,000 images, seeded.
 
     Raises:
-      DataFault: features that have no distances to be kept, with which scikit-learn's t-SNE fails or crashes.
+      DataFault: the features have no distances, and scikit-learn's t-SNE would fail or crash.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -160,5 +153,5 @@ def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     reduced = PCA(components, random_state=seed).fit_transform(features)
     perplexity = min(30.0, (len(reduced) - 1) / 3)
     tsne = TSNE(2, perplexity=perplexity, init="pca" if components > 1 else "random", random_state=seed)
-    with threadpool_limits(1, "openmp"):  # its threads meet a thousand times, and spin wherever others work as well
+    with threadpool_limits(1, "openmp"):  # its threads synchronize often, and spin if other processes are busy
         return tsne.fit_transform(reduced), seen.labels[chosen]

@@ -1,19 +1,19 @@
-"""How a report's figures are drawn: by matplotlib at the width of a phone, as SVG inside the page or as files.
+"""Drawing of a report's figures by matplotlib, at the width of a phone: as SVG inside the page, or as files.
 
-Colours are told apart by colour-blind people (Okabe and Ito's), and lines of different groups by their dashes as well.
-In the page the text is text, in the page's font and colour, so that it is readable in dark mode and can be found.
+Colour-blind people can distinguish the colours (Okabe and Ito's); groups of runs also differ by their dashes. In the
+page the text is text, in the page's font and colour, so that it is readable in dark mode and can be found.
 """
 
+import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib
 from etils import epath
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -55,9 +55,10 @@ Line = tuple[str, str, Any]  # label, colour, dashes: an entry of a legend
 class Plot:
     """A figure that is not drawn yet.
 
-    name: of its files. title: above it. of: the task or run it is about, which in a page the heading says.
+    name: of its files, and before the ids in its SVG. title: above it.
+    of: the task or run it is about, which in a page the heading says.
     alt: what it shows, for those who do not see it. draw: into a matplotlib Figure. height: in inches.
-    legend: what a file needs and a page has beside its figures. on_white: its colours need a light ground.
+    legend: what a file needs and a page has beside its figures. on_white: its colours need a light background.
     """
 
     name: str
@@ -69,9 +70,34 @@ class Plot:
     legend: tuple[Line, ...] = ()
     on_white: bool = False
 
+    @property
+    def file_name(self) -> str:
+        """The name without characters that mean something in a path or in markup."""
+        return re.sub(r"[^\w.-]", "_", self.name)
+
+    def markup(self) -> Markup:
+        """Returns an `<svg>` element for a page: without prolog, metadata, addresses and rules for the whole page."""
+        data = io.StringIO()
+        with drawn(self, _INK) as figure:
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(data, format="svg", transparent=True, metadata=nothing, dpi=170)
+        svg = data.getvalue().partition("<svg")[2]
+        for pattern, replacement in (
+            (r"<defs>\s*<style.*?</style>\s*</defs>", ""),
+            (r"<!--.*?-->\s*", ""),
+            (r' xmlns(:\w+)?="[^"]*"', ""),
+            (r' (width|height)="[\d.]+pt"', ""),
+            (r"xlink:href", "href"),
+            (_INK, "currentColor"),
+            (r'(url\(#|href="#| id=")', rf"\g<1>{self.file_name}-"),  # all figures are in one document
+        ):
+            svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
+        kind = "plot white" if self.on_white else "plot"
+        return Markup('<svg class="{}" role="img" aria-label="{}"{}').format(kind, self.alt, Markup(svg))
+
 
 def shorten(text: str, length: int) -> str:
-    """At most so many characters, the middle left out: names differ at their ends."""
+    """Returns at most so many characters, the middle left out: names differ at their ends."""
     if len(text) <= length:
         return text
     half = (length - 1) // 2
@@ -79,39 +105,27 @@ def shorten(text: str, length: int) -> str:
 
 
 def duration(secs: float) -> str:
-    """52 s, 12 min, 3.4 h, 2.1 days."""
-    for unit, size, below in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
-        if secs / size < below:
-            return f"{secs / size:.{1 if unit == 'h' else 0}f} {unit}"
-    return f"{secs / 86400:.1f} days"
+    """Returns 52 s, 12 min, 3.4 h or 2.1 days."""
+    if secs < 100:
+        return f"{secs:.0f} s"
+    if secs < 6000:
+        return f"{secs / 60:.0f} min"
+    return f"{secs / 3600:.1f} h" if secs < 48 * 3600 else f"{secs / 86400:.1f} days"
 
 
-def to_svg(plot: Plot) -> str:
-    """An `<svg>` element for a page: no prolog, no metadata, no address of anything, names of its own."""
-    data = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with _style(plot, _INK):
-        figure = _drawn(plot)
-        figure.savefig(data, format="svg", transparent=True, metadata=nothing, dpi=170)
-    text = data.getvalue()
-    text = re.sub(
-        r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL
-    )
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href").replace(_INK, "currentColor")
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    names = set(re.findall(r' id="([^"]+)"', text))
-    # Elements of all figures are in one document: only what is referred to keeps its name, behind the figure's.
-    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
-    for name in names - used:
-        text = text.replace(f' id="{name}"', "")
-    text = re.sub(r'(url\(#|href="#| id=")([^")]+)', rf"\g<1>{plot.name}-\g<2>", text)
-    return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+@contextlib.contextmanager
+def drawn(plot: Plot, ink: str) -> Iterator[Figure]:
+    """Holds the style in which a figure is drawn and saved, its text and axes in the colour `ink`."""
+    values: dict[Any, Any] = {**_STYLE, **dict.fromkeys(_INKED, ink), "svg.hashsalt": plot.name}
+    with matplotlib.rc_context(values):
+        figure = Figure(figsize=(_WIDTH, plot.height), layout="constrained")
+        plot.draw(figure)
+        yield figure
 
 
 def write_files(plot: Plot, directory: epath.Path) -> None:
-    """`<name>.png` and `<name>.svg` with title and legend, for papers and slides."""
-    with _style(plot, "#222222"):
-        figure = _drawn(plot)
+    """Writes `<name>.png` and `<name>.svg` with title and legend, for papers and slides."""
+    with drawn(plot, "#222222") as figure:
         figure.suptitle(f"{plot.title}\n{shorten(plot.of, 44)}".strip(), fontsize=10)
         if len(plot.legend) > 1:
             handles = [
@@ -119,27 +133,14 @@ def write_files(plot: Plot, directory: epath.Path) -> None:
                 for label, color, dashes in plot.legend
             ]
             columns = 1 if max(len(label) for label, *_ in plot.legend) > 22 else 2
-            rows = -(-len(handles) // columns)
-            figure.set_figheight(plot.height + 0.3 + 0.2 * rows)
+            figure.set_figheight(plot.height + 0.3 + 0.2 * -(-len(handles) // columns))
             figure.legend(handles=handles, loc="outside lower center", ncols=columns)
         for kind in ("png", "svg"):
             data = io.BytesIO()
             metadata = {"Date": None} if kind == "svg" else None  # the same runs make the same files
             figure.savefig(data, format=kind, facecolor="white", metadata=metadata, dpi=200)
             figure.set_layout_engine("none")  # found already
-            path = directory / f"{plot.name}.{kind}"
+            path = directory / f"{plot.file_name}.{kind}"
             with storage_errors(path):
                 directory.mkdir(parents=True, exist_ok=True)
                 write_bytes_atomically(path, data.getvalue())
-
-
-def _style(plot: Plot, ink: str) -> AbstractContextManager[None]:
-    values: dict[Any, Any] = {**_STYLE, **dict.fromkeys(_INKED, ink), "svg.hashsalt": plot.name}
-    return matplotlib.rc_context(values)
-
-
-def _drawn(plot: Plot) -> Figure:
-    figure = Figure(figsize=(_WIDTH, plot.height), layout="constrained")
-    FigureCanvasAgg(figure)
-    plot.draw(figure)
-    return figure

@@ -1,4 +1,4 @@
-"""What runs left in their workdirs, as a report needs it: nothing here needs a model or data."""
+"""Reading of what runs left in their workdirs, without models or data."""
 
 import collections
 import contextlib
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -26,7 +26,7 @@ from mae_dist.task_kinds import kind_of
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """How images were masked in the pretraining that a run is, or begins from; of the strategy `user` by `file`."""
+    """The masking of the pretraining that a run is, or begins from; `file` is set for the strategy `user` only."""
 
     strategy: str
     ratio: float
@@ -37,9 +37,9 @@ class Masking:
 class Origin:
     """Weights that a run began from.
 
-    place: where they are, None if that is not to be found; init_from: where the run's config says they are.
-    stored: config.json as it is, of a run or in another layout.
-    config: of the run that trained them, None of weights that came from elsewhere.
+    place: where they are, None if not found. init_from: where the run's config says they are.
+    stored: their config.json as it is, of a run or in another layout.
+    config: of the run that trained them, None for weights from elsewhere.
     """
 
     place: epath.Path | None
@@ -52,10 +52,10 @@ class Origin:
 class Run:
     """One workdir as it is now.
 
-    label: its name, told apart from the other runs' if need be.
+    label: its name, with the place if other runs have the same name.
     records: of metrics.jsonl, in order.
     summary: summary.json, {} until the run has ended.
-    ledger: `goodput.summarize`; span: `goodput.span`; planned_steps: `goodput.total_steps`.
+    starts: `goodput.read_starts`; ledger: their `goodput.summarize`.
     masking: None for a training that begins from nothing, or from weights that do not say.
     origins: what it began from, nearest first, as far back as can be followed.
     faults: what could not be read, each in a sentence.
@@ -66,59 +66,54 @@ class Run:
     label: str = ""
     records: list[dict[str, float]] = dataclasses.field(default_factory=list)
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     ledger: dict[str, Any] = dataclasses.field(default_factory=dict)
-    span: tuple[float, float] | None = None
-    planned_steps: int | None = None
     masking: Masking | None = None
     origins: list[Origin] = dataclasses.field(default_factory=list)
     faults: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Its own and those of the runs that it began from: with equal ones it is no independent trial."""
+        """Its own seed and those of its origins: a run with equal ones is no independent trial."""
         return tuple(config.seed for config in (self.config, *(origin.config for origin in self.origins)) if config)
 
     @property
     def step(self) -> int:
-        """The last recorded update, 0 before the first."""
+        """The last recorded step, 0 before the first."""
         return int(self.records[-1]["step"]) if self.records else 0
 
     @property
     def total_steps(self) -> int | None:
-        """Updates of the whole run; None as long as it has recorded too little to tell."""
-        if self.config.total_steps:
-            return self.config.total_steps
-        if self.summary.get("total_steps"):
-            return int(self.summary["total_steps"])
-        if self.planned_steps:
-            return self.planned_steps
+        """Steps of the whole run; None if it has recorded too little to know."""
+        planned = self.starts[-1]["total_steps"] if self.starts else None
+        if known := self.config.total_steps or self.summary.get("total_steps") or planned:
+            return int(known)
         for record in reversed(self.records):
-            # Of an older version, whose estimate was of the updates alone.
+            # Of an older version, whose estimate was of the steps alone.
             if record.get("step_secs") and math.isfinite(record.get("eta_secs", math.nan)):
                 return int(record["step"]) + round(record["eta_secs"] / record["step_secs"])
         return None
 
     @property
     def finished(self) -> bool:
+        """True if the run has ended with its last step."""
         return self.total_steps is not None and self.step >= self.total_steps and bool(self.summary)
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """None where only the data set would tell, as for a run of `total_steps`."""
+        """Steps per epoch; None where only the data set would tell, as for a run of `total_steps`."""
         total = self.total_steps
         return total / self.config.total_epochs if total and not self.config.total_steps else None
 
-    def last(self, name: str) -> float | None:
-        """The last finite value recorded under this name."""
-        for record in reversed(self.records):
-            if math.isfinite(record.get(name, math.nan)):
-                return record[name]
-        return None
-
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """(steps, values) of all records that have a finite one."""
+        """Returns (steps, values) of all records that have a finite one."""
         found = [(record["step"], record[name]) for record in self.records if math.isfinite(record.get(name, math.nan))]
         return [step for step, _ in found], [value for _, value in found]
+
+    def last(self, name: str) -> float | None:
+        """Returns the last finite value recorded under this name."""
+        values = self.series(name)[1]
+        return values[-1] if values else None
 
     @property
     def images_per_sec(self) -> float | None:
@@ -127,17 +122,17 @@ class Run:
         return statistics.median(values) if values else None
 
     @property
-    def hours(self) -> float | None:
-        """Of work, without the time between a start's end and the next start."""
+    def work_secs(self) -> float | None:
+        """Seconds of work, without the time between a start's end and the next start."""
         secs = self.ledger.get("secs")
-        return sum(value for name, value in secs.items() if name != "away") / 3600 if secs else None
+        return sum(value for name, value in secs.items() if name != "away") if secs else None
 
 
 def find_workdirs(paths: Iterable[str]) -> list[epath.Path]:
-    """The runs at these paths, each once; of a directory that is none, those among its children.
+    """Returns the runs at these paths, each once; for a directory that is no run, those among its children.
 
     Raises:
-      StorageFault: a path where there is no run.
+      StorageFault: there is no run at a path.
     """
     found: dict[str, epath.Path] = {}
     for given in paths:
@@ -155,46 +150,38 @@ def find_workdirs(paths: Iterable[str]) -> list[epath.Path]:
 
 
 def collect(workdirs: Sequence[epath.Path]) -> tuple[list[Run], list[str]]:
-    """The runs in these workdirs, and sentences about those whose config cannot be read."""
+    """Returns the runs in these workdirs, and sentences about those whose config cannot be read."""
     runs, unreadable = [], []
     for workdir in workdirs:
         try:
             runs.append(_read(workdir))
         except (UserError, ValueError, KeyError, TypeError) as error:  # a config.json of whatever kind
-            unreadable.append(f"{workdir}: {_first_line(error)}")
-    names = collections.Counter(run.config.name for run in runs)
-    for run in runs:
-        own = run.config.name
-        run.label = own if names[own] == 1 else f"{own} ({run.workdir.name})"
-    labels = collections.Counter(run.label for run in runs)
-    for run in runs:
-        if labels[run.label] > 1:
-            run.label = f"{run.config.name} ({run.workdir})"
+            unreadable.append(f"{workdir}: {reader.first_line(error)}")
+    for place in ("name", "path"):
+        labels = collections.Counter(run.label for run in runs)
+        for run in runs:
+            if labels[run.label] > 1:
+                run.label = f"{run.config.name} ({run.workdir.name if place == 'name' else run.workdir})"
     return runs, unreadable
 
 
 def _read(workdir: epath.Path) -> Run:
-    run = Run(workdir, reader.read_config(workdir))
+    config = reader.read_config(workdir)
+    run = Run(workdir, config, config.name)
 
-    def tried(read: Any, otherwise: Any) -> Any:
+    def read(name: str, function: Callable[[epath.Path], Any]) -> None:
         try:
-            return read(workdir)
+            setattr(run, name, function(workdir))
         except UserError as error:
-            run.faults.append(_first_line(error))
-            return otherwise
+            run.faults.append(reader.first_line(error))
 
-    run.records = tried(read_metrics, [])
-    run.ledger = tried(goodput.summarize, {})
-    run.span = tried(goodput.span, None)
-    run.planned_steps = tried(goodput.total_steps, None)
-    run.summary = tried(_read_summary, {})
-    run.origins = _find_origins(run.config.init_from, workdir)
+    read("records", read_metrics)
+    read("starts", goodput.read_starts)
+    read("summary", _read_summary)
+    run.ledger = goodput.summarize(run.starts)
+    run.origins = _find_origins(config.init_from, workdir)
     run.masking = _masking(run)
     return run
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_summary(workdir: epath.Path) -> dict[str, Any]:
@@ -204,13 +191,13 @@ def _read_summary(workdir: epath.Path) -> dict[str, Any]:
     try:
         return dict(json.loads(text)) if text else {}
     except (ValueError, TypeError) as error:
-        raise StorageFault(f"{path} is damaged: {error}; the run's own command writes it again") from error
+        raise StorageFault(f"{path} is corrupted: {error}; the run's own command writes it again") from error
 
 
 def _find_origins(init_from: str, workdir: epath.Path) -> list[Origin]:
-    """The weights behind `init_from`, and what those were trained from, in turn."""
+    """Returns the weights at `init_from`, those that they were trained from, and so on."""
     origins: list[Origin] = []
-    while init_from and len(origins) < 10:  # a ring is nobody's intention, but would never end
+    while init_from and len(origins) < 10:  # a cycle would never end
         origin = _find_origin(init_from, workdir)
         origins.append(origin)
         if origin.place is None or origin.config is None:
@@ -220,7 +207,7 @@ def _find_origins(init_from: str, workdir: epath.Path) -> list[Origin]:
 
 
 def _find_origin(init_from: str, workdir: epath.Path) -> Origin:
-    """The weights at `init_from`, or beside the run if both were moved."""
+    """Returns the weights at `init_from`, or beside the run if both were moved."""
     places = [workdir.parent / config_lib.last_name(init_from)]
     with contextlib.suppress(UserError):  # a bucket out of reach
         places.insert(0, absolute(init_from))
@@ -232,12 +219,11 @@ def _find_origin(init_from: str, workdir: epath.Path) -> Origin:
             continue
         if not stored:
             continue
-        try:
+        config = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of whatever kind
             # No run's first checkpoint is of step 0: that is where converted weights are.
-            trained_here = "model_type" not in stored and not (place / "checkpoints" / "0").exists()
-            config = config_lib.from_json(text) if trained_here else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a config.json of whatever kind
-            config = None
+            if "model_type" not in stored and not (place / "checkpoints" / "0").exists():
+                config = config_lib.from_json(text)
         return Origin(place, init_from, stored, config)
     return Origin(None, init_from, {}, None)
 
@@ -250,8 +236,8 @@ def _masking(run: Run) -> Masking | None:
         return None
     if origin.place is None:  # a probe's own config has the ratio of the recipe that it comes from
         run.faults.append(
-            f"init_from={origin.init_from!r} has no config.json to be found: masking strategy and ratio are those "
-            "of the run's own config"
+            f"no config.json found at init_from={origin.init_from!r}: masking strategy and ratio are those of the "
+            "run's own config"
         )
         return _masking_of(run.config.model)
     try:  # in Hugging Face's layout the fields are not in sections
@@ -271,16 +257,16 @@ class SavedState:
 
     place: str
     mebibytes: float
-    sealed: bool
+    has_manifest: bool
     faults: list[str]
 
 
 def checkpoints(workdir: epath.Path, *, arrays: bool) -> tuple[list[SavedState], dict[str, str]]:
-    """The checkpoints of a run, verified, and why others are in quarantine.
+    """Returns the checkpoints of a run, verified, and why others are in quarantine, by name.
 
     Args:
-      workdir: of the run, which may be working.
-      arrays: whether to read the arrays too, not only compare the files with their seals.
+      workdir: of the run, which may be in progress.
+      arrays: reads the arrays too, instead of only comparing the files with their manifest.
     """
     seals, found = Seals(workdir), []
     with storage_errors(workdir):

@@ -72,6 +72,6 @@ def _summary(job: Job, workdir: epath.Path, step: int) -> dict[str, Any]:
         "total_steps": job.schedule.total_steps,
         **{name: value for name, value in last_values(records).items() if name not in ("step", *timing)},
         "images_per_sec": statistics.median(rates) if rates else None,
-        "goodput": goodput.summarize(workdir),
+        "goodput": goodput.summarize(goodput.read_starts(workdir)),
         "environment": environment(),
     }
