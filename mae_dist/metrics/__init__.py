@@ -1,1 +1,1 @@
-"""What a run records: metrics, goodput, its summary."""
+"""Records of a run: metrics, goodput, summary."""

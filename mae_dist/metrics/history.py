@@ -1,6 +1,6 @@
-"""Refuses a start that would replace what a run has recorded by less, before it writes anything.
+"""Checks, before a start writes anything, that it does not replace a run's records by fewer.
 
-A run that was killed before its first save begins anew by the same line, for it records the same again. Wherever
+A run that was killed before its first save begins anew by the same command, because it records the same again. Wherever
 records would be lost for good the start is refused, and the result of a shorter run is kept beside that of the longer.
 """
 
@@ -20,13 +20,13 @@ from mae_dist.storage import read_text, storage_errors
 
 
 def check_start(workdir: epath.Path, config: ConfigDict, start: int, total_steps: int) -> None:
-    """Raises a `StorageFault` where a start would replace what is recorded by less, and logs what is missing.
+    """Raises a `StorageFault` if a start would replace records by fewer, and logs missing ones.
 
     Args:
       workdir: the run's directory.
       config: of this start.
       start: the step of the checkpoint that it continues from, 0 for none.
-      total_steps: where it is to end.
+      total_steps: the last step of the run.
     """
     if start > total_steps:
         raise StorageFault(
@@ -44,7 +44,7 @@ def check_start(workdir: epath.Path, config: ConfigDict, start: int, total_steps
 
 
 def _check_beginning(workdir: epath.Path, config: ConfigDict) -> None:
-    """As `check_start`, where there is no checkpoint."""
+    """Does the same as `check_start`, where there is no checkpoint."""
     cure = (
         f"choose another --workdir for a new run; to begin anew in this one, move {workdir} away or delete it, records "
         "and all"
@@ -74,9 +74,7 @@ def _check_beginning(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def finished_summary(workdir: epath.Path, step: int) -> dict[str, Any] | None:
-    """summary.json, if it is of a run that ended at `step`: there is no other way to what it says.
-
-    Without it it has to be made of the records.
+    """Returns summary.json if it is of a run that ended at `step`; None if it is to be made from the records.
 
     Raises:
       StorageFault: there is none, and the records do not reach `step`.
@@ -89,7 +87,7 @@ def finished_summary(workdir: epath.Path, step: int) -> dict[str, Any] | None:
         if summary["step"] == summary["total_steps"] == step:
             return summary
     except (ValueError, KeyError, TypeError):
-        pass  # damaged, or not there
+        pass  # corrupted, or not there
     if _last_step(workdir) < step:
         raise StorageFault(
             f"{workdir} is trained to step {step}, but {METRICS_FILE} ends at step {_last_step(workdir)}, so "
@@ -100,6 +98,6 @@ def finished_summary(workdir: epath.Path, step: int) -> dict[str, Any] | None:
 
 
 def _last_step(workdir: epath.Path) -> int:
-    """The last step in metrics.jsonl, 0 without records."""
+    """Returns the last step in metrics.jsonl, 0 without records."""
     records = read_metrics(workdir)
     return int(records[-1]["step"]) if records else 0

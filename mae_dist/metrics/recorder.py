@@ -1,4 +1,4 @@
-"""What a run leaves behind to be read: metrics.jsonl, TensorBoard events, summary.json; and its throughput.
+"""Writing and reading of a run's metrics: metrics.jsonl and TensorBoard events.
 
 metrics.jsonl holds one JSON object per recorded step, in ascending order of `step`. Numbers round-trip exactly; JSON
 has no NaN, so a value that is not finite is written as null and read back as NaN.
@@ -26,17 +26,17 @@ Scalar = float | np.generic | np.ndarray | jax.Array
 
 
 class Recorder:
-    """Keeps a run's metrics: each step is recorded at most once, also across restarts.
+    """Records a run's metrics, each step at most once, also across restarts.
 
-    Opening it drops what an earlier process recorded beyond the checkpoint that this one continues from (and a last
-    line that was cut short), so that after any number of restarts the file reads as that of one uninterrupted run.
+    Drops what an earlier process recorded beyond the checkpoint that this one continues from (and a last line that was
+    cut short), so that after any number of restarts the file equals that of one uninterrupted run.
 
     Args:
       workdir: the run's directory, made if it does not exist.
       start_step: the step of the restored checkpoint; lines beyond it are dropped. 0 is a run from its beginning, with
         nothing restored: all lines are dropped, so that it may record step 0 itself.
-      is_primary: whether this process writes. The others may make the same calls and write nothing.
-      log_lines: whether each record is also a log line.
+      is_primary: only this process writes; the others make the same calls and write nothing.
+      log_lines: also logs each record.
 
     Raises:
       StorageFault: the workdir cannot be written, or metrics.jsonl has a line that is no record.
@@ -67,7 +67,7 @@ class Recorder:
 
     def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
         """Adds scalars to the record of `step`; device arrays of shape () stay on the device until `commit`."""
-        assert self._pending_step in (None, step), f"step {self._pending_step} was not committed before step {step}"
+        self._check_pending(step)
         twice = self._pending.keys() & scalars.keys()
         assert not twice, f"written twice at step {step}: {sorted(twice)}"
         assert "step" not in scalars, "`step` is not a metric"
@@ -81,20 +81,19 @@ class Recorder:
                 self._writer.write_images(step, {name: jax.device_get(image) for name, image in images.items()})
 
     def commit(self, step: int) -> None:
-        """Records everything written for `step`, as one line that is on disk when this returns; no-op without scalars.
+        """Records everything written for `step` as one line, which is on disk when this returns; no-op without scalars.
 
         Raises:
           StorageFault: the line, or TensorBoard events written since the last commit, could not be written.
         """
-        assert self._pending_step in (None, step), f"step {self._pending_step} was not committed before step {step}"
+        self._check_pending(step)
         assert step > self._last_step, f"step {step} is already recorded (last: {self._last_step})"
-        scalars, self._pending, self._pending_step = self._pending, {}, None
-        if not scalars:
+        record = self.withdraw()
+        if not record:
             return
         self._last_step = step
         if self._writer is None:
             return
-        record = {name: _number(name, value) for name, value in jax.device_get(scalars).items()}
         line = json.dumps({"step": step, **without_nan(record)}, allow_nan=False)
         with storage_errors(self._path):
             self._lines.append(line + "\n")
@@ -102,9 +101,12 @@ class Recorder:
             self._writer.write_scalars(step, record)
 
     def withdraw(self) -> dict[str, float]:
-        """Takes back what was written since the last commit, as numbers."""
+        """Returns what was written since the last commit, as numbers, and forgets it."""
         scalars, self._pending, self._pending_step = self._pending, {}, None
         return {name: _number(name, value) for name, value in jax.device_get(scalars).items()}
+
+    def _check_pending(self, step: int) -> None:
+        assert self._pending_step in (None, step), f"step {self._pending_step} was not committed before step {step}"
 
     def close(self) -> None:
         """Waits until TensorBoard events are written; uncommitted scalars are dropped."""
@@ -128,10 +130,10 @@ class Recorder:
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
-    """The records of a run in the order of their steps, null as NaN; [] if there are none yet.
+    """Returns the records of a run in the order of their steps, null as NaN; [] if there are none yet.
 
     Raises:
-      StorageFault: a line that is no record (a last one cut short is passed over: its run may be writing it now).
+      StorageFault: a line is no record (a last one cut short is skipped: its run may be writing it now).
     """
     path = workdir / METRICS_FILE
     with storage_errors(path):
@@ -140,7 +142,7 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
 
 
 def _parse(text: str, path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl with the record in each."""
+    """Returns the lines of metrics.jsonl with the record in each."""
     return parse_lines(text, path, _record, "record of a step")
 
 
@@ -156,7 +158,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def without_nan(value: Any) -> Any:
-    """The value with None for floats that JSON cannot hold, and Python numbers for NumPy's."""
+    """Returns the value with None for floats that JSON cannot hold, and Python numbers for NumPy's."""
     if isinstance(value, Mapping):
         return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What finished runs came to, and their mean and deviation over seeds."""
+"""Results of finished runs, and their mean and deviation over seeds."""
 
 import dataclasses
 import json
@@ -14,8 +14,7 @@ from mae_dist.errors import ConfigError, StorageFault
 from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.storage import read_text, storage_errors
 
-# Of a summary, in the order of tables: figures of whole splits only (`top1` is of the last training batch alone). An
-# accuracy is a share, 0 to 1.
+# The metrics of a summary that are of whole splits, in the order of tables. An accuracy is a fraction, 0 to 1.
 METRICS = (
     "val_loss",
     "test_loss",
@@ -31,17 +30,17 @@ METRICS = (
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished run: its config and its last figures, those of `METRICS` that it has."""
+    """Config of a finished run, and the last values of those of `METRICS` that it has."""
 
     config: ConfigDict
     metrics: dict[str, float]
 
 
 def read_result(workdir: epath.Path) -> Result | None:
-    """The result in a workdir; None if its run is not there or not finished.
+    """Returns the result in a workdir; None if its run is not there or not finished.
 
     Raises:
-      StorageFault: the workdir cannot be read, or its files are damaged.
+      StorageFault: the workdir cannot be read, or its files are corrupted.
     """
     with storage_errors(workdir):
         texts = [read_text(workdir / name) for name in ("config.json", SUMMARY_FILE)]
@@ -57,14 +56,14 @@ def read_result(workdir: epath.Path) -> Result | None:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageFault(
-            f"config.json or {SUMMARY_FILE} in {workdir} is damaged: {error}; delete {SUMMARY_FILE}, and the run's own "
-            "command writes both again"
+            f"config.json or {SUMMARY_FILE} in {workdir} is corrupted: {error}; delete {SUMMARY_FILE}, and the run's "
+            "own command writes both again"
         ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """One figure of several seeds: mean and sample standard deviation (of n - 1; NaN of one seed)."""
+    """Mean and sample standard deviation (n - 1; NaN for one seed) of a metric over seeds."""
 
     mean: float
     std: float
@@ -75,5 +74,5 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation of at least one value."""
+    """Returns mean and sample standard deviation of at least one value."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))

@@ -1,4 +1,4 @@
-"""summary.json: the last values of a run, and where it ran."""
+"""summary.json: the last value of each metric of a run, and its environment."""
 
 import json
 import platform
@@ -16,10 +16,10 @@ SUMMARY_FILE = "summary.json"
 
 
 def last_values(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The last value of each name.
+    """Returns the last value of each name.
 
-    Of single classes (`val_top1/<class>`) those of the split's last evaluation alone: of many classes each evaluation
-    records its own lowest, and the others' would be of earlier ones.
+    Values of single classes (`val_top1/<class>`) are of the split's last evaluation only: of many classes each
+    evaluation records its own lowest, so others would be of earlier evaluations.
     """
     last: dict[str, float] = {}
     for record in records:
@@ -38,7 +38,7 @@ def write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
 
 
 def environment() -> dict[str, str | int]:
-    """Versions and devices that a result depends on."""
+    """Returns the versions and devices that a result depends on."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "python": platform.python_version(),

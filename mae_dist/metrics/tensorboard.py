@@ -1,8 +1,8 @@
 """CLU's metric writers and periodic actions without TensorFlow, and the TensorBoard writer that CLU needs it for.
 
-CLU imports TensorFlow for one class, its own TensorBoard writer. A placeholder takes the place of that module before
-anything is imported, also where TensorFlow is installed: importing it costs seconds at every start. So do PyTorch and
-the clients of clouds, which tensorboardX imports if it can: nobody gives it tensors, and `epath` writes to buckets.
+CLU imports TensorFlow for one class, its own TensorBoard writer. A placeholder replaces that module before anything is
+imported, even where TensorFlow is installed: importing it costs seconds at every start. So do PyTorch and the cloud
+clients, which tensorboardX imports if it can: it gets no tensors, and `epath` writes to buckets.
 
     from mae_dist.metrics.tensorboard import metric_writers, periodic_actions
 """
@@ -34,7 +34,7 @@ for _name in _hidden:
 
 
 class _NoSummaryWriter:
-    """Stands in for `clu.metric_writers.SummaryWriter`."""
+    """Replaces `clu.metric_writers.SummaryWriter`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         raise NotImplementedError(
@@ -56,7 +56,7 @@ _FLUSH_SECS = 10.0
 
 
 class _ObjectFile:
-    """What tensorboardX writes the events of a bucket to; an object cannot be appended to: each flush replaces it."""
+    """Keeps tensorboardX's events of a bucket's object, which cannot be appended to: each flush replaces it."""
 
     def __init__(self, path: str):
         self._path = epath.Path(path)
@@ -78,23 +78,22 @@ record_writer.register_writer_factory("gs", types.SimpleNamespace(open=_ObjectFi
 
 
 class TensorBoardWriter(metric_writers.MetricWriter):
-    """Writes scalars, images, texts and hparams as TensorBoard events, without TensorFlow.
+    """Writes scalars and images as TensorBoard events, without TensorFlow.
 
-    Every write happens in the caller's thread, so that an error is the caller's to see: tensorboardX's SummaryWriter
-    writes in a thread of its own, and hangs once that thread has died of a full disk.
+    Writes in the caller's thread, so that errors reach the caller: tensorboardX's SummaryWriter writes in a thread of
+    its own, and hangs once that thread has died of a full disk.
 
     Args:
       logdir: directory of the event files, made if it does not exist; a new file is begun.
-      purge_step: TensorBoard shall forget what earlier event files say of this step and later ones.
+      purge_step: TensorBoard discards this step and later ones of earlier event files.
     """
 
-    def __init__(self, logdir: epath.Path, *, purge_step: int | None = None):
-        # The name tensorboardX makes has only seconds in it: two runs begun in the same second would share a file.
+    def __init__(self, logdir: epath.Path, *, purge_step: int):
+        # tensorboardX's names have only seconds in them: two runs begun in the same second would share a file.
         suffix = f".{os.getpid()}.{time.time_ns()}"
         logdir.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(os.path.join(os.fspath(logdir), "events"), suffix)
-        if purge_step is not None:
-            self._write(purge_step, Event(session_log=SessionLog(status=SessionLog.START)))
+        self._write(purge_step, Event(session_log=SessionLog(status=SessionLog.START)))
         self._next_flush = 0.0
         self.flush()
 
@@ -112,7 +111,7 @@ class TensorBoardWriter(metric_writers.MetricWriter):
         self._flush_now_and_then()
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Images are (N, H, W, C) or (H, W, C) with 1, 3 or 4 channels, uint8 or floats in 0..1 (cut off outside)."""
+        """Writes images (N, H, W, C) or (H, W, C) of 1, 3 or 4 channels, uint8 or floats clipped to 0..1."""
         for name, value in images.items():
             batch = np.asarray(value)
             batch = batch[None] if batch.ndim == 3 else batch  # (N, H, W, C)
@@ -123,30 +122,10 @@ class TensorBoardWriter(metric_writers.MetricWriter):
                 self._write(step, Event(summary=tb_summary.image(tag, image, dataformats="HWC")))
         self._flush_now_and_then()
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        for name, text in texts.items():
-            self._write(step, Event(summary=tb_summary.text(name, text)))
-        self._flush_now_and_then()
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError("TensorBoardWriter writes scalars and images only.")
 
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Written as a Markdown table under the tag `hparams`."""
-        rows = "\n".join(f"| {name} | {value} |" for name, value in hparams.items())
-        self.write_texts(0, {"hparams": f"| field | value |\n| --- | --- |\n{rows}"})
-
-    def write_summaries(self, step: int, values: Any, metadata: Any = None) -> NoReturn:
-        self._refuse("raw summaries")
-
-    def write_videos(self, step: int, videos: Any) -> NoReturn:
-        self._refuse("videos")
-
-    def write_audios(self, step: int, audios: Any, *, sample_rate: int) -> NoReturn:
-        self._refuse("audios")
-
-    def write_histograms(self, step: int, arrays: Any, num_buckets: Any = None) -> NoReturn:
-        self._refuse("histograms")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(f"TensorBoardWriter writes scalars, images, texts and hparams, not {what}.")
+    write_texts = write_hparams = write_summaries = write_videos = write_audios = write_histograms = _refuse
 
     def flush(self) -> None:
         self._events.flush()

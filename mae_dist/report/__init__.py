@@ -1,1 +1,1 @@
-"""A page that compares runs."""
+"""HTML page that compares runs."""

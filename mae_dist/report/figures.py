@@ -16,8 +16,8 @@ from mae_dist.report.tables import is_fraction, long_title_of, percent
 
 # Parts of a run's time: label, colour, and the phases of the ledger that belong to it.
 _TIME = (
-    ("updates that counted", "#0072B2", ("step",)),
-    ("updates done again", "#D55E00", ("replayed",)),
+    ("steps that counted", "#0072B2", ("step",)),
+    ("steps done again", "#D55E00", ("replayed",)),
     ("evaluation", "#56B4E9", ("evaluate",)),
     ("checkpoints", "#E69F00", ("checkpoint",)),
     ("waiting for data", "#CC79A7", ("data",)),

@@ -158,7 +158,7 @@ def environments(runs: Sequence[Run]) -> Part:
         found.setdefault(text, []).append(run.label)
     missing = found.pop("", [])
     everybody = "all that have ended" if missing else "all"
-    items = [
+    items: list[str] = [
         strong(everybody if len(found) == 1 and len(labels) > 1 else ", ".join(labels)) + f": {text}"
         for text, labels in found.items()
     ]
