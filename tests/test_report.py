@@ -9,11 +9,11 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from matplotlib.figure import Figure
 from PIL import Image
 
 from configs import default
@@ -22,7 +22,7 @@ from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.metrics.results import spread
 from mae_dist.report import __main__, figures, model, pictures, tables
 from mae_dist.report.groups import Group, family_names, group
-from mae_dist.report.plot import drawn
+from mae_dist.report.plot import STYLE
 from mae_dist.report.runs import Masking, Run, collect, find_workdirs
 from mae_dist.sweep import points
 from tests.runs import run
@@ -260,8 +260,9 @@ def test_the_legend_covers_nothing(tmp_path):
     """It is below the axes, which keep their height however many experiments there are."""
     fake_sweep(tmp_path, ["model.mask_ratio=.5,.75", "classify.hidden_dim=1,2,3,4,5,6"], ["probe"], lambda *_: 0.5)
     probes = [one for one in read(tmp_path) if one.task == "probe"]
-    (plot,) = figures.against_masking(probes, "test_top1")
-    with drawn(plot, "#000000") as figure:
+    with matplotlib.rc_context(STYLE):
+        (plot,) = figures.against_masking(probes, "test_top1")
+        figure = plot.figure
         figure.draw_without_rendering()
         (legend,), (axes,) = figure.legends, figure.axes
         assert len(legend.get_texts()) == 6
@@ -457,15 +458,14 @@ def test_accuracies_of_classes_are_of_the_last_evaluation(lowest):
         if lowest:
             run_now.records[1]["val_top1_min"] = dog
     one = Group("mae", "", runs)
-    plot = pictures.per_class([one], figures.line_styles([one]))
+    plot = pictures.per_class([one])
     assert plot is not None
     what = "The 5 least accurate classes of each run" if lowest else "Accuracy of each class"
     assert plot.title == f"{what} (val)"
     assert plot.alt == f"{plot.title}. Of mae the least accurate is dog with 40.0 %"
-    figure = Figure()
-    plot.draw(figure)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["dog", "owl"]
-    assert figure.axes[0].lines[0].get_xdata() == pytest.approx([40.0, 50.0])
+    (axes,) = plot.figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dog", "owl"]
+    assert axes.lines[0].get_xdata() == pytest.approx([40.0, 50.0])
 
 
 MEASURE = """<!DOCTYPE html><iframe id="f" src="report.html" style="border:0;width:{width}px;height:900px"></iframe>

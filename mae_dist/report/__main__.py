@@ -6,22 +6,23 @@ from anywhere and has no script.
 """
 
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib
 from absl import flags, logging
 
 from mae_dist import cli, errors
 from mae_dist.cpu import start
 from mae_dist.evaluation.pictures import note_on_moments
 from mae_dist.report import pictures, tables
-from mae_dist.report.figures import against_masking, curves, line_styles, time_bars
+from mae_dist.report.figures import against_masking, curves, time_bars
 from mae_dist.report.groups import Group, by_task, group, scalar_names
 from mae_dist.report.model import Viewer, embed
 from mae_dist.report.page import Part, Picture, Section, render, strong
-from mae_dist.report.plot import Line, Plot, write_files
+from mae_dist.report.plot import STYLE, Plot, write_files
 from mae_dist.report.runs import Run, collect, find_workdirs
 from mae_dist.storage import absolute, storage_errors, write_text_atomically
 
@@ -34,6 +35,7 @@ _DATA_DIR = flags.DEFINE_string(
 _MAX_IMAGES = flags.DEFINE_integer("max_images", 10_000, "The most of a split that a model sees.", lower_bound=1)
 
 
+@matplotlib.rc_context(STYLE)
 def report(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     if len(argv) < 2:
@@ -70,7 +72,6 @@ def report(argv: Sequence[str]) -> int:
 
 def _sections(groups: Sequence[Group], runs: Sequence[Run], viewer: Viewer | None) -> list[Section]:
     """Returns the page's sections, in order, without empty ones."""
-    styles = line_styles(groups)
     tasks = by_task(groups)
     sections = [
         Section(
@@ -78,11 +79,11 @@ def _sections(groups: Sequence[Group], runs: Sequence[Run], viewer: Viewer | Non
             "Results",
             [Part(tables=[*tables.results(groups), tables.cost(groups)]), tables.environments(runs)],
         ),
-        *(Section(f"curves-{task}", f"Curves: {task}", _curves(same, styles)) for task, same in tasks.items()),
+        *(Section(f"curves-{task}", f"Curves: {task}", _curves(same)) for task, same in tasks.items()),
         Section("masking", "Accuracy against masking", _masking(tasks.values())),
         Section("time", "Where the time went", _figures([time_bars(runs)], wide=True)),
         Section("pictures", "Reconstructions over time", _reconstructions(groups)),
-        Section("models", "Models", _models(groups, styles, viewer)),
+        Section("models", "Models", _models(groups, viewer)),
         Section("configs", "Configurations", tables.configs(runs)),
         Section("checkpoints", "Checkpoints", [tables.states(runs, arrays=viewer is not None)]),
     ]
@@ -96,10 +97,10 @@ def _figures(plots: Iterable[Plot | None], note: str = "", *, wide: bool = False
     return [Part(note=note, legend=[*legend], figures=found, wide=wide)] if found else []
 
 
-def _curves(groups: Sequence[Group], styles: Mapping[str, Line]) -> list[Part]:
+def _curves(groups: Sequence[Group]) -> list[Part]:
     note = "Each seed is a line of its own. " if any(len(one.runs) > 1 for one in groups) else ""
     note += "What is measured on single batches is drawn pale, with its running mean."
-    return _figures(curves(groups, styles), note)
+    return _figures(curves(groups), note)
 
 
 def _masking(tasks: Iterable[Sequence[Group]]) -> list[Part]:
@@ -134,9 +135,9 @@ def _reconstructions(groups: Sequence[Group]) -> list[Part]:
     return parts
 
 
-def _models(groups: Sequence[Group], styles: Mapping[str, Line], viewer: Viewer | None) -> list[Part]:
+def _models(groups: Sequence[Group], viewer: Viewer | None) -> list[Part]:
     """Returns accuracies of classes from the records, and predictions and features of one run of each group."""
-    parts = _figures([pictures.per_class([one for one in groups if not one.kind.has_decoder], styles)])
+    parts = _figures([pictures.per_class([one for one in groups if not one.kind.has_decoder])])
     if viewer is None:
         return [*parts, Part(note="Predictions, confusion matrices and features are left out (--quick).")]
     return [*parts, *(_model(one, groups, viewer) for one in groups)]

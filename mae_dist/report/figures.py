@@ -1,7 +1,5 @@
 """Figures of what runs recorded: curves, where the time went, accuracy against masking."""
 
-import functools
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +8,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mae_dist.metrics.results import spread
 from mae_dist.report.groups import Group, family_names, scalar_names
-from mae_dist.report.plot import COLORS, DASHES, MARKERS, Line, Plot, duration, shorten
+from mae_dist.report.plot import COLORS, DASHES, MARKERS, Plot, duration, new_figure, shorten
 from mae_dist.report.runs import Run
 from mae_dist.report.tables import is_fraction, long_title_of, percent
 
@@ -30,22 +28,16 @@ _LOG_SCALED = ("loss", "val_loss")
 _TITLES = {"lr": "Learning rate", "images_per_sec": "Images per second"}
 
 
-def line_styles(groups: Sequence[Group]) -> dict[str, Line]:
-    """Returns a colour and dashes for each group, the same in all figures."""
-    styles = itertools.cycle(itertools.product(DASHES, COLORS))
-    return {one.label: (one.label, color, dashes) for one, (dashes, color) in zip(groups, styles, strict=False)}
-
-
-def curves(groups: Sequence[Group], styles: Mapping[str, Line]) -> list[Plot]:
+def curves(groups: Sequence[Group]) -> list[Plot]:
     """Returns a figure of each metric that the runs of one task have recorded."""
     known = ("loss", "val_loss", "top1", "val_top1")
     names = scalar_names(run for one in groups for run in one.runs)
     others = [name for name in names if name.startswith("val_") and name not in known]
-    plots = [_curve(groups, styles, metric) for metric in (*known, *others, "lr", "images_per_sec")]
+    plots = [_curve(groups, metric) for metric in (*known, *others, "lr", "images_per_sec")]
     return [plot for plot in plots if plot is not None]
 
 
-def _curve(groups: Sequence[Group], styles: Mapping[str, Line], metric: str) -> Plot | None:
+def _curve(groups: Sequence[Group], metric: str) -> Plot | None:
     """Returns one metric of all runs over epochs, or over steps if a run does not know its epochs; None if none has it.
 
     A validation metric ends in a diamond, the value of the test split. Single batches are drawn pale, with their
@@ -58,34 +50,34 @@ def _curve(groups: Sequence[Group], styles: Mapping[str, Line], metric: str) -> 
     by_epoch = all(run.steps_per_epoch for _, run in having)
     factor = 100 if is_fraction(metric) else 1
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for one, run in having:
-            _, color, dashes = styles[one.label]
-            scale = run.steps_per_epoch if by_epoch and run.steps_per_epoch else 1
-            x, y = (np.asarray(column) for column in run.series(metric))
-            x, y = x / scale, y * factor
-            if metric in _NOISY and len(y) > 20:
-                axes.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
-                window = np.ones(max(3, len(y) // 40))
-                x, y = (np.convolve(column, window / len(window), "valid") for column in (x, y))
-            marker = "o" if len(y) <= 30 else ""
-            axes.plot(x, y, color=color, linestyle=dashes, marker=marker, markersize=3)
-            x, y = (np.asarray(column[-1:]) for column in run.series(final))
-            diamond = {"markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.8}
-            axes.plot(x / scale, y * factor, "D", color=color, clip_on=False, zorder=3, **diamond)
-        lowest, highest = axes.dataLim.intervaly
-        if metric in _LOG_SCALED and lowest > 0 and highest / lowest > 4:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter("{x:,.10g}")
-        axes.yaxis.set_major_formatter("{x:,.10g}")
-        axes.set_xlim(left=0)
-        axes.set(xlabel="epoch" if by_epoch else "step", ylabel="%" if is_fraction(metric) else "")
+    figure = new_figure()
+    axes = figure.subplots()
+    for one, run in having:
+        _, color, dashes = one.line
+        scale = run.steps_per_epoch if by_epoch and run.steps_per_epoch else 1
+        x, y = (np.asarray(column) for column in run.series(metric))
+        x, y = x / scale, y * factor
+        if metric in _NOISY and len(y) > 20:
+            axes.plot(x, y, color=color, alpha=0.25, linewidth=0.7)
+            window = np.ones(max(3, len(y) // 40))
+            x, y = (np.convolve(column, window / len(window), "valid") for column in (x, y))
+        marker = "o" if len(y) <= 30 else ""
+        axes.plot(x, y, color=color, linestyle=dashes, marker=marker, markersize=3)
+        x, y = (np.asarray(column[-1:]) for column in run.series(final))
+        diamond = {"markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.8}
+        axes.plot(x / scale, y * factor, "D", color=color, clip_on=False, zorder=3, **diamond)
+    lowest, highest = axes.dataLim.intervaly
+    if metric in _LOG_SCALED and lowest > 0 and highest / lowest > 4:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter("{x:,.10g}")
+    axes.yaxis.set_major_formatter("{x:,.10g}")
+    axes.set_xlim(left=0)
+    axes.set(xlabel="epoch" if by_epoch else "step", ylabel="%" if is_fraction(metric) else "")
 
     ends = []
     for one in groups:
@@ -96,8 +88,8 @@ def _curve(groups: Sequence[Group], styles: Mapping[str, Line], metric: str) -> 
     if any(run.series(final)[0] for _, run in having):
         title += ", ◆ test"
     task = groups[0].task
-    legend = tuple({one.label: styles[one.label] for one, _ in having}.values())
-    return Plot(f"{task}_{metric}", title, task, f"{title}: {'; '.join(ends)}", draw, legend=legend)
+    legend = tuple(dict.fromkeys(one.line for one, _ in having))
+    return Plot(f"{task}_{metric}", title, task, f"{title}: {'; '.join(ends)}", figure, legend)
 
 
 def _time_parts(run: Run) -> list[tuple[str, str, float]]:
@@ -115,24 +107,24 @@ def time_bars(runs: Sequence[Run]) -> Plot | None:
     used = {label for _, parts in timed for label, _, secs in parts if secs > 0}
     legend = tuple((label, color, "-") for label, color, *_ in [*_TIME, _OTHER] if label in used)
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for row, (run, parts) in enumerate(timed):
-            total, left = sum(secs for *_, secs in parts), 0.0
-            for _, color, secs in parts:
-                axes.barh(row, 100 * secs / total, left=left, height=0.42, color=color, linewidth=0)
-                left += 100 * secs / total
-            text = f"{shorten(run.label, 34)}: {parts[0][2] / total:.0%} of {duration(total)}"
-            axes.text(0, row - 0.32, text, fontsize=9, va="bottom")
-        axes.set(xlim=(0, 100), ylim=(len(timed) - 0.6, -0.85), yticks=[], xlabel="% of the time since the first start")
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="y", visible=False)
+    figure = new_figure(0.75 + 0.45 * len(timed))
+    axes = figure.subplots()
+    for row, (run, parts) in enumerate(timed):
+        total, left = sum(secs for *_, secs in parts), 0.0
+        for _, color, secs in parts:
+            axes.barh(row, 100 * secs / total, left=left, height=0.42, color=color, linewidth=0)
+            left += 100 * secs / total
+        text = f"{shorten(run.label, 34)}: {parts[0][2] / total:.0%} of {duration(total)}"
+        axes.text(0, row - 0.32, text, fontsize=9, va="bottom")
+    axes.set(xlim=(0, 100), ylim=(len(timed) - 0.6, -0.85), yticks=[], xlabel="% of the time since the first start")
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
 
     alt = "; ".join(
         f"{run.label}: " + ", ".join(f"{label} {duration(secs)}" for label, _, secs in parts if secs > 0)
         for run, parts in timed
     )
-    return Plot("time", "Fractions of each run's time", "", alt, draw, height=0.75 + 0.45 * len(timed), legend=legend)
+    return Plot("time", "Fractions of each run's time", "", alt, figure, legend)
 
 
 Series = Mapping[str, Sequence[tuple[float, Sequence[float]]]]  # label -> points: place, value of each seed
@@ -161,15 +153,15 @@ def against_masking(groups: Sequence[Group], metric: str) -> list[Plot]:
     for what, series, ticks in (("ratio", by_ratio, ()), ("strategy", by_strategy, strategies)):
         if any(len(values) > 1 for values in series.values()):
             title = f"{long_title_of(metric)} against the masking {what}"
-            task, draw = groups[0].task, functools.partial(_error_bars, series, f"masking {what}", ticks)
-            height = 2.6 + (0.2 * len(series) if len(series) > 1 else 0)
+            task, figure = groups[0].task, _error_bars(series, f"masking {what}", ticks)
             alt = f"{title}: {'; '.join(ends)}"
-            plots.append(Plot(f"{task}_{metric}_against_{what}", title, task, alt, draw, height))
+            plots.append(Plot(f"{task}_{metric}_against_{what}", title, task, alt, figure))
     return plots
 
 
-def _error_bars(series: Series, label: str, ticks: Sequence[str], figure: Figure) -> None:
-    """Draws means with sample standard deviations, the single values beside them; `ticks` name the places 0, 1, …"""
+def _error_bars(series: Series, label: str, ticks: Sequence[str]) -> Figure:
+    """Returns means with sample standard deviations, the single values beside them; `ticks` name the places 0, 1, …"""
+    figure = new_figure(2.6 + (0.2 * len(series) if len(series) > 1 else 0))
     axes = figure.subplots()
     for number, (key, points) in enumerate(series.items()):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
@@ -200,3 +192,4 @@ def _error_bars(series: Series, label: str, ticks: Sequence[str], figure: Figure
         axes.xaxis.set_major_formatter("{x:g}")
     if len(series) > 1:  # below, where it covers nothing, in a column that the width has room for
         figure.legend(loc="outside lower center", ncols=1)
+    return figure

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist.config.stored import MASKING
+from mae_dist.report.plot import COLORS, DASHES, Line
 from mae_dist.report.runs import Masking, Origin, Run
 from mae_dist.task_kinds import TaskKind, kind_of
 
@@ -26,20 +28,22 @@ class Group:
 
     family: the fields that make the experiment, as JSON: [field, value] pairs of the runs' configs, then those of each
       origin's config, or where its weights came from.
+    line: label, colour and dashes in all figures.
     """
 
     label: str
     family: str
     runs: list[Run]
+    line: Line = ("", COLORS[0], DASHES[0])
 
     @property
     def counted(self) -> list[Run]:
-        """The runs whose values are shown: the finished ones, or all if none is finished."""
+        """Returns the runs whose values are shown: the finished ones, or all if none is finished."""
         return [run for run in self.runs if run.finished] or self.runs
 
     @property
     def shown(self) -> Run:
-        """The run whose pictures and predictions are shown."""
+        """Returns the run whose pictures and predictions are shown."""
         return self.counted[0]
 
     @property
@@ -76,6 +80,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
     for one in groups:
         if repeated[one.label] > 1:
             one.label = f"{one.label} ({one.shown.label} …)"
+    for one, (dashes, color) in zip(groups, itertools.cycle(itertools.product(DASHES, COLORS)), strict=False):
+        one.line = one.label, color, dashes
     return groups
 
 

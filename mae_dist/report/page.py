@@ -22,7 +22,7 @@ strong = Markup("<strong>{}</strong>").format
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table that scrolls by itself where it is too wide.
+    """Table that scrolls by itself where it is too wide.
 
     note: stands below the caption. wordy: the columns of text, which may wrap; the others are numbers.
     """
@@ -36,7 +36,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image file as a data URI."""
+    """Image file as a data URI."""
 
     title: str
     alt: str
@@ -49,7 +49,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a section, shown in the order of these fields.
+    """Part of a section, shown in the order of these fields.
 
     folded: all but the heading is hidden until a click on it. wide: the figures are wider than a phone.
     """
@@ -67,7 +67,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section of the page; `name` is its anchor."""
+    """Section of the page; `name` is its anchor."""
 
     name: str
     title: str

@@ -5,12 +5,11 @@ import collections
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -18,11 +17,11 @@ from mae_dist.evaluation.evaluate import NUM_LOWEST
 from mae_dist.metrics.summary import last_values
 from mae_dist.report.groups import Group
 from mae_dist.report.model import Seen
-from mae_dist.report.plot import MARKERS, Line, Plot, shorten
+from mae_dist.report.plot import MARKERS, Line, Plot, new_figure, shorten
 from mae_dist.storage import children_of, storage_errors
 
 _RIGHT, _WRONG = "#0072B2", "#D55E00"
-_MOST_CLASSES = 30  # of which names, cells or colours can still be told apart
+_MOST_CLASSES = 30  # whose names, cells or colours can still be distinguished
 # Ten that differ for colour-blind people too (Tol's muted, and one gray); beyond these, markers differ.
 _CLASS_COLORS = (
     "#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#8A8F98",
@@ -62,23 +61,22 @@ def predictions(seen: Seen, label: str) -> Plot:
     columns = 6
     rows = math.ceil(len(found) / columns)
 
-    def draw(figure: Figure) -> None:
-        panels = list(np.asarray(figure.subplots(rows, columns, squeeze=False)).flat)
-        for axes in panels:
-            axes.set_axis_off()
-        for axes, (image, truth, guess) in zip(panels, found, strict=False):
-            axes.set_axis_on()
-            axes.set(xticks=[], yticks=[])
-            axes.grid(visible=False)
-            axes.imshow(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)), interpolation="nearest")  # no alpha
-            axes.spines[:].set(visible=True, color=_RIGHT if truth == guess else _WRONG, linewidth=2.2)
-            true_name, name = (shorten(seen.class_names[i], 11) for i in (truth, guess))
-            axes.set_title(f"✓ {name}" if truth == guess else f"✗ {name}", fontsize=7.5, pad=3)
-            axes.set_xlabel("" if truth == guess else f"is {true_name}", fontsize=7.5, labelpad=2)
+    figure = new_figure(0.2 + 0.95 * rows)
+    panels = list(np.asarray(figure.subplots(rows, columns, squeeze=False)).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (image, truth, guess) in zip(panels, found, strict=False):
+        axes.set_axis_on()
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        axes.imshow(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)), interpolation="nearest")  # no alpha
+        axes.spines[:].set(visible=True, color=_RIGHT if truth == guess else _WRONG, linewidth=2.2)
+        true_name, name = (shorten(seen.class_names[i], 11) for i in (truth, guess))
+        axes.set_title(f"✓ {name}" if truth == guess else f"✗ {name}", fontsize=7.5, pad=3)
+        axes.set_xlabel("" if truth == guess else f"is {true_name}", fontsize=7.5, labelpad=2)
 
-    title, height = "The first images and their predictions", 0.2 + 0.95 * rows
     alt = f"{right} of the first {len(found)} images are predicted right"
-    return Plot(f"predictions_{label}", title, label, alt, draw, height)
+    return Plot(f"predictions_{label}", "The first images and their predictions", label, alt, figure)
 
 
 def confusion(seen: Seen, label: str) -> Plot:
@@ -95,37 +93,37 @@ def confusion(seen: Seen, label: str) -> Plot:
         f"{seen.class_names[i]} for {seen.class_names[j]} {wrong[i, j]} times" for i, j in worst if wrong[i, j]
     )
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.grid(visible=False)
-        image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-        axes.set(xlabel="predicted class", ylabel="true class")
-        axes.spines[:].set_visible(False)
-        if size <= _MOST_CLASSES:
-            names = [shorten(name, 12) for name in seen.class_names]
-            axes.set_xticks(range(size), names, rotation=90 if max(map(len, names)) > 2 else 0)
-            axes.set_yticks(range(size), names)
-            axes.tick_params(length=0)
-        else:
-            figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
-        for i, j in np.argwhere(counts) if size <= 12 else ():
-            color = "white" if percent[i, j] > 55 else "#1A1A1A"
-            axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=7.5, color=color)
-        axes.add_patch(Rectangle((-0.5, -0.5), size, size, fill=False, edgecolor="#8A8F98", linewidth=0.8))
+    figure = new_figure(4.1)
+    axes = figure.subplots()
+    axes.grid(visible=False)
+    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.spines[:].set_visible(False)
+    if size <= _MOST_CLASSES:
+        names = [shorten(name, 12) for name in seen.class_names]
+        axes.set_xticks(range(size), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(size), names)
+        axes.tick_params(length=0)
+    else:
+        figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.8)
+    for i, j in np.argwhere(counts) if size <= 12 else ():
+        color = "white" if percent[i, j] > 55 else "#1A1A1A"
+        axes.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", fontsize=7.5, color=color)
+    axes.add_patch(Rectangle((-0.5, -0.5), size, size, fill=False, edgecolor="#8A8F98", linewidth=0.8))
 
     accuracy = 100 * np.trace(counts) / max(1, counts.sum())
     alt = f"Accuracy {accuracy:.2f} %. Most often confused: {confused or 'none'}"
-    return Plot(f"confusion_{label}", "Confusion matrix, % of each true class", label, alt, draw, height=4.1)
+    return Plot(f"confusion_{label}", "Confusion matrix, % of each true class", label, alt, figure)
 
 
-def per_class(groups: Sequence[Group], styles: Mapping[str, Line]) -> Plot | None:
+def per_class(groups: Sequence[Group]) -> Plot | None:
     """Returns the accuracy of each class by the last evaluation, of the test split where a run evaluated it.
 
     Each is a mean over the seeds that recorded the class: of many classes, a run records its own lowest.
     """
     split = "test" if any(one.values("test_top1") for one in groups) else "val"
     prefix = f"{split}_top1/"
-    found: dict[str, dict[str, float]] = {}  # by group and class, in percent
+    found: dict[Line, dict[str, float]] = {}  # by entry of the legend and class, in percent
     few = False
     for one in groups:
         values = collections.defaultdict(list)
@@ -135,7 +133,7 @@ def per_class(groups: Sequence[Group], styles: Mapping[str, Line]) -> Plot | Non
                 if name.startswith(prefix) and math.isfinite(value):
                     values[name.removeprefix(prefix)].append(100 * value)
         if values:
-            found[one.label] = {label: statistics.fmean(several) for label, several in values.items()}
+            found[one.label, one.line[1], "-"] = {label: statistics.fmean(several) for label, several in values.items()}
     if not found:
         return None
     title = f"The {NUM_LOWEST} least accurate classes of each run" if few else "Accuracy of each class"
@@ -148,23 +146,22 @@ def per_class(groups: Sequence[Group], styles: Mapping[str, Line]) -> Plot | Non
         classes = sorted(classes, key=lambda label: lowest[label])[:_MOST_CLASSES]
         title += f", the lowest {_MOST_CLASSES} of them"
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for number, (label, accuracies) in enumerate(found.items()):
-            rows = [row for row, name in enumerate(classes) if name in accuracies]
-            x, marker = [accuracies[classes[row]] for row in rows], MARKERS[number % len(MARKERS)]
-            axes.plot(x, rows, marker, color=styles[label][1], markersize=5.5, alpha=0.9)
-        axes.set_yticks(range(len(classes)), [shorten(name, 18) for name in classes])
-        axes.invert_yaxis()
-        axes.set_xlabel("%")
-        axes.tick_params(axis="y", length=0)
-        axes.margins(x=0.05)
+    figure = new_figure(0.9 + 0.23 * len(classes))
+    axes = figure.subplots()
+    for number, ((_, color, _), accuracies) in enumerate(found.items()):
+        rows = [row for row, name in enumerate(classes) if name in accuracies]
+        x, marker = [accuracies[classes[row]] for row in rows], MARKERS[number % len(MARKERS)]
+        axes.plot(x, rows, marker, color=color, markersize=5.5, alpha=0.9)
+    axes.set_yticks(range(len(classes)), [shorten(name, 18) for name in classes])
+    axes.invert_yaxis()
+    axes.set_xlabel("%")
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.05)
 
-    label, first = next(iter(found.items()))
+    (label, *_), first = next(iter(found.items()))
     worst = min(first, key=lambda name: first[name])
     alt = f"{title}. Of {label} the least accurate is {worst} with {first[worst]:.1f} %"
-    legend = tuple((label, styles[label][1], "-") for label in found)
-    return Plot("per_class", title, "", alt, draw, height=0.9 + 0.23 * len(classes), legend=legend)
+    return Plot("per_class", title, "", alt, figure, legend=tuple(found))
 
 
 def embedding(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str], label: str) -> Plot:
@@ -176,25 +173,24 @@ def embedding(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
     """
     many = len(class_names) > _MOST_CLASSES
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.set(xticks=[], yticks=[])
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
-        size = min(24, max(7, 10_000 / len(points)))
-        options: dict[str, Any] = {"s": size, "alpha": 0.85, "linewidths": 0, "rasterized": True}
-        if many:
-            axes.scatter(*points.T, c=labels, cmap="viridis", **options)
-            return
-        handles = []
-        for number, name in enumerate(class_names):
-            color = _CLASS_COLORS[number % len(_CLASS_COLORS)]
-            marker = MARKERS[number // len(_CLASS_COLORS) % len(MARKERS)]
-            axes.scatter(*points[labels == number].T, color=color, marker=marker, **options)
-            handles.append(axes.plot([], [], marker, color=color, markersize=6, label=shorten(name, 13))[0])
+    figure = new_figure(4.0 if many else 4.0 + 0.19 * math.ceil(len(class_names) / 4))
+    axes = figure.subplots()
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    size = min(24, max(7, 10_000 / len(points)))
+    options: dict[str, Any] = {"s": size, "alpha": 0.85, "linewidths": 0, "rasterized": True}
+    if many:
+        axes.scatter(*points.T, c=labels, cmap="viridis", **options)
+    handles = []
+    for number, name in () if many else enumerate(class_names):
+        color = _CLASS_COLORS[number % len(_CLASS_COLORS)]
+        marker = MARKERS[number // len(_CLASS_COLORS) % len(MARKERS)]
+        axes.scatter(*points[labels == number].T, color=color, marker=marker, **options)
+        handles.append(axes.plot([], [], marker, color=color, markersize=6, label=shorten(name, 13))[0])
+    if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=1)
 
     coloured = "colours follow the order of the classes" if many else "coloured by class"
     alt = f"t-SNE of the features of {len(points):,} images, {coloured}"
-    height = 4.0 if many else 4.0 + 0.19 * math.ceil(len(class_names) / 4)
-    return Plot(f"embedding_{label}", "Features in a plane (t-SNE)", label, alt, draw, height, on_white=True)
+    return Plot(f"embedding_{label}", "Features in a plane (t-SNE)", label, alt, figure, on_white=True)

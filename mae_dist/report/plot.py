@@ -4,14 +4,11 @@ Colour-blind people can distinguish the colours (Okabe and Ito's); groups of run
 page the text is text, in the page's font and colour, so that it is readable in dark mode and can be found.
 """
 
-import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import matplotlib
 from etils import epath
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -23,8 +20,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = "osD^vP*X"
 _WIDTH = 4.2  # inches: a phone's width at the size of its text
-_INK = "#020301"  # of all text and axes while drawing; replaced by the page's own
-_STYLE: dict[str, Any] = {
+_INK = "#020301"  # of all text and axes; in the page replaced by the page's own
+STYLE: dict[Any, Any] = {  # in which figures are drawn and saved
+    "svg.hashsalt": "mae_dist",  # the same runs make the same files
     "svg.fonttype": "none",
     "text.parse_math": False,  # a run's name may contain a $
     "font.family": "sans-serif",
@@ -45,19 +43,23 @@ _STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "lines.linewidth": 1.6,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
 }
-_INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
 
 Line = tuple[str, str, Any]  # label, colour, dashes: an entry of a legend
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure that is not drawn yet.
+    """Drawn figure.
 
     name: of its files, and before the ids in its SVG. title: above it.
     of: the task or run it is about, which in a page the heading says.
-    alt: what it shows, for those who do not see it. draw: into a matplotlib Figure. height: in inches.
+    alt: what it shows, for those who do not see it. figure: without title and legend.
     legend: what a file needs and a page has beside its figures. on_white: its colours need a light background.
     """
 
@@ -65,22 +67,20 @@ class Plot:
     title: str
     of: str
     alt: str
-    draw: Callable[[Figure], None]
-    height: float = 2.6
+    figure: Figure
     legend: tuple[Line, ...] = ()
     on_white: bool = False
 
     @property
     def file_name(self) -> str:
-        """The name without characters that mean something in a path or in markup."""
+        """Returns the name without characters that mean something in a path or in markup."""
         return re.sub(r"[^\w.-]", "_", self.name)
 
     def markup(self) -> Markup:
         """Returns an `<svg>` element for a page: without prolog, metadata, addresses and rules for the whole page."""
         data = io.StringIO()
-        with drawn(self, _INK) as figure:
-            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            figure.savefig(data, format="svg", transparent=True, metadata=nothing, dpi=170)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        self.figure.savefig(data, format="svg", transparent=True, metadata=nothing, dpi=170)
         svg = data.getvalue().partition("<svg")[2]
         for pattern, replacement in (
             (r"<defs>\s*<style.*?</style>\s*</defs>", ""),
@@ -113,34 +113,29 @@ def duration(secs: float) -> str:
     return f"{secs / 3600:.1f} h" if secs < 48 * 3600 else f"{secs / 86400:.1f} days"
 
 
-@contextlib.contextmanager
-def drawn(plot: Plot, ink: str) -> Iterator[Figure]:
-    """Holds the style in which a figure is drawn and saved, its text and axes in the colour `ink`."""
-    values: dict[Any, Any] = {**_STYLE, **dict.fromkeys(_INKED, ink), "svg.hashsalt": plot.name}
-    with matplotlib.rc_context(values):
-        figure = Figure(figsize=(_WIDTH, plot.height), layout="constrained")
-        plot.draw(figure)
-        yield figure
+def new_figure(height: float = 2.6) -> Figure:
+    """Returns an empty figure, as wide as a phone; `height` in inches."""
+    return Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
 def write_files(plot: Plot, directory: epath.Path) -> None:
-    """Writes `<name>.png` and `<name>.svg` with title and legend, for papers and slides."""
-    with drawn(plot, "#222222") as figure:
-        figure.suptitle(f"{plot.title}\n{shorten(plot.of, 44)}".strip(), fontsize=10)
-        if len(plot.legend) > 1:
-            handles = [
-                Line2D([], [], color=color, linestyle=dashes, label=shorten(label, 40))
-                for label, color, dashes in plot.legend
-            ]
-            columns = 1 if max(len(label) for label, *_ in plot.legend) > 22 else 2
-            figure.set_figheight(plot.height + 0.3 + 0.2 * -(-len(handles) // columns))
-            figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-        for kind in ("png", "svg"):
-            data = io.BytesIO()
-            metadata = {"Date": None} if kind == "svg" else None  # the same runs make the same files
-            figure.savefig(data, format=kind, facecolor="white", metadata=metadata, dpi=200)
-            figure.set_layout_engine("none")  # found already
-            path = directory / f"{plot.file_name}.{kind}"
-            with storage_errors(path):
-                directory.mkdir(parents=True, exist_ok=True)
-                write_bytes_atomically(path, data.getvalue())
+    """Writes `<name>.png` and `<name>.svg` for papers and slides; the figure then has its title and legend."""
+    figure = plot.figure
+    figure.suptitle(f"{plot.title}\n{shorten(plot.of, 44)}".strip(), fontsize=10)
+    if len(plot.legend) > 1:
+        handles = [
+            Line2D([], [], color=color, linestyle=dashes, label=shorten(label, 40))
+            for label, color, dashes in plot.legend
+        ]
+        columns = 1 if max(len(label) for label, *_ in plot.legend) > 22 else 2
+        figure.set_figheight(figure.get_figheight() + 0.3 + 0.2 * -(-len(handles) // columns))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    for kind in ("png", "svg"):
+        data = io.BytesIO()
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(data, format=kind, facecolor="white", metadata=metadata, dpi=200)
+        figure.set_layout_engine("none")  # found already
+        path = directory / f"{plot.file_name}.{kind}"
+        with storage_errors(path):
+            directory.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomically(path, data.getvalue())

@@ -26,7 +26,7 @@ from mae_dist.task_kinds import kind_of
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """The masking of the pretraining that a run is, or begins from; `file` is set for the strategy `user` only."""
+    """Masking of the pretraining that a run is, or begins from; `file` is set for the strategy `user` only."""
 
     strategy: str
     ratio: float
@@ -50,7 +50,7 @@ class Origin:
 
 @dataclasses.dataclass
 class Run:
-    """One workdir as it is now.
+    """Contents of a workdir as it is now.
 
     label: its name, with the place if other runs have the same name.
     records: of metrics.jsonl, in order.
@@ -74,17 +74,17 @@ class Run:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Its own seed and those of its origins: a run with equal ones is no independent trial."""
+        """Returns its own seed and those of its origins: runs with equal ones are no independent trials."""
         return tuple(config.seed for config in (self.config, *(origin.config for origin in self.origins)) if config)
 
     @property
     def step(self) -> int:
-        """The last recorded step, 0 before the first."""
+        """Returns the last recorded step, 0 before the first."""
         return int(self.records[-1]["step"]) if self.records else 0
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; None if it has recorded too little to know."""
+        """Returns the steps of the whole run; None if it has recorded too little to know."""
         planned = self.starts[-1]["total_steps"] if self.starts else None
         if known := self.config.total_steps or self.summary.get("total_steps") or planned:
             return int(known)
@@ -101,7 +101,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Steps per epoch; None where only the data set would tell, as for a run of `total_steps`."""
+        """Returns the steps per epoch; None where that depends on the data set, as for a run of `total_steps`."""
         total = self.total_steps
         return total / self.config.total_epochs if total and not self.config.total_steps else None
 
@@ -117,13 +117,13 @@ class Run:
 
     @property
     def images_per_sec(self) -> float | None:
-        """The median over the records."""
+        """Returns the median over the records."""
         values = self.series("images_per_sec")[1]
         return statistics.median(values) if values else None
 
     @property
     def work_secs(self) -> float | None:
-        """Seconds of work, without the time between a start's end and the next start."""
+        """Returns the seconds of work, without the time between a start's end and the next start."""
         secs = self.ledger.get("secs")
         return sum(value for name, value in secs.items() if name != "away") if secs else None
 
@@ -253,7 +253,7 @@ def _masking_of(model: Any) -> Masking:
 
 @dataclasses.dataclass(frozen=True)
 class SavedState:
-    """A checkpoint on disk: its step, and what is wrong with it."""
+    """Checkpoint on disk: its step, and what is wrong with it."""
 
     place: str
     mebibytes: float
