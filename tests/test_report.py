@@ -25,7 +25,7 @@ from mae_dist.report.groups import Group, family_names, group
 from mae_dist.report.plot import STYLE
 from mae_dist.report.runs import Masking, Run, collect, find_workdirs
 from mae_dist.sweep import points
-from tests.runs import run
+from tests.runs import ROOT, run
 
 HOSTILE = "<script>alert('$x$')</script> & co"
 SMALL = (
@@ -158,6 +158,7 @@ def check(text):
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     assert not re.search(r"//|@import|url\(", style)
     assert "script" not in page.names
+    assert "content=\"default-src 'none'; " in text
     return page
 
 
@@ -184,6 +185,7 @@ def test_page(whole):
     assert page.names.count("figure") == 2 + 4 + 7 + 1 + 1 + 2 + 1
     assert page.names.count("caption") == page.names.count("table")
     assert "The features are those of mae" in text
+    assert (", commit " in text) == (ROOT / ".git").exists()
 
 
 def test_figures_are_files_too(whole):

@@ -178,10 +178,8 @@ def configs(runs: Sequence[Run]) -> list[Part]:
     rows: list[Row] = [("", field, [value_of(value) for value in values]) for field, values in differ]
     rest: list[Row] = [("", field, [value_of(value)]) for field, value in same]
     title = f"The {len(same)} fields with one value" if len(runs) > 1 else f"All {len(same)} fields"
-    side_by_side = (
-        [Part(tables=[Table("Fields that differ", heads, rows, wordy=range(1, len(heads)))])] if differ else []
-    )
-    return [*side_by_side, Part(title, tables=[Table(title, ["field", "value"], rest, wordy=[1])], folded=True)]
+    parts = [Part(tables=[Table("Fields that differ", heads, rows, wordy=range(1, len(heads)))])] if differ else []
+    return [*parts, Part(title, tables=[Table(title, ["field", "value"], rest, wordy=[1])], folded=True)]
 
 
 def states(runs: Sequence[Run], *, arrays: bool) -> Part:
