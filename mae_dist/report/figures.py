@@ -63,9 +63,10 @@ def _curve(groups: Sequence[Group], metric: str) -> Plot | None:
             x, y = (np.convolve(column, window / len(window), "valid") for column in (x, y))
         marker = "o" if len(y) <= 30 else ""
         axes.plot(x, y, color=color, linestyle=dashes, marker=marker, markersize=3)
-        x, y = (np.asarray(column[-1:]) for column in run.series(final))
-        diamond = {"markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.8}
-        axes.plot(x / scale, y * factor, "D", color=color, clip_on=False, zorder=3, **diamond)
+        steps, values = run.series(final)
+        if values:
+            diamond = {"markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.8}
+            axes.plot(steps[-1] / scale, values[-1] * factor, "D", color=color, clip_on=False, zorder=3, **diamond)
     lowest, highest = axes.dataLim.intervaly
     if metric in _LOG_SCALED and lowest > 0 and highest / lowest > 4:
         axes.set_yscale("log")
