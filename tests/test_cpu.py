@@ -104,6 +104,27 @@ def test_libtpu_is_no_tpu(machine, tmp_path, chips, devices):
     assert cpu.num_devices(0, ((256, 1),)) == devices
 
 
+@pytest.mark.parametrize(
+    ("installed", "chip", "chosen", "found"),
+    [
+        ("libtpu", False, None, "cpu"),
+        ("libtpu", False, "", "cpu"),
+        ("libtpu", True, None, None),
+        ("libtpu", False, "tpu,cpu", "tpu,cpu"),
+        ("other", False, None, None),
+    ],
+)
+def test_libtpu_starts_only_where_a_tpu_is(machine, tmp_path, installed, chip, chosen, found):
+    """It prints warnings where there is none; what the user chose stays."""
+    machine.setenv("JAX_PLATFORMS", chosen) if chosen is not None else machine.delenv("JAX_PLATFORMS")
+    machine.setattr(cpu, "find_spec", lambda name: name if name == installed else None)
+    if chip:
+        (tmp_path / "accel0").touch()
+    machine.setattr(cpu, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*",))
+    cpu.keep_libtpu_from_starting()
+    assert os.environ.get("JAX_PLATFORMS") == found
+
+
 def test_a_run_keeps_its_choices(machine, tmp_path):
     """Results depend on them in the last bits; what the config says goes first, and fewer cores end it."""
     (tmp_path / "config.json").write_text(

@@ -7,6 +7,8 @@ are twice as fast as one device and the whole batch. Nothing here touches a TPU 
 import glob
 import math
 import os
+import sys
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +41,20 @@ def _has_accelerator() -> bool:
     if any(find_spec(name) for name in _PLUGINS):
         return True
     return find_spec("libtpu") is not None and any(glob.glob(pattern) for pattern in _TPU_CHIPS)
+
+
+def keep_libtpu_from_starting() -> None:
+    """Sets JAX's platform to the CPU where libtpu is installed without an accelerator, for libtpu would print warnings.
+
+    Processes that this one starts inherit it; a platform that the user chose stays.
+    """
+    if os.environ.get("JAX_PLATFORMS") or find_spec("libtpu") is None or _has_accelerator():
+        return
+    if any(entry_points(group="jax_plugins")):
+        return  # an accelerator of a kind that is not known here
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # it has read the environment
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def num_devices(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
