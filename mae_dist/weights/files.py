@@ -6,12 +6,12 @@ refuses whatever is not a tensor or a plain container. PyTorch is an extra; ever
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
 import shlex
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,25 +24,23 @@ import safetensors.numpy
 from absl import logging
 from etils import epath
 
-from mae_dist import os_errors
-from mae_dist.errors import ConfigError, DataFault, StorageFault
+from mae_dist.errors import ConfigError, DataFault
+from mae_dist.storage import is_local, storage_errors, write_bytes_atomically
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 
-_MAX_HEADER = 2**24  # bytes of a safetensors header: many times that of a ViT-H
 _SPARE = 2**26  # bytes that tensors may take beyond four times their file: small ones repeated along an axis
 _AGAIN = "download or copy it again"
 _ALONE = "If you trust it, save its tensors alone in PyTorch, as torch.save({'model': state_dict}, 'weights.pth')"
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOATS = {np.dtype(np.float16), _BFLOAT16, np.dtype(np.float32), np.dtype(np.float64)}
+_FLOATS = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 _SAFE_DTYPES = ("F16", "BF16", "F32", "F64", "BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
 def read_tensors(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
-    """Named tensors of a file, or of a directory as Hugging Face's libraries write it; runs no code of the file.
+    """Reads named tensors of a file, or of a directory as Hugging Face's libraries write it; runs no code of the file.
 
     In a PyTorch checkpoint they stand below "model", "state_dict" or "model_state_dict", the first that is there, or
     else at its top, or below the one other name that holds tensors. What else could have been meant is logged.
@@ -57,16 +55,16 @@ def read_tensors(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
       float64 in the file (not checked for NaN and infinity), else of the file's dtype.
 
     Raises:
-      DataFault: missing, damaged, of another format, or asking for more than tensors.
+      DataFault: missing, corrupted, of another format, or asking for more than tensors.
     """
     return _read_directory(path) if path.is_dir() else _read_file(path, name)
 
 
 def extract(source: str, out: str, *, name: str = "", prefix: str = "") -> None:
-    """Writes a part of the weights in `source` as a file of its own: what stands below `name` and begins with `prefix`.
+    """Writes the tensors of `source` that stand below `name` and begin with `prefix` as a file of their own.
 
     Raises:
-      ConfigError: nothing does.
+      ConfigError: there are none.
       DataFault, StorageFault: as `read_tensors` and `write_tensors`.
     """
     tensors = read_tensors(epath.Path(source), name)
@@ -77,7 +75,7 @@ def extract(source: str, out: str, *, name: str = "", prefix: str = "") -> None:
 
 
 def how_to_extract(path: epath.Path, **part: str) -> str:
-    """The command by which `extract` takes one of several sets of weights, of which `part` is an example."""
+    """Returns a shell command that extracts one of several sets of weights; `part` is an example of one."""
     arguments = [json.dumps(os.fspath(path)), '"OUT.safetensors"']
     arguments += [f"{key}={json.dumps(value if len(value) <= 100 else '…')}" for key, value in part.items()]
     command = f"from mae_dist.weights import files; files.extract({', '.join(arguments)})"
@@ -100,39 +98,18 @@ def write_tensors(path: epath.Path, tensors: Mapping[str, np.ndarray]) -> None:
         raise ConfigError(f"cannot write {path}: weights are written as .safetensors, .pth or .pt; name it so")
     # Both libraries write memory as it lies, and PyTorch warns of memory that it may not change.
     arrays = {name: np.require(tensors[name], requirements=["C", "W"]) for name in sorted(tensors)}
-    local = "://" not in os.fspath(path)
-    try:
-        with contextlib.ExitStack() as stack:
-            directory = path.parent if local else stack.enter_context(tempfile.TemporaryDirectory())
-            temporary = Path(directory) / f".{path.name}.{os.getpid()}.tmp"
-            stack.callback(temporary.unlink, missing_ok=True)
-            (_save_safetensors if suffix == ".safetensors" else _save_torch)(temporary, arrays)
-            if not local:
-                path.write_bytes(temporary.read_bytes())  # an object appears whole or not at all
-                return
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        cure = os_errors.cure(error) or "See whether its directory can be written, or name another file"
-        raise StorageFault(f"cannot write {path}: {error}. {cure}") from error
-
-
-def _save_safetensors(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    file.touch()
-    mode = file.stat().st_mode
-    safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"})
-    file.chmod(mode)  # the library leaves a file that only its owner can read
-
-
-def _save_torch(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    torch = _torch("writing .pth and .pt", "name a .safetensors file")
-    with open(file, "wb") as handle:  # given a name, torch.save would write it into the archive
-        torch.save({"model": {name: torch.from_numpy(array) for name, array in arrays.items()}}, handle)
+    if suffix == ".safetensors":
+        data = safetensors.numpy.save(arrays, metadata={"format": "pt"})
+    else:
+        torch, buffer = _torch("writing .pth and .pt", "name a .safetensors file"), io.BytesIO()
+        torch.save({"model": {name: torch.from_numpy(array) for name, array in arrays.items()}}, buffer)
+        data = buffer.getvalue()
+    with storage_errors(path):
+        write_bytes_atomically(path, data)
 
 
 def _torch(what: str, instead: str) -> Any:
-    """PyTorch, or a `ConfigError` with the cure."""
+    """Imports PyTorch; raises a `ConfigError` with the cure if it is not installed."""
     try:
         import torch
     except ImportError as error:
@@ -154,9 +131,9 @@ def _read_directory(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _read_index(index: epath.Path) -> dict[str, np.ndarray]:
-    """The tensors of an index's shards, in its order."""
+    """Reads the tensors of an index's shards, in its order."""
     try:
-        content = _parse_json(index.read_bytes())
+        content = json.loads(index.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataFault(f"{index} cannot be read: {_cause(error)}; {_AGAIN}") from error
     names = content.get("weight_map") if isinstance(content, dict) else None
@@ -189,20 +166,18 @@ def _read_file(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
     if not path.is_file():
         raise DataFault(f"there is no file {path}; correct the path, or download it")
     try:
-        with _on_disk(path) as file:
+        with _local_copy(path) as file:
             if not os.path.getsize(file):
                 raise DataFault(f"{path} is empty; {_AGAIN}")
-            if suffix == ".safetensors":
-                return _read_safetensors(file, path)
-            return _read_pytorch(file, path, name)
+            return _read_safetensors(file, path) if suffix == ".safetensors" else _read_pytorch(file, path, name)
     except OSError as error:
         raise DataFault(f"{path} cannot be read: {error}; make it readable, or {_AGAIN}") from error
 
 
 @contextlib.contextmanager
-def _on_disk(path: epath.Path) -> Iterator[str]:
-    """The name of a local file of this content: tensors are read one by one, never the whole file beside them."""
-    if "://" not in os.fspath(path):
+def _local_copy(path: epath.Path) -> Iterator[str]:
+    """Holds a local file with the content of `path`, which may be `path` itself: tensors are read from it one by one."""
+    if is_local(path):
         yield os.fspath(path)
         return
     with tempfile.NamedTemporaryFile() as file:
@@ -213,24 +188,18 @@ def _on_disk(path: epath.Path) -> Iterator[str]:
 
 
 def _read_safetensors(file: str, path: epath.Path) -> dict[str, np.ndarray]:
-    """The library checks offsets, sizes and that tensors cover the file, but not for names given twice."""
-    size = os.path.getsize(file)
     tensors = {}
     try:
-        with open(file, "rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > min(_MAX_HEADER, size):
-                raise ValueError(f"it claims a header of {length} bytes in a file of {size}")
-            _parse_json(handle.read(length))
         with safetensors.safe_open(file, framework="numpy") as content:
             for name in content.keys():  # noqa: SIM118 (no dict)
                 dtype = content.get_slice(name).get_dtype()
                 if dtype not in _SAFE_DTYPES:
                     raise ValueError(f"{_shown(name)} is of dtype {dtype}; known are {', '.join(_SAFE_DTYPES)}")
                 tensors[name] = _plain(content.get_tensor(name))
-    except (safetensors.SafetensorError, ValueError, RecursionError, struct.error) as error:
+    except (safetensors.SafetensorError, ValueError) as error:
+        size = os.path.getsize(file)
         raise DataFault(
-            f"{path} ({size} bytes) is damaged or no safetensors file: {_cause(error)}; {_AGAIN}"
+            f"{path} ({size} bytes) is corrupted or no safetensors file: {_cause(error)}; {_AGAIN}"
         ) from error
     if not tensors:
         raise DataFault(f"{path} holds no tensors; name the file of the weights")
@@ -246,7 +215,7 @@ def _read_pytorch(file: str, path: epath.Path, name: str) -> dict[str, np.ndarra
             content = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # whatever a damaged or hostile file leads to: the loader has no error of its own
+    except Exception as error:  # whatever a corrupted or hostile file leads to: the loader has no error of its own
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
             raise DataFault(
@@ -263,7 +232,7 @@ def _read_pytorch(file: str, path: epath.Path, name: str) -> dict[str, np.ndarra
 
 
 def _state_dict(content: Any, path: epath.Path, name: str, torch: Any) -> dict[str, Any]:
-    """The tensors of a checkpoint by name."""
+    """Finds the tensors of a checkpoint, as `read_tensors` describes."""
 
     def is_plain(value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
@@ -292,13 +261,13 @@ def _state_dict(content: Any, path: epath.Path, name: str, torch: Any) -> dict[s
 
 
 def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
-    """A copy with memory of its own."""
+    """Copies a tensor, in float32 if it is floating-point."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy().copy()
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """Float32 of any floating dtype; contiguous; bools of 0 and 1."""
+    """Returns a contiguous array: float32 for any floating dtype, bools of 0 and 1."""
     if array.dtype in _FLOATS:
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32: infinity, for the caller to find
             return array.astype(np.float32, order="C", copy=False)
@@ -307,28 +276,18 @@ def _plain(array: np.ndarray) -> np.ndarray:
     return array.astype(array.dtype, order="C", copy=False)
 
 
-def _parse_json(data: bytes) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError(f"of {len(pairs)} names some are there twice: {some(key for key, _ in pairs)}")
-        return found
-
-    return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-
-
 def _cause(error: Exception | str) -> str:
-    """In a line; a library's message may hold names from the file."""
+    """Returns an error's message in one line; a library's may hold names from the file."""
     text = str(error) or repr(error)
     return "".join(letter if letter.isprintable() else "?" for letter in text[:300])
 
 
 def _shown(text: str) -> str:
-    """Names come from the file: they may be long, or control a terminal."""
+    """Returns a name from a file, quoted: it may be long, or control a terminal."""
     return repr(text if len(text) <= 100 else text[:100] + "…")
 
 
 def some(texts: Iterable[str]) -> str:
-    """The first few, quoted."""
+    """Returns the first few, quoted."""
     texts = list(texts)
     return ", ".join(map(_shown, texts[:5])) + (f", … ({len(texts)} in all)" if len(texts) > 5 else "") or "nothing"
