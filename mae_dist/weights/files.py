@@ -176,7 +176,7 @@ def _read_file(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _local_copy(path: epath.Path) -> Iterator[str]:
-    """Holds a local file with the content of `path`, which may be `path` itself: tensors are read from it one by one."""
+    """Holds a local file with the content of `path`, which may be `path` itself; readers take one tensor at a time."""
     if is_local(path):
         yield os.fspath(path)
         return

@@ -7,7 +7,7 @@ Shapes: D width, H heads, hd = D / H, M MLP width, L patches, C channels, (ph, p
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ Params = dict[str, Any]
 
 
 def groups_in(tensors: Mapping[str, np.ndarray], layout: str) -> tuple[str, ...]:
-    """Which of encoder, decoder and head the (standard) names belong to, in this order."""
+    """Returns which of encoder, decoder and head the (standard) names belong to, in this order."""
     prefixes = {
         "hf": {"decoder": ("decoder.",), "head": ("classifier.",)},
         "timm": {"decoder": ("decoder_", "mask_token"), "head": ("head.", "fc_norm.")},
@@ -35,26 +35,18 @@ def groups_in(tensors: Mapping[str, np.ndarray], layout: str) -> tuple[str, ...]
 
 
 def not_expressible(params: Params, layout: str) -> list[str]:
-    """Our parameters (arrays or shapes) for which the layout has no name."""
+    """Returns the paths of our parameters (arrays or shapes) for which the layout has no name."""
     return [row.path for row in jax.tree.leaves(parameter_rows(params)) if not row.names(layout)]
 
 
-def _places(params: Params, layout: str) -> Iterator[tuple[Parameter, int | None, Any, tuple[str, ...]]]:
-    """(row, block or None, shape of ours, foreign names) of every array there is on the other side but positions."""
-    for row, leaf in zip(jax.tree.leaves(parameter_rows(params)), jax.tree.leaves(params), strict=True):
-        names = row.names(layout)
-        assert names, f"{row.path} cannot be expressed: ask not_expressible first"
-        if row.stored == "positions":
-            continue
-        if not row.is_stacked:
-            yield row, None, tuple(leaf.shape), names
-            continue
-        for block in range(leaf.shape[0]):
-            yield row, block, tuple(leaf.shape[1:]), tuple(name.format(block) for name in names)
+def _names(row: Parameter, leaf: Any, layout: str) -> list[tuple[str, ...]]:
+    """Returns the other layout's names of a parameter, for each block where it is stacked."""
+    count = leaf.shape[0] if row.is_stacked else 1
+    return [tuple(name.format(block) for name in row.names(layout)) for block in range(count)]
 
 
 def _name(group: str, path: str, layout: str) -> str:
-    """The one name of a parameter; a constant here, which no model's tree has, may be a tensor there."""
+    """Returns the one name of a parameter; it may be a constant here, which no parameter tree has."""
     (name,) = PARAMETERS[f"{group}/{path}"].names(layout)
     return name
 
@@ -63,44 +55,34 @@ def _positions_name(group: str, layout: str) -> str:
     return _name(group, "positions/embedding", layout)
 
 
-def _forward(x: np.ndarray, stored: str | int, patch: tuple[int, int, int]) -> np.ndarray:
-    """Ours -> theirs; `patch` is (ph, pw, C)."""
-    if stored == "same":
-        return x
-    if stored == "flat":
-        return x.reshape(-1)
-    if stored == "patch":  # (ph * pw * C, D) -> (D, C, ph, pw)
-        return x.reshape(*patch, x.shape[-1]).transpose(3, 2, 0, 1)
-    return x.reshape(math.prod(x.shape[: int(stored)]), -1).T  # (in, out) -> (out, in)
+def _view(
+    row: Parameter, leaf: Any, patch: tuple[int, int, int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Returns how one block's array becomes the other layout's: its shape, how to reshape it, the axes to transpose.
 
-
-def _their_shape(shape: tuple[int, ...], stored: str | int, patch: tuple[int, int, int]) -> tuple[int, ...]:
-    """The shape of `_forward`'s result, without an array: a description may claim any size."""
-    if stored == "same":
-        return shape
-    if stored == "flat":
-        return (math.prod(shape),)
-    if stored == "patch":
-        return shape[-1], patch[2], *patch[:2]
-    inputs = int(stored)
-    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
-
-
-def _backward(x: np.ndarray, stored: str | int, shape: tuple[int, ...]) -> np.ndarray:
-    """Theirs -> ours of this shape."""
-    if stored == "patch":  # (D, C, ph, pw) -> (ph * pw * C, D)
-        x = x.transpose(2, 3, 1, 0)
-    elif stored not in ("same", "flat"):
-        x = x.T
-    return np.ascontiguousarray(x.reshape(shape))
+    Arrays of several names are one behind another along the first axis. `patch` is (ph, pw, C).
+    """
+    shape = tuple(leaf.shape[1:] if row.is_stacked else leaf.shape)
+    match row.stored:
+        case "same":
+            return shape, shape, tuple(range(len(shape)))
+        case "flat":
+            return shape, (math.prod(shape),), (0,)
+        case "positions":  # (N, D) -> (1, N, D)
+            return shape, (1, *shape), (0, 1, 2)
+        case "patch":  # (ph * pw * C, D) -> (D, C, ph, pw)
+            return shape, (*patch, shape[-1]), (3, 2, 0, 1)
+        case inputs:  # (*in, *out) -> (out, in)
+            return shape, (math.prod(shape[: int(inputs)]), math.prod(shape[int(inputs) :])), (1, 0)
 
 
 def position_kind(
     tensors: Mapping[str, np.ndarray], layout: str, grid: tuple[int, int], has_cls: bool
 ) -> tuple[str, str]:
-    """Which fixed table the position embeddings are to the last bit, or `learned`; one kind for both transformers.
+    """Finds which fixed table the position embeddings are to the last bit; one kind for both transformers.
 
-    Also the dtype to which such a table was rounded once, and so cannot be told from a float32 one that was.
+    Returns:
+      The kind, or `learned`; and the dtype to which the table was rounded before it became float32.
     """
     found: dict[str, str] = {}
     for group in ("encoder", "decoder"):
@@ -121,7 +103,7 @@ def position_kind(
 
 
 def with_fixed_positions(tensors: Mapping[str, np.ndarray], kind: str, grid: tuple[int, int], has_cls: bool) -> Tensors:
-    """Tensors of timm's layout and, for each transformer whose positions are not there, the fixed ones of `kind`."""
+    """Adds fixed positions of `kind` to tensors of timm's layout, for each transformer that has none."""
     result = dict(tensors)
     for group, bias in (("encoder", "patch_embed/bias"), ("decoder", "embed/bias")):
         name, vector = _positions_name(group, "timm"), tensors.get(_name(group, bias, "timm"))
@@ -134,7 +116,7 @@ def with_fixed_positions(tensors: Mapping[str, np.ndarray], kind: str, grid: tup
 def without_zero_tokens(
     tensors: Mapping[str, np.ndarray], tokens: Sequence[str], layout: str
 ) -> tuple[Tensors, list[str]]:
-    """Leaves out those of `tokens` (cls_token, mask_token) that are zero; also says which. A position counts."""
+    """Leaves out those of `tokens` (cls_token, mask_token) that are zero, as is their position; also says which."""
     result, constant = dict(tensors), []
     for token in tokens:
         group = "encoder" if token == "cls_token" else "decoder"
@@ -147,7 +129,7 @@ def without_zero_tokens(
 
 
 def to_layout(params: Params, model: Any, layout: str) -> Tensors:
-    """Our parameters under the other side's names.
+    """Returns our parameters under the other layout's names.
 
     Args:
       params: whole arrays of the groups to write, as a nested dict.
@@ -159,34 +141,38 @@ def to_layout(params: Params, model: Any, layout: str) -> Tensors:
       written as the table they are.
     """
     patch = (*model.patch_size, model.channels)
-    grid = patches.grid_size(model.image_size, model.patch_size)
+    params = _with_constants(params, model)
     tensors: Tensors = {}
-    for row, block, _, names in _places(params, layout):
-        leaf: Any = params
-        for key in row.path.split("/"):
-            leaf = leaf[key]
-        value = _forward(np.asarray(leaf if block is None else leaf[block]), row.stored, patch)
-        for name, part in zip(names, np.split(value, len(names)), strict=True):
-            tensors[name] = np.ascontiguousarray(part, np.float32)
+    for row, leaf in zip(jax.tree.leaves(parameter_rows(params)), jax.tree.leaves(params), strict=True):
+        _, shape, axes = _view(row, leaf, patch)
+        blocks = np.asarray(leaf) if row.is_stacked else np.asarray(leaf)[None]
+        for names, block in zip(_names(row, leaf, layout), blocks, strict=True):
+            value = block.reshape(shape).transpose(axes)
+            for name, part in zip(names, np.split(value, len(names)), strict=True):
+                tensors[name] = np.ascontiguousarray(part, np.float32)
+    return tensors
+
+
+def _with_constants(params: Params, model: Any) -> Params:
+    """Adds fixed positions and tokens of zeros to parameters, and to positions (L, D) the class token's row: zeros."""
+    grid = patches.grid_size(model.image_size, model.patch_size)
+    result = {group: dict(tree) for group, tree in params.items()}
     for group, dim, token in (
         ("encoder", model.embed_dim, "cls_token"),
         ("decoder", model.decoder_embed_dim, "mask_token"),
     ):
-        if group not in params:
-            continue
-        learned = params[group].get("positions")
-        table = (
-            np.asarray(learned["embedding"]) if learned else positions.fixed_positions(model.pos_embed, grid, dim)
-        )  # (L, D)
-        zero = np.zeros((int(model.cls_token != "none"), dim), np.float32)  # the class token has no position
-        tensors[_positions_name(group, layout)] = np.concatenate([zero, table])[None].astype(np.float32)
-        if model[token] == "zero":
-            tensors[_name(group, token, layout)] = np.zeros((1, 1, dim), np.float32)
-    return tensors
+        if group in result:
+            learned = result[group].get("positions")
+            table = learned["embedding"] if learned else positions.fixed_positions(model.pos_embed, grid, dim)
+            zero = np.zeros((int(model.cls_token != "none"), dim), np.float32)
+            result[group]["positions"] = {"embedding": np.concatenate([zero, table])}
+            if model[token] == "zero":
+                result[group][token] = np.zeros((1, 1, dim), np.float32)
+    return result
 
 
 def from_layout(tensors: Mapping[str, np.ndarray], abstract: Params, model: Any, layout: str) -> Params:
-    """Tensors under standard names -> our parameters, all of them or none.
+    """Returns tensors under standard names as our parameters, all of them or none.
 
     Args:
       tensors: float32 by name.
@@ -198,37 +184,46 @@ def from_layout(tensors: Mapping[str, np.ndarray], abstract: Params, model: Any,
       DataFault: lists every tensor that is missing, has another shape, is not finite, or belongs to nothing here.
     """
     patch = (*model.patch_size, model.channels)
-    places = list(_places(abstract, layout))
-    expected: dict[str, tuple[int, ...]] = {}
-    for row, _, shape, names in places:
-        first, *rest = _their_shape(shape, row.stored, patch)
-        expected |= {name: (first // len(names), *rest) for name in names}
     has_cls = model.cls_token != "none"
-    length = math.prod(patches.grid_size(model.image_size, model.patch_size))
+    length = math.prod(patches.grid_size(model.image_size, model.patch_size)) + int(has_cls)
+    stored = {group: dict(tree) for group, tree in abstract.items()}
     for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
-        if group in abstract:
-            expected[_positions_name(group, layout)] = (1, length + int(has_cls), dim)
+        if group in stored:
+            stored[group]["positions"] = {"embedding": jax.ShapeDtypeStruct((length, dim), np.float32)}
+    rows = parameter_rows(stored)
+    expected: dict[str, tuple[int, ...]] = {}
+    for row, leaf in zip(jax.tree.leaves(rows), jax.tree.leaves(stored), strict=True):
+        _, shape, axes = _view(row, leaf, patch)
+        first, *rest = (shape[axis] for axis in axes)
+        expected |= {name: (first // len(names), *rest) for names in _names(row, leaf, layout) for name in names}
     _check(tensors, expected)
 
-    params: Params = {}
-    blocks: dict[str, list[np.ndarray]] = {}
-    for row, block, shape, names in places:
-        value = _backward(np.concatenate([tensors[name] for name in names]), row.stored, shape)
-        if block is None:
-            _put(params, row.path, value)
-        else:
-            blocks.setdefault(row.path, []).append(value)
-    for path, values in blocks.items():
-        _put(params, path, np.stack(values))
+    def read(row: Parameter, leaf: Any) -> np.ndarray:
+        shape, _, axes = _view(row, leaf, patch)
+        blocks = [
+            np.concatenate([tensors[name] for name in names]).transpose(np.argsort(axes)).reshape(shape)
+            for names in _names(row, leaf, layout)
+        ]
+        return np.stack(blocks) if row.is_stacked else np.ascontiguousarray(blocks[0])
+
+    params = jax.tree.map(read, rows, stored)
     for group in ("encoder", "decoder"):
-        if group in abstract:
-            name = _positions_name(group, layout)
-            _put_positions(params[group], tensors[name][0], has_cls, "positions" in abstract[group], name)
+        if group in params:
+            table = params[group].pop("positions")["embedding"]
+            if has_cls and table[0].any():  # added to the token it is the same function
+                if "cls_token" not in params[group]:
+                    raise DataFault(
+                        f"{_positions_name(group, layout)}: row 0 is not zero: a position of the class token, which a "
+                        "decoder here has not"
+                    )
+                params[group]["cls_token"] = params[group]["cls_token"] + table[0]
+            if "positions" in abstract[group]:
+                params[group]["positions"] = {"embedding": np.ascontiguousarray(table[int(has_cls) :])}
     return params
 
 
 def _check(tensors: Mapping[str, np.ndarray], expected: dict[str, tuple[int, ...]]) -> None:
-    """Lists everything in which the tensors are not those expected."""
+    """Raises a `DataFault` that lists everything in which the tensors are not those expected."""
     faults = []
     for name, shape in expected.items():
         tensor = tensors.get(name)
@@ -247,20 +242,3 @@ def _check(tensors: Mapping[str, np.ndarray], expected: dict[str, tuple[int, ...
     ]
     if faults:
         raise DataFault("the tensors do not fit the model:\n  - " + "\n  - ".join(faults))
-
-
-def _put(params: Params, path: str, value: np.ndarray) -> None:
-    *above, key = path.split("/")
-    for name in above:
-        params = params.setdefault(name, {})
-    params[key] = value
-
-
-def _put_positions(group: Params, table: np.ndarray, has_cls: bool, learned: bool, name: str) -> None:
-    """Puts a learned table (N, D) into its group; a class token's own position is added to the token: no difference."""
-    if has_cls and table[0].any():
-        if "cls_token" not in group:
-            raise DataFault(f"{name}: row 0 is not zero: a position of the class token, which a decoder here has not")
-        group["cls_token"] = group["cls_token"] + table[0]
-    if learned:
-        _put(group, "positions/embedding", np.ascontiguousarray(table[int(has_cls) :]))
