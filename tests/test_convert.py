@@ -492,7 +492,7 @@ def test_json_that_is_none(hugging_face, tmp_path, name, content):
         (path / file).symlink_to(hugging_face / file)
     (path / name).unlink(missing_ok=True)
     (path / name).write_text(content)
-    with pytest.raises(DataFault, match=rf"{name} is damaged"):
+    with pytest.raises(DataFault, match=rf"{name} is corrupted"):
         opened(path)
 
 

@@ -1,6 +1,6 @@
-"""Models as others describe them: Hugging Face's config.json, or the names and shapes in a file of timm's layout.
+"""Configs for foreign weights: from Hugging Face's config.json, or from names and shapes in a file of timm's layout.
 
-What a description leaves open is taken from the config that the user gives, or assumed, and the log says which.
+A field that neither decides is taken from the config that the user gives, or assumed, and logged.
 """
 
 import json
@@ -18,25 +18,24 @@ from mae_dist.errors import ConfigError, DataFault
 from mae_dist.model import patches, positions
 from mae_dist.storage import storage_errors
 from mae_dist.task_kinds import kind_of
-from mae_dist.weights import layouts
+from mae_dist.weights import hugging_face, layouts
 
 # What the published weights were trained on.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Heads of the published transformers by their width: 64 values each, but 80 in ViT-H and 32 in the paper's decoder.
 _NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_NUM_HEADS = {**_NUM_HEADS, 512: 16}
-_GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 # Sections and fields of a user's config that a description starts from. The others are of the user's own training,
 # which may be of another task than the weights.
 _TAKEN = ("model", "pretrain", "data", "eval", "global_batch_size", "mesh", "cpu")
 
 
 class Description:
-    """A config that comes to describe foreign weights.
+    """A config that describes foreign weights, as far as it is filled in.
 
     Attributes:
-      config: the user's where it matters to a model, all else by default; unlocked.
-      origin: what is described, for people.
+      config: unlocked; the sections `_TAKEN` of the user's config, all else by default.
+      origin: what is described, for messages.
       template: the user's config, if there is one.
     """
 
@@ -52,48 +51,41 @@ class Description:
         self._said: list[str] = []
 
     def update(self, section: str, **fields: Any) -> None:
-        """Sets what the description says."""
+        """Sets fields that the description gives."""
         with self.config.ignore_type():
             self.config[section].update(fields)
 
     def leave_open(
         self, why: str, assumed: dict[str, Any], *, ask_template: bool = True, also: dict[str, Any] | None = None
     ) -> None:
-        """Sets fields, by dotted name, that the description does not say: as the template does, or as assumed.
+        """Sets fields, by dotted name, that the description does not give: as the template does, or as assumed.
 
-        `also`: further fields that a config needs for its word to count.
+        `also`: further fields that a config needs for its value to count.
         """
-        if self.template is not None and ask_template:
-            for field in assumed:
-                self._set(field, config_lib.get(self.template, field))
+        asks = self.template is not None and ask_template
+        values = {field: config_lib.get(self.template, field) for field in assumed} if asks else assumed
+        for field, value in values.items():
+            section, _, key = field.rpartition(".")
+            self.update(section, **{key: value})
+        shown = [f"{field}={value!r}" for field, value in values.items()]
+        if asks:
+            self._said += shown
             return
-        for field, value in assumed.items():
-            self._set(field, value, said=False)
-        values = " and ".join(f"{field}={value!r}" for field, value in assumed.items())
-        options = " ".join(
-            [f"--config.{k}={v}" for k, v in (also or {}).items()] + [f"--config.{k}=…" for k in assumed]
-        )
-        self.assume(f"{values} ({why})", f"a config says it: --config F {options}")
+        options = [f"--config.{k}={v}" for k, v in (also or {}).items()] + [f"--config.{k}=…" for k in assumed]
+        self.assume(f"{' and '.join(shown)} ({why})", f"a config says it: --config F {' '.join(options)}")
 
     def assume(self, what: str, cure: str) -> None:
-        """Logs an assumption and who could say better."""
+        """Logs an assumption and how to avoid it."""
         logging.warning("%s leaves open: assuming %s; %s", self.origin, what, cure)
 
     def log_said(self) -> None:
         """Logs what the template has decided."""
         if self._said:
             logging.info("%s leaves open, and the config says: %s", self.origin, ", ".join(self._said))
-            self._said.clear()
-
-    def _set(self, field: str, value: Any, said: bool = True) -> None:
-        section, _, key = field.rpartition(".")
-        self.update(section, **{key: value})
-        if said:
-            self._said.append(f"{field}={value!r}")
 
 
 def read_json(path: epath.Path) -> dict[str, Any] | None:
-    """The object in a file, or None if there is no such file."""
+    """Reads the object in a file; None if there is no such file."""
     if not path.exists():
         return None
     with storage_errors(path):
@@ -103,66 +95,31 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise ValueError(f"a JSON object is expected, found {type(value).__name__}")
     except (ValueError, RecursionError) as error:
-        raise DataFault(f"{path} is damaged: {error}; restore the file") from error
+        raise DataFault(f"{path} is corrupted: {error}; restore the file") from error
     return value
 
 
 def describe_hugging_face(description: Description, stored: dict[str, Any], tensors: layouts.Tensors) -> None:
-    """Sets the fields of the model that a config.json of Hugging Face names; it leaves out what is by default there."""
+    """Sets the fields of the model that a config.json of Hugging Face names.
 
-    def two(value: Any) -> tuple[int, int]:
-        height, width = value if isinstance(value, (list, tuple)) else (value, value)
-        return int(height), int(width)
-
-    act = stored.get("hidden_act", "gelu")
-    if act not in _GELUS:
-        raise ValueError(f"hidden_act {act!r} is not one of {', '.join(_GELUS)}")
+    Raises:
+      KeyError, TypeError, ValueError, ArithmeticError: it describes no model.
+    """
     if stored.get("attention_probs_dropout_prob"):
         logging.warning("attention_probs_dropout_prob is left out: dropout of attention weights is not supported")
-    description.update(
-        "model",
-        image_size=two(stored.get("image_size", 224)),
-        patch_size=two(stored.get("patch_size", 16)),
-        channels=int(stored.get("num_channels", 3)),
-        embed_dim=int(stored.get("hidden_size", 768)),
-        depth=int(stored.get("num_hidden_layers", 12)),
-        num_heads=int(stored.get("num_attention_heads", 12)),
-        mlp_ratio=_ratio(int(stored.get("intermediate_size", 3072)), int(stored.get("hidden_size", 768))),
-        cls_token="learned",
-        mask_token="learned",
-        layer_scale_init=0.0,
-        norm_eps=float(stored.get("layer_norm_eps", 1e-12)),
-        dropout=float(stored.get("hidden_dropout_prob", 0.0)),
-        drop_path=0.0,
-        qkv_bias=bool(stored.get("qkv_bias", True)),
-        gelu=_GELUS[act],
-    )
-    if stored["model_type"] == "vit":
-        if "head" in layouts.groups_in(tensors, "hf"):
-            description.config.task = "finetune"
-            description.update("classify", head="linear", pool="cls", norm_after_pool=False)
-        return
-    decoder_dim = int(stored.get("decoder_hidden_size", 512))
-    description.update("pretrain", norm_pix_loss=bool(stored.get("norm_pix_loss", False)))
-    description.update(
-        "model",
-        decoder_embed_dim=decoder_dim,
-        decoder_depth=int(stored.get("decoder_num_hidden_layers", 8)),
-        decoder_num_heads=int(stored.get("decoder_num_attention_heads", 16)),
-        decoder_mlp_ratio=_ratio(int(stored.get("decoder_intermediate_size", 2048)), decoder_dim),
-        mask_ratio=float(stored.get("mask_ratio", 0.75)),
-        masking="random",
-    )
-
-
-def _ratio(hidden: int, dim: int) -> float:
-    """The mlp_ratio whose int(dim * ratio) is `hidden`, also where the quotient is rounded down."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+    has_decoder = stored["model_type"] == "vit_mae"
+    fixed = {"cls_token": "learned", "mask_token": "learned", "layer_scale_init": 0.0, "drop_path": 0.0}
+    description.update("model", **hugging_face.read(stored, has_decoder), **fixed)
+    if has_decoder:
+        description.update("model", masking="random")
+        description.update("pretrain", norm_pix_loss=bool(stored.get("norm_pix_loss", False)))
+    elif "head" in layouts.groups_in(tensors, "hf"):
+        description.config.task = "finetune"
+        description.update("classify", head="linear", pool="cls", norm_after_pool=False)
 
 
 def describe_scaling(description: Description, path: epath.Path) -> None:
-    """Sets mean and std of the pixels from preprocessor_config.json; without, they are left open."""
+    """Sets mean and std of the pixels from preprocessor_config.json; without it they are left open."""
     file = path / "preprocessor_config.json"
     stored = (read_json(file) if path.is_dir() else None) or {}
     if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
@@ -179,14 +136,14 @@ def describe_scaling(description: Description, path: epath.Path) -> None:
 
 
 def describe_timm(description: Description, tensors: layouts.Tensors) -> layouts.Tensors:
-    """Sets the fields of the model that names and shapes show, and adds to the tensors what their program computes."""
+    """Sets the fields of the model that names and shapes show; returns the tensors with whole position embeddings."""
 
     def rows(name: str) -> int:
         tensor = tensors.get(name)
         return tensor.shape[0] if tensor is not None and tensor.ndim else 0
 
     def hidden(name: str, dim: int) -> float:
-        return _ratio(rows(name), dim) if rows(name) and dim else 1.0
+        return hugging_face.ratio(rows(name), dim) if rows(name) and dim else 1.0
 
     def depth(prefix: str) -> int:
         numbers = {name.split(".")[1] for name in tensors if name.startswith(prefix)}
@@ -263,7 +220,7 @@ def _describe_classifier(description: Description, norm_after_pool: bool, has_cl
 
 
 def _describe_positions(description: Description, tensors: layouts.Tensors, has_cls: bool) -> layouts.Tensors:
-    """Sets the size of images by pos_embed, and adds the class token's row if it lacks; without, computes it."""
+    """Sets the image size by pos_embed; adds to the tensors the class token's row or all of pos_embed if missing."""
     height, width = description.config.model.patch_size
     size = None if description.template is None else tuple(description.template.model.image_size)
     given = size and (size[0] // height, size[1] // width)
@@ -296,7 +253,7 @@ def _describe_positions(description: Description, tensors: layouts.Tensors, has_
 
 
 def _compute_positions(description: Description, tensors: layouts.Tensors, has_cls: bool) -> layouts.Tensors:
-    """Adds the fixed positions that the template names, for a file of a program that computes them."""
+    """Adds the fixed positions that the template names, for weights of a program that computes them."""
     relative = [name for name in tensors if "relative_position" in name]
     if relative:
         raise DataFault(

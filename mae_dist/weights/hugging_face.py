@@ -1,31 +1,65 @@
-"""A model's config as Hugging Face's transformers describes it."""
+"""The config.json of Hugging Face's transformers (`ViTMAEConfig`, `ViTConfig`) and the section `config.model`."""
 
+import math
 from typing import Any
+
+# Their name, ours, and the default there, which their files leave out.
+_FIELDS = (
+    ("hidden_size", "embed_dim", 768),
+    ("num_hidden_layers", "depth", 12),
+    ("num_attention_heads", "num_heads", 12),
+    ("layer_norm_eps", "norm_eps", 1e-12),
+    ("hidden_dropout_prob", "dropout", 0.0),
+    ("num_channels", "channels", 3),
+    ("qkv_bias", "qkv_bias", True),
+)
+_DECODER_FIELDS = (
+    ("decoder_hidden_size", "decoder_embed_dim", 512),
+    ("decoder_num_hidden_layers", "decoder_depth", 8),
+    ("decoder_num_attention_heads", "decoder_num_heads", 16),
+    ("mask_ratio", "mask_ratio", 0.75),
+)
+_SIZES = (("image_size", 224), ("patch_size", 16))
+_GELUS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
 
 
 def describe(model: Any, norm_pix_loss: bool) -> dict[str, Any]:
-    """The section `config.model` as arguments of `transformers.ViTMAEConfig`."""
-
-    def one(size: tuple[int, int]) -> int | list[int]:
-        return size[0] if size[0] == size[1] else list(size)
-
+    """Returns the section `config.model` as arguments of `transformers.ViTMAEConfig`."""
+    sizes = {name: model[name] for name, _ in _SIZES}
     return {
-        "hidden_size": model.embed_dim,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.num_heads,
+        **{theirs: model[ours] for theirs, ours, _ in (*_FIELDS, *_DECODER_FIELDS)},
+        **{name: size[0] if size[0] == size[1] else list(size) for name, size in sizes.items()},
         "intermediate_size": int(model.embed_dim * model.mlp_ratio),
-        "hidden_act": "gelu" if model.gelu == "exact" else "gelu_pytorch_tanh",
-        "layer_norm_eps": model.norm_eps,
-        "hidden_dropout_prob": model.dropout,
-        "attention_probs_dropout_prob": 0.0,
-        "image_size": one(model.image_size),
-        "patch_size": one(model.patch_size),
-        "num_channels": model.channels,
-        "qkv_bias": model.qkv_bias,
-        "decoder_hidden_size": model.decoder_embed_dim,
-        "decoder_num_hidden_layers": model.decoder_depth,
-        "decoder_num_attention_heads": model.decoder_num_heads,
         "decoder_intermediate_size": int(model.decoder_embed_dim * model.decoder_mlp_ratio),
-        "mask_ratio": model.mask_ratio,
+        "hidden_act": next(theirs for theirs, ours in _GELUS.items() if ours == model.gelu),
+        "attention_probs_dropout_prob": 0.0,
         "norm_pix_loss": norm_pix_loss,
     }
+
+
+def read(stored: dict[str, Any], has_decoder: bool) -> dict[str, Any]:
+    """Returns the fields of `config.model` that a config.json names.
+
+    Raises:
+      KeyError, TypeError, ValueError, ArithmeticError: it describes no model.
+    """
+    act = stored.get("hidden_act", "gelu")
+    if act not in _GELUS:
+        raise ValueError(f"hidden_act {act!r} is not one of {', '.join(_GELUS)}")
+    named = (*_FIELDS, *(_DECODER_FIELDS if has_decoder else ()))
+    fields = {ours: type(default)(stored.get(theirs, default)) for theirs, ours, default in named}
+    for name, default in _SIZES:
+        size = stored.get(name, default)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        fields[name] = int(height), int(width)
+    fields |= {"gelu": _GELUS[act], "mlp_ratio": ratio(int(stored.get("intermediate_size", 3072)), fields["embed_dim"])}
+    if has_decoder:
+        hidden = int(stored.get("decoder_intermediate_size", 2048))
+        fields["decoder_mlp_ratio"] = ratio(hidden, fields["decoder_embed_dim"])
+    return fields
+
+
+def ratio(hidden: int, dim: int) -> float:
+    """Returns the mlp_ratio whose int(dim * ratio) is `hidden`, also where the quotient is rounded down."""
+    quotient = hidden / dim
+    return quotient if int(dim * quotient) == hidden else math.nextafter(quotient, math.inf)
