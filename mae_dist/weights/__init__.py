@@ -1,1 +1,1 @@
-"""Trained weights from elsewhere and for elsewhere: other layouts, conversion."""
+"""Conversion of trained weights from and to other layouts."""

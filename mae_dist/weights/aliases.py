@@ -1,7 +1,4 @@
-"""Other names for the same weights: those that a wrapper, a relative or another version wrote -> those of `layouts`.
-
-Tensors are NumPy arrays by name; nothing is read or written here.
-"""
+"""Renames tensors that a wrapper, a relative or another version of a program wrote to the names of `layouts`."""
 
 import re
 from collections.abc import Mapping
@@ -27,34 +24,26 @@ _HF_ALIASES = tuple(
         (r"\.mlp\.fc2\.", ".output.dense."),
     )
 )
-# What comes before a model's names where a program has wrapped it: whatever stands before its product with patches.
+# What comes before a model's names where a program has wrapped it: whatever stands before its patch embedding.
 _WRAPPED = re.compile(r"((?:.*?\.)??)(?:patch_embed\.proj|(?:vit\.)?embeddings\.patch_embeddings\.projection)\.weight")
-# BEiT's names, which many programs took over, -> timm's.
-_TIMM_ALIASES = ((re.compile(r"^(blocks\.\d+)\.gamma_([12])$"), r"\1.ls\2.gamma"),)
-# Of transformers' models: a layer on the class token that nothing here reads.
-_POOLER = "vit.pooler."
+_BEIT_SCALE = re.compile(r"^(blocks\.\d+)\.gamma_([12])$")  # many programs took over BEiT's names
 
 
 def prefixes_in(tensors: Mapping[str, np.ndarray]) -> list[str]:
     """Returns the prefix of the names of each model in a file: `module.` or `_orig_mod.` of a wrapper, `backbone.`, …
 
-    A model is known by its product with patches; one that nothing wraps has the prefix "".
+    A model is recognised by its patch embedding; one that nothing wraps has the prefix "".
     """
     return sorted({match[1] for match in map(_WRAPPED.fullmatch, tensors) if match})
 
 
 def with_timm_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Tensors of a relative of timm's layout under timm's names.
+    """Returns tensors of a relative of timm's layout under timm's names.
 
     BEiT's `q_bias` and `v_bias` become the bias of queries, keys and values, zero for the keys; its `gamma_1` and
     `gamma_2` are LayerScale.
     """
-    result = {}
-    for original, tensor in tensors.items():
-        name = original
-        for pattern, replacement in _TIMM_ALIASES:
-            name = pattern.sub(replacement, name)
-        result[name] = tensor
+    result = {_BEIT_SCALE.sub(r"\1.ls\2.gamma", name): tensor for name, tensor in tensors.items()}
     for name in [name for name in result if name.endswith(".attn.q_bias")]:
         block = name.removesuffix("q_bias")
         query, value = result[name], result.get(f"{block}v_bias")
@@ -76,7 +65,7 @@ def fold_head_norm(tensors: Mapping[str, np.ndarray], eps: float) -> Tensors | N
         return None
     if {mean.shape, var.shape} != {kernel.shape[1:]} or bias.shape != kernel.shape[:1]:
         return None
-    with np.errstate(invalid="ignore"):  # not finite: the check of all tensors says so
+    with np.errstate(invalid="ignore"):  # the check of all tensors reports what is not finite
         scale = 1 / np.sqrt(var.astype(np.float64) + eps)
     shift = -mean * scale
     if norm["weight"] is not None and norm["bias"] is not None:
@@ -87,9 +76,9 @@ def fold_head_norm(tensors: Mapping[str, np.ndarray], eps: float) -> Tensors | N
 
 
 def with_standard_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """Hugging Face's tensors under the names of the tables above; in a file of an encoder alone they lack `vit.`.
+    """Returns Hugging Face's tensors under the names of their files since transformers 4.
 
-    A pooler is left out: a layer behind the class token for other tasks, which no result here depends on.
+    In a file of an encoder alone they lack `vit.`. A pooler is left out: no result here depends on that layer.
     """
     result = {}
     bare = not any(name.startswith("vit.") for name in tensors)
@@ -101,6 +90,6 @@ def with_standard_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
             name = pattern.sub(replacement, name)
         if name in result:
             raise DataFault(f"{original!r} and another tensor are both {name!r}: the file mixes two ways of naming")
-        if not name.startswith(_POOLER):
+        if not name.startswith("vit.pooler."):
             result[name] = tensor
     return result

@@ -1,4 +1,4 @@
-"""Whether trained weights fit a config."""
+"""Checks that trained weights fit a config."""
 
 import shlex
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) ->
     lines = []
     for field in (field for group in groups for field in FIELDS[group]):
         old, new = config_lib.get(source, field), config_lib.get(config, field)
-        if field == "model.layer_scale_init":  # the value is only where training starts; whether there is one matters
+        if field == "model.layer_scale_init":  # weights depend on whether there is a LayerScale, not on where it began
             old, new = old > 0, new > 0
         elif field.startswith("data.") and len(old) != len(new):  # one value stands for all channels
             old, new = (value * config.model.channels if len(value) == 1 else value for value in (old, new))
@@ -39,19 +39,17 @@ def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) ->
         raise StorageFault(
             f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
             + "\n  - ".join(lines)
-            + f"\nSet these as they were{_conversion(source, config, lines)}."
+            + f"\nSet these as they were{_conversion(config, lines)}."
         )
 
 
-def _conversion(source: ConfigDict, config: ConfigDict, lines: Sequence[str]) -> str:
-    """Returns how `convert` makes weights fit that differ in nothing but the images' size and channels, or ""."""
-    flags, fields = [], {line.partition(":")[0] for line in lines}
-    if source.model.image_size != config.model.image_size:
-        flags.append(f"--image_size={config.model.image_size[0]},{config.model.image_size[1]}")
-    if source.model.channels != config.model.channels:
-        flags.append(f"--channels={config.model.channels}")
+def _conversion(config: ConfigDict, lines: Sequence[str]) -> str:
+    """Returns how `convert` makes weights fit that differ only in the images' size and channels, or ""."""
+    model, fields = config.model, {line.partition(":")[0] for line in lines}
     if not fields <= {"model.image_size", "model.channels"}:
         return ""
+    flags = [f"--image_size={model.image_size[0]},{model.image_size[1]}"] if "model.image_size" in fields else []
+    flags += [f"--channels={model.channels}"] if "model.channels" in fields else []
     out = f"{config.init_from.rstrip('/')}_converted"
     learned = " --config.model.pos_embed=learned" if "model.image_size" in fields else ""
     return (

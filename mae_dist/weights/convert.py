@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist import errors
 from mae_dist.checkpoint import reader
 from mae_dist.model import heads, patches, positions
-from mae_dist.model.parameters import path_name
 from mae_dist.storage import appearing, check_checkpoints, storage_errors
 from mae_dist.weights import files, hugging_face, layouts, pretrained
 
@@ -36,11 +36,11 @@ def convert_weights(
       out: a local path that does not exist.
       to: `hf`, `timm` or `mae_dist`.
       image_size: (height, width) to interpolate positions for.
-      channels: to adapt the products with patches to.
+      channels: to adapt the matmuls with patches to.
       encoder_only: leave out the decoder or the head.
 
     Returns:
-      The groups written and how many values there are in them.
+      The groups written and how many values they hold.
 
     Raises:
       ConfigError: the layout cannot express the model, or the model cannot be of that size.
@@ -72,8 +72,8 @@ def convert_weights(
 
 
 def _check_finite(params: Params, origin: str) -> None:
-    bad = [path_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(params) if not np.isfinite(leaf).all()]
-    if bad:
+    flat: Params = traverse_util.flatten_dict(params, sep="/")
+    if bad := [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]:
         raise errors.DataFault(f"{origin}: values that are not finite in {', '.join(bad)}; use another checkpoint")
 
 
@@ -100,34 +100,31 @@ def resize_positions(params: Params, config: ConfigDict, image_size: tuple[int, 
 
 
 def fold_layer_scale(params: Params, config: ConfigDict) -> Params:
-    """Multiplies LayerScale into the products before it, for layouts without: the same function, up to rounding."""
+    """Multiplies LayerScale into the matmuls before it, for layouts without: the same function, up to rounding."""
     if config.model.layer_scale_init == 0:
         return params
     config.model.layer_scale_init = 0.0
-    result = dict(params)
-    for group in ("encoder", "decoder"):
-        if group in params:
-            blocks = dict(params[group]["stack"]["blocks"])
-            scales = (blocks.pop("scale1"), blocks.pop("scale2"))  # (layers, D)
-            for layer, last, scale in (("attn", "out", scales[0]), ("mlp", "fc2", scales[1])):
-                product = blocks[layer][last]
-                kernel = product["kernel"] * scale.reshape(len(scale), *[1] * (product["kernel"].ndim - 2), -1)
-                blocks[layer] = {**blocks[layer], last: {"kernel": kernel, "bias": product["bias"] * scale}}
-            result[group] = {**params[group], "stack": {"blocks": blocks}}
-    logging.info("LayerScale is multiplied into the products before it: this layout has none")
-    return result
+    flat: Params = traverse_util.flatten_dict(params, sep="/")
+    for path in [path for path in flat if path.endswith(("/scale1", "/scale2"))]:
+        blocks, name = path.rsplit("/", 1)
+        layer = f"{blocks}/{'attn/out' if name == 'scale1' else 'mlp/fc2'}"
+        scale, kernel = flat.pop(path), flat[f"{layer}/kernel"]  # (layers, D), (layers, …, D)
+        flat[f"{layer}/kernel"] = kernel * scale.reshape(len(scale), *[1] * (kernel.ndim - 2), -1)
+        flat[f"{layer}/bias"] = flat[f"{layer}/bias"] * scale
+    logging.info("LayerScale is multiplied into the matmuls before it: this layout has none")
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def fold_batch_norm(params: Params, config: ConfigDict) -> Params:
-    """Multiplies a probe's BatchNorm into the product after it, for layouts without: the same function of features."""
+    """Multiplies a probe's BatchNorm into the matmul after it, for layouts without: the same function of features."""
     if "batch_norm" not in params:
         return params
     config.classify.batch_norm = False
     first = "hidden" if "hidden" in params["head"] else "linear"
-    product, statistics = params["head"][first], params["batch_norm"]
-    kernel = product["kernel"] / np.sqrt(statistics["var"] + heads.EPS)[:, None]
-    bias = product["bias"] - statistics["mean"] @ kernel
-    logging.info("BatchNorm is multiplied into the product after it: this layout has none")
+    layer, statistics = params["head"][first], params["batch_norm"]
+    kernel = layer["kernel"] / np.sqrt(statistics["var"] + heads.EPS)[:, None]
+    bias = layer["bias"] - statistics["mean"] @ kernel
+    logging.info("BatchNorm is multiplied into the matmul after it: this layout has none")
     rest = {group: tree for group, tree in params.items() if group != "batch_norm"}
     return {**rest, "head": {**params["head"], first: {"kernel": kernel, "bias": bias}}}
 
@@ -136,7 +133,7 @@ def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """(gh, gw, D) -> (*grid, D)."""
     import cv2
 
-    # A few values at a time: OpenCV's images have at most four channels where it interpolates exactly.
+    # One value of D at a time: OpenCV's images have at most four channels where it interpolates exactly.
     columns = [
         cv2.resize(np.ascontiguousarray(table[..., i]), (grid[1], grid[0]), interpolation=cv2.INTER_CUBIC)
         for i in range(table.shape[-1])
@@ -145,7 +142,7 @@ def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
-    """Makes the products with patches those of `channels`, and sets these and the scaling of pixels in `config`.
+    """Makes the matmuls with patches those of `channels`, and sets these and the scaling of pixels in `config`.
 
     An opaque image whose colours are equal, gray, gives the same tokens as before. Beyond that: a gray model sees the
     mean of red, green and blue; alpha that a model did not know is ignored, and alpha that it loses is taken to be 255
@@ -158,9 +155,9 @@ def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
         return params
     if not {old, channels} <= {1, 3, 4}:
         raise errors.ConfigError(f"--channels={channels} from {old}: there can be 1 (gray), 3 (RGB) or 4 (RGBA)")
-    old_mean, old_std = (np.array(values * (old if len(values) == 1 else 1)) for values in (data.mean, data.std))
-    data.mean, data.std = _adapt(data.mean, old, channels, alpha=0.0), _adapt(data.std, old, channels, alpha=1.0)
-    mean, std = (np.array(values * (channels if len(values) == 1 else 1)) for values in (data.mean, data.std))
+    old_mean, old_std = (np.array(_per_channel(values, old)) for values in (data.mean, data.std))
+    data.mean, data.std = _adapt(data.mean, channels, alpha=0.0), _adapt(data.std, channels, alpha=1.0)
+    mean, std = (np.array(_per_channel(values, channels)) for values in (data.mean, data.std))
     model.channels = channels
     result = {group: dict(tree) for group, tree in params.items()}
     # With x' the new channels' scaled pixels, the old ones are x = x' @ matrix + shift.
@@ -200,8 +197,13 @@ def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
     return result
 
 
-def _adapt(values: tuple[float, ...], old: int, channels: int, alpha: float) -> tuple[float, ...]:
-    """Mean or std of the pixels for other channels; that of gray is the colours' mean."""
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Returns a mean or std of pixels with one value per channel."""
+    return values * channels if len(values) == 1 else values
+
+
+def _adapt(values: tuple[float, ...], channels: int, alpha: float) -> tuple[float, ...]:
+    """Returns a mean or std of pixels for other channels; that of gray is the colours' mean."""
     if len(values) == 1:
         return values
     if channels == 1:
@@ -209,19 +211,26 @@ def _adapt(values: tuple[float, ...], old: int, channels: int, alpha: float) -> 
     return (*values[:3], *[alpha] * (channels - 3))
 
 
+def _mix_channels(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mix (source, target) and opaque (target,): pixels x in 0..1 become x @ mix + opaque in other channels."""
+    colors = min(source, 3), min(target, 3)
+    mix, opaque = np.zeros((source, target)), np.zeros(target)
+    mix[: colors[0], : colors[1]] = np.eye(colors[0]) if colors[0] == colors[1] else 1 / colors[0]
+    opaque[3:] = 1.0
+    return mix, opaque
+
+
 def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin: str) -> None:
     """Writes parameters in a layout; `ConfigError` names what the layout cannot express."""
     if to == "mae_dist":
         reader.save_params(path, config, params, origin)
         return
-    faults = _not_expressible(params, config, to)
-    if faults:
+    if faults := _not_expressible(params, config, to):
         helps = len(params) > 1 and not _not_expressible({"encoder": params["encoder"]}, config, to)
         raise errors.ConfigError(
             f"the {to} layout cannot express this model:\n  - "
             + "\n  - ".join(faults)
-            + "\n"
-            + ("--encoder_only leaves out the decoder or the head; " if helps else "")
+            + ("\n--encoder_only leaves out the decoder or the head; " if helps else "\n")
             + "--to=mae_dist expresses everything."
         )
     tensors = layouts.to_layout(params, config.model, to)
@@ -234,8 +243,11 @@ def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin:
         (path / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def not_in_hugging_face(params: Params, config: ConfigDict) -> list[str]:
-    model, classify, faults = config.model, config.classify, []
+def _not_expressible(params: Params, config: ConfigDict, to: str) -> list[str]:
+    model, classify = config.model, config.classify
+    faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
+    if to != "hf":
+        return faults
     if model.cls_token == "none":
         faults.append("there is no class token (model.cls_token)")
     if "norm" not in params["encoder"] and "head" not in params:
@@ -250,22 +262,20 @@ def not_in_hugging_face(params: Params, config: ConfigDict) -> list[str]:
 
 
 def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """config.json and preprocessor_config.json."""
+    """Returns the content of config.json and preprocessor_config.json."""
     model = config.model
     architecture = {"decoder": "ViTMAEForPreTraining", "head": "ViTForImageClassification"}
-
     described: dict[str, Any] = {
         **hugging_face.describe(model, config.pretrain.norm_pix_loss),
         "architectures": [next((architecture[g] for g in params if g in architecture), "ViTMAEModel")],
         "model_type": "vit" if "head" in params else "vit_mae",
         "torch_dtype": "float32",
     }
-    if "head" in params:  # ViT knows of no decoder and no mask
+    if "head" in params:  # ViT has neither decoder nor mask
         own = ("mask_ratio", "norm_pix_loss")
         described = {key: v for key, v in described.items() if key not in own and not key.startswith("decoder_")}
         names = {str(i): f"LABEL_{i}" for i in range(params["head"]["linear"]["bias"].shape[0])}
         described |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
-    mean, std = (list(v) * (model.channels if len(v) == 1 else 1) for v in (config.data.mean, config.data.std))
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
@@ -274,32 +284,15 @@ def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[st
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": mean,
-        "image_std": std,
+        "image_mean": list(_per_channel(config.data.mean, model.channels)),
+        "image_std": list(_per_channel(config.data.std, model.channels)),
     }
     return {"config.json": described, "preprocessor_config.json": preprocessor}
 
 
 def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None:
-    """Reads back what was written and compares every value that a layout keeps apart."""
-    reread = pretrained.open_pretrained(path, config).load_whole()
-    for place, leaf in jax.tree_util.tree_leaves_with_path(params):
-        other: Any = reread
-        for key in place:
-            other = other.get(key.key, np.zeros(0)) if isinstance(other, dict) else other
-        assert np.array_equal(leaf, other), f"{path_name(place)} was not written as it is"
-
-
-def _mix_channels(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels in 0..1 of `source` channels as those of `target`: x @ mix + opaque, (source, target) and (target,)."""
-    colors = min(source, 3), min(target, 3)
-    mix = np.zeros((source, target))
-    mix[: colors[0], : colors[1]] = np.eye(colors[0]) if colors[0] == colors[1] else 1 / colors[0]
-    opaque = np.zeros(target)
-    opaque[3:] = 1.0
-    return mix, opaque
-
-
-def _not_expressible(params: Params, config: ConfigDict, to: str) -> list[str]:
-    faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
-    return faults + (not_in_hugging_face(params, config) if to == "hf" else [])
+    """Reads back what was written and compares every value."""
+    written: Params = traverse_util.flatten_dict(params, sep="/")
+    reread: Params = traverse_util.flatten_dict(pretrained.open_pretrained(path, config).load_whole(), sep="/")
+    for name, leaf in written.items():
+        assert np.array_equal(leaf, reread.get(name, np.zeros(0))), f"{name} was not written as it is"

@@ -62,13 +62,13 @@ class Description:
 
         `also`: further fields that a config needs for its value to count.
         """
-        asks = self.template is not None and ask_template
-        values = {field: config_lib.get(self.template, field) for field in assumed} if asks else assumed
+        template = self.template if ask_template else None
+        values = assumed if template is None else {field: config_lib.get(template, field) for field in assumed}
         for field, value in values.items():
             section, _, key = field.rpartition(".")
             self.update(section, **{key: value})
         shown = [f"{field}={value!r}" for field, value in values.items()]
-        if asks:
+        if template is not None:
             self._said += shown
             return
         options = [f"--config.{k}={v}" for k, v in (also or {}).items()] + [f"--config.{k}=…" for k in assumed]
@@ -221,34 +221,30 @@ def _describe_classifier(description: Description, norm_after_pool: bool, has_cl
 
 def _describe_positions(description: Description, tensors: layouts.Tensors, has_cls: bool) -> layouts.Tensors:
     """Sets the image size by pos_embed; adds to the tensors the class token's row or all of pos_embed if missing."""
-    height, width = description.config.model.patch_size
-    size = None if description.template is None else tuple(description.template.model.image_size)
-    given = size and (size[0] // height, size[1] // width)
     if "pos_embed" not in tensors:
         return _compute_positions(description, tensors, has_cls)
-    length = tensors["pos_embed"].shape[1]
+    patch = tuple(description.config.model.patch_size)
+    size = (0, 0) if description.template is None else tuple(description.template.model.image_size)
+    given = (size[0] // patch[0]) * (size[1] // patch[1])
+    table = tensors["pos_embed"]
+    length = table.shape[1]
     counts = [length - 1, length] if has_cls else [length]  # timm's no_embed_class: the class token has no row
-    squares = [count for count in counts if count > 0 and math.isqrt(count) ** 2 == count]
-    if size and given and math.prod(given) in counts:
-        grid = given
-        description.leave_open("", {"model.image_size": size})
-    elif squares:
-        grid = (math.isqrt(squares[0]),) * 2
-        why = f"{squares[0]} positions are a square"
-        if given:
-            why += f", and the config's {size} are {math.prod(given)} patches"
-        assumed = {"model.image_size": (grid[0] * height, grid[1] * width)}
-        description.leave_open(why, assumed, ask_template=False)
-    else:
+    count = given if given and given in counts else next((n for n in counts if n > 0 and math.isqrt(n) ** 2 == n), 0)
+    if not count:
         raise ConfigError(
             f"{description.origin}: pos_embed has {length} rows, no square grid of patches; give --config F with the "
-            f"images' (height, width), in patches of {(height, width)}: --config.model.image_size=…"
+            f"images' (height, width), in patches of {patch}: --config.model.image_size=…"
         )
-    description.update("model", image_size=(grid[0] * height, grid[1] * width))
-    if math.prod(grid) == length and has_cls:
-        table = tensors["pos_embed"]
-        table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
-        return {**tensors, "pos_embed": table}
+    if count == given:
+        description.leave_open("", {"model.image_size": size})
+        description.update("model", image_size=(size[0] // patch[0] * patch[0], size[1] // patch[1] * patch[1]))
+    else:
+        why = f"{count} positions are a square" + (f", and the config's {size} are {given} patches" if given else "")
+        side = math.isqrt(count)
+        assumed = {"model.image_size": (side * patch[0], side * patch[1])}
+        description.leave_open(why, assumed, ask_template=False)
+    if count == length and has_cls:
+        return {**tensors, "pos_embed": np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)}
     return tensors
 
 

@@ -47,7 +47,7 @@ def read(stored: dict[str, Any], has_decoder: bool) -> dict[str, Any]:
     if act not in _GELUS:
         raise ValueError(f"hidden_act {act!r} is not one of {', '.join(_GELUS)}")
     named = (*_FIELDS, *(_DECODER_FIELDS if has_decoder else ()))
-    fields = {ours: type(default)(stored.get(theirs, default)) for theirs, ours, default in named}
+    fields: dict[str, Any] = {ours: type(default)(stored.get(theirs, default)) for theirs, ours, default in named}
     for name, default in _SIZES:
         size = stored.get(name, default)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)

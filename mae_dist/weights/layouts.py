@@ -1,4 +1,4 @@
-"""Other implementations' names and shapes for our parameters: Hugging Face's ViTMAE and ViT, and timm's.
+"""Renames and reshapes parameters from and to other implementations' layouts, by the table in `model/parameters.py`.
 
 `timm` is the layout of timm's vision transformers, which the paper's own code extends by a decoder; `hf` that of
 `transformers`. Nothing is read or written here: tensors are NumPy arrays by name, ours a nested dict.
@@ -88,7 +88,7 @@ def position_kind(
     for group in ("encoder", "decoder"):
         table = tensors.get(_positions_name(group, layout))
         if table is None or table.ndim != 3 or table.shape[1] != math.prod(grid) + int(has_cls):
-            continue  # not there, or misshapen: `from_layout` says so
+            continue  # missing, or of another shape: `from_layout` reports it
         dim, table = table.shape[2], table[0, int(has_cls) :]
         fits = [kind for kind, multiple in positions.FIXED_POSITIONS.items() if dim % multiple == 0]
         equal = (

@@ -1,4 +1,4 @@
-"""Trained weights wherever they come from: a run, converted weights, a Hugging Face directory, a timm state dict.
+"""Opens trained weights: of a run, converted ones, a Hugging Face directory, or a timm state dict.
 
 Shapes: B batch, H W C image, (gh, gw) grid, N tokens, D width.
 """
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
@@ -31,8 +32,8 @@ class Pretrained:
     config: a whole config; `task` is `pretrain` for an encoder with or without its decoder, else `probe` or `finetune`.
     origin: what it is and where, for people.
     abstract: the shapes of the parameters there are, by group: `encoder` and maybe `decoder`, `head`.
-    names_data: whether the config says which images it was trained on; foreign weights do not, without a template.
-    load: a tree of shardings, of some of the parameters -> those; a `StorageFault` names what there is not.
+    names_data: True if the config says which images it was trained on; foreign weights do not, without a template.
+    load: a tree of shardings, of some of the parameters -> those; a `StorageFault` names what is missing.
     """
 
     config: ConfigDict
@@ -43,21 +44,21 @@ class Pretrained:
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the head, 0 without one."""
+        """Returns the number of outputs of the head, 0 without one."""
         return self.abstract["head"]["linear"]["bias"].shape[0] if "head" in self.abstract else 0
 
     def load_here(self, shapes: Params) -> Params:
-        """The parameters of `shapes`, a part of `abstract`, on this process's first device."""
+        """Loads the parameters of `shapes`, a part of `abstract`, on this process's first device."""
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return self.load(jax.tree.map(lambda _: device, shapes))
 
     def load_whole(self) -> Params:
-        """Every parameter as a NumPy array."""
+        """Loads every parameter as a NumPy array."""
         return jax.tree.map(np.asarray, self.load_here(self.abstract))
 
 
 def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pretrained:
-    """Finds out what `path` is and describes it.
+    """Describes the trained weights at `path`, in whichever layout they are.
 
     Args:
       path: the workdir of a run, a directory that `convert` wrote, one in Hugging Face's layout (ViTMAE, ViT), or a
@@ -66,7 +67,7 @@ def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pre
         data. What neither says is assumed, with a line in the log. It may be of another task.
 
     Raises:
-      DataFault: files that are damaged, hostile, or do not hold the model they describe.
+      DataFault: files that are corrupted, hostile, or do not hold the model they describe.
       ConfigError: something that has to be said by `template`, or contradicts it.
       StorageFault: a path that is none of these.
     """
@@ -97,7 +98,7 @@ def open_workdir(path: epath.Path, step: int | None = None) -> Pretrained:
 
 
 def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:
-    """The part of a tree of parameters that `wanted` has too; a `StorageFault` names what is not there."""
+    """Returns the part of a tree of parameters that `wanted` has too; a `StorageFault` names what is missing."""
     if not isinstance(wanted, dict):
         return tree
     missing = [f"{name}{key}" for key in wanted if key not in tree]
@@ -155,7 +156,7 @@ def _from_timm(path: epath.Path, template: ConfigDict | None) -> Pretrained:
 
 
 def _unwrapped(path: epath.Path) -> layouts.Tensors:
-    """The tensors of the one model in a file or directory, by the model's own names."""
+    """Reads the tensors of the one model in a file or directory, by the model's own names."""
     tensors = files.read_tensors(path)
     prefixes = aliases.prefixes_in(tensors)
     if len(prefixes) > 1:
@@ -172,7 +173,7 @@ def _unwrapped(path: epath.Path) -> layouts.Tensors:
 
 
 def _from_tensors(described: foreign.Description, tensors: layouts.Tensors, layout: str) -> Pretrained:
-    """Checks the tensors against the config that describes them, and turns them."""
+    """Checks the tensors against the config that describes them, and makes them our parameters."""
     config, origin, groups = described.config, described.origin, layouts.groups_in(tensors, layout)
     model = config.model
     tensors = _settle_constants(described, tensors, layout)
@@ -226,30 +227,19 @@ def _settle_constants(described: foreign.Description, tensors: layouts.Tensors, 
 
 
 def with_unit_layer_scale(source: Pretrained) -> Pretrained:
-    """The same function with a LayerScale of ones in every block, from which a config that trains one starts."""
-    scales = ("scale1", "scale2")
-    abstract = dict(source.abstract)
-    for group in ("encoder", "decoder"):
-        if group in abstract:
-            blocks = abstract[group]["stack"]["blocks"]
-            scaled = {**blocks, **dict.fromkeys(scales, blocks["norm1"]["scale"])}  # (layers, D), as a norm's
-            abstract[group] = {**abstract[group], "stack": {"blocks": scaled}}
+    """Returns the same function with a LayerScale of ones in every block, for a config that trains one."""
+    abstract: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(source.abstract)
+    for path in [path for path in abstract if path[-2:] == ("norm1", "scale")]:  # (layers, D), as LayerScale's
+        abstract |= dict.fromkeys([(*path[:-2], "scale1"), (*path[:-2], "scale2")], abstract[path])
 
     def load(shardings: Params) -> Params:
-        wanted = {group: dict(tree) for group, tree in shardings.items()}
-        for group, tree in wanted.items():
-            if "stack" in tree:
-                blocks = {name: value for name, value in tree["stack"]["blocks"].items() if name not in scales}
-                wanted[group] = {**tree, "stack": {"blocks": blocks}}
-        loaded = source.load(wanted)
-        for group, tree in shardings.items():
-            for scale in scales:
-                place = tree.get("stack", {}).get("blocks", {}).get(scale)
-                if place is not None:
-                    ones = np.ones(abstract[group]["stack"]["blocks"][scale].shape, np.float32)
-                    loaded[group]["stack"]["blocks"][scale] = jax.device_put(ones, place)
-        return loaded
+        wanted = traverse_util.flatten_dict(shardings)
+        scales = {path: wanted.pop(path) for path in list(wanted) if path[-1] in ("scale1", "scale2")}
+        loaded = traverse_util.flatten_dict(source.load(traverse_util.unflatten_dict(wanted)))
+        for path, sharding in scales.items():
+            loaded[path] = jax.device_put(np.ones(abstract[path].shape, np.float32), sharding)
+        return traverse_util.unflatten_dict(loaded)
 
     config = source.config.copy_and_resolve_references().unlock()
     config.model.layer_scale_init = 1.0
-    return dataclasses.replace(source, config=config.lock(), abstract=abstract, load=load)
+    return dataclasses.replace(source, config=config.lock(), abstract=traverse_util.unflatten_dict(abstract), load=load)
