@@ -1,1 +1,1 @@
-"""What a model has learned: losses, accuracies, features, pictures."""
+"""Evaluation of trained models: losses, accuracies, features, pictures."""

@@ -3,6 +3,7 @@
 Shapes: B images, H W C image, (gh, gw) grid of patches, N tokens, D width.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
 
 
 def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = None, hooks: Hooks = PLAIN) -> Encode:
-    """A pure function of (parameters, images) that sees all patches and has nothing random.
+    """Returns a pure function of (parameters, images) that sees all patches and has nothing random.
 
     Args:
       config: of the model whose parameters it will be given; the group `encoder` is enough, but for a classifier that
@@ -56,12 +57,8 @@ def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = No
         raise ConfigError(f"block {block}: the encoder has blocks 1 to {model.depth}, and 0 is what enters the first")
     norm_in_head = _norm_in_head(config)
 
-    def make_encoder(rngs: nnx.Rngs) -> autoencoder.Encoder:
-        return autoencoder.MaskedAutoencoder(
-            **model.to_dict(), final_norm=not norm_in_head, hooks=hooks, rngs=rngs
-        ).encoder
-
-    bind = functional(make_encoder).bind
+    make = functools.partial(autoencoder.MaskedAutoencoder, **model.to_dict(), final_norm=not norm_in_head, hooks=hooks)
+    bind = functional(lambda rngs: make(rngs=rngs).encoder).bind
     bind_norm = functional(lambda rngs: nnx.LayerNorm(model.embed_dim, epsilon=model.norm_eps, rngs=rngs)).bind
 
     def encode(params: Mapping[str, Any], images: jax.Array) -> dict[str, jax.Array]:
@@ -95,6 +92,7 @@ def make_feature_step(
 
 
 def check_kind(kind: Any) -> None:
+    """Raises a `ConfigError` if there are no such features."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"there are no {kind!r} features; choose of {', '.join(KINDS)}")
 
@@ -104,14 +102,14 @@ def _norm_in_head(config: ConfigDict) -> bool:
 
 
 def scale(images: jax.Array, config: ConfigDict) -> jax.Array:
-    """uint8 in 0..255 or floating-point in 0..1 (B, H, W, C) -> float32 as the model sees them."""
+    """Scales images, uint8 in 0..255 or floating-point in 0..1 (B, H, W, C), as the model expects them: float32."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         images = images.astype(jnp.float32) * 255
     return scale_pixels(images, config.data.mean, config.data.std)
 
 
 def needed_shapes(source: pretrained.Pretrained) -> pretrained.Params:
-    """The shapes of the parameters that `make_encode`'s function reads, by group."""
+    """Returns the shapes of the parameters that `make_encode`'s function reads, by group."""
     if not _norm_in_head(source.config):
         return {"encoder": source.abstract["encoder"]}
     if "head" not in source.abstract:

@@ -1,8 +1,9 @@
-"""A trained encoder as a function of images: `mae_dist.load_encoder(path).features(images)`.
+"""Trained encoders as functions of images: `mae_dist.load_encoder(path).features(images)`.
 
 Shapes: B images, H W C image, (gh, gw) grid of patches, N tokens, D width.
 """
 
+import functools
 import operator
 import os
 from typing import Any
@@ -22,7 +23,7 @@ from mae_dist.weights import pretrained
 
 
 def _whole(name: str, value: Any) -> int:
-    """A whole number of any integer type; a `ConfigError` for anything else, 1.0 included."""
+    """Returns a whole number of any integer type as an int; raises a `ConfigError` for anything else, 1.0 included."""
     try:
         return operator.index(value)
     except TypeError as error:
@@ -42,15 +43,20 @@ class Encoder:
     """
 
     def __init__(self, source: pretrained.Pretrained):
-        self.config = source.config
-        model = self.config.model
+        self.config = config = source.config
+        model = config.model
         self.image_size, self.channels = tuple(model.image_size), model.channels
         self.grid = patches.grid_size(model.image_size, model.patch_size)
         self.embed_dim, self.depth = model.embed_dim, model.depth
         self._origin = source.origin
         self._params = source.load_here(needed_shapes(source))
-        self._mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
-        self._steps: dict[tuple[str, int | None, int], Any] = {}
+        mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
+
+        @functools.cache
+        def make_step(kind: str, block: int | None, size: int) -> Any:
+            return make_feature_step(config, mesh, replicated(mesh), size, (kind,), block)
+
+        self._make_step = make_step
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -59,7 +65,7 @@ class Encoder:
     def features(
         self, images: Any, kind: str = "mean", *, block: int | None = None, batch_size: int = 256
     ) -> np.ndarray:
-        """Deterministic features of whole images, nothing masked.
+        """Computes deterministic features of whole images, nothing masked.
 
         Args:
           images: (B, H, W, C), any B: uint8 in 0..255, or floating-point in 0..1. H, W and C are `image_size` and
@@ -84,11 +90,7 @@ class Encoder:
         images = check_images(np.asarray(images), (*self.image_size, self.channels))
         # Few different sizes, for each is compiled: powers of two up to the batch's.
         size = min(batch_size, 1 << max(0, len(images) - 1).bit_length())
-        step = self._steps.get((kind, block, size))
-        if step is None:
-            whole = replicated(self._mesh)
-            step = make_feature_step(self.config, self._mesh, whole, size, (kind,), block)
-            self._steps[kind, block, size] = step
+        step = self._make_step(kind, block, size)
         width = (*self.grid, self.embed_dim) if kind == "patches" else (self.embed_dim,)
         result = np.empty((len(images), *width), np.float32)
         for start in range(0, len(images), size):
@@ -99,7 +101,7 @@ class Encoder:
 
 
 def check_images(images: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
-    """Returns the images, floating-point ones as float32; a `DataFault` for what a model cannot take.
+    """Returns the images, floating-point ones as float32; raises a `DataFault` for what a model cannot take.
 
     Args:
       images: uint8 in 0..255 or floating-point in 0..1.
@@ -129,10 +131,9 @@ def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None)
       path: the workdir of a run (its newest checkpoint), a directory written by `mae_dist.convert`, one in Hugging
         Face's layout (ViTMAE or ViT), or a `.pth` or `.safetensors` file in timm's.
       config: for timm's layout, whose files do not say the number of heads nor the scaling of pixels: a config with
-        both. Without, those of the published models are assumed, and that is said.
+        both. Without it, those of the published models are assumed, and logged.
 
     Raises:
       DataFault, StorageFault, ConfigError: as `mae_dist.weights.pretrained.open_pretrained`.
     """
-
     return Encoder(pretrained.open_pretrained(absolute(path), config))

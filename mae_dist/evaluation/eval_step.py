@@ -1,4 +1,4 @@
-"""The compiled step of an evaluation."""
+"""Compiled steps of evaluations."""
 
 import functools
 from collections.abc import Callable
@@ -25,8 +25,8 @@ def make_eval_step(
       fn: (params, batch) -> arrays of one row per example, or else metrics whose fields are sums over examples.
       mesh: what it runs on.
       params: the shardings of the parameters it is given.
-      per_example: which of the two `fn` returns.
-      pieces: each device computes its examples in so many pieces, one after another; needs a data-parallel mesh.
+      per_example: True if `fn` returns one row per example.
+      pieces: microbatches in which each device computes its examples one after another; needs a data-parallel mesh.
     """
 
     def in_pieces(params: Any, batch: Batch) -> Any:

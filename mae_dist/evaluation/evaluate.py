@@ -1,4 +1,4 @@
-"""One full pass over a split: every example exactly once, on any number of hosts."""
+"""Full passes over a split: every example exactly once, on any number of hosts."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
@@ -17,16 +17,15 @@ NUM_LOWEST = 5  # recorded of more
 def global_batches(
     dataset: Dataset, sharding: jax.sharding.Sharding, global_batch_size: int, seed: int | None = None
 ) -> Iterable[dict[str, jax.Array]]:
-    """The batches of a split in order, as global arrays; the last one padded with weight 0.
+    """Yields the batches of a split in order, as global arrays; the last one padded with weight 0.
 
     `seed` is that of the fixed masks (see `tasks.base`).
     """
     rows = local_rows(sharding, global_batch_size)
     seeds = {} if seed is None else {"seed": np.full(len(rows), seed, np.uint32)}
     with eval_batches(dataset, global_batch_size=global_batch_size, rows=rows) as batches:
-        for host_batch in batches:
-            batch = {**host_batch, **seeds}
-            yield to_global(batch, sharding, global_batch_size, rows)
+        for batch in batches:
+            yield to_global({**batch, **seeds}, sharding, global_batch_size, rows)
 
 
 def evaluate(
@@ -37,15 +36,15 @@ def evaluate(
     class_names: Sequence[str],
     after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means over all examples of `batches`, each metric's name behind `prefix` (`val_`, `test_`).
+    """Returns means over all examples of `batches`, each metric's name behind `prefix` (`val_`, `test_`).
 
-    Totals and counts are merged on the device and fetched once. Accuracies per class become what `_by_class` says.
-    `after_batch` is called after each batch; by raising it ends the pass.
+    Totals and counts are merged on the device and fetched once. Accuracies per class are named as `_by_class` says.
+    `after_batch` is called after each batch; an exception that it raises ends the pass.
     """
     merged = None
     for batch in batches:
         part = eval_step(params, batch)
-        jax.block_until_ready(merged)  # no more than a batch ahead of the device: time is what it seems
+        jax.block_until_ready(merged)  # no more than a batch ahead of the device, so that times are real
         merged = part if merged is None else {name: merged[name].merge(part[name]) for name in part}
         after_batch()
     assert merged is not None, "an empty split is refused when it is opened"
@@ -59,9 +58,9 @@ def evaluate(
 
 
 def _by_class(accuracies: np.ndarray, name: str, class_names: Sequence[str]) -> dict[str, float]:
-    """`<name>/<class>` of each class, NaN without examples; of many only the lowest, with `<name>_min` and `_median`.
+    """Returns `<name>/<class>` of each class, NaN without examples.
 
-    Every record would else have a thousand numbers.
+    Of many classes only the lowest, with `<name>_min` and `<name>_median`: not a thousand numbers in every record.
     """
     named = [(f"{name}/{label}", float(value)) for label, value in zip(class_names, accuracies, strict=True)]
     if len(named) <= MOST_CLASSES:
@@ -77,11 +76,12 @@ def columns(
     dataset: Dataset,
     sharding: jax.sharding.Sharding,
     global_batch_size: int,
+    seed: int | None = None,
 ) -> Generator[Columns, None, None]:
-    """Yields what `step` computes of a split, batch after batch, whole on every process.
+    """Yields the results of `step` for a split, batch after batch, whole on every process.
 
     Columns are those of `step`, (params, batch) -> arrays of one row per example, with `label` and `index`; n rows
-    each. Padding and unreadable images are left out.
+    each. Padding and unreadable images are left out. `seed` is as in `global_batches`.
     """
 
     def fetch(part: Any) -> Columns:
@@ -90,7 +90,7 @@ def columns(
         return {name: column[real] for name, column in fetched.items()}
 
     waiting = None  # one behind: the device computes the next while this one is fetched and used
-    for batch in global_batches(dataset, sharding, global_batch_size):
+    for batch in global_batches(dataset, sharding, global_batch_size, seed):
         part = {**step(params, batch), **{name: batch[name] for name in ("label", "index", "weight")}}
         if waiting is not None:
             yield fetch(waiting)
@@ -99,12 +99,23 @@ def columns(
         yield fetch(waiting)
 
 
+def first_rows(batches: Iterable[Columns], count: int) -> Columns:
+    """Returns the first `count` rows of all columns, or all if there are fewer; takes no more batches than it needs."""
+    parts, found = [], 0
+    for batch in batches:
+        parts.append(batch)
+        found += len(batch["label"])
+        if found >= count:
+            break
+    return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
+
+
 def collect(
     batches: Iterable[Columns], kind: str = "features", after_batch: Callable[[], None] = lambda: None
 ) -> Columns:
     """Returns `features` float32 (N, D), the column `kind`, and `label` int32 (N,) of all batches.
 
-    `after_batch` is called after each batch; by raising it ends the pass.
+    `after_batch` is called after each batch; an exception that it raises ends the pass.
     """
     features, labels = [], []
     for batch in batches:

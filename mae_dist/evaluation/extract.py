@@ -1,8 +1,6 @@
-"""Features of whole splits by a trained encoder, over all devices: what commands share that compute them.
+"""Computes features of whole splits by a trained encoder over all devices, for the commands that need them."""
 
-Shapes: n examples of a batch, D width.
-"""
-
+import functools
 import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -24,7 +22,7 @@ Compute = Callable[[Dataset], Generator[Columns, None, None]]
 
 
 def with_data(source: pretrained.Pretrained, given: ConfigDict | None, data_dir: str | None) -> ConfigDict:
-    """The model's config with data, mesh and batch size of the one that was given; scaling stays the model's.
+    """Returns the model's config with data, mesh and batch size of the one given; scaling stays the model's.
 
     Raises:
       ConfigError: nothing says which images to take, or how many at once.
@@ -47,7 +45,7 @@ def with_data(source: pretrained.Pretrained, given: ConfigDict | None, data_dir:
 
 
 def split_expression(config: ConfigDict, flag: str, value: str) -> str:
-    """The split that `--<flag>=<value>` names: train, val or test of the config, or an expression as it is."""
+    """Returns the split that `--<flag>=<value>` names: train, val or test of the config, or an expression as it is."""
     split = config.data[f"{value}_split"] if value in ("train", "val", "test") else value
     if not split:
         raise ConfigError(f"--{flag}={value}: data.{value}_split is ''; name a split expression")
@@ -81,13 +79,10 @@ def with_step(
     shardings = sharding.param_shardings(mesh, shapes)
     batch_sharding, shards = sharding.batch_sharding(mesh), sharding.num_batch_shards(mesh)
     batch_size = math.ceil(batch_size / shards) * shards
-    step = make_step(shardings, batch_size)
-    loaded: list[Any] = []  # the parameters, once they are needed
+    step, params = make_step(shardings, batch_size), functools.cache(lambda: source.load(shardings))
 
     def compute(dataset: Dataset) -> Generator[Columns, None, None]:
         with jax.set_mesh(mesh):
-            if not loaded:
-                loaded.append(source.load(shardings))
-            yield from evaluate.columns(step, loaded[0], dataset, batch_sharding, batch_size)
+            yield from evaluate.columns(step, params(), dataset, batch_sharding, batch_size)
 
     return compute

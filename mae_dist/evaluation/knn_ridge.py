@@ -1,4 +1,4 @@
-"""What frozen features know of classes, without training anything: weighted nearest neighbours and ridge regression.
+"""Classification by frozen features without training: weighted nearest neighbours and ridge regression.
 
 On the host, in NumPy: 10,000 x 10,000 features of width 128 take a second or two. Shapes: N training examples, M
 examples to classify, D width, Y classes, k neighbours.
@@ -18,7 +18,7 @@ def knn_predict(
     k: int = 20,
     temperature: float = 0.07,
 ) -> np.ndarray:
-    """Weighted k nearest neighbours (Wu et al. 2018, 3.4): each votes with exp(cosine similarity / temperature).
+    """Classifies by k nearest neighbours (Wu et al. 2018, 3.4), each voting with exp(cosine similarity / temperature).
 
     Args:
       train: features (N, D).
@@ -49,7 +49,7 @@ def knn_predict(
 def ridge_predict(
     train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, num_classes: int, ridge: float = 1e-3
 ) -> np.ndarray:
-    """Linear regression of one-hot labels on standardised features, in closed form.
+    """Classifies by linear regression of one-hot labels on standardised features, in closed form.
 
     Minimises |X W + b - Y|^2 / N + ridge |W|^2, X being the features with mean 0 and variance 1 over `train`: ridge
     regression with the penalty N * ridge. A feature that is constant over `train` is left out.
@@ -76,7 +76,7 @@ def top1(
     temperature: float,
     ridge: float,
 ) -> dict[str, float]:
-    """Accuracies of `test` by both, 0 to 1: `knn_top1` and `ridge_top1`.
+    """Returns accuracies of `test` by both, 0 to 1: `knn_top1` and `ridge_top1`.
 
     `train` and `test` hold `features` float32 (N, D) and `label` int32 (N,).
     """
@@ -89,6 +89,6 @@ def top1(
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float32; a row of zeros stays."""
+    """Normalises rows to length 1, float32; a row of zeros stays."""
     x = x.astype(np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)

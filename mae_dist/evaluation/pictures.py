@@ -1,5 +1,6 @@
-"""The picture of a masked autoencoder: original, masked, reconstruction, reconstruction with visible patches."""
+"""Pictures of a masked autoencoder: original, masked, reconstruction, reconstruction with visible patches."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from mae_dist.data import Dataset, local_rows, to_global
+from mae_dist.data import Dataset, FirstExamples
 from mae_dist.errors import DataFault
+from mae_dist.evaluation.evaluate import columns, first_rows
 from mae_dist.parallel.shardings import num_batch_shards
 from mae_dist.storage import storage_errors, write_bytes_atomically
 
@@ -32,27 +33,19 @@ def reconstruct(
     Returns:
       For each of `COLUMNS` float32 (n, H, W, C) in 0..1, on every host; and the class names of the images.
     """
-    # Images that do not decode are passed over, as in evaluation; a few more are read to make up for them.
-    candidates = np.arange(min(2 * num_images, dataset.num_examples))
-    examples, bad = dataset.read(candidates)
-    good = candidates[~bad][:num_images]
-    if not len(good):
-        raise DataFault(f"none of the first {len(candidates)} images of the split decodes")
     shards = num_batch_shards(sharding.mesh)
-    size = math.ceil(len(good) / shards) * shards  # the batch must split evenly; what is too much is dropped below
-    rows = local_rows(sharding, size)
-    index = good[np.minimum(rows, len(good) - 1)]
-    batch = {"image": examples["image"][index], "label": examples["label"][index], "index": index.astype(np.int32)}
-    batch["seed"] = np.full(len(index), seed, np.uint32)
-    images = multihost_utils.process_allgather(
-        reconstruct_step(params, to_global(batch, sharding, size, rows)), tiled=True
-    )
-    names = [dataset.class_names[label] for label in examples["label"][good]]
-    return {name: images[name][: len(good)] for name in COLUMNS}, names
+    size = math.ceil(min(num_images, dataset.num_examples) / shards) * shards
+    # Images that do not decode are passed over, as in evaluation; a few more are read to make up for them.
+    candidates = FirstExamples(dataset, 2 * num_images)
+    with contextlib.closing(columns(reconstruct_step, params, candidates, sharding, size, seed)) as batches:
+        found = first_rows(batches, num_images)
+    if not len(found["label"]):
+        raise DataFault(f"none of the first {candidates.num_examples} images of the split decodes")
+    return {name: found[name] for name in COLUMNS}, [dataset.class_names[label] for label in found["label"]]
 
 
 def note_on_moments(config: ConfigDict) -> str:
-    """Returns whence pictures of a pretraining take what `norm_pix_loss` does not predict; "" without it."""
+    """Returns where pictures take the mean and deviation that `norm_pix_loss` does not predict from; "" without it."""
     if not config.pretrain.norm_pix_loss:
         return ""
     if config.pictures.pix_stats == "visible":
@@ -61,7 +54,7 @@ def note_on_moments(config: ConfigDict) -> str:
 
 
 def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -> np.ndarray:
-    """One row per image with its class name, one column per kind: uint8 (height, width, 3)."""
+    """Draws one row per image with its class name, one column per kind: uint8 (height, width, 3)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

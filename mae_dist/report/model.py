@@ -104,14 +104,8 @@ class Viewer:
             return make_eval_step(forward, mesh=mesh, params=shardings, per_example=True, pieces=pieces)
 
         compute = extract.with_step(source, shapes, mesh, _BATCH_SIZE, make_step)
-        parts, count = [], 0
         with contextlib.closing(compute(dataset)) as batches:
-            for part in batches:
-                parts.append(part)
-                count += len(part["label"])
-                if count >= self._max_images:
-                    break
-        columns = {name: np.concatenate([part[name] for part in parts])[: self._max_images] for name in parts[0]}
+            columns = evaluate.first_rows(batches, self._max_images)
         return dataset.examples(columns["index"][:_NUM_SHOWN])["image"], columns
 
 
