@@ -495,7 +495,9 @@ def test_links():
     assert hardware.ici_bytes_per_sec(hardware.CHIPS["v4"], whole, (4, 4, 4)) == 300e9  # the published six links
     flat = [point for point in whole if point[0] < 2]
     points = [(i, j, 0) for i in range(2) for j in range(4)]
-    assert roofline.theory_secs(100e9, 0, "v5e", (2, 4), points) == {"ici": 1.0}, "no side is a ring"
+    whole_slice = hlo.Collective("collective-permute", 100e9, tuple(range(8)), 1)
+    secs = roofline.link_secs([whole_slice], "v5e", (2, 4), dict(enumerate(points)))
+    assert secs == {"ici": 1.0}, "no side is a ring"
     assert hardware.ici_bytes_per_sec(hardware.CHIPS["v4"], flat, (2, 4, 4)) == 150e9, (
         "rings are made of whole cubes only"
     )

@@ -1,1 +1,1 @@
-"""What a mesh of accelerators that are not here would hold, exchange and take."""
+"""Memory, communication and time of a training on a mesh of accelerators that are not here."""

@@ -1,8 +1,8 @@
-"""Would it fit, and how fast could it be, on hardware that is not here?
+"""Plans a training on hardware that is not here: whether it fits, and how fast it could be.
 
 `python -m mae_dist.plan --config F --topology v5e:16x16 [--num_slices 2] [--global_batch_size B] [--fit] [--sweep]
-[--json out.json] [--config.a.b=value …]` compiles the real update for a TPU slice (extra `tpu`, but no TPU) or for the
-CPU (`cpu:8`) and says what the compiler made of it. Exit code 0 if it fits, 1 if it does not.
+[--json out.json] [--config.a.b=value …]` compiles the training's step for a TPU slice (extra `tpu`, but no TPU) or for
+the CPU (`cpu:8`) and reports memory, exchanges and time. Exit code 0 if it fits, 1 if it does not.
 """
 
 import json
@@ -55,7 +55,7 @@ def plan(argv: Sequence[str]) -> int:
 
 
 def _new_json(path: str) -> Path:
-    """Returns where to write; a `ConfigError` where no file can be: better than after minutes of compiling."""
+    """Returns the path to write to; raises a `ConfigError` before minutes of compiling if no file can be there."""
     out = Path(local(path, "--json", "write to a local path"))
     if out.is_dir() or not out.parent.is_dir():
         raise errors.ConfigError(

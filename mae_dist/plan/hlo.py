@@ -1,8 +1,8 @@
-"""Collectives of a compiled program, read from its text (`jax.stages.Compiled.as_text()`).
+"""Collectives of a compiled program, parsed from its text (`jax.stages.Compiled.as_text()`).
 
 The text is a list of computations; an instruction may call others: a loop its body, a fusion its parts. A collective
-within a loop counts as often as the loop turns. Asynchronous ones are written as several instructions (start, update,
-done) or, on a TPU, as pieces of one chain spread over fusions, and count once.
+within a loop counts once for each iteration. Asynchronous ones are written as several instructions (start, update,
+done) or, on a TPU, as parts of one chain spread over fusions, and count once.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Between slices the TPU's runtime carries data that the program hands it; its names for what it does with them.
+# Between slices the TPU's runtime carries data that the program hands to it; these are its names for the exchanges.
 _TRANSFERS = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter"}
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -25,26 +25,29 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange among chips, of which a step makes `count`.
+    """An exchange among chips, of which a step makes `count`.
 
     payload: bytes of the whole array: what an all-gather yields, what a reduction or an all-to-all is given, what a
       permutation sends; of one exchange.
     group: the places in the mesh of one set of chips that exchange; the other sets are like it.
     across_slices: carried by the network between slices.
+    chain: those of one chain are parts of one exchange; "" stands alone.
     """
 
     kind: str
-    payload: int
+    payload: float
     group: tuple[int, ...]
     count: int
     across_slices: bool = False
+    chain: str = dataclasses.field(default="", compare=False)
 
     @property
     def ring_bytes(self) -> float:
-        """Bytes that leave a chip in one exchange, if the chips stand in a ring: the least there can be."""
+        """Returns the bytes that leave a chip in one exchange in a ring of chips, the least possible."""
+        if self.kind == "collective-permute":
+            return self.payload
         n = len(self.group)
-        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
-        return self.payload * share
+        return self.payload * ((2 if self.kind == "all-reduce" else 1) * (n - 1) / n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,27 +76,22 @@ class _Computation:
     root: str
 
     def number(self, name: str) -> int | None:
-        """The value of an integer constant, also of a copy of one."""
+        """Returns the value of an integer constant, also of a copy of one; None for anything else."""
         found = self.instructions.get(name)
         while found is not None and found.opcode in ("copy", "bitcast") and found.operands:
             found = self.instructions.get(found.operands[0])
-        is_constant = found is not None and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.inputs)
-        return int(found.inputs) if found is not None and is_constant else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    collective: Collective
-    chain: str  # pieces of the same chain are one collective; "" stands alone
+        if found is None or found.opcode != "constant" or not re.fullmatch(r"-?\d+", found.inputs):
+            return None
+        return int(found.inputs)
 
 
 class Program:
-    """A compiled program's computations and what they exchange."""
+    """The computations of a compiled program, and their collectives."""
 
     def __init__(self, text: str, num_devices: int, num_slices: int = 1):
         """Reads `text`; `num_devices` are those that one program's replica groups number: on TPU slices, of one."""
         self.num_devices, self.num_slices = num_devices, num_slices
-        self.uncounted_loops: list[str] = []  # with exchanges, and nothing says how often they turn
+        self.uncounted_loops: list[str] = []  # with exchanges and an unknown number of iterations
         self._computations: dict[str, _Computation] = {}
         self._entry, instructions, name = "", {}, ""
         for line in text.splitlines():
@@ -108,18 +106,18 @@ class Program:
         assert self._entry, "no ENTRY computation in the program's text"
 
     def collectives(self) -> list[Collective]:
-        """Every exchange of one run of the program, loops counted."""
-        return [found.collective for found in self._within(self._entry)]
+        """Returns every exchange of one run of the program, those in loops counted for each iteration."""
+        return self._within(self._entry)
 
-    def _within(self, name: str) -> list[_Found]:
-        """What a computation and those it calls exchange, each chain once."""
+    def _within(self, name: str) -> list[Collective]:
+        """Returns the exchanges of a computation and those it calls, each chain once."""
         inside = self._computations[name]
         found = [item for instruction in inside.instructions.values() for item in self._of(instruction, inside)]
         chains = {item.chain: item for item in found if item.chain}
         return [item for item in found if not item.chain or chains[item.chain] is item]
 
-    def _of(self, op: _Instruction, inside: _Computation) -> Iterator[_Found]:
-        """What one instruction exchanges, itself or by what it calls."""
+    def _of(self, op: _Instruction, inside: _Computation) -> Iterator[Collective]:
+        """Yields the exchanges of one instruction and of what it calls."""
         if op.opcode.endswith(("-done", "-update")):
             return
         kind = op.opcode.removesuffix("-start")
@@ -135,19 +133,19 @@ class Program:
                 self.uncounted_loops.append(body)
                 turns = 1
             for item in found:
-                counted = dataclasses.replace(item.collective, count=item.collective.count * turns)
-                yield _Found(counted, "")
+                yield dataclasses.replace(item, count=item.count * turns, chain="")
         else:
             names = _CALLED.findall(op.attributes)
             if branches := _BRANCHES.search(op.attributes):
                 names += [name.strip().lstrip("%") for name in branches[1].split(",")]
             for name in names:
-                # The TPU's way to write a reduce-scatter: an all-reduce of which each chip keeps a part, fused.
-                scatter = op.opcode == "fusion" and name.startswith("all-reduce-scatter")
+                # The TPU writes a reduce-scatter as a fusion: an all-reduce of which each chip keeps a part.
+                is_scatter = op.opcode == "fusion" and name.startswith("all-reduce-scatter")
                 for item in self._within(name):
-                    yield _as_scatter(item) if scatter else item
+                    summed = is_scatter and item.kind == "all-reduce"
+                    yield dataclasses.replace(item, kind="reduce-scatter") if summed else item
 
-    def _exchange(self, kind: str, op: _Instruction) -> _Found:
+    def _exchange(self, kind: str, op: _Instruction) -> Collective:
         arrays = [_num_bytes(*array) for array in _ARRAY.findall(op.shape)]
         if op.opcode == "all-gather-start":  # (what went in, what comes out)
             arrays = arrays[len(arrays) // 2 :]
@@ -158,29 +156,29 @@ class Program:
         chain = re.search(r'chain_id="(\d+)"', op.attributes)
         channel = re.search(r"channel_id=(\d+)", op.attributes)
         key = f"{kind} {chain[1]} {channel[1] if channel else ''}" if chain else ""
-        return _Found(Collective(kind, payload, group, 1), key)
+        return Collective(kind, payload, group, 1, chain=key)
 
-    def _transfer(self, op: _Instruction) -> _Found:
-        """A chip's part of an exchange between slices; the first array is what it hands over."""
+    def _transfer(self, op: _Instruction) -> Collective:
+        """Returns an exchange between slices; the first array is the part that one chip hands over."""
         kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
         first = _ARRAY.search(op.shape)
         assert kind is not None, op
         assert first is not None, op
         group = tuple(range(0, self.num_devices * self.num_slices, self.num_devices))
         name = _TRANSFERS.get(kind[1], "all-to-all")
-        return _Found(Collective(name, _num_bytes(first[1], first[2]), group, 1, across_slices=True), "")
+        return Collective(name, _num_bytes(first[1], first[2]), group, 1, across_slices=True)
 
     def _group(self, attributes: str) -> tuple[int, ...]:
-        """The first set of chips that exchange; of a permutation, its first path."""
+        """Returns the first set of chips that exchange; of a permutation, its first path."""
         if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
             return _first_path(re.findall(r"\{(\d+),(\d+)\}", pairs[1]))
         found = re.search(r"\breplica_groups=(.*)", attributes)
         return _first_group(found[1] if found else "{}") or tuple(range(self.num_devices))
 
     def _turns(self, loop: _Instruction, inside: _Computation) -> int | None:
-        """How often a loop turns; None where neither the compiler nor the loop itself says.
+        """Returns a loop's number of iterations; None where neither the compiler nor the loop itself gives it.
 
-        It says so where a place of its tuple begins at a constant, grows by a constant and is compared with one.
+        A loop gives it where an element of its tuple begins at a constant, grows by one and is compared with one.
         """
         if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
             return int(known[1])
@@ -202,13 +200,6 @@ class Program:
         return max(0, math.ceil((limit + (compare.attribute("direction") == "LE") - start) / step))
 
 
-def _as_scatter(item: _Found) -> _Found:
-    """An all-reduce whose chips keep a part each, fused: the TPU's way to write a reduce-scatter."""
-    if item.collective.kind != "all-reduce":
-        return item
-    return dataclasses.replace(item, collective=dataclasses.replace(item.collective, kind="reduce-scatter"))
-
-
 def _num_bytes(dtype: str, shape: str) -> int:
     bits = 8 if dtype == "pred" else int(re.sub(r"^[a-z]+(\d*).*$", r"\1", dtype) or 0)  # tokens have none
     return math.prod(int(size) for size in shape.split(",") if size) * bits // 8
@@ -223,7 +214,7 @@ def _first_path(pairs: Sequence[tuple[str, str]]) -> tuple[int, ...]:
 
 
 def _first_group(text: str) -> tuple[int, ...]:
-    """The first of the sets that `replica_groups=text…` lists, in whichever form; () where it is all devices.
+    """Returns the first of the sets that `replica_groups=text…` lists, in whichever form; () for all devices.
 
     `{{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`: device numbers cut into two groups of four; `mesh['a'=2,'b'=4], device_ids=
     ([4,2]T(1,0)) {'b'}`: device numbers on a mesh, grouped along the axes named.
@@ -246,7 +237,7 @@ def _first_group(text: str) -> tuple[int, ...]:
 
 
 def _device_numbers(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: the numbers from 0 in a shape whose axes are then permuted; `0,2,1,3`: as they stand."""
+    """Parses `[4,2]T(1,0)`, the numbers from 0 in a shape whose axes are then permuted, or a list as `0,2,1,3`."""
     found = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if found is None:
         return np.array(_ints(text))

@@ -1,11 +1,11 @@
-"""Plans of a run for hardware that is not here: what an update needs there, and how fast it could be at best.
+"""Plans of a run for hardware that is not here: what a step needs there, and its least time.
 
-A plan is plain values under names, ready for JSON. Sizes are bytes on one chip, times are seconds of one update.
+A plan is plain values under names, ready for JSON. Sizes are bytes on one chip, times are seconds of one step.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ _SWEEP_COMPILATIONS = 3  # at most, for each mesh that is wanted compiled
 
 
 def described_data(config: ConfigDict) -> Data:
-    """The splits of a config, as descriptions where their sizes are known; nothing is downloaded, copied or decoded.
+    """Describes the splits of a config, or opens them if their sizes are not known, without download or decoding.
 
     Raises:
       ConfigError: neither is the size known nor the data set here.
@@ -45,73 +45,47 @@ def described_data(config: ConfigDict) -> Data:
 
 
 def examine(config: ConfigDict, place: topology.Topology, data: Data) -> Report:
-    """Compiles the update of `config` for the devices of `place`: everything the tables say, as plain values."""
+    """Compiles the step of `config` for the devices of `place`; returns everything the tables show."""
     built = job.build(config, place.devices, data)
-    batch, started = built.abstract_batch, time.monotonic()
-    compiled = topology.compile_step(built.train_step, built.mesh, built.abstract_state, batch)
-    report = _outline(built, place)
-    report["compile_secs"] = time.monotonic() - started
-    report["memory"] = _memory(built, batch, compiled, place)
-    report["fits"] = not compiled.refusal and report["memory"]["total"] <= (report["memory"]["chip"] or math.inf)
-    report["refusal"] = compiled.refusal
-    report["reasons"] = [] if report["fits"] else _reasons(built, report["memory"], place.chips_per_slice)
-    report["expected"] = _expected(built, place)
-    report["collectives"] = None
+    started = time.monotonic()
+    compiled = topology.compile_step(built.train_step, built.mesh, built.abstract_state, built.abstract_batch)
+    compile_secs, memory = time.monotonic() - started, _memory(built, compiled, place)
+    fits = not compiled.refusal and memory["total"] <= (memory["chip"] or math.inf)
+    report = _outline(built, place) | {
+        "compile_secs": compile_secs,
+        "memory": memory,
+        "fits": fits,
+        "refusal": compiled.refusal,
+        "reasons": [] if fits else _reasons(built, memory, place.chips_per_slice),
+        "collectives": None,
+    }
     if not compiled.refusal:
         program = hlo.Program(compiled.text, place.chips_per_slice, place.num_slices)
         found = program.collectives()
         report["collectives"] = roofline.sum_by_kind(found)
         report["uncounted_loops"] = len(program.uncounted_loops)
-        memory = report["memory"]
         moved = 2 * (_state_bytes(memory) + memory["temporaries"])
-        coords = {i: tuple(getattr(d, "coords", ())) for i, d in enumerate(_in_one_slice(built, place))}
-        secs = {
-            "compute": report["secs"].pop("compute"),
-            "hbm": roofline.hbm_secs(moved, place.generation),
-            **roofline.link_secs(found, place.generation, place.shape, coords),
-        }
-        _time(report, secs)
+        hbm = {"hbm": moved / place.chip.hbm_bytes_per_sec if place.chip else None}
+        links = roofline.link_secs(found, place.generation, place.shape, _coords(built.mesh.devices.flat))
+        _time(report, report["secs"] | hbm | links)
     return report
 
 
-def _expected(built: job.Job, place: topology.Topology) -> dict[str, Any]:
-    """Bytes that leave a chip in a step by theory, within and across slices."""
-    expected = roofline.expected_exchange(
-        built.abstract_state.params,
-        built.shardings.params,
-        built.mesh,
-        built.config,
-        place.num_slices,
-        num_kept=built.num_kept,
-        frozen=built.task.frozen,
-        encoder_passes=built.encoder_passes,
-        at_once=built.task.statistics is not None,
-    )
-    return {
-        "ICI": expected.within,
-        "ICI_in_loops": expected.within_in_loops,
-        "DCN": expected.across,
-        "why": expected.why,
-    }
-
-
-def _in_one_slice(built: job.Job, place: topology.Topology) -> list[Any]:
-    """The devices that a program's replica groups number: of slice 0, in the mesh's order."""
-    devices = list(built.mesh.devices.flat)
-    if place.num_slices == 1:
-        return devices
-    first = min(device.slice_index for device in devices)
-    return [device for device in devices if device.slice_index == first]
+def _coords(devices: Iterable[Any]) -> dict[int, tuple[int, ...]]:
+    """Returns the coordinates of one slice's devices by their numbers in a program's replica groups."""
+    devices = list(devices)
+    first = min(getattr(device, "slice_index", 0) for device in devices)
+    in_slice = [device for device in devices if getattr(device, "slice_index", 0) == first]
+    return {i: tuple(getattr(device, "coords", ())) for i, device in enumerate(in_slice)}
 
 
 def _outline(built: job.Job, place: topology.Topology) -> Report:
-    """What is known before anything is compiled."""
+    """Returns what is known before anything is compiled."""
     config, device = built.config, place.devices[0]
-    flops_per_step = built.flops_per_image * config.global_batch_size
+    peak = hardware.peak_flops(device.device_kind, config.model.dtype)
     recomputes = config.model.remat == "blocks" and built.encoder_passes == 3  # a frozen encoder goes forward once
-    compute = roofline.compute_secs(
-        flops_per_step, len(place.devices), device.device_kind, config.model.dtype, recomputes
-    )
+    # A forward pass more is a third more.
+    flops = built.flops_per_image * config.global_batch_size * (4 / 3 if recomputes else 1)
     return {
         "config": config.name,
         "topology": place.name,
@@ -125,25 +99,25 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
         "dtype": config.model.dtype,
         "parameters": param_count(built.abstract_state.params),
         "flops_per_image": built.flops_per_image,
-        "peak_flops": hardware.peak_flops(device.device_kind, config.model.dtype),
+        "peak_flops": peak,
         "num_examples": built.data.train.num_examples,
         "total_epochs": built.schedule.total_steps * config.global_batch_size / built.data.train.num_examples,
-        "secs": {"compute": compute},
+        "expected": roofline.expected_exchange(built, place.num_slices),
+        "secs": {"compute": flops / (len(place.devices) * peak) if peak else None},
     }
 
 
-def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topology.Topology) -> dict[str, Any]:
-    """Bytes on one chip, by what they are for."""
-    state, shardings = built.abstract_state, built.shardings
+def _memory(built: job.Job, compiled: topology.Compiled, place: topology.Topology) -> dict[str, Any]:
+    """Returns the bytes on one chip, by what they are for."""
+    state, shardings, batch = built.abstract_state, built.shardings, built.abstract_batch
     params = bytes_per_device(state.params, shardings.params)
     optimizer = bytes_per_device(state.opt_state, shardings.opt_state)
     averages = bytes_per_device(state.ema, shardings.ema)
     images = bytes_per_device(batch, jax.tree.map(lambda _: built.batch_sharding, batch))
     known = params + optimizer + averages + images
     temporaries = compiled.temporaries + compiled.outputs
-    if compiled.refusal and not compiled.arguments:  # told as one sum
+    if compiled.refusal and not compiled.arguments:  # they are in the compiler's one sum
         temporaries = max(0, temporaries - known)
-    chip = hardware.CHIPS.get(place.generation)
     return {
         "parameters": params,
         "optimizer_state": optimizer,
@@ -153,7 +127,7 @@ def _memory(built: job.Job, batch: Any, compiled: topology.Compiled, place: topo
         "temporaries": temporaries,
         "program": compiled.program,
         "total": max(compiled.arguments, known) + temporaries + compiled.program,
-        "chip": (compiled.limit or chip.hbm_bytes) if chip else None,
+        "chip": (compiled.limit or place.chip.hbm_bytes) if place.chip else None,
     }
 
 
@@ -162,34 +136,31 @@ def _state_bytes(memory: dict[str, Any]) -> int:
 
 
 def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str]:
-    """Why it does not fit on slices of so many chips, the largest consumer first, each with its cure."""
+    """Returns why it does not fit on slices of so many chips, the largest consumer first, each with its cure."""
     config, shape = built.config, built.mesh.shape
     state, split = _state_bytes(memory), shape["fsdp"] * shape["tensor"]
-    images = config.global_batch_size // (shape["data"] * shape["fsdp"] * config.accum_steps)
-    policy = {"none": "model.remat=dots or blocks", "dots": "model.remat=blocks"}.get(config.model.remat, "")
-    cures = ", ".join(part for part in ("lower global_batch_size", "raise accum_steps", policy) if part)
-    named = f"parameters + optimizer state{' + averages' if memory['averages'] else ''} {_gib(state)}"
     lies, also = f"split over {split}", ""
     if split == 1:
         trained, _ = split_frozen(built.abstract_state.params, built.task.frozen)
         lies = "whole on every chip"
         also = f" ({_gib(4 * param_count(trained))} of it float32 gradients, which mesh.fsdp splits too)"
+    named = f"parameters + optimizer state{' + averages' if memory['averages'] else ''} {_gib(state)}"
     more = f"raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"
     if split >= per_slice:
         more = "take a larger slice"
-    parts = [
-        (state, f"{named} are {lies}: {more}"),
-        (
-            memory["temporaries"],
-            f"activations and other temporaries of {images} images at once {_gib(memory['temporaries'])}{also}: "
-            f"{cures}",
-        ),
-    ]
-    return [why for _, why in sorted(parts, reverse=True)]
+    images = config.global_batch_size // (shape["data"] * shape["fsdp"] * config.accum_steps)
+    remat = {"none": ", model.remat=dots or blocks", "dots": ", model.remat=blocks"}.get(config.model.remat, "")
+    temporaries = memory["temporaries"]
+    parts = {
+        f"{named} are {lies}: {more}": state,
+        f"activations and other temporaries of {images} images at once {_gib(temporaries)}{also}: lower "
+        f"global_batch_size, raise accum_steps{remat}": temporaries,
+    }
+    return sorted(parts, key=lambda why: parts[why], reverse=True)
 
 
 def _time(report: Report, secs: dict[str, float | None]) -> None:
-    """Adds the step's time at best and what follows from it; an unknown part leaves it unknown."""
+    """Adds the step's least time and what follows from it; an unknown part leaves it unknown."""
     report["secs"] = secs
     known = [value for value in secs.values() if value is not None]
     report["step_secs"] = step = max(known) if len(known) == len(secs) else None
@@ -203,21 +174,18 @@ def _time(report: Report, secs: dict[str, float | None]) -> None:
 
 
 def search_fit(config: ConfigDict, place: topology.Topology, data: Data, first: Report) -> Iterator[Report]:
-    """For each value of model.remat, batches down to the first that fits: what each was compiled to need.
+    """Compiles, for each value of model.remat, smaller batches up to the first that fits; yields what each needs.
 
-    What does not fit tells bytes per image, and so which half, quarter, … of its batch to compile next.
+    What a batch that does not fit needs decides which half, quarter, … of it is compiled next.
     """
     for remat in ("none", "dots", "blocks"):
         batch = config.global_batch_size
         for _ in range(_FIT_COMPILATIONS):
             changed = config.copy_and_resolve_references()
             changed.global_batch_size, changed.model.remat = batch, remat
+            is_first = (remat, batch) == (first["remat"], config.global_batch_size)
             try:
-                report = (
-                    first
-                    if (remat, batch) == (first["remat"], config.global_batch_size)
-                    else examine(changed, place, data)
-                )
+                report = first if is_first else examine(changed, place, data)
             except errors.ConfigError:
                 break  # so small a batch does not divide over the mesh
             yield {name: report[name] for name in ("remat", "global_batch_size", "fits", "memory")}
@@ -227,7 +195,7 @@ def search_fit(config: ConfigDict, place: topology.Topology, data: Data, first: 
 
 
 def _smaller_batch(report: Report) -> int:
-    """The largest half, quarter, … of a batch that should fit if what it needs grows with it; 0: not even one image."""
+    """Returns the largest half, quarter, … of a batch that should fit if memory grows with it; 0 if no image does."""
     memory, batch = report["memory"], report["global_batch_size"]
     growing = memory["temporaries"] + memory["batch"]
     room = (memory["chip"] or math.inf) - (memory["total"] - growing)
@@ -237,11 +205,8 @@ def _smaller_batch(report: Report) -> int:
     return smaller
 
 
-def valid_meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict]:
-    """`config` on every mesh data x fsdp x tensor of the devices whose data axis spans the slices.
-
-    Whether batch, heads and widths divide over it, `job.build` says.
-    """
+def _meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict]:
+    """Yields `config` on every mesh data x fsdp x tensor of the devices whose data axis spans the slices."""
     count = len(place.devices)
     for tensor in (n for n in range(1, count + 1) if count % n == 0):
         for fsdp in (n for n in range(1, count // tensor + 1) if count // tensor % n == 0):
@@ -258,18 +223,20 @@ def sweep(config: ConfigDict, place: topology.Topology, data: Data, num_compiled
     Of the others theory knows the state's memory only and no time for moving it: they stand behind the compiled ones,
     and where any was compiled those alone say whether anything fits.
     """
-    rows, chip = [], hardware.CHIPS.get(place.generation)
-    coords = [tuple(getattr(device, "coords", ())) for device in place.devices[: place.chips_per_slice]]
-    for changed in valid_meshes(config, place):
+    rows, coords = [], _coords(place.devices)
+    for changed in _meshes(config, place):
         try:
             built = job.build(changed, place.devices, data)
         except errors.ConfigError:
             continue  # batch, heads or a width do not divide
-        row, expected = _outline(built, place), _expected(built, place)
+        row: Report = _outline(built, place) | {"compiled": False}
         row["state_bytes"] = bytes_per_device(built.abstract_state, built.shardings)
-        row |= {"fits": chip is None or row["state_bytes"] < chip.hbm_bytes, "compiled": False, "expected": expected}
-        secs = roofline.theory_secs(expected["ICI"], expected["DCN"], place.generation, place.shape, coords)
-        _time(row, {**row["secs"], **secs})
+        row["fits"] = place.chip is None or row["state_bytes"] < place.chip.hbm_bytes
+        # All chips exchange together; of a permutation the ring bytes are the payload.
+        within = hlo.Collective("collective-permute", row["expected"]["ICI"], tuple(coords), 1)
+        across = hlo.Collective("collective-permute", row["expected"]["DCN"], (), 1, across_slices=True)
+        links = roofline.link_secs([within, across], place.generation, place.shape, coords)
+        _time(row, row["secs"] | links)
         rows.append((row, changed))
     if not rows:
         raise errors.ConfigError(
@@ -287,15 +254,9 @@ def sweep(config: ConfigDict, place: topology.Topology, data: Data, num_compiled
 
 
 def _rank(row: Report) -> tuple[bool, bool, bool, float, float]:
-    """A mesh's place in the sweep; the compiler's refusal leaves no time."""
-    secs = row.get("step_secs")
-    return (
-        not row["fits"],
-        not row["compiled"],
-        secs is None,
-        secs or 0.0,
-        sum(row["expected"][n] for n in ("ICI", "DCN")),
-    )
+    """Returns the key that sorts a sweep's meshes; one that the compiler refused has no time."""
+    secs, expected = row.get("step_secs"), row["expected"]
+    return not row["fits"], not row["compiled"], secs is None, secs or 0.0, expected["ICI"] + expected["DCN"]
 
 
 def _gib(size: float) -> str:

@@ -1,11 +1,10 @@
-"""A plan in words."""
+"""Prints plans as tables."""
 
-from mae_dist import hardware
 from mae_dist.plan import planning, topology
 
 _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
   memory: temporaries are activations, gradients and all else that lives within a step: the compiler's sum
-  compute: analytic FLOPs of matrix products, with remat=blocks a third more; peaks: flops.py
+  compute: analytic FLOPs of matmuls, with remat=blocks a third more; peaks: hardware.py
   hbm: state and temporaries read and written once
   ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring
   dcn: a chip's bytes to other slices over its share of the host's network card
@@ -13,7 +12,7 @@ _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all a
 
 
 def gib(size: float | None) -> str:
-    """Bytes for people; MiB where it would be none."""
+    """Returns bytes in GiB, small ones in MiB."""
     if size is None:
         return "unknown"
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
@@ -28,7 +27,7 @@ def _mesh(report: planning.Report) -> str:
 
 
 def text(report: planning.Report, place: topology.Topology) -> str:
-    """The tables of one plan."""
+    """Returns the tables of one plan."""
     slices = f"{report['num_slices']} slices of " if report["num_slices"] > 1 else ""
     across = ", data across slices" if slices else ""
     lines = [
@@ -43,20 +42,21 @@ def text(report: planning.Report, place: topology.Topology) -> str:
     memory = report["memory"]
     lines += [f"  {name.replace('_', ' '):<18}{gib(size):>12}" for name, size in memory.items()]
     lines += ["", *_exchange_lines(report), *_time_lines(report)]
-    chip = hardware.CHIPS.get(place.generation)
-    lines += ["", _ASSUMPTIONS, f"  source: {chip.source}" if chip else "  no published figures for this device", ""]
-    if report["fits"]:
-        known = "it fits" if memory["chip"] else "the memory of this device is not known: whether it fits is not said"
-        lines.append(known)
-    else:
+    source = f"source: {place.chip.source}" if place.chip else "no published figures for this device"
+    lines += ["", _ASSUMPTIONS, f"  {source}", ""]
+    if not report["fits"]:
         lines.append(f"it does not fit: {gib(memory['total'])} needed, {gib(memory['chip'])} there")
         lines += [f"  {why}" for why in report["reasons"]]
         lines += [f"  the compiler: {report['refusal']}"] if report["refusal"] else []
+    elif memory["chip"]:
+        lines.append("it fits")
+    else:
+        lines.append("the memory of this device is not known: whether it fits is not said")
     return "\n".join(lines)
 
 
 def _exchange_lines(report: planning.Report) -> list[str]:
-    """The table of collectives, and theory beside it."""
+    """Returns the table of collectives, and theory beside it."""
     if report["collectives"] is None:
         return ["exchanges: not known, there is no program"]
     lines = [f"{'exchanges of a step':<22}{'network':>8}{'chips':>7}{'count':>8}{'payload':>15}{'ring':>15}  bytes"]
@@ -74,7 +74,7 @@ def _exchange_lines(report: planning.Report) -> list[str]:
             in_loops = report["expected"].get(f"{network}_in_loops", theory)
             if in_loops != theory:
                 lines.append(
-                    f"    theory with every weight in the loop of its product: {in_loops:,.0f}, found "
+                    f"    theory with every weight in the loop of its matmul: {in_loops:,.0f}, found "
                     f"{found / in_loops:.3f} of it"
                 )
     lines.append(f"  theory: {report['expected']['why']}")
@@ -100,7 +100,7 @@ def _time_lines(report: planning.Report) -> list[str]:
 
 
 def fit_text(found: list[planning.Report]) -> str:
-    """What was compiled to find a batch that fits."""
+    """Returns the table of the batches that were compiled to find one that fits."""
     lines = [f"{'remat':<8}{'global batch':>13}{'temporaries':>14}{'total':>12}{'chip':>12}"]
     for row in found:
         memory = row["memory"]
@@ -112,7 +112,7 @@ def fit_text(found: list[planning.Report]) -> str:
 
 
 def sweep_text(report: planning.Report) -> str:
-    """The ranking of meshes."""
+    """Returns the ranking of meshes."""
     lines = [f"{'mesh':<34}{'state':>11}{'total':>11}{'step':>11}{'bound by':>10}{'images/s':>10}{'MFU':>6}"]
     for row in report["sweep"]:
         rate, ceiling = row.get("images_per_sec"), row.get("mfu_ceiling")
@@ -127,7 +127,6 @@ def sweep_text(report: planning.Report) -> str:
         "theory: not compiled; fits if its state does, the time of its memory unknown, exchanges over all links"
     )
     if not report["fits"]:
-        lines.append(
-            "none of those that were compiled fits" if any(row["compiled"] for row in report["sweep"]) else "none fits"
-        )
+        compiled = any(row["compiled"] for row in report["sweep"])
+        lines.append("none of those that were compiled fits" if compiled else "none fits")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Hardware that is not here: its devices as descriptions, and what compiling a step for them tells.
+"""Devices that are not here, as descriptions, and the compilation of a step for them.
 
 The TPU's compiler comes with libtpu (extra `tpu`) and needs no TPU.
 """
@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mae_dist.errors import ConfigError
-from mae_dist.hardware import CHIPS
+from mae_dist.hardware import CHIPS, Chip
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _FAKE = "xla_force_host_platform_device_count"
@@ -24,7 +24,7 @@ _FAKE = "xla_force_host_platform_device_count"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices by name: `v5e:4x4` is a TPU slice of 16 chips, `cpu:8` eight devices of this machine's CPU."""
+    """Devices with a name: `v5e:4x4` is a TPU slice of 16 chips, `cpu:8` eight devices of this machine's CPU."""
 
     name: str
     generation: str
@@ -36,15 +36,19 @@ class Topology:
     def chips_per_slice(self) -> int:
         return len(self.devices) // self.num_slices
 
+    @property
+    def chip(self) -> Chip | None:
+        """Returns the published figures of one chip, if there are any."""
+        return CHIPS.get(self.generation)
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled step: its text, and bytes on one chip. Where the compiler refuses, `refusal` says why.
+    """A compiled step: its text, and bytes on one chip. `refusal` is the compiler's reason if it refuses.
 
     arguments: state and batch. outputs: beyond the arguments' memory, which the new state takes over. temporaries:
     activations, gradients and whatever else lives during the step; the arguments too, where a refusal gives one sum and
-    so `arguments` is 0. program: the code itself.
-    limit: what the compiler says it may use at most; 0 where it did not say.
+    so `arguments` is 0. program: the code itself. limit: the most that the compiler may use; 0 if it did not say.
     """
 
     text: str
@@ -57,16 +61,21 @@ class Compiled:
 
 
 def use_no_accelerator() -> None:
-    """Keeps JAX and libtpu from looking for hardware; before either starts."""
-    quiet = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_WORKER_HOSTNAMES": "localhost"}
-    quiet["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"  # any will do: the topology is given by name
-    os.environ.update({"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", **quiet})
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # there is no chip that two processes could dispute
+    """Keeps JAX and libtpu from looking for hardware and from warning that there is none; call before either starts."""
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_MIN_LOG_LEVEL="3",
+        TPU_STDERR_LOG_LEVEL="3",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",  # any will do: the topology is given by name
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # there is no chip that two processes could dispute
+    )
     jax.config.update("jax_platforms", "cpu")
 
 
 def describe(name: str, num_slices: int) -> Topology:
-    """The devices of a topology; nothing needs to be there but, for TPUs, the extra `tpu`."""
+    """Returns the devices of a topology; TPUs need the extra `tpu`, and no TPU."""
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     known = ", ".join((*CHIPS, "cpu"))
     if not found or found[1] not in (*CHIPS, "cpu") or "0" in re.findall(r"\d+", found[2]):
@@ -147,7 +156,7 @@ def compile_step(step: Any, mesh: Mesh, *args: Any) -> Compiled:
 
 
 def _refused(message: str) -> Compiled:
-    """The compiler's own figures of a program that does not fit, where it gives them.
+    """Parses the compiler's figures of a program that does not fit, where it gives them.
 
     It says either "the total memory required for HLO temporaries (24.52G) exceeds available HBM (15.75G)", which is
     with the arguments whatever it says (of 10 GiB of state and 6 of temporaries it says 16), or "Used 20.5G of 15.75G
