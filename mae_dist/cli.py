@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from mae_dist import console, errors
+from mae_dist import console, errors, hardware
 from mae_dist.config import named
-from mae_dist.cpu import cores
 
 if TYPE_CHECKING:
     from etils import epath
@@ -201,7 +200,7 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     console.set_up()
-    cores.keep_libtpu_from_starting()
+    hardware.keep_libtpu_from_starting()
     try:
         code = errors.exit_code_of(lambda: entry(parse_flags(sys.argv)))
     except Exception as error:

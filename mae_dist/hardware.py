@@ -1,11 +1,18 @@
 """Published figures of chips: memory, bandwidths to memory, neighbours and other slices, and peak FLOP/s.
 
-Each with its source. None: not published.
+Each with its source. None: not published. Also looks for accelerators on this machine, without starting JAX.
 """
 
 import dataclasses
+import glob
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 
+_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+_TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # libtpu alone is no TPU: it also compiles for absent ones
 _GIB = 2**30
 
 
@@ -108,3 +115,24 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
         if name.startswith(prefix) and not name[len(prefix) :][:1].isalnum():
             return _GPU_PEAK_FLOPS[prefix].get(dtype)
     return None
+
+
+def has_accelerator() -> bool:
+    """True if JAX will find an accelerator, as far as can be known without starting it."""
+    if any(find_spec(name) for name in _PLUGINS):
+        return True
+    return find_spec("libtpu") is not None and any(glob.glob(pattern) for pattern in _TPU_CHIPS)
+
+
+def keep_libtpu_from_starting() -> None:
+    """Sets JAX's platform to the CPU where libtpu is installed without an accelerator, for libtpu would print warnings.
+
+    Processes that this one starts inherit it; a platform that the user chose stays.
+    """
+    if os.environ.get("JAX_PLATFORMS") or find_spec("libtpu") is None or has_accelerator():
+        return
+    if any(entry_points(group="jax_plugins")):
+        return  # an accelerator of a kind that is not known here
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # it has read the environment
+        sys.modules["jax"].config.update("jax_platforms", "cpu")

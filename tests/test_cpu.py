@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mae_dist import hardware
 from mae_dist.cpu import cores as cpu
 from mae_dist.cpu import onednn, start
 from mae_dist.data import local_rows, to_global
@@ -99,8 +100,8 @@ def test_libtpu_is_no_tpu(machine, tmp_path, chips, devices):
     for name in chips:
         (tmp_path / name).touch()
     machine.delenv("JAX_PLATFORMS")
-    machine.setattr(cpu, "find_spec", lambda name: name if name == "libtpu" else None)
-    machine.setattr(cpu, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*", f"{tmp_path}/vfio/[0-9]*"))
+    machine.setattr(hardware, "find_spec", lambda name: name if name == "libtpu" else None)
+    machine.setattr(hardware, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*", f"{tmp_path}/vfio/[0-9]*"))
     assert cpu.num_devices(0, ((256, 1),)) == devices
 
 
@@ -117,11 +118,11 @@ def test_libtpu_is_no_tpu(machine, tmp_path, chips, devices):
 def test_libtpu_starts_only_where_a_tpu_is(machine, tmp_path, installed, chip, chosen, found):
     """It prints warnings where there is none; what the user chose stays."""
     machine.setenv("JAX_PLATFORMS", chosen) if chosen is not None else machine.delenv("JAX_PLATFORMS")
-    machine.setattr(cpu, "find_spec", lambda name: name if name == installed else None)
+    machine.setattr(hardware, "find_spec", lambda name: name if name == installed else None)
     if chip:
         (tmp_path / "accel0").touch()
-    machine.setattr(cpu, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*",))
-    cpu.keep_libtpu_from_starting()
+    machine.setattr(hardware, "_TPU_CHIPS", (f"{tmp_path}/accel[0-9]*",))
+    hardware.keep_libtpu_from_starting()
     assert os.environ.get("JAX_PLATFORMS") == found
 
 

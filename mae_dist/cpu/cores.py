@@ -4,17 +4,13 @@ Measured on two cores: one device per core with data parallelism, and microbatch
 are twice as fast as one device and the whole batch. Nothing here touches a TPU or GPU.
 """
 
-import glob
 import math
 import os
-import sys
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 
+from mae_dist import hardware
+
 _FLAG = "xla_force_host_platform_device_count"
-_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
-_TPU_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # libtpu alone is no TPU: it also compiles for absent ones
 _EXAMPLES_PER_DEVICE = 16  # with fewer, exchanging gradients costs more than another device gains
 _CACHES = 5.0  # a microbatch's largest activations, in sizes of the second-level cache; measured best
 _TOKENS = 256  # least in a microbatch of a training step: with fewer, summing gradients costs more than the cache saves
@@ -31,30 +27,9 @@ def num_cores() -> int:
 def _runs_on_cores() -> bool:
     """True if JAX will compute on the CPU and XLA_FLAGS give no number of devices."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms not in ("", "cpu") or (not platforms and _has_accelerator()):
+    if platforms not in ("", "cpu") or (not platforms and hardware.has_accelerator()):
         return False
     return _FLAG not in os.environ.get("XLA_FLAGS", "")  # whoever set it knows better
-
-
-def _has_accelerator() -> bool:
-    """True if JAX will find an accelerator, as far as can be known without starting it."""
-    if any(find_spec(name) for name in _PLUGINS):
-        return True
-    return find_spec("libtpu") is not None and any(glob.glob(pattern) for pattern in _TPU_CHIPS)
-
-
-def keep_libtpu_from_starting() -> None:
-    """Sets JAX's platform to the CPU where libtpu is installed without an accelerator, for libtpu would print warnings.
-
-    Processes that this one starts inherit it; a platform that the user chose stays.
-    """
-    if os.environ.get("JAX_PLATFORMS") or find_spec("libtpu") is None or _has_accelerator():
-        return
-    if any(entry_points(group="jax_plugins")):
-        return  # an accelerator of a kind that is not known here
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if "jax" in sys.modules:  # it has read the environment
-        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 def num_devices(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
