@@ -152,6 +152,7 @@ def test_imagenet_is_what_tfds_reads(
         assert example["label"] == _SYNSETS.index(_VALIDATION[number - 1])
     again = prepare("imagenet2012", f"--data_dir={tmp_path}")
     assert again.returncode == EXIT_DATA
+    assert "differ on disk" not in again.stderr
     assert "prepared with a part of ImageNet ({'train': 11, 'validation': 9}), and {'train': 1281167" in again.stderr
     train = _open(tmp_path, "imagenet2012", "train")
     assert isinstance(train, TfdsDataset)

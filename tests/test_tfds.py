@@ -362,7 +362,9 @@ def _cifar_archive(path: Path) -> tuple[dict[str, np.ndarray], UrlInfo]:
 
 
 @pytest.mark.usefixtures("no_tensorflow")
-def test_cifar_is_prepared_from_its_archive_without_tensorflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_is_prepared_from_its_archive_without_tensorflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     records, url_info = _cifar_archive(tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz")
     monkeypatch.setattr(cifar.Cifar10FromArchive, "url_infos", {CIFAR_URL: url_info})
     arguments = {"name": "cifar10", "image_size": (32, 32)}
@@ -380,6 +382,10 @@ def test_cifar_is_prepared_from_its_archive_without_tensorflow(tmp_path: Path, m
     for thread in together:
         thread.join()
     assert not failures
+    with caplog.at_level(logging.INFO):
+        _open(tmp_path, **arguments)
+    assert "Load dataset info" in caplog.text
+    assert "differ on disk" not in caplog.text
     assert (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").exists()
     for split, names in (("train", sorted(records)[:5]), ("test", ["test_batch.bin"])):
         expected = np.concatenate([records[name] for name in names])
