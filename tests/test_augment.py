@@ -77,7 +77,7 @@ def test_where_no_pixel_moves_it_is_pillow_to_the_last_bit(
     name: str, image: np.ndarray, level: float, sign: int
 ) -> None:
     before = image.copy()
-    got = OPERATIONS[name](image, level, sign, FILL[: image.shape[2]])
+    got = OPERATIONS[name](image, sign * level, FILL[: image.shape[2]])
     assert (got.shape, got.dtype) == (image.shape, np.uint8)
     np.testing.assert_array_equal(got, pillow(name, image, level, sign))
     np.testing.assert_array_equal(image, before)
@@ -87,7 +87,7 @@ def test_where_no_pixel_moves_it_is_pillow_to_the_last_bit(
 def test_every_value_of_a_large_image_is_pillow_too(name: str) -> None:
     """What depends on sums over the image, on 120,000 pixels."""
     image = np.random.default_rng(5).integers(0, 256, (300, 400, 3), dtype=np.uint8) // np.uint8(2)
-    np.testing.assert_array_equal(OPERATIONS[name](image, 0.7, 1, FILL), pillow(name, image, 0.7, 1))
+    np.testing.assert_array_equal(OPERATIONS[name](image, 0.7, FILL), pillow(name, image, 0.7, 1))
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -97,11 +97,11 @@ def test_moved_pixels_are_where_pillow_puts_them(name: str, shape: tuple[int, in
     """The two cubic kernels differ; 3 of 255 is far less than a quarter of a pixel's move makes."""
     image = smooth(*shape)
     for level in (0.0, 0.31, 0.87, 1.0):
-        got = OPERATIONS[name](image, level, sign, FILL[: shape[2]]).astype(int)
+        got = OPERATIONS[name](image, sign * level, FILL[: shape[2]]).astype(int)
         difference = np.abs(got - pillow(name, image, level, sign))
         assert difference.max() <= 3, (level, difference.max())
         assert difference.mean() < 0.8
-    elsewhere = OPERATIONS[name](image, 0.87 + 0.02, sign, FILL[: shape[2]]).astype(int)
+    elsewhere = OPERATIONS[name](image, sign * 0.89, FILL[: shape[2]]).astype(int)
     assert np.abs(elsewhere - pillow(name, image, 0.87, sign)).max() > 6
 
 
@@ -111,25 +111,25 @@ def test_moved_pixels_are_where_pillow_puts_them(name: str, shape: tuple[int, in
 def test_moving_noise_fills_the_same_pixels(name: str, image: np.ndarray, level: float, sign: int) -> None:
     """At worst the kernels are 42 of 255 apart, 16 where pixels move one way only; which ones are filled is exact."""
     channels = image.shape[2]
-    got = OPERATIONS[name](image, level, sign, FILL[:channels])
+    got = OPERATIONS[name](image, sign * level, FILL[:channels])
     assert (got.shape, got.dtype) == (image.shape, np.uint8)
     assert np.abs(got.astype(int) - pillow(name, image, level, sign)).max() <= (44 if name == "Rotate" else 18)
     black = np.zeros_like(image)
     np.testing.assert_array_equal(
-        OPERATIONS[name](black, level, sign, FILL[:channels]), pillow(name, black, level, sign)
+        OPERATIONS[name](black, sign * level, FILL[:channels]), pillow(name, black, level, sign)
     )
 
 
 def test_grey_has_no_colour_to_change() -> None:
     image = smooth(16, 24, 1)
-    assert OPERATIONS["Color"](image, 1.0, 1, (0,)) is image
+    assert OPERATIONS["Color"](image, 1.0, (0,)) is image
 
 
 def test_all_of_timms_operations_are_there() -> None:
     """`rand-…-inc1`'s fifteen; "increasing" ones do nothing at level 0 (but AutoContrast and its like)."""
     assert len(OPERATIONS) == 15
     image = smooth(16, 24, 3)
-    unchanged = [name for name, run in OPERATIONS.items() if np.array_equal(run(image, 0.0, 1, FILL), image)]
+    unchanged = [name for name, run in OPERATIONS.items() if np.array_equal(run(image, 0.0, FILL), image)]
     assert set(OPERATIONS) - set(unchanged) == {"AutoContrast", "Equalize", "Invert", "Posterize"}
 
 
@@ -151,9 +151,9 @@ def test_each_operation_comes_half_of_the_time_either_way(monkeypatch: pytest.Mo
     calls: list[tuple[int, int]] = []
 
     def spy(number: int) -> Any:
-        def run(image: np.ndarray, level: float, sign: int, fill: tuple[int, ...]) -> np.ndarray:
+        def run(image: np.ndarray, level: float, fill: tuple[int, ...]) -> np.ndarray:
             assert fill == FILL
-            calls.append((number, sign))
+            calls.append((number, 1 if level > 0 else -1))
             return image
 
         return run

@@ -1,7 +1,7 @@
 """RandAugment (Cubuk et al. 2020) as timm's `rand-m9-mstd0.5-inc1` does it, the variant that fine-tunes MAE.
 
-An operation gives what Pillow's of that name gives, to the last bit where no pixel moves, at a fraction of the time:
-most are one look-up per pixel. Nothing here draws random numbers; see `transforms`.
+An operation gives what Pillow's of that name gives, to the last bit where no pixel moves. Most are one look-up per
+pixel: Pillow's own cost as much again as a crop. Nothing here draws random numbers; see `transforms`.
 
 Legend: N images, H height, W width, C channels (1 grey, 3 RGB), all uint8; K layers; a fill colour has one value or C.
 """
@@ -18,7 +18,7 @@ from mae_dist.errors import ConfigError
 
 MAX_MAGNITUDE = 10.0
 UNIFORMS_PER_LAYER = 5  # whether at all, which operation, two for the normal magnitude, and the sign
-_SHARE_APPLIED = 0.5
+_APPLIED_FRACTION = 0.5
 # The six numbers of Pillow's affine transforms: column and row of the source for a place (x, y, 1) in the result.
 Matrix = tuple[float, float, float, float, float, float]
 Fill = tuple[int, ...]
@@ -44,11 +44,6 @@ def equalize(image: np.ndarray) -> np.ndarray:
     return _look_up(image, np.where(step > 0, spread, _VALUES))
 
 
-def invert(image: np.ndarray) -> np.ndarray:
-    """255 - value. # (H, W, C) -> the same"""
-    return 255 - image
-
-
 def posterize(image: np.ndarray, bits: int) -> np.ndarray:
     """Keeps the highest `bits` (1..8) of each value. # (H, W, C) -> the same"""
     return image & np.uint8(256 - (1 << (8 - bits)))
@@ -64,31 +59,31 @@ def solarize_add(image: np.ndarray, amount: int) -> np.ndarray:
     return _look_up(image, np.where(_VALUES < 128, np.minimum(_VALUES + amount, 255), _VALUES))
 
 
-def color(image: np.ndarray, factor: float) -> np.ndarray:
-    """Saturation: 0 is grey, 1 the image. # (H, W, C) -> the same"""
-    return image if image.shape[2] == 1 else _blend(_luminance(image)[:, :, None], image, factor)
+def color(image: np.ndarray, level: float) -> np.ndarray:
+    """Changes the saturation; level -1 leaves a tenth of it. # (H, W, C) -> the same"""
+    return image if image.shape[2] == 1 else _blend(_luminance(image)[:, :, None], image, level)
 
 
-def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Distance from the mean luminance: 0 is all grey, 1 the image. # (H, W, C) -> the same"""
+def contrast(image: np.ndarray, level: float) -> np.ndarray:
+    """Changes the distance from the mean luminance; level -1 leaves a tenth of it. # (H, W, C) -> the same"""
     luminance = _luminance(image)
     mean = np.uint8(luminance.sum(dtype=np.int64) / luminance.size + 0.5)
-    return _look_up(image, _blend(mean, _VALUES.astype(np.uint8), factor))
+    return _look_up(image, _blend(mean, _VALUES.astype(np.uint8), level))
 
 
-def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is black, 1 the image. # (H, W, C) -> the same"""
-    return _look_up(image, _blend(np.uint8(0), _VALUES.astype(np.uint8), factor))
+def brightness(image: np.ndarray, level: float) -> np.ndarray:
+    """Changes the distance from black; level -1 leaves a tenth of it. # (H, W, C) -> the same"""
+    return _look_up(image, _blend(np.uint8(0), _VALUES.astype(np.uint8), level))
 
 
-def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is blurred by a 3x3 kernel, which leaves the border as it is; 1 the image. # (H, W, C) -> the same"""
+def sharpness(image: np.ndarray, level: float) -> np.ndarray:
+    """Changes the distance from a 3x3 blur, which leaves the border as it is. # (H, W, C) -> the same"""
     if min(image.shape[:2]) < 3:
         return image
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     smooth = image.copy()
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel).reshape(image.shape)[1:-1, 1:-1]
-    return _blend(smooth, image, factor)
+    return _blend(smooth, image, level)
 
 
 def affine(image: np.ndarray, matrix: Matrix, fill: Fill) -> np.ndarray:
@@ -114,84 +109,76 @@ def affine(image: np.ndarray, matrix: Matrix, fill: Fill) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _plain(shape: tuple[int, int, int], fill: Fill) -> np.ndarray:
-    """An image of one colour. # (H, W, C)"""
+    """Returns an image of one colour. # (H, W, C)"""
     plain = np.empty(shape, np.uint8)
     plain[...] = fill
     return plain
 
 
 def rotate(image: np.ndarray, degrees: float, fill: Fill) -> np.ndarray:
-    """Counter-clockwise about the centre. # (H, W, C) -> the same"""
+    """Turns counter-clockwise about the centre. # (H, W, C) -> the same"""
     x, y = image.shape[1] / 2, image.shape[0] / 2
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return affine(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), fill)
 
 
 def _histograms(image: np.ndarray) -> np.ndarray:
-    """Pixels of each value. # (H, W, C) -> (256, C) int64"""
+    """Counts the pixels of each value. # (H, W, C) -> (256, C) int64"""
     counts = [cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel() for channel in range(image.shape[2])]
     return np.stack(counts, axis=1).astype(np.int64)
 
 
 def _lowest(counts: np.ndarray) -> np.ndarray:
-    """The lowest value that occurs. # (256, C) -> (C,)"""
+    """Returns the lowest value that occurs. # (256, C) -> (C,)"""
     return np.argmax(counts > 0, axis=0)
 
 
 def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """One table for all channels, (256, 1), or one each, (256, C). # (H, W, C) -> the same"""
+    """Applies one table for all channels, (256, 1), or one each, (256, C). # (H, W, C) -> the same"""
     return cv2.LUT(image, table.astype(np.uint8)[None]).reshape(image.shape)
 
 
 def _luminance(image: np.ndarray) -> np.ndarray:
-    """ITU-R 601, with Pillow's whole-number weights; OpenCV's are rounded otherwise. # (H, W, C) -> (H, W)"""
+    """Returns ITU-R 601's, with Pillow's integer weights; OpenCV rounds otherwise. # (H, W, C) -> (H, W)"""
     if image.shape[2] == 1:
         return image[:, :, 0]
     weights = np.array([[19595, 38470, 7471]], np.float32)  # of 65536; every sum fits float32 exactly
     return ((cv2.transform(image.astype(np.float32), weights) + 32768) * 2.0**-16).astype(np.uint8)
 
 
-def _blend(zero: np.ndarray | np.uint8, one: np.ndarray, factor: float) -> np.ndarray:
-    """From `zero` towards `one` and beyond, rounded down, in float32 as Pillow. # uint8 -> uint8 as `one`"""
-    start = np.float32(zero)
-    blended = start + np.float32(factor) * (one.astype(np.float32) - start)
+def _blend(zero: np.ndarray | np.uint8, image: np.ndarray, level: float) -> np.ndarray:
+    """Goes from `image` towards `zero` (level < 0) or away from it, in float32 as Pillow. # uint8 -> as `image`"""
+    factor, start = np.float32(max(0.1, 1 + 0.9 * level)), np.float32(zero)
+    blended = start + factor * (image.astype(np.float32) - start)
     return np.clip(blended, 0, 255).astype(np.uint8)
 
 
-def _factor(signed_level: float) -> float:
-    """Of color, contrast, brightness, sharpness: both ways from 1, which changes nothing."""
-    return max(0.1, 1 + 0.9 * signed_level)
-
-
-# Name -> (image, level 0..1, sign -1 or 1, fill) -> image; the larger the level, the stronger ("increasing").
-OPERATIONS: dict[str, Callable[[np.ndarray, float, int, Fill], np.ndarray]] = {
-    "AutoContrast": lambda image, level, sign, fill: autocontrast(image),
-    "Equalize": lambda image, level, sign, fill: equalize(image),
-    "Invert": lambda image, level, sign, fill: invert(image),
-    "Rotate": lambda image, level, sign, fill: rotate(image, 30 * sign * level, fill),
+# Name -> (image, level, fill) -> image. The level is -1..1: the farther from 0, the stronger ("increasing"); its sign
+# is the direction, where there are two.
+OPERATIONS: dict[str, Callable[[np.ndarray, float, Fill], np.ndarray]] = {
+    "AutoContrast": lambda image, level, fill: autocontrast(image),
+    "Equalize": lambda image, level, fill: equalize(image),
+    "Invert": lambda image, level, fill: 255 - image,
+    "Rotate": lambda image, level, fill: rotate(image, 30 * level, fill),
     # At level 1 timm keeps no bit at all, which Pillow no longer does: at least one.
-    "Posterize": lambda image, level, sign, fill: posterize(image, max(1, 4 - int(4 * level))),
-    "Solarize": lambda image, level, sign, fill: solarize(image, 256 - int(256 * level)),
-    "SolarizeAdd": lambda image, level, sign, fill: solarize_add(image, int(110 * level)),
-    "Color": lambda image, level, sign, fill: color(image, _factor(sign * level)),
-    "Contrast": lambda image, level, sign, fill: contrast(image, _factor(sign * level)),
-    "Brightness": lambda image, level, sign, fill: brightness(image, _factor(sign * level)),
-    "Sharpness": lambda image, level, sign, fill: sharpness(image, _factor(sign * level)),
-    "ShearX": lambda image, level, sign, fill: affine(image, (1, 0.3 * sign * level, 0, 0, 1, 0), fill),
-    "ShearY": lambda image, level, sign, fill: affine(image, (1, 0, 0, 0.3 * sign * level, 1, 0), fill),
-    "TranslateX": lambda image, level, sign, fill: affine(
-        image, (1, 0, 0.45 * sign * level * image.shape[1], 0, 1, 0), fill
-    ),
-    "TranslateY": lambda image, level, sign, fill: affine(
-        image, (1, 0, 0, 0, 1, 0.45 * sign * level * image.shape[0]), fill
-    ),
+    "Posterize": lambda image, level, fill: posterize(image, max(1, 4 - int(4 * abs(level)))),
+    "Solarize": lambda image, level, fill: solarize(image, 256 - int(256 * abs(level))),
+    "SolarizeAdd": lambda image, level, fill: solarize_add(image, int(110 * abs(level))),
+    "Color": lambda image, level, fill: color(image, level),
+    "Contrast": lambda image, level, fill: contrast(image, level),
+    "Brightness": lambda image, level, fill: brightness(image, level),
+    "Sharpness": lambda image, level, fill: sharpness(image, level),
+    "ShearX": lambda image, level, fill: affine(image, (1, 0.3 * level, 0, 0, 1, 0), fill),
+    "ShearY": lambda image, level, fill: affine(image, (1, 0, 0, 0.3 * level, 1, 0), fill),
+    "TranslateX": lambda image, level, fill: affine(image, (1, 0, 0.45 * level * image.shape[1], 0, 1, 0), fill),
+    "TranslateY": lambda image, level, fill: affine(image, (1, 0, 0, 0, 1, 0.45 * level * image.shape[0]), fill),
 }
 _OPERATIONS = tuple(OPERATIONS.values())
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Operations drawn for each image: `layers` times one of all, applied half of the time.
+    """Draws operations for each image: `layers` times one of all, applied half of the time.
 
     Attributes:
       layers: K.
@@ -214,11 +201,11 @@ class RandAugment:
 
     @property
     def num_uniforms(self) -> int:
-        """How many random numbers an image takes."""
+        """Returns how many random numbers an image takes."""
         return self.layers * UNIFORMS_PER_LAYER
 
     def levels(self, uniforms: np.ndarray) -> np.ndarray:
-        """Strengths, 0..1, normally distributed before they are clipped (Box and Muller 1958). # (…, 2) -> (…)"""
+        """Returns strengths, 0..1, normal before they are clipped (Box and Muller 1958). # (…, 2) -> (…)"""
         normal = np.sqrt(-2 * np.log1p(-uniforms[..., 0])) * np.cos(2 * np.pi * uniforms[..., 1])
         return np.clip(self.magnitude + self.std * normal, 0, MAX_MAGNITUDE) / MAX_MAGNITUDE
 
@@ -233,11 +220,9 @@ class RandAugment:
           The images.
         """
         draws = uniforms.reshape(len(images), self.layers, UNIFORMS_PER_LAYER)  # (N, K, 5)
-        applied = draws[..., 0] < _SHARE_APPLIED  # (N, K)
+        applied = draws[..., 0] < _APPLIED_FRACTION  # (N, K)
         chosen = (draws[..., 1] * len(_OPERATIONS)).astype(np.int64)  # (N, K)
-        levels = self.levels(draws[..., 2:4])  # (N, K)
-        signs = np.where(draws[..., 4] < 0.5, -1, 1)  # (N, K)
+        levels = self.levels(draws[..., 2:4]) * np.where(draws[..., 4] < 0.5, -1, 1)  # (N, K)
         for row, layer in np.argwhere(applied):
-            operation = _OPERATIONS[chosen[row, layer]]
-            images[row] = operation(images[row], float(levels[row, layer]), int(signs[row, layer]), self.fill)
+            images[row] = _OPERATIONS[chosen[row, layer]](images[row], float(levels[row, layer]), self.fill)
         return images
