@@ -156,7 +156,7 @@ def test_imagenet_is_what_tfds_reads(
     assert "prepared with a part of ImageNet ({'train': 11, 'validation': 9}), and {'train': 1281167" in again.stderr
     train = _open(tmp_path, "imagenet2012", "train")
     assert isinstance(train, TfdsDataset)
-    stored, _, _ = train._read_files(np.arange(11))
+    stored, _ = train.encoded(np.arange(11))
     assert {Image.open(io.BytesIO(data or b"")).format for data in stored} == {"JPEG"}
     assert {Image.open(io.BytesIO(data or b"")).mode for data in stored} == {"RGB"}
     assert sorted(train.examples(np.arange(11))["label"]) == sorted(example["label"] for example in files.values())

@@ -15,9 +15,6 @@ import numpy as np
 from mae_dist.data.transforms import RandomCrops, crop_images
 from mae_dist.errors import DataFault
 
-# Images of one size up to this many decoded bytes are kept in memory by cache="auto": CIFAR is 154 MB.
-AUTO_CACHE_BYTES = 2 * 1024**3
-
 
 def digest(identity: Mapping[str, Any]) -> str:
     """Hex digest of a JSON-able mapping, the same on every machine."""

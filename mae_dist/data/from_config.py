@@ -50,8 +50,6 @@ def open_data(config: ConfigDict) -> Data:
 
 def open_dataset(config: ConfigDict, split: str) -> Dataset:
     """Opens a split expression of the source that `config.data` names, for the images that `config.model` takes."""
-    options = config.data.to_dict()
-    pipeline = ("augment", "crop_scale", "randaug_layers", "randaug_magnitude", "randaug_std", "repeats", "num_workers")
-    for name in ("train_split", "val_split", "test_split", *pipeline, "mean", "std"):
-        del options[name]  # of the pipeline and the model, not of the source
-    return open_split(split, image_size=config.model.image_size, channels=config.model.channels, **options)
+    return open_split(
+        split, image_size=config.model.image_size, channels=config.model.channels, **config.data.to_dict()
+    )

@@ -20,9 +20,9 @@ SOURCES: Registry[Callable[..., Any]] = Registry("data.source")
 def register_source(name: str) -> Callable[[Function], Function]:
     """Adds a source, for `config.data.source` to name: a decorator of the function that opens a split of it.
 
-    The function takes the split expression, and, after a `*`, what it names of the arguments of `open_split`. It
-    returns a `Dataset` of images uint8 (N, *image_size, channels) and labels int32 (N,), of which `ArrayDataset` is the
-    simplest. The same arguments must give the same examples in the same order, in every process.
+    The function takes the split expression, and, after a `*`, what it names of `image_size`, `channels` and the fields
+    of `config.data`. It returns a `Dataset` of images uint8 (N, *image_size, channels) and labels int32 (N,), of which
+    `ArrayDataset` is the simplest. The same arguments must give the same examples in the same order, in every process.
 
     Raises:
       ConfigError: another function has the name.

@@ -17,40 +17,53 @@ from typing import Any
 
 import numpy as np
 
-from mae_dist.data.dataset import AUTO_CACHE_BYTES, ArrayDataset, digest, map_array
-from mae_dist.data.sources.tfds import TfdsDataset
+from mae_dist.data.dataset import ArrayDataset, Dataset, digest, map_array
+from mae_dist.data.sources.encoded import EncodedDataset
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.storage import local
 
+# Images of one size up to this many decoded bytes are kept in memory by cache="auto": CIFAR is 154 MB.
+_AUTO_BYTES = 2 * 1024**3
 _CHUNK = 1024  # records decoded at a time
 _COLUMNS = ("image", "label")
 _RESIZED_VERSION = 2  # of entries whose images were resized: raise it when resizing changes any pixel
 _LOG = logging.getLogger(__name__)
 
-
-def fits_in_memory(dataset: TfdsDataset) -> bool:
-    """Whether cache="auto" keeps the dataset decoded: its images have one size and are not too many.
-
-    Images of varying size are never kept: their random crops need all of their pixels. Nor are those whose evaluation
-    crop is another than the whole image: kept is only one of the two.
-    """
-    height, width = dataset.image_size
-    size = dataset.num_examples * height * width * dataset.channels
-    return dataset.native_size is not None and not dataset.crops_evaluation and size <= AUTO_CACHE_BYTES
+_Columns = dict[str, np.ndarray]
+_Meta = dict[str, Any]
 
 
-def decode_once(dataset: TfdsDataset, *, cache_dir: str, max_bad_share: float) -> ArrayDataset:
-    """The same examples in memory, resized to image_size (short side, centre crop), without undecodable ones.
+def cached(dataset: EncodedDataset, *, cache: str, cache_dir: str, max_bad_share: float) -> Dataset:
+    """Returns the dataset as `data.cache` asks: kept decoded in memory, or as it is.
 
     Args:
       dataset: what to decode.
-      cache_dir: where entries live; "" is $XDG_CACHE_HOME/mae_dist or ~/.cache/mae_dist.
+      cache: "memory" decodes once and keeps uint8 images, for images of varying size the short side resized and the
+        centre cropped, so that random crops see no more than that. "stream" decodes on every read. "auto" is "memory"
+        for images of one size, up to 2 GiB decoded, of which evaluation sees no smaller crop; else "stream".
+      cache_dir: where decoded images are kept for the next start; "" is $XDG_CACHE_HOME/mae_dist or ~/.cache/mae_dist.
       max_bad_share: largest share of records that may be left out because they do not decode.
 
     Raises:
-      ConfigError: the evaluation crop is another than the training one, and only one can be kept.
-      DataFault: more records than that do not decode, or as `TfdsDataset.read`.
+      ConfigError: "memory", and the evaluation crop is another than the training one: only one can be kept.
+      DataFault: more records than that do not decode, or as `EncodedDataset.read`.
     """
+    size = dataset.num_examples * dataset.image_size[0] * dataset.image_size[1] * dataset.channels
+    fits = dataset.native_size is not None and not dataset.crops_evaluation and size <= _AUTO_BYTES
+    if cache == "memory" or (cache == "auto" and fits):
+        return _decode_once(dataset, cache_dir, max_bad_share)
+    dataset.max_bad_share = max_bad_share
+    return dataset
+
+
+def cache_root(cache_dir: str) -> Path:
+    """Returns the directory of what is kept for the next start."""
+    name = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mae_dist")
+    return Path(local(name, "data.cache_dir", "the cache is on a disk of each host; name a local path"))
+
+
+def _decode_once(dataset: EncodedDataset, cache_dir: str, max_bad_share: float) -> ArrayDataset:
+    """Returns the same examples in memory, resized to image_size, without undecodable ones."""
     if dataset.crops_evaluation:
         raise ConfigError(
             f"data.cache='memory' keeps one image of each example, and of {dataset.title} at {dataset.image_size} "
@@ -60,12 +73,13 @@ def decode_once(dataset: TfdsDataset, *, cache_dir: str, max_bad_share: float) -
     if dataset.native_size != dataset.image_size:
         identity["resized"] = "at load"  # a random crop of what is stored is not one of the original
     entry = _entry_path(dataset, identity, cache_dir)
-    found = _open_entry(entry)
-    if found is None:
-        columns, meta = _decode(dataset, max_bad_share)
-        found = _write_entry(entry, columns, meta) or (columns, meta, {})
-    columns, meta, paths = found
-    _check_share(meta["bad_records"], dataset.num_examples, max_bad_share)
+    decoded = stored = _open_entry(entry)
+    if decoded is None:
+        decoded = _decode(dataset, max_bad_share)
+        _write_entry(entry, *decoded)
+        stored = _open_entry(entry)
+    columns, meta = stored or decoded
+    _check_fraction(meta["bad_records"], dataset.num_examples, max_bad_share)
     identity |= {"count": len(columns["label"]), "left_out": meta["bad_positions"]}
     return ArrayDataset(
         columns,
@@ -73,45 +87,41 @@ def decode_once(dataset: TfdsDataset, *, cache_dir: str, max_bad_share: float) -
         class_names=dataset.class_names,
         fingerprint=digest(identity) if meta["bad_positions"] or "resized" in identity else dataset.fingerprint,
         bad_records=tuple(meta["bad_records"]),
-        paths=paths,
+        paths=_paths(entry) if stored else {},
     )
 
 
-def _entry_path(dataset: TfdsDataset, identity: dict[str, Any], cache_dir: str) -> Path:
-    files = sorted({shard.filename for shard in dataset.shards})
-    stats = [(Path(name).name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
+def _entry_path(dataset: EncodedDataset, identity: dict[str, Any], cache_dir: str) -> Path:
+    stats = [(Path(name).name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in dataset.files]
     version = _RESIZED_VERSION if "resized" in identity else 1
     key = digest(identity | {"files": stats, "entry_version": version})
     title = re.sub(r"[^\w.-]+", "_", dataset.title.replace(" split ", "-")).strip("_")
     return cache_root(cache_dir) / f"{title}-{key[:16]}"
 
 
-def cache_root(cache_dir: str) -> Path:
-    """Returns the directory of what is kept for the next start."""
-    name = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mae_dist")
-    return Path(local(name, "data.cache_dir", "the cache is on a disk of each host; name a local path"))
+def _paths(entry: Path) -> dict[str, Path]:
+    return {name: entry / f"{name}.npy" for name in _COLUMNS}
 
 
-def _open_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Path]] | None:
-    """Columns, meta and the files they are mapped from, or None if the entry is absent or damaged."""
+def _open_entry(entry: Path) -> tuple[_Columns, _Meta] | None:
+    """Maps the columns and reads the meta of an entry; None if it is absent or corrupted."""
     if not entry.exists():
         return None
-    paths = {name: entry / f"{name}.npy" for name in _COLUMNS}
     try:
         meta = json.loads((entry / "meta.json").read_text())
-        columns = {name: map_array(path) for name, path in paths.items()}
+        columns = {name: map_array(path) for name, path in _paths(entry).items()}
         # Reading all of it once costs a tenth of a second for CIFAR and brings it into the page cache.
-        damaged = [name for name in _COLUMNS if zlib.crc32(columns[name].data) != meta["crc32"][name]]
+        wrong = [name for name in _COLUMNS if zlib.crc32(columns[name].data) != meta["crc32"][name]]
+        fault = f"checksum of {', '.join(wrong)}" if wrong else ""
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        _LOG.warning("the decoded copy %s is damaged (%s) and is made again", entry, error)
+        fault = str(error) or type(error).__name__
+    if fault:
+        _LOG.warning("the decoded copy %s is corrupted (%s) and is made again", entry, fault)
         return None
-    if damaged:
-        _LOG.warning("the decoded copy %s is damaged (checksum of %s) and is made again", entry, ", ".join(damaged))
-        return None
-    return columns, meta, paths
+    return columns, meta
 
 
-def _decode(dataset: TfdsDataset, max_bad_share: float) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _decode(dataset: EncodedDataset, max_bad_share: float) -> tuple[_Columns, _Meta]:
     images = np.empty((dataset.num_examples, *dataset.image_size, dataset.channels), np.uint8)
     labels = np.empty(dataset.num_examples, np.int32)
     bad = np.zeros(dataset.num_examples, bool)
@@ -124,9 +134,9 @@ def _decode(dataset: TfdsDataset, max_bad_share: float) -> tuple[dict[str, np.nd
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter lock
         for _ in pool.map(decode, range(0, dataset.num_examples, _CHUNK)):
             pass
-    positions = [int(position) for position in np.flatnonzero(bad)]
+    positions = np.flatnonzero(bad).tolist()
     names = [dataset.record_name(position) for position in positions]
-    _check_share(names, dataset.num_examples, max_bad_share)
+    _check_fraction(names, dataset.num_examples, max_bad_share)
     columns = {"image": images, "label": labels}
     if positions:
         _LOG.warning("left out %d records that do not decode: %s", len(names), ", ".join(names))
@@ -134,7 +144,7 @@ def _decode(dataset: TfdsDataset, max_bad_share: float) -> tuple[dict[str, np.nd
     return columns, {"bad_positions": positions, "bad_records": names}
 
 
-def _check_share(bad_records: list[str], num_examples: int, max_bad_share: float) -> None:
+def _check_fraction(bad_records: list[str], num_examples: int, max_bad_share: float) -> None:
     if len(bad_records) > max_bad_share * num_examples:
         raise DataFault(
             f"{len(bad_records)} of {num_examples} records do not decode, and data.max_bad_share is {max_bad_share:g}: "
@@ -142,28 +152,25 @@ def _check_share(bad_records: list[str], num_examples: int, max_bad_share: float
         )
 
 
-def _write_entry(
-    entry: Path, columns: dict[str, np.ndarray], meta: dict[str, Any]
-) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Path]] | None:
-    """Saves and reopens an entry; None, after a warning, where that is not possible."""
+def _write_entry(entry: Path, columns: _Columns, meta: _Meta) -> None:
+    """Saves an entry, if no other process has; warns where that is not possible."""
     temporary = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
         for name, column in columns.items():
             np.save(temporary / f"{name}.npy", column)
-        crc32 = {name: zlib.crc32(np.ascontiguousarray(column).data) for name, column in columns.items()}
+        crc32 = {name: zlib.crc32(column.data) for name, column in columns.items()}
         (temporary / "meta.json").write_text(json.dumps(meta | {"crc32": crc32}))
         if entry.exists() and _open_entry(entry) is None:
             # Moved, not emptied in place: another process may have it mapped.
-            damaged = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.damaged")
-            entry.rename(damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
+            corrupted = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.corrupted")
+            entry.rename(corrupted)
+            shutil.rmtree(corrupted, ignore_errors=True)
         if not entry.exists():
             temporary.rename(entry)
     except OSError as error:
-        # Also where another process renamed its own entry first; then that one opens below.
+        # Also where another process renamed its own entry first.
         if not entry.exists():
             _LOG.warning("the decoded images stay in memory only, %s cannot be written: %s", entry.parent, error)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _open_entry(entry)

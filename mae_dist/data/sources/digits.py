@@ -4,13 +4,15 @@ import numpy as np
 
 from mae_dist.data import draws
 from mae_dist.data.dataset import ArrayDataset, digest
+from mae_dist.data.sources import register_source
 from mae_dist.data.splits import parse_split
 from mae_dist.data.transforms import resize_images
 from mae_dist.errors import ConfigError
 
-_TRAIN_SHARE = 0.8
+_TRAIN_FRACTION = 0.8
 
 
+@register_source("digits")
 def open_digits(split: str, *, image_size: tuple[int, int], channels: int) -> ArrayDataset:
     """Opens "train" (80 %, every class in its share) and "test" (the rest), or slices of them.
 
@@ -23,7 +25,7 @@ def open_digits(split: str, *, image_size: tuple[int, int], channels: int) -> Ar
     if channels not in (1, 3):
         raise ConfigError(f"model.channels={channels}: digits are grey images; it must be 1, or 3 to repeat them")
     images, labels = _base_images()
-    train_count = round(_TRAIN_SHARE * len(labels))
+    train_count = round(_TRAIN_FRACTION * len(labels))
     sizes = {"train": train_count, "test": len(labels) - train_count}
     offsets = {"train": 0, "test": train_count}
     spans = parse_split(split, sizes)
@@ -34,7 +36,7 @@ def open_digits(split: str, *, image_size: tuple[int, int], channels: int) -> Ar
 
 
 def _base_images() -> tuple[np.ndarray, np.ndarray]:
-    """All digits, training examples first. # uint8 (1797, 8, 8, 1), int32 (1797,)"""
+    """Returns all digits, training examples first. # uint8 (1797, 8, 8, 1), int32 (1797,)"""
     from sklearn.datasets import load_digits  # a second to import, and only this source needs it
 
     data, target = load_digits(return_X_y=True)

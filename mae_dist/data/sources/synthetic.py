@@ -10,6 +10,7 @@ import colorsys
 import numpy as np
 
 from mae_dist.data.dataset import ArrayDataset, Dataset, digest
+from mae_dist.data.sources import register_source
 from mae_dist.data.splits import Span, parse_split
 from mae_dist.data.transforms import RandomCrops, crop_images
 from mae_dist.errors import ConfigError
@@ -20,6 +21,7 @@ _NUM_DRAWS = 9
 _CHUNK_BYTES = 256 * 1024  # of one temporary: drawing in chunks keeps them in the processor's cache
 
 
+@register_source("synthetic")
 def open_synthetic(
     split: str,
     *,
@@ -27,10 +29,10 @@ def open_synthetic(
     channels: int,
     num_examples: int,
     num_classes: int,
-    seed: int,
-    in_memory: bool,
+    cache: str,
+    seed: int = 0,
 ) -> Dataset:
-    """Opens "train" (num_examples) and "test" (a fifth of it), or slices of them.
+    """Opens "train" (num_examples) and "test" (a fifth of it), or slices of them, drawn once if cache="memory".
 
     Returns:
       Images uint8 (N, *image_size, channels).
@@ -45,7 +47,7 @@ def open_synthetic(
         )
     spans = parse_split(split, {"train": num_examples, "test": num_examples // 5})
     drawn = SyntheticDataset(spans, image_size=image_size, channels=channels, num_classes=num_classes, seed=seed)
-    if not in_memory:
+    if cache != "memory":
         return drawn
     return ArrayDataset(
         drawn.examples(np.arange(drawn.num_examples)),

@@ -1,9 +1,5 @@
-"""Image classification datasets prepared by TFDS as array_record files, read without TensorFlow.
+"""Image classification data sets that TFDS prepared as array_record files, read without TensorFlow."""
 
-Legend: N examples asked for, H height, W width, C channels.
-"""
-
-import contextlib
 import json
 import resource
 import shlex
@@ -13,27 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mae_dist.data.dataset import Dataset, check_labels, digest
+from mae_dist.data.dataset import Dataset
+from mae_dist.data.sources import register_source
+from mae_dist.data.sources.cache import cache_root, cached
+from mae_dist.data.sources.encoded import EncodedDataset
 from mae_dist.data.sources.staging import Staging
-from mae_dist.data.transforms import (
-    PHOTOGRAPH_FROM,
-    RandomCrops,
-    UndecodableImage,
-    center_box,
-    decode_box,
-    decode_image,
-    header_size,
-)
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.storage import absolute_name
 
 _OPEN_THREADS = 16
-_READ_RECORDS = 32  # held at a time, as files: those of a whole batch are as large as the batch
-_EVALUATION_ZOOM = 256 / 224  # resize the short side to 256, crop 224: ImageNet's usual evaluation
-# Parts of the fingerprint: raise one when decoding changes what an example shows, and runs must not go on over that. A
-# better resampling, a few grey levels here and there, is not that.
-_DECODE_RULES = 1  # of small images, which have nothing to spare at the border either
-_DECODE_RULES_PHOTOGRAPHS = 2  # of those that are resized to PHOTOGRAPH_FROM pixels or more
 
 
 class Shard(NamedTuple):
@@ -44,39 +28,17 @@ class Shard(NamedTuple):
     take: int
 
 
-class TfdsDataset(Dataset):
-    """Decodes records on demand.
+class TfdsDataset(EncodedDataset):
+    """Reads records of array_record files.
 
     Attributes:
-      native_size: (height, width) if all images have one size.
       shards: which records of which files, in order.
-      crops_evaluation: whether evaluation sees the middle of an image where training without random crops sees all.
     """
 
-    in_memory = False
-
-    def __init__(
-        self,
-        *,
-        title: str,
-        identity: dict[str, Any],
-        shards: list[Shard],
-        native_size: tuple[int, int] | None,
-        image_size: tuple[int, int],
-        channels: int,
-        class_names: tuple[str, ...],
-    ):
-        self.title = title
-        self.identity = identity
+    def __init__(self, shards: list[Shard], **description: Any):
+        """Opens the files; `description` is for `EncodedDataset`."""
+        super().__init__(num_examples=sum(shard.take for shard in shards), **description)
         self.shards = shards
-        self.native_size = native_size
-        self.image_size = image_size
-        self.channels = channels
-        self.class_names = class_names
-        self.num_classes = len(class_names)
-        self.num_examples = sum(shard.take for shard in shards)
-        self.fingerprint = digest(identity)
-        self.crops_evaluation = _are_photographs(image_size, native_size)
         self._open_records()
 
     def _open_records(self) -> None:
@@ -93,6 +55,10 @@ class TfdsDataset(Dataset):
         vars(self).update(state)
         self._open_records()
 
+    @property
+    def files(self) -> list[str]:
+        return sorted({shard.filename for shard in self.shards})
+
     def record_name(self, index: int) -> str:
         position = index
         for shard in self.shards:
@@ -101,52 +67,17 @@ class TfdsDataset(Dataset):
             position -= shard.take
         raise AssertionError(f"example {index} of {self.num_examples}")
 
-    def read(
-        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        indices = np.asarray(indices)
-        images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
-        labels = np.zeros(len(indices), np.int32)
-        bad = np.zeros(len(indices), bool)
-        zoom = _EVALUATION_ZOOM if evaluation and self.crops_evaluation else 1.0
-        for start in range(0, len(indices), _READ_RECORDS):
-            rows = np.arange(start, min(start + _READ_RECORDS, len(indices)))
-            files, labels[rows], sizes = self._read_files(indices[rows])
-            check_labels(labels[rows], self.num_classes, lambda row, at=start: self.record_name(int(indices[at + row])))
-            if crops is None:
-                boxes = [center_box(h or 1, w or 1, self.image_size, zoom) for h, w in sizes.tolist()]
-            else:
-                boxes = crops.take(rows).boxes(*np.maximum(sizes, 1).T).tolist()
-            for row, data, box in zip(rows, files, boxes, strict=True):
-                try:
-                    if data is None:
-                        raise UndecodableImage("no image")
-                    decode_box(data, box, images[row], margin=crops is None)  # one at a time, into its place
-                except UndecodableImage:
-                    bad[row] = True
-        return {"image": images, "label": labels}, bad
-
-    def _read_files(self, indices: np.ndarray) -> tuple[list[bytes | None], np.ndarray, np.ndarray]:
-        """The images' files, None where there is none to decode, labels, and sizes (0 there). # (n,), (n,), (n, 2)"""
-        files: list[bytes | None] = []
-        labels = np.zeros(len(indices), np.int32)
-        sizes = np.zeros((len(indices), 2), np.int64)
-        for row, record in enumerate(self._read_records(indices)):
-            data, labels[row] = _parse(record)
-            size = None if data is None else _size(data)
-            files.append(data if size else None)
-            sizes[row] = size or 0
-        return files, labels, sizes
-
-    def _read_records(self, indices: np.ndarray) -> list[bytes | None]:
-        """Record bytes, None where the file is damaged there (array_record keeps a hash of every chunk)."""
-        keys = [int(index) for index in indices]
+    def encoded(self, indices: np.ndarray) -> tuple[list[bytes | None], np.ndarray]:
+        keys = indices.tolist()
         try:
-            return list(self._records.__getitems__(keys))
-        except RuntimeError:
-            return [self._read_record(key) for key in keys]
+            records = list(self._records.__getitems__(keys))
+        except RuntimeError:  # of one of them
+            records = [self._read_record(key) for key in keys]
+        images, labels = zip(*map(_parse, records), strict=True)
+        return list(images), np.array(labels, np.int32)
 
     def _read_record(self, key: int) -> bytes | None:
+        """Returns a record, None where the file is corrupted: array_record keeps a hash of every chunk."""
         try:
             return self._records[key]
         except RuntimeError as error:
@@ -158,12 +89,8 @@ class TfdsDataset(Dataset):
             ) from error
 
 
-def _are_photographs(image_size: tuple[int, int], native_size: tuple[int, int] | None) -> bool:
-    return min(image_size) >= PHOTOGRAPH_FROM and native_size != image_size
-
-
 def _parse(record: bytes | None) -> tuple[bytes | None, int]:
-    """The image's file, or None if the record has none, and the label."""
+    """Returns the image's file, None if the record has none, and the label."""
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2  # bytes to fields; no TensorFlow in it
 
@@ -178,43 +105,65 @@ def _parse(record: bytes | None) -> tuple[bytes | None, int]:
         return None, 0
 
 
-def _size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of an image, by decoding it if the header does not tell; None if it cannot be decoded."""
-    size = header_size(data)
-    if size is None:
-        with contextlib.suppress(UndecodableImage):
-            size = decode_image(data, 1).shape[:2]
-    return size
-
-
+@register_source("tfds")
 def open_tfds(
-    name: str,
     split: str,
-    data_dir: str,
     *,
+    name: str,
+    data_dir: str,
     image_size: tuple[int, int],
     channels: int,
-    staging: Staging | None = None,
-) -> TfdsDataset:
+    cache: str,
+    cache_dir: str,
+    stage: bool,
+    max_bad_share: float,
+) -> Dataset:
     """Opens a TFDS dataset whose features have an "image" and a "label", preparing it first if need be.
 
     Args:
-      name: as TFDS writes it, e.g. "cifar10", "imagenet2012", "imagenet_resized/64x64:0.1.0".
       split: a TFDS split expression.
-      data_dir: TFDS data directory; "" is TFDS's default.
+      name: as TFDS writes it, e.g. "cifar10", "imagenet2012", "imagenet_resized/64x64:0.1.0".
+      data_dir: TFDS data directory, may be gs://…; "" is TFDS's default.
       image_size: (height, width) of the images given out.
       channels: 1 grey, 3 RGB, 4 RGBA.
-      staging: copies what the split needs first, and is then read instead of data_dir.
+      cache: as for `cached`.
+      cache_dir: where decoded images and copied record files are kept for the next start; "" is ~/.cache/mae_dist.
+      stage: whether the record files that the split needs are copied there and read there; in a bucket they always are.
+      max_bad_share: largest share of records that may be left out because they do not decode.
 
     Raises:
       ConfigError: no such dataset or split, or features that do not fit.
-      DataFault: it is not prepared and cannot be, or its files are missing or damaged.
+      DataFault: it is not prepared and cannot be, or its files are missing or corrupted.
     """
+    if stage and not data_dir:
+        raise ConfigError(
+            "data.stage copies data.data_dir, which is empty; name the directory or bucket that is to be copied"
+        )
+    staging = Staging(data_dir, cache_root(cache_dir)) if stage or "://" in data_dir else None
     if staging is not None:
         staging.copy_info(name)
         data_dir = str(staging.data_dir)
     builder = _open_builder(name, data_dir)
     native_size, class_names = _check_features(builder, channels)
+    instructions = _file_instructions(builder, name, split)
+    if staging is not None:
+        staging.copy_records([Path(i.filename) for i in instructions])
+    _check_files(instructions)
+    full_name = str(builder.info.full_name)
+    dataset = TfdsDataset(
+        [Shard(str(i.filename), i.skip, i.take) for i in instructions],
+        title=f"{full_name} split {split!r}",
+        identity={"source": "tfds", "name": full_name, "split": split},
+        image_size=image_size,
+        channels=channels,
+        native_size=native_size,
+        class_names=class_names,
+    )
+    return cached(dataset, cache=cache, cache_dir=cache_dir, max_bad_share=max_bad_share)
+
+
+def _file_instructions(builder: Any, name: str, split: str) -> list[Any]:
+    """Returns which records of which files a split expression selects."""
     try:
         instructions = builder.info.splits[split].file_instructions
     except (KeyError, ValueError, AssertionError) as error:
@@ -224,32 +173,11 @@ def open_tfds(
         ) from error
     if not sum(i.take for i in instructions):
         raise ConfigError(f"split {split!r} of {name} selects no example; write a larger slice")
-    if staging is not None:
-        staging.copy_records([Path(i.filename) for i in instructions])
-    _check_files(instructions)
-    full_name = f"{builder.info.full_name}"
-    identity = {
-        "source": "tfds",
-        "name": full_name,
-        "split": split,
-        "count": sum(i.take for i in instructions),
-        "image_size": image_size,
-        "channels": channels,
-        "decode_rules": _DECODE_RULES_PHOTOGRAPHS if _are_photographs(image_size, native_size) else _DECODE_RULES,
-    }
-    return TfdsDataset(
-        title=f"{full_name} split {split!r}",
-        identity=identity,
-        shards=[Shard(str(i.filename), i.skip, i.take) for i in instructions],
-        native_size=native_size,
-        image_size=image_size,
-        channels=channels,
-        class_names=class_names,
-    )
+    return instructions
 
 
 def is_prepared(name: str, data_dir: str) -> bool:
-    """Whether TFDS finds a data set on this machine, prepared: nothing is fetched to tell.
+    """True if TFDS finds a data set on this machine, prepared; fetches nothing.
 
     Raises:
       DataFault: it is there and cannot be opened.
@@ -312,7 +240,7 @@ def _open_builder(name: str, data_dir: str) -> Any:
 
 
 def _check_features(builder: Any, channels: int) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
-    """The images' common size, if there is one, and the class names."""
+    """Returns the images' common size, if there is one, and the class names."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
@@ -363,7 +291,7 @@ def _check_files(instructions: list[Any]) -> None:
 
 
 def _allow_open_files(count: int) -> None:
-    """One reader stays open per file, and ImageNet's 1,024 files alone reach the usual soft limit."""
+    """Raises the soft limit: a reader stays open per file, and ImageNet's 1,024 reach the usual one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,0 +1,112 @@
+"""Encoded image files, decoded and resized when they are read: what sources of photographs have in common.
+
+Legend: N examples asked for, H height, W width, C channels.
+"""
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mae_dist.data.dataset import Dataset, check_labels, digest
+from mae_dist.data.transforms import (
+    PHOTOGRAPH_FROM,
+    RandomCrops,
+    UndecodableImage,
+    center_box,
+    decode_box,
+    decode_image,
+    header_size,
+)
+
+_AT_ONCE = 32  # files held at a time: those of a whole batch are as large as the batch
+_EVALUATION_ZOOM = 256 / 224  # resize the short side to 256, crop 224: ImageNet's usual evaluation
+# Parts of the fingerprint: raise one when decoding changes what an example shows, and runs must not go on over that. A
+# better resampling, a few grey levels here and there, is not that.
+_DECODE_RULES = 1  # of small images, which have nothing to spare at the border either
+_DECODE_RULES_PHOTOGRAPHS = 2  # of those that are resized to PHOTOGRAPH_FROM pixels or more
+
+
+class EncodedDataset(Dataset):
+    """Decodes images when they are read; a subclass says where their files are.
+
+    Attributes:
+      title: names the split for people.
+      identity: decides the examples and their order; the fingerprint is its digest.
+      image_size: (height, width) of the images given out.
+      channels: 1 grey, 3 RGB, 4 RGBA.
+      native_size: (height, width) if all images have one size.
+      crops_evaluation: whether evaluation sees the middle of an image where training without random crops sees all.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self,
+        *,
+        title: str,
+        identity: Mapping[str, Any],
+        num_examples: int,
+        image_size: tuple[int, int],
+        channels: int,
+        native_size: tuple[int, int] | None,
+        class_names: Sequence[str],
+    ):
+        """Describes the images; `identity` is what tells this split from any other, whatever it is decoded to."""
+        self.title = title
+        self.num_examples = num_examples
+        self.image_size, self.channels, self.native_size = image_size, channels, native_size
+        self.num_classes, self.class_names = len(class_names), tuple(class_names)
+        self.crops_evaluation = min(image_size) >= PHOTOGRAPH_FROM and native_size != image_size
+        self.identity = {
+            **identity,
+            "count": num_examples,
+            "image_size": image_size,
+            "channels": channels,
+            "decode_rules": _DECODE_RULES_PHOTOGRAPHS if self.crops_evaluation else _DECODE_RULES,
+        }
+        self.fingerprint = digest(self.identity)
+
+    @abstractmethod
+    def encoded(self, indices: np.ndarray) -> tuple[list[bytes | None], np.ndarray]:
+        """Reads the images' files, None where there is no image, and labels. # (n,) -> n, int32 (n,)"""
+
+    @property
+    @abstractmethod
+    def files(self) -> list[str]:
+        """The files on disk that hold the examples: a decoded copy is of these, as they are now."""
+
+    def read(
+        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        indices = np.asarray(indices)
+        images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
+        labels = np.zeros(len(indices), np.int32)
+        bad = np.ones(len(indices), bool)
+        zoom = _EVALUATION_ZOOM if evaluation and self.crops_evaluation else 1.0
+        for start in range(0, len(indices), _AT_ONCE):
+            rows = np.arange(start, min(start + _AT_ONCE, len(indices)))
+            files, labels[rows] = self.encoded(indices[rows])
+            check_labels(labels[rows], self.num_classes, lambda row, at=start: self.record_name(int(indices[at + row])))
+            sizes = np.array([_size(data) for data in files], np.int64)  # (n, 2)
+            if crops is None:
+                boxes = [center_box(h or 1, w or 1, self.image_size, zoom) for h, w in sizes.tolist()]
+            else:
+                boxes = crops.take(rows).boxes(*np.maximum(sizes, 1).T).tolist()
+            for row, data, size, box in zip(rows, files, sizes, boxes, strict=True):
+                if data is not None and size.all():
+                    with contextlib.suppress(UndecodableImage):
+                        decode_box(data, box, images[row], margin=crops is None)  # one at a time, into its place
+                        bad[row] = False
+        return {"image": images, "label": labels}, bad
+
+
+def _size(data: bytes | None) -> tuple[int, int]:
+    """Returns (height, width) of an image, by decoding it if the header does not tell; (0, 0) if there is none."""
+    size = header_size(data) if data is not None else None
+    if data is not None and size is None:
+        with contextlib.suppress(UndecodableImage):
+            size = decode_image(data, 1).shape[:2]
+    return size or (0, 0)
