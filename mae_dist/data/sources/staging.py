@@ -1,7 +1,8 @@
-"""Record files copied once to a disk of this host, from a bucket, where they cannot be read at random, or a slow mount.
+"""Copies the record files that a split needs to a disk of this host once, from a bucket or a slow mount.
 
-A file is copied under another name, compared with what it should be, synced and renamed: whole or absent. The processes
-of a host wait for the one that copies; of several hosts each copies all that its splits need.
+array_record reads a bucket at random, too, but by a request for each record of each epoch. A file is copied under
+another name, compared with what it should be, synced and renamed: whole or absent. The processes of a host wait for
+the one that copies; of several hosts each copies all that its splits need.
 """
 
 import base64
@@ -12,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from etils import epath
 
@@ -58,16 +59,16 @@ class Staging:
                     f"{self._source} holds no prepared {name}: prepare it on a disk (python -m mae_dist.prepare), then "
                     f"copy {name} from its --data_dir there"
                 )
-            contents = {self._target(path): path.read_bytes() for path in found}
-        copy = self._target(directory)
+            contents = {path.name: path.read_bytes() for path in found}
+        copy = self.data_dir / os.path.relpath(os.fspath(directory), os.fspath(self._source))
         with storage.storage_errors(epath.Path(copy)), locked(copy / _LOCK):
-            changed = [path for path in contents if not path.exists() or path.read_bytes() != contents[path]]
-            if changed:  # then its records are others as well
-                for old in copy.iterdir():
+            paths = {copy / file: content for file, content in contents.items()}
+            if any(not path.exists() or path.read_bytes() != content for path, content in paths.items()):
+                for old in copy.iterdir():  # its records are others as well
                     if old.name != _LOCK:
                         old.unlink()
-            for path in sorted(contents, key=lambda path: path.name == "dataset_info.json"):
-                storage.write_bytes_atomically(epath.Path(path), contents[path])
+                for path in sorted(paths, key=lambda path: path.name == "dataset_info.json"):  # that one last
+                    storage.write_bytes_atomically(epath.Path(path), paths[path])
 
     def copy_records(self, files: list[Path]) -> None:
         """Copies the record files of which `files` are to be the copies, as far as they are not there.
@@ -91,9 +92,6 @@ class Staging:
                 for path in run_all(pool, self._copy, missing):
                     progress.add(sizes[path])
 
-    def _target(self, source: epath.Path) -> Path:
-        return self.data_dir / os.path.relpath(os.fspath(source), os.fspath(self._source))
-
     def _origin(self, target: Path) -> epath.Path:
         return self._source / os.fspath(target.relative_to(self.data_dir))
 
@@ -106,57 +104,48 @@ class Staging:
                 raise DataFault(f"{origin} is missing; restore it") from error
 
     def _copy(self, target: Path) -> None:
-        origin = self._origin(target)
-        temporary = temporary_beside(target)
-        size, kind, checksum = (_fetch_file if storage.is_local(origin) else _fetch_object)(origin, temporary)
-        with open(temporary, "rb") as copy:
+        origin, temporary = self._origin(target), temporary_beside(target)
+        with storage.storage_errors(origin):
+            source, new_hash, known = _open(origin)
+        read, made = new_hash(), new_hash()
+        with open(temporary, "wb") as copy:
+            for chunk in _chunks(origin, source):
+                read.update(chunk)
+                copy.write(chunk)
+            copy.flush()
             os.fsync(copy.fileno())
-            made = _checksum(copy, kind)
-        if (temporary.stat().st_size, made) != (size, checksum):
+        with open(temporary, "rb") as copy:
+            for chunk in iter(functools.partial(copy.read, _CHUNK), b""):
+                made.update(chunk)
+        if made.digest() != (known or read.digest()):
             temporary.unlink()
-            raise DataFault(f"the copy of {origin} is not what is there (size or {kind}); start again to copy it anew")
+            raise DataFault(
+                f"the copy of {origin} is not what is there (its checksum differs); start again to copy it anew"
+            )
         temporary.rename(target)
 
 
-def _fetch_file(origin: epath.Path, target: Path) -> tuple[int, str, bytes]:
-    """Copies a file. Returns the size and checksum of what was read."""
-    made, size = hashlib.md5(usedforsecurity=False), 0
-    with open(target, "wb") as copy:
-        for chunk in _chunks(origin, origin.open):
-            made.update(chunk)
-            size += copy.write(chunk)
-    return size, "md5", made.digest()
-
-
-def _fetch_object(origin: epath.Path, target: Path) -> tuple[int, str, bytes]:
-    """Copies an object of a bucket. Returns the size and checksum that the bucket knows."""
+def _open(origin: epath.Path) -> tuple[Any, Callable[[], Any], bytes]:
+    """Opens a file or an object of a bucket; returns it with its kind of checksum, and its own, b"" if not known."""
+    md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+    if storage.is_local(origin):
+        return open(origin, "rb"), md5, b""
     import fsspec
 
     bucket: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that epath uses
     name = os.fspath(origin).removeprefix("gs://")
-    with storage.storage_errors(origin):
-        known = bucket.info(name)
-    # Not by the bucket's own get_file: of its faults nobody could tell on which side they are.
-    with open(target, "wb") as copy:
-        for chunk in _chunks(origin, functools.partial(bucket.open, name, cache_type="none")):
-            copy.write(chunk)
-    kind = "md5" if "md5Hash" in known else "crc32c"  # an object composed of several has no MD5
-    return int(known["size"]), kind, base64.b64decode(known["md5Hash" if kind == "md5" else "crc32c"])
+    known = bucket.info(name)
+    # Not by the bucket's own get_file: it cannot check objects composed of several, which have no MD5, and does not
+    # tell on which side a fault is.
+    source = bucket.open(name, cache_type="none")
+    if "md5Hash" in known:
+        return source, md5, base64.b64decode(known["md5Hash"])
+    import google_crc32c  # comes with what reaches buckets
+
+    return source, google_crc32c.Checksum, base64.b64decode(known["crc32c"])
 
 
-def _chunks(origin: epath.Path, open_source: Callable[[str], Any]) -> Iterator[bytes]:
-    with storage.storage_errors(origin), open_source("rb") as source:
-        while chunk := source.read(_CHUNK):
+def _chunks(path: epath.Path, file: Any) -> Iterator[bytes]:
+    with storage.storage_errors(path), file:
+        while chunk := file.read(_CHUNK):
             yield chunk
-
-
-def _checksum(file: BinaryIO, kind: str) -> bytes:
-    if kind == "crc32c":
-        import google_crc32c  # comes with what reaches buckets
-
-        made: Any = google_crc32c.Checksum()
-    else:
-        made = hashlib.md5(usedforsecurity=False)
-    while chunk := file.read(_CHUNK):
-        made.update(chunk)
-    return made.digest()
