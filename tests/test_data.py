@@ -172,7 +172,7 @@ def test_batches_do_not_depend_on_workers(cache: str) -> None:
 _IS_LARGE_BLOCK_MAPPED = """
 import ctypes, sys
 import numpy as np
-from mae_dist.data import batches
+from mae_dist.data import workers
 
 class Info(ctypes.Structure):  # mallinfo2 of glibc's malloc.h
     _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
@@ -180,7 +180,7 @@ class Info(ctypes.Structure):  # mallinfo2 of glibc's malloc.h
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Info
 if sys.argv[1] == "worker":
-    batches._keep_memory_level()
+    workers.keep_memory_level()
 np.empty(20 * 2**20, np.uint8)  # freed at once, whereupon glibc would take such blocks from its heap
 before = libc.mallinfo2().hblks
 block = np.empty(4 * 2**20, np.uint8)

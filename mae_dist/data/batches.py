@@ -8,24 +8,18 @@ that neighbours are different examples. So there is no iterator state to save: t
 Legend: B global batch, b rows of this process, N examples, H height, W width, C channels.
 """
 
-import contextlib
-import ctypes
 import gc
 import logging
-import multiprocessing
 import os
-import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from mae_dist.data import draws
+from mae_dist.data import draws, workers
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.randaugment import RandAugment
 from mae_dist.data.transforms import AUGMENTATIONS, CROP_UNIFORMS, Augment, Augmentation, RandomCrops, flip_images
@@ -34,10 +28,7 @@ from mae_dist.resilience.watchdog import Workers
 
 _MAX_THREADS = 16
 _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
-_SHARE_OVER = 1000  # the share of unreadable records is taken over at least so many, so that one early one is not 3 %
-_WORKER_BUFFER = 2  # batches that a worker holds ready
-_SHARED_MEMORY = "/dev/shm"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_FRACTION_OVER = 1000  # the fraction of unreadable records is of at least so many, so that one early one is not 3 %
 _BAD = "bad"  # column of dataset positions found unreadable; `Batches` takes it out
 _LOG = logging.getLogger(__name__)
 
@@ -46,7 +37,7 @@ HostBatch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class _TrainBatch:
-    """Step to host batch. Picklable: workers are spawned."""
+    """Makes the host batch of a step. Picklable: workers are spawned."""
 
     dataset: Dataset
     augment: Augment
@@ -60,25 +51,23 @@ class _TrainBatch:
     def __call__(self, step: int) -> HostBatch:
         num_unique = self.global_batch_size // self.repeats
         indices = stream_indices(self.seed, step, num_unique, self.rows % num_unique, self.dataset.num_examples)
-        flip = crops = None
-        if self.augmentation.flip or self.augmentation.crop:
-            shape = (self.global_batch_size, 1 + CROP_UNIFORMS)
-            # Drawn for the whole global batch, so that a row's numbers do not depend on who computes it.
-            numbers = draws.uniforms(draws.AUGMENT, self.seed, step, shape)[self.rows]  # (b, 1 + CROP_UNIFORMS)
-            if self.augmentation.flip:
-                flip = numbers[:, 0] < 0.5
-            if self.augmentation.crop:
-                crops = RandomCrops(numbers[:, 1:], self.augment.crop_scale, self.augment.crop_ratio)
+        augmentation, crops = self.augmentation, None
+        numbers = self._uniforms(draws.AUGMENT, step, 1 + CROP_UNIFORMS)
+        if augmentation.crop:
+            crops = RandomCrops(numbers[:, 1:], self.augment.crop_scale, self.augment.crop_ratio)
         batch = self._read(indices, crops)
-        if flip is not None:
-            flip_images(batch["image"], flip)
-        if self.augmentation.function is not None:
-            shape = (self.global_batch_size, self.augmentation.num_uniforms)
-            self.augmentation.apply(batch["image"], draws.uniforms(draws.REGISTERED, self.seed, step, shape)[self.rows])
+        if augmentation.flip:
+            flip_images(batch["image"], numbers[:, 0] < 0.5)
+        if augmentation.function is not None:
+            augmentation.apply(batch["image"], self._uniforms(draws.REGISTERED, step, augmentation.num_uniforms))
         if self.randaugment is not None:
-            shape = (self.global_batch_size, self.randaugment.num_uniforms)
-            self.randaugment(batch["image"], draws.uniforms(draws.RANDAUGMENT, self.seed, step, shape)[self.rows])
+            numbers = self._uniforms(draws.RANDAUGMENT, step, self.randaugment.num_uniforms)
+            self.randaugment(batch["image"], numbers)
         return batch
+
+    def _uniforms(self, use: int, step: int, count: int) -> np.ndarray:
+        """Draws for the whole global batch, so that a row's numbers do not depend on who computes it. # (b, count)"""
+        return draws.uniforms(use, self.seed, step, (self.global_batch_size, count))[self.rows]
 
     def _read(self, indices: np.ndarray, crops: RandomCrops | None) -> HostBatch:
         """Reads the examples, putting the next readable one in the place of one that is not."""
@@ -106,7 +95,7 @@ class _TrainBatch:
 
 @dataclass(frozen=True)
 class _EvalBatch:
-    """Batch number to host batch. Picklable."""
+    """Makes the host batch of a number."""
 
     dataset: Dataset
     global_batch_size: int
@@ -167,7 +156,7 @@ class Batches:
         if new:
             _LOG.warning("passed over %d records that do not decode: %s", len(new), ", ".join(new))
             self.bad_records += new
-        allowed = self._dataset.max_bad_share * max(self._num_read, min(_SHARE_OVER, self._dataset.num_examples))
+        allowed = self._dataset.max_bad_share * max(self._num_read, min(_FRACTION_OVER, self._dataset.num_examples))
         if self._num_bad > allowed:
             raise DataFault(
                 f"{self._num_bad} of {self._num_read} records read do not decode, and data.max_bad_share is "
@@ -176,23 +165,21 @@ class Batches:
             )
 
     def close(self) -> None:
-        """Idempotent."""
+        """Ends the threads and processes; may be called again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
             gc.collect()  # grain's iterators are in cycles, and complain if the interpreter's exit finds them alive
 
     def abandon(self) -> None:
-        """Instead of `close` when the process is to end now: a worker that hangs is not waited for."""
+        """Kills the workers, instead of `close`, when the process is to end now: one that hangs is not waited for."""
         self._iterator = None
         self._workers.kill()
 
     def __enter__(self) -> "Batches":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -209,7 +196,7 @@ def train_batches(
     rows: np.ndarray,
     num_workers: int,
 ) -> Batches:
-    """This process's rows of the training batches of steps start_step .. total_steps - 1.
+    """Iterates over this process's rows of the training batches of steps start_step .. total_steps - 1.
 
     Args:
       dataset: the examples.
@@ -251,7 +238,7 @@ def train_batches(
 
 
 def eval_batches(dataset: Dataset, *, global_batch_size: int, rows: np.ndarray) -> Batches:
-    """This process's rows of one pass in order, the last batch padded: as many batches on every process.
+    """Iterates over this process's rows of one pass in order, the last batch padded: as many on every process.
 
     Args:
       dataset: the examples.
@@ -271,7 +258,7 @@ def eval_batches(dataset: Dataset, *, global_batch_size: int, rows: np.ndarray) 
 
 
 def stream_indices(seed: int, step: int, num_unique: int, rows: np.ndarray, num_examples: int) -> np.ndarray:
-    """The examples at `rows` of the `num_unique` different ones that `step` takes. # (b,) -> (b,) int64"""
+    """Returns the examples at `rows` of the `num_unique` different ones that `step` takes. # (b,) -> (b,) int64"""
     epochs, positions = np.divmod(step * num_unique + rows, num_examples)
     indices = np.empty(len(rows), np.int64)
     for epoch in np.unique(epochs):
@@ -281,72 +268,23 @@ def stream_indices(seed: int, step: int, num_unique: int, rows: np.ndarray, num_
 
 
 def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_workers: int) -> Batches:
-    """Batches of the steps start .. stop - 1, made ahead of their use."""
+    """Iterates over the batches of the steps start .. stop - 1, made ahead of their use."""
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its flags, which nobody parses when we are used as a library
     num_threads = 0 if num_workers else num_readers(dataset, 0)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2, num_threads) if num_threads else 0)
     batches = grain.MapDataset.range(start, stop).map(make_batch).to_iter_dataset(options)
     if num_workers:
-        _check_shared_memory(dataset, len(make_batch.rows), num_workers)
-        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_WORKER_BUFFER)
-        batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
+        workers.check_shared_memory(dataset, len(make_batch.rows), num_workers)
+        processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=workers.BUFFER)
+        batches = batches.mp_prefetch(processes, worker_init_fn=workers.start)
     return Batches(batches, dataset, stop - start, num_workers=num_workers)
 
 
-def _check_shared_memory(dataset: Dataset, rows: int, num_workers: int) -> None:
-    """A worker that finds no room for its batch is killed by a bus error, which says nothing: found before.
-
-    For the workers of this process; what others on this host are about to take is not known here.
-    """
-    try:
-        free = shutil.disk_usage(_SHARED_MEMORY).free
-    except OSError:  # a system that has it elsewhere
-        return
-    columns, _ = dataset.read(np.zeros(1, np.int64))
-    batch = rows * sum(column.nbytes for column in columns.values())
-    needed = num_workers * (_WORKER_BUFFER + 2) * batch  # and one in the making, one being copied out
-    if needed > free:
-        raise ConfigError(
-            f"data.num_workers={num_workers} need {needed / 2**20:.0f} MiB of shared memory for their batches of "
-            f"{batch / 2**20:.0f} MiB, and {_SHARED_MEMORY} has {free / 2**20:.0f} MiB free; give it more "
-            f"(docker run --shm-size={-(-needed // 2**30)}g), or use fewer workers, or 0: threads of this process"
-        )
-
-
 def num_readers(dataset: Dataset, num_workers: int) -> int:
-    """How many batches are made at once: by so many workers, or else by threads of this process."""
+    """Returns how many batches are made at once: by so many workers, or else by threads of this process."""
     if num_workers:
         return num_workers
     if dataset.in_memory:
         return 1  # enough to overlap the step; several would share one interpreter lock
     return min(_MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _start_worker(worker: int, num_workers: int) -> None:
-    """Keeps a reading process from claiming the accelerator of the training process, and from outliving it."""
-    del worker, num_workers
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    _keep_memory_level()
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _keep_memory_level() -> None:
-    """Has glibc map every block from 1 MiB on by itself, and give it back when it is freed; elsewhere nothing happens.
-
-    Left alone it raises that size to the largest block freed so far, and decoded photographs of all sizes then break up
-    its heap: a worker grew by 2 MiB a minute, without end. Smaller blocks stay in the heap when they are freed: else
-    each buffer of a crop would be fresh memory, and filling it cost as much as the crop.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**20)
-        mallopt(_M_TRIM_THRESHOLD, 2**24)
-
-
-def _exit_with_parent() -> None:
-    """Ends this process as soon as the one that started it is gone: a killed one can no longer say so."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -6,13 +6,14 @@ gets the same crop on whichever host or worker computes it.
 Legend: N rows, H height, W width, C channels (1 grey, 3 RGB, 4 RGBA); a box is (top, left, height, width) in pixels.
 """
 
+import io
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from mae_dist.data.resample import Box, resize_box, resize_boxes
 from mae_dist.errors import ConfigError
@@ -31,18 +32,18 @@ _ROUNDING = 1e-6  # of a box's edges, in pixels
 
 # Added to the flag of the colours, which replaces the "GRAYSCALE" of their names.
 _REDUCTIONS = {
+    1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
-
 
 ImageFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What `config.data.augment` names: crop, flip, then `function`; see `register_augmentation`."""
+    """An entry that `config.data.augment` names: crop, flip, then `function`; see `register_augmentation`."""
 
     crop: bool = False
     flip: bool = False
@@ -64,8 +65,9 @@ class Augmentation:
 
 
 AUGMENTATIONS: Registry[Augmentation] = Registry("data.augment")
-for _name, _crop, _flip in (("none", False, False), ("flip", False, True), ("crop_flip", True, True)):
-    AUGMENTATIONS.add(_name, Augmentation(crop=_crop, flip=_flip), Augmentation)
+AUGMENTATIONS.add("none", Augmentation(), Augmentation)
+AUGMENTATIONS.add("flip", Augmentation(flip=True), Augmentation)
+AUGMENTATIONS.add("crop_flip", Augmentation(crop=True, flip=True), Augmentation)
 
 
 def register_augmentation(
@@ -101,12 +103,12 @@ class UndecodableImage(ValueError):
 
 @dataclass(frozen=True)
 class Augment:
-    """What training does to an image; the keyword arguments of a config section.
+    """The augmentation of a training and its random crops.
 
     Attributes:
       kind: "none", "flip" (horizontal, half of the rows), "crop_flip" (random resized crop, bicubic, and flip), or the
         name of a registered one.
-      crop_scale: smallest and largest crop area as a share of the image's.
+      crop_scale: smallest and largest crop area as a fraction of the image's.
       crop_ratio: smallest and largest width / height of the crop.
     """
 
@@ -126,7 +128,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """The random resized crops of N rows, before the sizes of their images are known.
+    """Random resized crops of N rows, before the sizes of their images are known.
 
     Attributes:
       uniforms: float64 in [0, 1), one row per image. # (N, CROP_UNIFORMS)
@@ -142,34 +144,41 @@ class RandomCrops:
         return RandomCrops(self.uniforms[rows], self.scale, self.ratio)
 
     def boxes(self, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
-        """Crop boxes for images of the given sizes, int64. # (N,), (N,) -> (N, 4)"""
-        return random_crop_boxes(self.uniforms, heights, widths, self.scale, self.ratio)
+        """Draws boxes as torchvision does: area and log aspect ratio uniform, ten tries, then the centre.
+
+        Returns:
+          Boxes inside images of the given sizes, int64. # (N,), (N,) -> (N, 4)
+        """
+        area_draw, ratio_draw = self.uniforms[:, :CROP_TRIES], self.uniforms[:, CROP_TRIES : 2 * CROP_TRIES]  # (N, T)
+        area = (heights * widths)[:, None] * (self.scale[0] + area_draw * (self.scale[1] - self.scale[0]))
+        log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        aspect = np.exp(log_low + ratio_draw * (log_high - log_low))
+        try_widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        try_heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        fits = (np.minimum(try_widths, try_heights) > 0) & (try_widths <= widths[:, None])
+        fits &= try_heights <= heights[:, None]
+        first = np.argmax(fits, axis=1)  # (N,) the first try that fits, 0 if none does
+        rows = np.arange(len(fits))
+        box_heights, box_widths = try_heights[rows, first], try_widths[rows, first]
+        top = np.floor(self.uniforms[:, -2] * (heights - box_heights + 1)).astype(np.int64)
+        left = np.floor(self.uniforms[:, -1] * (widths - box_widths + 1)).astype(np.int64)
+        boxes = np.stack([top, left, box_heights, box_widths], axis=1)
+        for row in np.flatnonzero(~fits.any(axis=1)):
+            boxes[row] = _fallback_box(int(heights[row]), int(widths[row]), self.ratio)
+        return boxes
 
 
-def header_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) that the header of a JPEG or PNG tells; None for any other file, or a header that does not."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR" and len(data) >= 24:
-        width, height = struct.unpack_from(">II", data, 16)
-        return (height, width) if height and width else None
-    position = 2 if data.startswith(b"\xff\xd8") else len(data)
-    while position + 9 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF:  # padding
-            position += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame, whatever its coding
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            return (height, width) if height and width else None
-        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
-    return None
-
-
-def is_jpeg(data: bytes) -> bool:
-    return data.startswith(b"\xff\xd8\xff")
+def header_size(data: bytes) -> tuple[int, int]:
+    """Reads (height, width) from the header of an image file; (0, 0) if it has none."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return 0, 0
 
 
 def decode_image(data: bytes, channels: int, reduction: int = 1) -> np.ndarray:
-    """JPEG, PNG or whatever else OpenCV reads, to uint8 in RGB order. # -> (H, W, C), or rounded up (H / reduction, …)
+    """Decodes whatever OpenCV reads to uint8 in RGB order. # -> (H, W, C), or rounded up (H / reduction, …)
 
     EXIF orientation is ignored, as TensorFlow and therefore published results do.
 
@@ -182,8 +191,7 @@ def decode_image(data: bytes, channels: int, reduction: int = 1) -> np.ndarray:
       UndecodableImage: the bytes are not a whole image, or have no alpha channel where channels == 4.
     """
     flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB, 4: cv2.IMREAD_UNCHANGED}[channels]
-    if reduction > 1:
-        flags |= _REDUCTIONS[reduction]
+    flags |= _REDUCTIONS[reduction]
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
@@ -216,7 +224,7 @@ def decode_box(data: bytes, box: Box, out: np.ndarray, *, margin: bool = False) 
     """
     top, left, height, width = box
     reduction = 1
-    if min(out.shape[:2]) >= PHOTOGRAPH_FROM and out.shape[2] != 4 and is_jpeg(data):
+    if min(out.shape[:2]) >= PHOTOGRAPH_FROM and out.shape[2] != 4 and data.startswith(b"\xff\xd8\xff"):
         shrink = min(height / out.shape[0], width / out.shape[1])
         reduction = next((known for known in (8, 4, 2) if shrink >= known), 1)
     image = decode_image(data, out.shape[2], reduction)
@@ -228,7 +236,7 @@ def decode_box(data: bytes, box: Box, out: np.ndarray, *, margin: bool = False) 
 
 
 def center_box(height: int, width: int, size: tuple[int, int], zoom: float = 1.0) -> tuple[float, float, float, float]:
-    """The box of an image that "resize the short side to zoom * size, crop the centre" leaves, its edges within pixels.
+    """Returns the box that "resize the short side to zoom * size, crop the centre" leaves, its edges within pixels.
 
     Resized with a margin it gives what torchvision's Resize and CenterCrop give, in one resampling of the box alone:
     they round the size of the whole resized image and the place of the crop in it, which is done here, too.
@@ -254,39 +262,8 @@ def center_box(height: int, width: int, size: tuple[int, int], zoom: float = 1.0
     )
 
 
-def random_crop_boxes(
-    uniforms: np.ndarray,  # (N, CROP_UNIFORMS)
-    heights: np.ndarray,  # (N,)
-    widths: np.ndarray,  # (N,)
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> np.ndarray:
-    """Random resized crop as torchvision draws it: area and log aspect ratio uniform, ten tries, then the centre.
-
-    Returns:
-      Boxes inside their images, int64. # (N, 4)
-    """
-    area_draw, ratio_draw = uniforms[:, :CROP_TRIES], uniforms[:, CROP_TRIES : 2 * CROP_TRIES]  # (N, T)
-    image_area = (heights * widths)[:, None]
-    area = image_area * (scale[0] + area_draw * (scale[1] - scale[0]))
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(log_low + ratio_draw * (log_high - log_low))
-    try_widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-    try_heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (try_widths > 0) & (try_widths <= widths[:, None]) & (try_heights > 0) & (try_heights <= heights[:, None])
-    first = np.argmax(fits, axis=1)  # (N,) the first try that fits, 0 if none does
-    rows = np.arange(len(uniforms))
-    box_heights, box_widths = try_heights[rows, first], try_widths[rows, first]
-    top = np.floor(uniforms[:, -2] * (heights - box_heights + 1)).astype(np.int64)
-    left = np.floor(uniforms[:, -1] * (widths - box_widths + 1)).astype(np.int64)
-    boxes = np.stack([top, left, box_heights, box_widths], axis=1)
-    for row in np.flatnonzero(~fits.any(axis=1)):
-        boxes[row] = _fallback_box(int(heights[row]), int(widths[row]), ratio)
-    return boxes
-
-
 def _fallback_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """The largest centred box whose aspect ratio is allowed."""
+    """Returns the largest centred box whose aspect ratio is allowed."""
     aspect = min(max(width / height, ratio[0]), ratio[1])
     box_height = min(height, max(1, round(width / aspect)))
     box_width = min(width, max(1, round(height * aspect)))
@@ -294,7 +271,7 @@ def _fallback_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[
 
 
 def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Short side to `size`, centre crop, for images of one size. # (N, H, W, C) uint8 -> (N, *size, C)"""
+    """Resizes the short side, crops the centre. # uint8 (N, H, W, C) -> (N, *size, C)"""
     if images.shape[1:3] == size:
         return images
     box = center_box(images.shape[1], images.shape[2], size)
@@ -305,7 +282,7 @@ def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def crop_images(images: np.ndarray, crops: RandomCrops) -> np.ndarray:
-    """Random resized crops of images of one size, back to that size. # (N, H, W, C) uint8 -> the same"""
+    """Crops images of one size at random and resizes them back to that size. # (N, H, W, C) uint8 -> the same"""
     count, height, width = images.shape[:3]
     boxes = crops.boxes(np.full(count, height), np.full(count, width))
     out = np.empty(images.shape, np.uint8)

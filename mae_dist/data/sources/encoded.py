@@ -17,7 +17,6 @@ from mae_dist.data.transforms import (
     UndecodableImage,
     center_box,
     decode_box,
-    decode_image,
     header_size,
 )
 
@@ -90,23 +89,14 @@ class EncodedDataset(Dataset):
             rows = np.arange(start, min(start + _AT_ONCE, len(indices)))
             files, labels[rows] = self.encoded(indices[rows])
             check_labels(labels[rows], self.num_classes, lambda row, at=start: self.record_name(int(indices[at + row])))
-            sizes = np.array([_size(data) for data in files], np.int64)  # (n, 2)
+            sizes = np.array([header_size(data) if data else (0, 0) for data in files], np.int64)  # (n, 2)
             if crops is None:
                 boxes = [center_box(h or 1, w or 1, self.image_size, zoom) for h, w in sizes.tolist()]
             else:
                 boxes = crops.take(rows).boxes(*np.maximum(sizes, 1).T).tolist()
             for row, data, size, box in zip(rows, files, sizes, boxes, strict=True):
-                if data is not None and size.all():
+                if data and size.all():
                     with contextlib.suppress(UndecodableImage):
                         decode_box(data, box, images[row], margin=crops is None)  # one at a time, into its place
                         bad[row] = False
         return {"image": images, "label": labels}, bad
-
-
-def _size(data: bytes | None) -> tuple[int, int]:
-    """Returns (height, width) of an image, by decoding it if the header does not tell; (0, 0) if there is none."""
-    size = header_size(data) if data is not None else None
-    if data is not None and size is None:
-        with contextlib.suppress(UndecodableImage):
-            size = decode_image(data, 1).shape[:2]
-    return size or (0, 0)
