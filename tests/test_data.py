@@ -260,11 +260,6 @@ def test_each_copy_is_augmented_otherwise() -> None:
     assert sorted(batch["label"]) == sorted([*range(4)] * 3)
 
 
-def test_repeats_divide_the_batch() -> None:
-    with pytest.raises(ConfigError, match="repeats 3 does not divide global_batch_size 8"):
-        _train(_images(4), np.arange(8), repeats=3)
-
-
 def test_features_train_through_the_same_pipeline() -> None:
     columns = {"features": np.eye(6, dtype=np.float32), "label": np.arange(6, dtype=np.int32)}
     batches = _train(ArrayDataset(columns, num_classes=6), np.arange(6), batch=6, stop=2, kind="none")
@@ -372,11 +367,6 @@ def test_closed_batches_say_so() -> None:
     batches.close()
     with pytest.raises(ValueError, match="closed"):
         next(batches)
-
-
-def test_impossible_steps_are_refused() -> None:
-    with pytest.raises(ConfigError, match="start_step 5, total_steps 3"):
-        _train(_images(4), np.arange(4), start=5, stop=3)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_archives_that_are_missing_cut_or_others_are_told(manual_dir: Path, tmp_
     content = train.read_bytes()
     for cut in (700, 1100, len(content) // 2):
         train.write_bytes(content[:cut])
-        with pytest.raises(DataFault, match=r"train\.tar.*(damaged|holds)"):
+        with pytest.raises(DataFault, match=r"train\.tar.*(corrupted|holds)"):
             archives.imagenet_images(tmp_path, allow_incomplete=False)
     train.write_bytes(content)
     page = b"<!DOCTYPE html>\n<html><body>Please sign in.</body></html>\n" * 20
@@ -177,7 +177,7 @@ def test_archives_that_are_missing_cut_or_others_are_told(manual_dir: Path, tmp_
         good = path.read_bytes()
         for download in (b"", page):
             path.write_bytes(download)
-            with pytest.raises(DataFault, match=rf"{path.name} is no tar archive, or damaged .*download it again"):
+            with pytest.raises(DataFault, match=rf"{path.name} is no tar archive, or corrupted .*download it again"):
                 archives.imagenet_images(tmp_path, allow_incomplete=True)
         path.write_bytes(good)
     _tar(train, {"n01440764.tar": page})
@@ -333,7 +333,7 @@ def test_a_folder_is_checked_in_parts(
         splits, _ = archives.folder_images(folder, skip_undecodable=False)
     assert given == [3, 1, 1]
     assert "4 of 4 files" in caplog.text
-    assert [Path(splits["train"].files[row]).stat().st_size for row in range(4)] == splits["train"].size.tolist()
+    assert [Path(image.path).stat().st_size for image in splits["train"]] == [image.size for image in splits["train"]]
 
 
 def test_a_command_that_cannot_work_is_refused(prepare: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -354,8 +354,8 @@ from pathlib import Path
 from mae_dist.prepare import tfds_writer
 from tests.test_prepare import begin
 write = tfds_writer._Shard.write
-def slowly(self, features):
-    write(self, features)
+def slowly(self, features, convert):
+    write(self, features, convert)
     print("written", flush=True)
     time.sleep(1)
 tfds_writer._Shard.write = slowly
@@ -418,7 +418,7 @@ def test_a_preparation_from_other_images_begins_again(
     (incomplete / "shard").touch()
     tfds_writer._begin(incomplete, splits)
     assert (incomplete / "shard").exists()
-    tfds_writer._begin(incomplete, {"train": splits["train"].limited(2)})
+    tfds_writer._begin(incomplete, {"train": splits["train"][:2]})
     assert "begun from other images" in caplog.text
     assert not (incomplete / "shard").exists()
     with pytest.raises(DataFault, match=r"GB free and 1000000\.00 GB are to be written"):

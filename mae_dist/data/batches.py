@@ -23,7 +23,7 @@ from mae_dist.data import draws, workers
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.randaugment import RandAugment
 from mae_dist.data.transforms import AUGMENTATIONS, CROP_UNIFORMS, Augment, Augmentation, RandomCrops, flip_images
-from mae_dist.errors import ConfigError, DataFault
+from mae_dist.errors import DataFault
 from mae_dist.resilience.watchdog import Workers
 
 _MAX_THREADS = 16
@@ -214,16 +214,11 @@ def train_batches(
       Host batches {"image": uint8 (b, H, W, C), "label": int32 (b,)}, or the dataset's own columns.
 
     Raises:
-      ConfigError: a step or worker count that cannot work.
+      ConfigError: too little shared memory for the workers.
       DataFault: while iterating, as `Dataset.read`, or when more than max_bad_share of the records are unreadable.
     """
-    if not 0 <= start_step <= total_steps or num_workers < 0 or global_batch_size < 1:
-        raise ConfigError(
-            f"start_step {start_step}, total_steps {total_steps}, num_workers {num_workers}, global_batch_size "
-            f"{global_batch_size}: need 0 <= start_step <= total_steps, num_workers >= 0, global_batch_size >= 1"
-        )
-    if repeats < 1 or global_batch_size % repeats:
-        raise ConfigError(f"repeats {repeats} does not divide global_batch_size {global_batch_size}")
+    assert 0 <= start_step <= total_steps, (start_step, total_steps)
+    assert global_batch_size % repeats == 0, (global_batch_size, repeats)
     make_batch = _TrainBatch(
         dataset,
         augment,

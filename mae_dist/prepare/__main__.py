@@ -18,7 +18,7 @@ from absl import flags, logging
 from mae_dist import cli, errors
 from mae_dist.data.sources import cifar
 from mae_dist.prepare import archives
-from mae_dist.prepare.tfds_writer import is_prepared, write_dataset
+from mae_dist.prepare.tfds_writer import Image, is_prepared, stored_order, write_dataset
 from mae_dist.storage import local
 
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Where the archives of ImageNet are.")
@@ -77,7 +77,7 @@ def _flags_of(builder: Any) -> list[str]:
 
 
 def _source(flag: flags.FlagHolder[str | None]) -> Path:
-    """Returns where the images are that a flag names."""
+    """Returns the directory of images that a flag names."""
     value = cli.required(flag)
     local(value, f"--{flag.name}", "copy it to a disk first")
     return Path(value).expanduser()
@@ -99,7 +99,7 @@ def _prepare_imagenet(root: str | None) -> Any:
         return builder
     allow_incomplete = _ALLOW_INCOMPLETE.value or _LIMIT.value > 0  # a limit is as explicit as that
     splits = archives.imagenet_images(_source(_MANUAL_DIR), allow_incomplete)
-    write_dataset(builder.info, Path(builder.data_path), _limited(splits))
+    write_dataset(builder.info, Path(builder.data_path), _limited(splits), archives.to_rgb_jpeg)
     return tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
 
 
@@ -145,7 +145,7 @@ def _prepare_folder(folder: Path, name: str, root: str | None) -> Any:
 
 
 def _is_known(name: str) -> bool:
-    """Whether TFDS has a data set of this name, and would open that one instead."""
+    """True if TFDS has a data set of this name, and would open that one instead."""
     import tensorflow_datasets as tfds
 
     try:
@@ -155,8 +155,14 @@ def _is_known(name: str) -> bool:
     return True
 
 
-def _limited(splits: dict[str, Any]) -> dict[str, Any]:
-    return {name: images.limited(_LIMIT.value) if _LIMIT.value else images for name, images in splits.items()}
+def _limited(splits: dict[str, list[Image]]) -> dict[str, list[Image]]:
+    """Returns the --limit images of each split that would be stored first, which are of all classes."""
+    if not _LIMIT.value:
+        return splits
+    return {
+        name: [images[row] for row in sorted(stored_order(len(images))[: _LIMIT.value])]
+        for name, images in splits.items()
+    }
 
 
 if __name__ == "__main__":

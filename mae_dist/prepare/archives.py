@@ -1,8 +1,7 @@
-"""Where images lie that are not a TFDS data set yet: ImageNet's official archives, and directories of image files."""
+"""Finds images that are no TFDS data set yet: in ImageNet's official archives, and in directories of image files."""
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
 import tarfile
@@ -18,64 +17,37 @@ from mae_dist import names
 from mae_dist.data.files import Progress
 from mae_dist.data.transforms import UndecodableImage, decode_image
 from mae_dist.errors import ConfigError, DataFault
-from mae_dist.prepare.tfds_writer import Images
+from mae_dist.prepare.tfds_writer import Image
 
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 _IMAGENET_CLASS_COUNTS = {"train": (732, 1300), "validation": (50, 50)}  # fewest and most images of a class
 _TRAIN_TAR, _VALIDATION_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-_SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+_SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 _THREADS = os.cpu_count() or 1
 _CHUNK = 1024  # files given to the threads at once: a tree may have millions
 _LOG = logging.getLogger(__name__)
 
 
-class _Part(io.RawIOBase):
-    """A span of an open file, as a file: an archive within an archive."""
-
-    def __init__(self, file: Any, start: int, size: int):
-        self._file, self._start, self._size, self._at = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._at))
-        data = os.pread(self._file.fileno(), wanted, self._start + self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-def _members(file: Any, archive: str) -> Iterator[tarfile.TarInfo]:
-    """The files in an open archive; a `DataFault` where it is none, or ends too early."""
+def _members(file: Any, archive: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yields the files in an open archive; raises DataFault where it is none, or ends too early."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isfile():
-                    yield member
+                    yield tar, member
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataFault(f"{archive} is no tar archive, or damaged ({error}); download it again") from error
+        raise DataFault(f"{archive} is no tar archive, or corrupted ({error}); download it again") from error
 
 
-def imagenet_images(manual_dir: Path, allow_incomplete: bool) -> dict[str, Images]:
-    """The labelled images of ILSVRC 2012, where they lie in its two archives.
+def imagenet_images(manual_dir: Path, allow_incomplete: bool) -> dict[str, list[Image]]:
+    """Finds the labelled images of ILSVRC 2012 in its two archives.
 
     Args:
       manual_dir: holds ILSVRC2012_img_train.tar, an archive of an archive per class, and ILSVRC2012_img_val.tar.
       allow_incomplete: whether there may be fewer images than there are of ImageNet.
 
     Raises:
-      DataFault: an archive is missing or damaged, or holds other images than ImageNet has.
+      DataFault: an archive is missing or corrupted, or holds other images than ImageNet has.
     """
     import tensorflow_datasets as tfds
 
@@ -98,66 +70,56 @@ def imagenet_images(manual_dir: Path, allow_incomplete: bool) -> dict[str, Image
     return splits
 
 
-def _train_images(path: Path, numbers: dict[str, int]) -> Images:
-    _LOG.info("looking through %s", path)
-    found: list[tuple[str, int, int, int]] = []  # name, label, offset, size
-    with open(path, "rb") as file:
-        for member in _members(file, str(path)):
-            synset = Path(member.name).stem
-            if synset not in numbers:
-                raise DataFault(f"{path} holds {member.name}, which is no class of ILSVRC 2012; it is another archive")
-            part = io.BufferedReader(_Part(file, member.offset_data, member.size))
-            for image in _members(part, f"{path}, {member.name}"):
-                start = member.offset_data + image.offset_data
-                found.append((os.path.basename(image.name), numbers[synset], start, image.size))
-    return _in_archive(path, found)
-
-
-def _validation_images(path: Path, labels: list[int]) -> Images:
-    """Labels are those of the images in the order of their names, whose numbers tell them."""
+def _train_images(path: Path, numbers: dict[str, int]) -> list[Image]:
     _LOG.info("looking through %s", path)
     found = []
     with open(path, "rb") as file:
-        for member in _members(file, str(path)):
+        for tar, member in _members(file, str(path)):
+            synset = Path(member.name).stem
+            if synset not in numbers:
+                raise DataFault(f"{path} holds {member.name}, which is no class of ILSVRC 2012; it is another archive")
+            for _, image in _members(tar.extractfile(member), f"{path}, {member.name}"):
+                offset = member.offset_data + image.offset_data
+                found.append(Image(os.path.basename(image.name), numbers[synset], str(path), offset, image.size))
+    return _checked(path, found)
+
+
+def _validation_images(path: Path, labels: list[int]) -> list[Image]:
+    """Finds the images, whose names end in the numbers of their `labels`."""
+    _LOG.info("looking through %s", path)
+    found = []
+    with open(path, "rb") as file:
+        for _, member in _members(file, str(path)):
             name = os.path.basename(member.name)
             number = Path(name).stem.removeprefix("ILSVRC2012_val_")
             if not (number.isdecimal() and 1 <= int(number) <= len(labels)):
                 raise DataFault(f"{path} holds {name} where ILSVRC2012_val_00000001.JPEG … were expected")
-            found.append((name, labels[int(number) - 1], member.offset_data, member.size))
-    return _in_archive(path, found)
+            found.append(Image(name, labels[int(number) - 1], str(path), member.offset_data, member.size))
+    return _checked(path, found)
 
 
-def _in_archive(path: Path, found: list[tuple[str, int, int, int]]) -> Images:
-    found.sort()
-    inside, labels, offsets, sizes = zip(*found, strict=True) if found else ((), (), (), ())
-    end = max((offset + size for offset, size in zip(offsets, sizes, strict=True)), default=0)
-    if len(set(inside)) != len(inside) or end > path.stat().st_size:
-        raise DataFault(f"{path} is damaged: it ends within an image, or names one twice; download it again")
-    return Images(
-        files=(str(path),),
-        file=np.zeros(len(inside), np.int32),
-        offset=np.array(offsets, np.int64),
-        size=np.array(sizes, np.int64),
-        names=inside,
-        labels=np.array(labels, np.int32),
-        mended=_mended,
-    )
+def _checked(path: Path, found: list[Image]) -> list[Image]:
+    """Returns the images of an archive by name."""
+    end = max((image.offset + image.size for image in found), default=0)
+    if len({image.name for image in found}) != len(found) or end > path.stat().st_size:
+        raise DataFault(f"{path} is corrupted: it ends within an image, or names one twice; download it again")
+    return sorted(found)
 
 
-def _check_counts(split: str, images: Images, path: Path, allow_incomplete: bool) -> None:
+def _check_counts(split: str, images: list[Image], path: Path, allow_incomplete: bool) -> None:
     total, (fewest, most) = IMAGENET_COUNTS[split], _IMAGENET_CLASS_COUNTS[split]
-    counts = np.bincount(images.labels, minlength=1000)
-    whole = len(images.names) == total and counts.min() >= fewest and counts.max() <= most
-    if not images.names or not (whole or allow_incomplete):
+    counts = np.bincount([image.label for image in images], minlength=1000)
+    whole = len(images) == total and counts.min() >= fewest and counts.max() <= most
+    if not images or not (whole or allow_incomplete):
         raise DataFault(
-            f"{path} holds {len(images.names)} images of {np.count_nonzero(counts)} classes with {counts.min()} to "
+            f"{path} holds {len(images)} images of {np.count_nonzero(counts)} classes with {counts.min()} to "
             f"{counts.max()} each, where ImageNet has {total} of 1000 with {fewest} to {most} each; download it again, "
             "or give --allow_incomplete if that is meant"
         )
 
 
-def _mended(name: str, data: bytes) -> bytes:
-    """TFDS stores RGB JPEGs only, so that any reader has the right colours of the 22 in CMYK and the one PNG."""
+def to_rgb_jpeg(name: str, data: bytes) -> bytes:
+    """Converts the 22 images in CMYK and the one PNG, as TFDS does: any reader then has the right colours."""
     from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
 
     if name not in (*tfds_imagenet.CMYK_IMAGES, *tfds_imagenet.PNG_IMAGES):
@@ -169,8 +131,8 @@ def _mended(name: str, data: bytes) -> bytes:
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
 
 
-def folder_images(root: Path, skip_undecodable: bool) -> tuple[dict[str, Images], list[str]]:
-    """Images of a tree train/<class>/*, and if there are validation/ (or val/) and test/ likewise; class names.
+def folder_images(root: Path, skip_undecodable: bool) -> tuple[dict[str, list[Image]], list[str]]:
+    """Finds the images of a tree train/<class>/*, of validation/ (or val/) and test/ if there are, and class names.
 
     Every file is decoded once, so that what is prepared can be trained on; after a kill all over again.
 
@@ -201,7 +163,7 @@ def folder_images(root: Path, skip_undecodable: bool) -> tuple[dict[str, Images]
 def folder_contents(root: Path) -> str:
     """Describes the files of such a tree, by which a change of it is found: number and digest for each split.
 
-    Of names and sizes: nothing is read.
+    The digest is of names and sizes: no file is read.
     """
     parts = []
     for split, folder in _split_folders(root).items():
@@ -213,11 +175,9 @@ def folder_contents(root: Path) -> str:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folders of the splits that there are; a `ConfigError` where none is of training."""
-    folders = {}
-    for split, choices in _SPLIT_FOLDERS.items():
-        found = [root / name for name in choices if (root / name).is_dir()]
-        folders.update({split: found[0]} if found else {})
+    """Returns the folders of the splits; raises ConfigError where none is of training."""
+    found = {split: [root / name for name in choices if (root / name).is_dir()] for split, choices in _SPLITS.items()}
+    folders = {split: paths[0] for split, paths in found.items() if paths}
     if "train" not in folders or not _subfolders(folders["train"]):
         raise ConfigError(f"--from_folder={root} needs train/<class>/<images>, and validation/ and test/ if there are")
     return folders
@@ -228,42 +188,40 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, classes: Iterable[str]) -> list[Path]:
-    """The files in the folders of the classes, in order; hidden ones are none of the images."""
+    """Returns the files in the folders of the classes, in order, without hidden ones."""
     paths = [path for name in classes for path in sorted((folder / name).rglob("*")) if path.is_file()]
     return [path for path in paths if not path.name.startswith(".")]
 
 
-def _folder_split(folder: Path, labels: dict[str, int], skip_undecodable: bool) -> Images:
+def _folder_split(folder: Path, labels: dict[str, int], skip_undecodable: bool) -> list[Image]:
     paths = _files(folder, labels)
     _LOG.info("decoding the %d files of %s", len(paths), folder)
-    sizes = {path: path.stat().st_size for path in paths}
-    progress, good = Progress("files", len(paths), sum(sizes.values())), []
+    sizes = [path.stat().st_size for path in paths]
+    progress, images, bad = Progress("files", len(paths), sum(sizes)), [], []
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
-            for path, decodes in zip(chunk, pool.map(_decodes, chunk), strict=True):
-                good.append(decodes)
-                progress.add(sizes[path])
-    bad = [str(path) for path, decodes in zip(paths, good, strict=True) if not decodes]
+            for path, size, decodes in zip(
+                chunk, sizes[start : start + _CHUNK], pool.map(_decodes, chunk), strict=True
+            ):
+                inside = path.relative_to(folder)
+                if fault := names.text_fault(str(inside)):
+                    raise DataFault(f"the image {str(inside)!r} has {fault}: TFDS stores the name beside the image")
+                if decodes:
+                    images.append(Image(str(inside), labels[inside.parts[0]], str(path), 0, size))
+                else:
+                    bad.append(str(path))
+                progress.add(size)
     if bad and not skip_undecodable:
         raise DataFault(
-            f"{len(bad)} of {len(paths)} files in {folder} are no images, or damaged: {', '.join(bad[:10])}; remove or "
-            "restore them, or give --skip_undecodable to leave them out"
+            f"{len(bad)} of {len(paths)} files in {folder} are no images, or corrupted: {', '.join(bad[:10])}; remove "
+            "or restore them, or give --skip_undecodable to leave them out"
         )
     if bad:
         _LOG.warning("left out %d files that do not decode: %s", len(bad), ", ".join(bad[:10]))
-    paths = [path for path, decodes in zip(paths, good, strict=True) if decodes]
-    if not paths:
+    if not images:
         raise DataFault(f"{folder} holds no image in its folders")
-    inside = [path.relative_to(folder) for path in paths]
-    return Images(
-        files=tuple(map(str, paths)),
-        file=np.arange(len(paths), dtype=np.int32),
-        offset=np.zeros(len(paths), np.int64),
-        size=np.array([sizes[path] for path in paths], np.int64),
-        names=tuple(map(str, inside)),
-        labels=np.array([labels[path.parts[0]] for path in inside], np.int32),
-    )
+    return images
 
 
 def _decodes(path: Path) -> bool:
