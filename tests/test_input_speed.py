@@ -19,7 +19,7 @@ from mae_dist.benchmark import inputs, turns, updates
 from mae_dist.data.batches import Batches, HostBatch
 from mae_dist.data.from_config import open_data, open_dataset
 from mae_dist.data.sources.tfds import TfdsDataset
-from mae_dist.data.transforms import CROP_UNIFORMS, Augment, RandomCrops
+from mae_dist.data.transforms import CROP_UNIFORMS, RandomCrops
 from mae_dist.errors import EXIT_CONFIG, ConfigError, DataFault
 from mae_dist.training import job
 from tests.comparators import torch_input
@@ -47,7 +47,7 @@ def test_the_other_pipeline_makes_the_same_of_the_same_records(config: ConfigDic
     others = torch_input.Records(options["spans"], options["image_size"], options["mode"], options["scale"])
     assert len(others) == 12
     uniforms = np.random.default_rng(0).random((12, CROP_UNIFORMS))
-    mine = dataset.examples(np.arange(12), RandomCrops(uniforms, (1.0, 1.0), Augment("crop_flip").crop_ratio))
+    mine = dataset.examples(np.arange(12), RandomCrops(uniforms, (1.0, 1.0)))
     for index, label in enumerate(mine["label"]):
         image, other_label = others[index]
         assert image.shape == (3, 24, 16)

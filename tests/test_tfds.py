@@ -24,7 +24,6 @@ from tensorflow_datasets.core.units import Size
 
 from mae_dist.data import (
     ArrayDataset,
-    Augment,
     Dataset,
     DescribedDataset,
     RandAugment,
@@ -198,7 +197,7 @@ def test_streamed_batches_do_not_depend_on_workers_or_hosts(varied: Path) -> Non
     def run(rows: np.ndarray, start: int, workers: int) -> list[dict[str, np.ndarray]]:
         with train_batches(
             dataset,
-            augment=Augment("crop_flip"),
+            augment="crop_flip",
             randaugment=RandAugment(2, 9.0, 0.5, (0,)),
             seed=1,
             global_batch_size=8,
@@ -291,7 +290,7 @@ def test_a_missing_or_cut_file_is_named_at_start(tmp_path: Path) -> None:
     content = file.read_bytes()
     for damaged in (content[: len(content) // 2], content[:-1000], b""):
         file.write_bytes(damaged)
-        with pytest.raises(DataFault, match=rf"{file.name}.*truncated or damaged.*Restore"):
+        with pytest.raises(DataFault, match=rf"{file.name}.*truncated or corrupted.*Restore"):
             _open(tmp_path)
     file.unlink()
     with pytest.raises(DataFault, match=rf"{file.name} is missing"):

@@ -13,7 +13,6 @@ from PIL import Image
 from mae_dist.data.resample import resize_box
 from mae_dist.data.transforms import (
     CROP_UNIFORMS,
-    Augment,
     RandomCrops,
     UndecodableImage,
     center_box,
@@ -24,7 +23,6 @@ from mae_dist.data.transforms import (
     header_size,
     resize_images,
 )
-from mae_dist.errors import ConfigError
 from tests.test_resample import pillows
 
 SIDES = st.integers(1, 700)
@@ -246,12 +244,3 @@ def test_flip_mirrors_only_the_chosen_rows(flip: list[bool]) -> None:
     for image, before, mirrored in zip(flipped, images, flip, strict=True):
         np.testing.assert_array_equal(image, before[:, ::-1] if mirrored else before)
     np.testing.assert_array_equal(flip_images(flipped, np.array(flip)), images)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("kind", "mirror"), ("crop_scale", (0.0, 1.0)), ("crop_scale", (0.5, 0.2)), ("crop_ratio", (2.0, 1.0))],
-)
-def test_an_augment_that_cannot_work_is_refused(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match="augment" if field == "kind" else field):
-        Augment(**{field: value})  # type: ignore[arg-type]

@@ -8,13 +8,12 @@ from mae_dist.data.sources import SOURCES, register_source
 from mae_dist.data.sources.described import DescribedDataset, known_sizes
 from mae_dist.data.sources.open_split import open_split
 from mae_dist.data.sources.tfds import is_prepared
-from mae_dist.data.transforms import AUGMENTATIONS, Augment, register_augmentation
+from mae_dist.data.transforms import AUGMENTATIONS, register_augmentation
 
 __all__ = [
     "AUGMENTATIONS",
     "SOURCES",
     "ArrayDataset",
-    "Augment",
     "Batches",
     "Dataset",
     "DescribedDataset",

@@ -1,4 +1,4 @@
-"""Batches by step: the batch at step t is a pure function of (seed, t), whoever computes which rows of it.
+"""Batches by step: the batch at step t is a pure function of (seed, t), whichever process computes which rows.
 
 The examples form one endless stream: epoch after epoch, each in an order of its own, with no example dropped and no
 partial batch. Row r of step t is at g = t * U + r % U of the stream, epoch g // N, position g % N, where U is
@@ -22,7 +22,7 @@ from absl import flags
 from mae_dist.data import draws, workers
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.randaugment import RandAugment
-from mae_dist.data.transforms import AUGMENTATIONS, CROP_UNIFORMS, Augment, Augmentation, RandomCrops, flip_images
+from mae_dist.data.transforms import AUGMENTATIONS, CROP_UNIFORMS, Augmentation, RandomCrops, flip_images
 from mae_dist.errors import DataFault
 from mae_dist.resilience.watchdog import Workers
 
@@ -40,7 +40,7 @@ class _TrainBatch:
     """Makes the host batch of a step. Picklable: workers are spawned."""
 
     dataset: Dataset
-    augment: Augment
+    crop_scale: tuple[float, float]
     augmentation: Augmentation  # pickled with its function by name, so that a worker imports the user's module
     randaugment: RandAugment | None
     repeats: int
@@ -54,7 +54,7 @@ class _TrainBatch:
         augmentation, crops = self.augmentation, None
         numbers = self._uniforms(draws.AUGMENT, step, 1 + CROP_UNIFORMS)
         if augmentation.crop:
-            crops = RandomCrops(numbers[:, 1:], self.augment.crop_scale, self.augment.crop_ratio)
+            crops = RandomCrops(numbers[:, 1:], self.crop_scale)
         batch = self._read(indices, crops)
         if augmentation.flip:
             flip_images(batch["image"], numbers[:, 0] < 0.5)
@@ -186,7 +186,8 @@ class Batches:
 def train_batches(
     dataset: Dataset,
     *,
-    augment: Augment,
+    augment: str = "none",
+    crop_scale: tuple[float, float] = (0.2, 1.0),
     randaugment: RandAugment | None = None,
     repeats: int = 1,
     seed: int,
@@ -200,8 +201,10 @@ def train_batches(
 
     Args:
       dataset: the examples.
-      augment: what is done to images; "none" for a dataset without images.
-      randaugment: what is done to them after that, for images of 1 or 3 channels.
+      augment: "none", also for a dataset without images; "flip" (horizontal, half of the rows); "crop_flip" (random
+        resized crop, bicubic, and flip); or the name of a registered one.
+      crop_scale: smallest and largest area of a random crop as a fraction of the image's.
+      randaugment: what follows, for images of 1 or 3 channels.
       repeats: how often an example stands in its global batch, each time augmented otherwise; divides it.
       seed: decides order and augmentation.
       global_batch_size: rows of all processes together, B.
@@ -221,8 +224,8 @@ def train_batches(
     assert global_batch_size % repeats == 0, (global_batch_size, repeats)
     make_batch = _TrainBatch(
         dataset,
-        augment,
-        AUGMENTATIONS.get(augment.kind),
+        crop_scale,
+        AUGMENTATIONS.get(augment),
         randaugment,
         repeats,
         seed,

@@ -1,4 +1,4 @@
-"""What every dataset is to the rest of the program, and the one that lives in arrays.
+"""The interface of datasets, and the dataset that lives in arrays.
 
 Legend: N examples asked for, H height, W width, C channels, D features.
 """
@@ -15,9 +15,11 @@ import numpy as np
 from mae_dist.data.transforms import RandomCrops, crop_images
 from mae_dist.errors import DataFault
 
+Read = tuple[dict[str, np.ndarray], np.ndarray]  # columns, and which rows could not be read
+
 
 def digest(identity: Mapping[str, Any]) -> str:
-    """Hex digest of a JSON-able mapping, the same on every machine."""
+    """Returns the hex digest of a JSON-able mapping, the same on every machine."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -29,9 +31,9 @@ class Dataset(ABC):
       num_classes: labels are 0 .. num_classes - 1.
       class_names: one name per class.
       fingerprint: hex digest of what decides the examples and their order, not of where they are stored.
-      in_memory: reading costs no decoding, so threads would only get in each other's way.
+      in_memory: true if reading costs no decoding, so that threads would only get in each other's way.
       bad_records: names of the records left out when the dataset was loaded.
-      max_bad_share: the largest share of unreadable records that batches may pass over.
+      max_bad_share: the largest fraction of unreadable records that batches may pass over.
     """
 
     num_examples: int
@@ -43,9 +45,7 @@ class Dataset(ABC):
     max_bad_share: float = 0.0
 
     @abstractmethod
-    def read(
-        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def read(self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True) -> Read:
         """Reads what can be read.
 
         Args:
@@ -68,7 +68,7 @@ class Dataset(ABC):
     def examples(
         self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
     ) -> dict[str, np.ndarray]:
-        """As `read`, but every example must be readable.
+        """Reads examples, every one of which must be readable.
 
         Returns:
           {"image": uint8 (N, H, W, C), "label": int32 (N,)}
@@ -129,9 +129,7 @@ class ArrayDataset(Dataset):
             check_labels(np.asarray(columns["label"]), num_classes, self.record_name)
         self.fingerprint = fingerprint or _array_fingerprint(self.columns, num_classes)
 
-    def read(
-        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def read(self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True) -> Read:
         del evaluation  # what is stored is all there is
         columns = {name: column[indices] for name, column in self.columns.items()}
         if crops is not None:
@@ -152,7 +150,7 @@ class FirstExamples(Dataset):
     """The first examples of another dataset, in its order."""
 
     def __init__(self, dataset: Dataset, num_examples: int):
-        """All of `dataset`, if it has no more than `num_examples`."""
+        """Takes all of `dataset`, if it has no more than `num_examples`."""
         self._dataset = dataset
         self.num_examples = min(num_examples, dataset.num_examples)
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
@@ -162,9 +160,7 @@ class FirstExamples(Dataset):
     def record_name(self, index: int) -> str:
         return self._dataset.record_name(index)
 
-    def read(
-        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def read(self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True) -> Read:
         return self._dataset.read(indices, crops, evaluation)
 
 

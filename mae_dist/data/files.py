@@ -1,4 +1,4 @@
-"""Files written whole or not at all, by several threads or processes, with progress."""
+"""Helpers for writing many files, each whole or not at all: thread pool, progress, free space, names, locks."""
 
 import contextlib
 import fcntl
@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def run_all(pool: ThreadPoolExecutor, work: Callable[[Any], None], items: list[Any]) -> Iterator[Any]:
-    """The items in the order their work gets done; after a fault nothing more is begun."""
-    from concurrent.futures import as_completed
-
+    """Yields the items in the order in which their work is done; begins no more after an error."""
     futures = {pool.submit(work, item): item for item in items}
     try:
         for future in as_completed(futures):
@@ -33,19 +31,19 @@ def run_all(pool: ThreadPoolExecutor, work: Callable[[Any], None], items: list[A
 
 
 class Progress:
-    """Tells now and then how far something is."""
+    """Logs now and then how far a piece of work is."""
 
     def __init__(self, what: str, count: int, size: int):
         self._what, self._count, self._size = what, count, size
-        self._began = self._told = time.monotonic()
+        self._began = self._logged = time.monotonic()
         self._done = self._bytes = 0
 
     def add(self, size: int) -> None:
         self._done, self._bytes = self._done + 1, self._bytes + size
         now = time.monotonic()
-        if now - self._told < _PROGRESS_SECS and self._done < self._count:
+        if now - self._logged < _PROGRESS_SECS and self._done < self._count:
             return
-        self._told = now
+        self._logged = now
         rate = self._bytes / max(now - self._began, 1e-3)
         left = (self._size - self._bytes) / max(rate, 1.0)
         _LOG.info(
@@ -65,14 +63,14 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name that no other process writes to, on this host or another, until the file gets its own."""
+    """Returns a name that no other process writes to, on this host or another, for a file until it is whole."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Removes what killed processes of this host left in a directory, for the one that holds its lock.
+    """Removes what killed processes of this host left in a directory whose lock the caller holds.
 
-    Not what other hosts left: some file systems grant a lock to one process of each host, and they may be at work.
+    Other hosts' files stay: some file systems grant a lock to one process of each host, so they may be in use.
     """
     for path in directory.glob(f".*.{socket.gethostname()}.*.tmp"):
         path.unlink()
@@ -82,8 +80,8 @@ def remove_temporaries(directory: Path) -> None:
 def locked(path: Path) -> Iterator[bool]:
     """Holds an exclusive lock among the processes of one host, and of others, where the file system can.
 
-    Some network file systems have no locks. There the value is False: others may do the same at the same time, each
-    under names of its own, and what it renames into place is whole all the same.
+    Some network file systems have no locks. There the value is False: other processes may do the same work at the same
+    time, each under names of its own, and each file that is renamed into place is whole all the same.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_dist.data import Augment, Dataset, RandAugment, batches, open_split
+from mae_dist.data import Dataset, RandAugment, batches, open_split
 from mae_dist.errors import ConfigError
 
 
@@ -19,12 +19,13 @@ class Data:
 
 
 def train_batches(config: ConfigDict, dataset: Dataset, *, start_step: int, total_steps: int, rows: Any) -> Any:
-    """`rows` of the batches of updates `start_step` .. `total_steps` - 1, as a config has them made."""
+    """Iterates over `rows` of the batches of steps start_step .. total_steps - 1, as a config has them made."""
     options = config.data
     fill = tuple(min(255, max(0, round(255 * value))) for value in options.mean)  # as timm
     return batches.train_batches(
         dataset,
-        augment=Augment(options.augment, tuple(options.crop_scale)),
+        augment=options.augment,
+        crop_scale=tuple(options.crop_scale),
         randaugment=RandAugment(options.randaug_layers, options.randaug_magnitude, options.randaug_std, fill)
         if options.randaug_magnitude
         else None,

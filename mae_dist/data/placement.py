@@ -1,4 +1,4 @@
-"""Which rows of the global batch this process reads, and the global array they become.
+"""The rows of the global batch that this process reads, and the global array that they become.
 
 Legend: B global batch, b rows of this process.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def local_rows(sharding: jax.sharding.Sharding, global_batch_size: int) -> np.ndarray:
-    """The rows whose shards live on this process's devices, sorted. # -> (b,) int64
+    """Returns the rows whose shards live on this process's devices, sorted. # -> (b,) int64
 
     Derived from the sharding and not from the process number: where a model axis spans processes, several of them hold
     the same rows, and each reads them.

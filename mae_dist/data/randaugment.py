@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from mae_dist.errors import ConfigError
-
 MAX_MAGNITUDE = 10.0
 UNIFORMS_PER_LAYER = 5  # whether at all, which operation, two for the normal magnitude, and the sign
 _APPLIED_FRACTION = 0.5
@@ -191,13 +189,6 @@ class RandAugment:
     magnitude: float
     std: float
     fill: Fill
-
-    def __post_init__(self) -> None:
-        if self.layers < 1 or not 0 < self.magnitude <= MAX_MAGNITUDE or not 0 <= self.std < math.inf:
-            raise ConfigError(
-                f"RandAugment with {self.layers} layers, magnitude {self.magnitude}, std {self.std}: needed are layers "
-                f">= 1, 0 < magnitude <= {MAX_MAGNITUDE:g} and std >= 0"
-            )
 
     @property
     def num_uniforms(self) -> int:

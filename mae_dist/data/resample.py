@@ -96,7 +96,7 @@ def resize_boxes(images: np.ndarray, boxes: np.ndarray, out: np.ndarray) -> None
 
 
 def _needed(start: float, length: float, size: int, out: int, margin: bool) -> slice:
-    """The pixels along an axis of `size` that are resampled to `out`."""
+    """Returns the pixels along an axis of `size` that are resampled to `out`."""
     beyond = _REACH * max(1.0, length / out) if margin else 0.0
     return slice(max(0, math.floor(start - beyond)), min(size, math.ceil(start + length + beyond)))
 
@@ -120,7 +120,7 @@ def _resample(image: np.ndarray, start: float, length: float, out: np.ndarray) -
 
 @functools.lru_cache(512)  # crops of photographs have a few hundred lengths
 def _weights(start: float, length: float, size: int, out: int, at_once: int) -> list[_Rows]:
-    """The weights of `out` results from start .. start + length of `size` pixels, `at_once` results in a matmul."""
+    """Returns the weights of `out` results from start .. start + length of `size` pixels, `at_once` in a matmul."""
     scale = length / out
     widen = max(1.0, scale)
     centers = start + (np.arange(out) + 0.5) * scale  # (n',), from the corner of the first pixel

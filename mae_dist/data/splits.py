@@ -49,7 +49,7 @@ def parse_split(split: str, sizes: Mapping[str, int]) -> list[Span]:
 
 
 def _boundary(text: str | None, size: int, default: int) -> int:
-    """One slice end, in examples, clipped to the split; a percentage is rounded to the closest, as TFDS does."""
+    """Returns one slice end, in examples, clipped to the split; rounds a percentage to the closest, as TFDS does."""
     if text is None:
         return default
     value = round(int(text[:-1]) * size / 100) if text.endswith("%") else int(text)

@@ -1,4 +1,4 @@
-"""Image bytes to fixed-size uint8 images: decoding, centre crop, random resized crop (Szegedy et al. 2015), flip.
+"""Decoding of image files, centre crop, random resized crop (Szegedy et al. 2015), flip.
 
 Nothing here draws random numbers. The caller passes uniforms that it derives from (seed, step, row), so the same row
 gets the same crop on whichever host or worker computes it.
@@ -51,7 +51,7 @@ class Augmentation:
     num_uniforms: int = 0
 
     def apply(self, images: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """Replaces each image by what `function` makes of it, in place. # (N, H, W, C), (N, U) -> (N, H, W, C)"""
+        """Applies `function` to each image, in place. # (N, H, W, C), (N, U) -> (N, H, W, C)"""
         assert self.function is not None
         for image, numbers in zip(images, uniforms, strict=True):
             changed = self.function(image, numbers)
@@ -102,43 +102,18 @@ class UndecodableImage(ValueError):
 
 
 @dataclass(frozen=True)
-class Augment:
-    """The augmentation of a training and its random crops.
-
-    Attributes:
-      kind: "none", "flip" (horizontal, half of the rows), "crop_flip" (random resized crop, bicubic, and flip), or the
-        name of a registered one.
-      crop_scale: smallest and largest crop area as a fraction of the image's.
-      crop_ratio: smallest and largest width / height of the crop.
-    """
-
-    kind: str = "none"
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-    def __post_init__(self) -> None:
-        AUGMENTATIONS.get(self.kind)
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ConfigError(f"crop_scale is {(low, high)}; it must be two areas with 0 < smallest <= largest <= 1")
-        low, high = self.crop_ratio
-        if not 0 < low <= high:
-            raise ConfigError(f"crop_ratio is {(low, high)}; it must be two aspect ratios with 0 < smallest <= largest")
-
-
-@dataclass(frozen=True)
 class RandomCrops:
     """Random resized crops of N rows, before the sizes of their images are known.
 
     Attributes:
       uniforms: float64 in [0, 1), one row per image. # (N, CROP_UNIFORMS)
-      scale: as `Augment.crop_scale`.
-      ratio: as `Augment.crop_ratio`.
+      scale: smallest and largest area as a fraction of the image's.
+      ratio: smallest and largest width / height.
     """
 
     uniforms: np.ndarray
     scale: tuple[float, float]
-    ratio: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def take(self, rows: np.ndarray) -> "RandomCrops":
         return RandomCrops(self.uniforms[rows], self.scale, self.ratio)

@@ -28,7 +28,7 @@ def check_shared_memory(dataset: Dataset, rows: int, num_workers: int) -> None:
         return
     columns, _ = dataset.read(np.zeros(1, np.int64))
     batch = rows * sum(column.nbytes for column in columns.values())
-    needed = num_workers * (BUFFER + 2) * batch  # and one in the making, one being copied out
+    needed = num_workers * (BUFFER + 2) * batch  # one more being made, one being copied out
     if needed > free:
         raise ConfigError(
             f"data.num_workers={num_workers} need {needed / 2**20:.0f} MiB of shared memory for their batches of "
@@ -46,11 +46,11 @@ def start(worker: int, num_workers: int) -> None:
 
 
 def keep_memory_level() -> None:
-    """Has glibc map every block from 1 MiB on by itself, and give it back when it is freed; elsewhere nothing happens.
+    """Makes glibc map every block of 1 MiB or more by itself, and unmap it when it is freed.
 
-    Left alone it raises that size to the largest block freed so far, and decoded photographs of all sizes then break up
-    its heap: a worker grew by 2 MiB a minute, without end. Smaller blocks stay in the heap when they are freed: else
-    each buffer of a crop would be fresh memory, and filling it cost as much as the crop.
+    By default glibc raises that size to the largest block freed so far, and decoded photographs of all sizes fragment
+    its heap: a worker grew by 2 MiB a minute. Smaller blocks stay in the heap when they are freed: filling fresh memory
+    for each buffer of a crop cost as much as the crop.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -59,7 +59,7 @@ def keep_memory_level() -> None:
 
 
 def _exit_with_parent() -> None:
-    """Ends this process as soon as the one that started it is gone: a killed one can no longer say so."""
+    """Ends this process as soon as the one that started it is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

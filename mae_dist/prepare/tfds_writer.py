@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from mae_dist import os_errors
 from mae_dist.data import draws
 from mae_dist.data.files import Progress, check_space, locked, remove_temporaries, run_all, temporary_beside
+from mae_dist.data.sources.tfds import num_records
 from mae_dist.errors import DataFault
+from mae_dist.storage import write_text_atomically
 
 _THREADS = 8  # reading waits for the disk, writing is C++
 _OVERHEAD = 1.01  # of records and indices over the images' own bytes
@@ -71,17 +74,10 @@ class _Shard(NamedTuple):
         return sum(image.size for image in self.images)
 
     def is_done(self) -> bool:
-        from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
-
-        if not self.path.exists():
-            return False
         with contextlib.suppress(RuntimeError):
-            reader = array_record_module.ArrayRecordReader(str(self.path))
-            count = reader.num_records()
-            reader.close()
-            if count == len(self.images):
+            if self.path.exists() and num_records(self.path) == len(self.images):
                 return True
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
         return False
 
     def write(self, features: Any, convert: Convert) -> None:
@@ -158,9 +154,7 @@ def _begin(incomplete: Path, splits: Mapping[str, list[Image]]) -> None:
         _LOG.warning("%s was begun from other images and is made again", incomplete)
         shutil.rmtree(incomplete)
     incomplete.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    temporary.write_text(json.dumps(plan))
-    temporary.rename(path)
+    write_text_atomically(epath.Path(path), json.dumps(plan))
 
 
 def _digest(images: list[Image]) -> str:
@@ -183,7 +177,6 @@ def _shards(name: str, directory: Path, split: str, images: list[Image]) -> list
 
 
 def _template(name: str, directory: Path, split: str) -> Any:
-    from etils import epath
     from tensorflow_datasets.core import naming
 
     return naming.ShardedFileTemplate(

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 prepared through TFDS without TensorFlow, and downloads that fail in seconds, not minutes.
+"""CIFAR-10 and CIFAR-100 prepared by TFDS without TensorFlow, and downloads that fail in seconds, not minutes.
 
 TFDS's own builder reads the archive with tf.io.gfile and encodes PNGs with TensorFlow. The builders here yield encoded
 bytes instead, under the same name and version, so what they write is what TFDS itself would read.
@@ -116,13 +116,13 @@ def prepare(builder: Any) -> None:
             return
         raise DataFault(
             f"preparing {builder.name} in {builder.data_path} failed: {type(error).__name__}: {error}. "
-            "If the archive is damaged, delete it; if data_dir cannot be written, set data_dir to one that can, "
+            "If the archive is corrupted, delete it; if data_dir cannot be written, set data_dir to one that can, "
             f"or to prepared data; {_NO_DOWNLOAD}"
         ) from error
 
 
 def _check_archive_or_connection(builder: Any) -> None:
-    """TFDS retries a dead connection for minutes: finds out in seconds, unless the archive is already here."""
+    """Raises DataFault in seconds if the archive is neither here nor within reach: TFDS would try for minutes."""
     url = next(iter(builder.url_infos or {}), None)
     if url is None or builder.MANUAL_DOWNLOAD_INSTRUCTIONS:  # files the user brings: TFDS says which
         return
@@ -141,7 +141,7 @@ def _check_archive_or_connection(builder: Any) -> None:
 
 
 def _connection_problem(url: str) -> str | None:
-    """Why `url` cannot be fetched, or None. Honours the same proxy variables as the download itself."""
+    """Returns why `url` cannot be fetched, or None. Honours the same proxy variables as the download itself."""
     import requests  # TFDS downloads with it
 
     result = [f"no answer within {2 * _CONNECT_SECS:g} s"]

@@ -1,8 +1,8 @@
-"""Data sets that are not here: how many examples their splits have, for planning."""
+"""Sizes of data sets that are not on this machine, for planning."""
 
 import numpy as np
 
-from mae_dist.data.dataset import Dataset
+from mae_dist.data.dataset import Dataset, Read
 from mae_dist.data.splits import parse_split
 from mae_dist.data.transforms import RandomCrops
 from mae_dist.errors import ConfigError
@@ -16,7 +16,7 @@ SIZES: dict[str, tuple[dict[str, int], int]] = {
 
 
 def known_sizes(name: str) -> tuple[dict[str, int], int] | None:
-    """The entry of `SIZES` for a data set's name with or without a version (`imagenet2012:5.1.0`), if there is one."""
+    """Returns the entry of `SIZES` for a name with or without a version (`imagenet2012:5.1.0`), if there is one."""
     return SIZES.get(name.partition(":")[0])
 
 
@@ -35,7 +35,5 @@ class DescribedDataset(Dataset):
         self.class_names = tuple(str(label) for label in range(self.num_classes))
         self.fingerprint, self.in_memory = f"described {name} {split}", True
 
-    def read(
-        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def read(self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True) -> Read:
         raise AssertionError("a described data set has no images")

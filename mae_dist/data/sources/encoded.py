@@ -1,4 +1,4 @@
-"""Encoded image files, decoded and resized when they are read: what sources of photographs have in common.
+"""Datasets of encoded image files, decoded and resized when they are read.
 
 Legend: N examples asked for, H height, W width, C channels.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_dist.data.dataset import Dataset, check_labels, digest
+from mae_dist.data.dataset import Dataset, Read, check_labels, digest
 from mae_dist.data.transforms import (
     PHOTOGRAPH_FROM,
     RandomCrops,
@@ -37,7 +37,7 @@ class EncodedDataset(Dataset):
       image_size: (height, width) of the images given out.
       channels: 1 grey, 3 RGB, 4 RGBA.
       native_size: (height, width) if all images have one size.
-      crops_evaluation: whether evaluation sees the middle of an image where training without random crops sees all.
+      crops_evaluation: true if evaluation sees the middle of an image where training without random crops sees all.
     """
 
     in_memory = False
@@ -75,11 +75,9 @@ class EncodedDataset(Dataset):
     @property
     @abstractmethod
     def files(self) -> list[str]:
-        """The files on disk that hold the examples: a decoded copy is of these, as they are now."""
+        """Returns the files on disk that hold the examples; a decoded copy is made again when one of them changed."""
 
-    def read(
-        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def read(self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True) -> Read:
         indices = np.asarray(indices)
         images = np.zeros((len(indices), *self.image_size, self.channels), np.uint8)
         labels = np.zeros(len(indices), np.int32)

@@ -9,7 +9,7 @@ import colorsys
 
 import numpy as np
 
-from mae_dist.data.dataset import ArrayDataset, Dataset, digest
+from mae_dist.data.dataset import ArrayDataset, Dataset, Read, digest
 from mae_dist.data.sources import register_source
 from mae_dist.data.splits import Span, parse_split
 from mae_dist.data.transforms import RandomCrops, crop_images
@@ -73,9 +73,7 @@ class SyntheticDataset(Dataset):
         identity = {"source": "synthetic", "version": 1, "spans": spans, "seed": seed, "num_classes": num_classes}
         self.fingerprint = digest(identity | {"image_size": image_size, "channels": channels})
 
-    def read(
-        self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def read(self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True) -> Read:
         del evaluation  # drawn at image_size: there is nothing to crop away
         keys, labels = self._keys_and_labels(np.asarray(indices, np.int64))
         images = np.empty((len(keys), *self.image_size, self.channels), np.uint8)
@@ -88,7 +86,7 @@ class SyntheticDataset(Dataset):
         return {"image": images, "label": labels}, np.zeros(len(keys), bool)
 
     def _keys_and_labels(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The random key and the class of each example. # (N,) -> uint64 (N,), int32 (N,)"""
+        """Returns the random key and the class of each example. # (N,) -> uint64 (N,), int32 (N,)"""
         ends = np.cumsum([span.stop - span.start for span in self.spans])
         which = np.searchsorted(ends, indices, side="right")
         starts = np.array([span.start for span in self.spans]) - np.concatenate([[0], ends[:-1]])
@@ -99,7 +97,7 @@ class SyntheticDataset(Dataset):
         return keys, (position % self.num_classes).astype(np.int32)
 
     def _draw(self, keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """# uint64 (N,), int32 (N,) -> uint8 (N, H, W, C)"""
+        """Draws images. # uint64 (N,), int32 (N,) -> uint8 (N, H, W, C)"""
         draws = [_uniform(keys, number)[:, None, None] for number in range(_NUM_DRAWS)]  # each (N, 1, 1)
         height, width = self.image_size
         y = np.linspace(-1, 1, height, dtype=np.float32)[None, :, None]
@@ -130,7 +128,7 @@ class SyntheticDataset(Dataset):
         return images
 
     def _colours(self) -> np.ndarray:
-        """One colour for every len(SHAPES) classes, all brighter than the ground. # float32 (colours, C)"""
+        """Returns one colour for every len(SHAPES) classes, all brighter than the ground. # float32 (colours, C)"""
         count = -(-self.num_classes // len(SHAPES))
         if self.channels == 1:
             return np.linspace(1, 0.55, count, dtype=np.float32)[:, None]
@@ -138,7 +136,7 @@ class SyntheticDataset(Dataset):
 
 
 def _distance(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Distance from the shape's rim, negative inside, in units of its radius. # (n, H, W) -> (n, H, W)"""
+    """Returns the distance from the shape's rim, negative inside, in units of its radius. # (n, H, W) -> (n, H, W)"""
     if shape == 0:
         return np.hypot(u, v) - 1
     if shape == 1:
@@ -160,5 +158,5 @@ def _scramble(words: np.ndarray) -> np.ndarray:
 
 
 def _uniform(keys: np.ndarray, number: int) -> np.ndarray:
-    """The number-th uniform of each key, float32 in [0, 1). # (N,) -> (N,)"""
+    """Returns the number-th uniform of each key, float32 in [0, 1). # (N,) -> (N,)"""
     return (_scramble(keys + np.uint64(number + 1)) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)

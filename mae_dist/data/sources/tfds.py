@@ -17,7 +17,7 @@ from mae_dist.data.sources.staging import Staging
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.storage import absolute_name
 
-_OPEN_THREADS = 16
+_THREADS = 16  # that open files
 
 
 class Shard(NamedTuple):
@@ -124,12 +124,10 @@ def open_tfds(
       split: a TFDS split expression.
       name: as TFDS writes it, e.g. "cifar10", "imagenet2012", "imagenet_resized/64x64:0.1.0".
       data_dir: TFDS data directory, may be gs://…; "" is TFDS's default.
-      image_size: (height, width) of the images given out.
-      channels: 1 grey, 3 RGB, 4 RGBA.
-      cache: as for `cached`.
+      image_size: (height, width) of the images given out; they have 1, 3 or 4 `channels`.
+      cache: as for `cached`, like max_bad_share.
       cache_dir: where decoded images and copied record files are kept for the next start; "" is ~/.cache/mae_dist.
-      stage: whether the record files that the split needs are copied there and read there; in a bucket they always are.
-      max_bad_share: largest share of records that may be left out because they do not decode.
+      stage: true to copy the record files that the split needs there; those in a bucket always are.
 
     Raises:
       ConfigError: no such dataset or split, or features that do not fit.
@@ -149,7 +147,7 @@ def open_tfds(
     if staging is not None:
         staging.copy_records([Path(i.filename) for i in instructions])
     _check_files(instructions)
-    full_name = str(builder.info.full_name)
+    full_name = builder.info.full_name
     dataset = TfdsDataset(
         [Shard(str(i.filename), i.skip, i.take) for i in instructions],
         title=f"{full_name} split {split!r}",
@@ -200,8 +198,9 @@ def _find_builder(name: str, data_dir: str) -> Any:
                 f"data.data_dir={data_dir} is a data set itself; name the directory above name and version, as "
                 f"--config.data.data_dir={shlex.quote(str(Path(root).parent.parent))}"
             ) from error
+        first_line = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"TFDS has no dataset {name!r} ({_first_line(error)}) and {data_dir or 'its default directory'} holds "
+            f"TFDS has no dataset {name!r} ({first_line}) and {data_dir or 'its default directory'} holds "
             "none: names are listed at https://www.tensorflow.org/datasets/catalog; for a set that was prepared "
             "elsewhere give data.data_dir"
         ) from error
@@ -222,19 +221,17 @@ def _open_builder(name: str, data_dir: str) -> Any:
         if builder.name in cifar.BUILDERS:
             builder = cifar.BUILDERS[builder.name](data_dir=builder.data_dir_root)
         cifar.prepare(builder)
-        # A fresh one: a builder knows its files from when it is made.
-        builder = _find_builder(name, data_dir)
-    file_format = builder.info.file_format
-    if file_format is None or file_format.value != "array_record":
-        ours = builder.name in (*cifar.BUILDERS, "imagenet2012")
+        builder = _find_builder(name, data_dir)  # a builder looks for its files only when it is made
+    file_format = builder.info.file_format.value if builder.info.file_format else "unknown"
+    if file_format != "array_record":
         again = (
             f"python -m mae_dist.prepare {builder.name} --data_dir=<another>"
-            if ours
+            if builder.name in (*cifar.BUILDERS, "imagenet2012")
             else f"tfds build {name} --file_format=array_record --data_dir=<another> (needs the extra `tensorflow`)"
         )
         raise DataFault(
-            f"{builder.data_path} holds {file_format.value if file_format else 'unknown'} files, which cannot be read "
-            f"at random; prepare array_record files and set data.data_dir to where they are: {again}"
+            f"{builder.data_path} holds {file_format} files, which cannot be read at random; prepare array_record ones "
+            f"and set data.data_dir to where they are: {again}"
         )
     return builder
 
@@ -253,35 +250,40 @@ def _check_features(builder: Any, channels: int) -> tuple[tuple[int, int] | None
         )
     if image.np_dtype != np.uint8:
         raise ConfigError(f"{builder.name} has images of {np.dtype(image.np_dtype)}; only uint8 images are supported")
-    if channels not in (1, 3, 4) or (channels == 4 and image.shape[-1] not in (4, None)):
+    if channels == 4 and image.shape[-1] not in (4, None):
         raise ConfigError(
-            f"model.channels={channels}, and the images of {builder.name} have {image.shape[-1]}; "
-            "it must be 1 (grey) or 3 (RGB), or 4 where the images have an alpha channel"
+            f"model.channels=4, and the images of {builder.name} have {image.shape[-1]}; use 1 (grey) or 3 (RGB)"
         )
-    height, width = image.shape[:2]
     names = label.names or [str(number) for number in range(label.num_classes or 0)]
-    return (None if height is None or width is None else (height, width)), tuple(names)
+    return None if None in image.shape[:2] else image.shape[:2], tuple(names)
+
+
+def num_records(path: Path) -> int:
+    """Returns how many records an array_record file holds; raises RuntimeError if it is truncated or corrupted."""
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+    reader = array_record_module.ArrayRecordReader(str(path))
+    count = reader.num_records()
+    reader.close()
+    return count
 
 
 def _check_files(instructions: list[Any]) -> None:
-    """Opens every file once, so that a missing or cut one is found at start and not hours later."""
-    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+    """Opens every file once, so that a missing or truncated one is found at start and not hours later."""
 
     def problem(instruction: Any) -> str | None:
         path = Path(instruction.filename)
         if not path.exists():
             return f"{path} is missing"
         try:
-            reader = array_record_module.ArrayRecordReader(str(path))
-            count = reader.num_records()
-            reader.close()
+            count = num_records(path)
         except RuntimeError as error:
-            return f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}"
+            return f"{path} ({path.stat().st_size} bytes) is truncated or corrupted: {error}"
         if count != instruction.examples_in_shard:
             return f"{path} holds {count} records where dataset_info.json says {instruction.examples_in_shard}"
         return None
 
-    with ThreadPoolExecutor(_OPEN_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         problems = [found for found in pool.map(problem, instructions) if found]
     if problems:
         raise DataFault(
@@ -293,11 +295,6 @@ def _check_files(instructions: list[Any]) -> None:
 def _allow_open_files(count: int) -> None:
     """Raises the soft limit: a reader stays open per file, and ImageNet's 1,024 reach the usual one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
+    limit = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
