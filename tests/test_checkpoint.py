@@ -109,7 +109,7 @@ def test_first_save_compiles_one_small_program(workdir, caplog):
     built = build((2, 1, 1), model__embed_dim=48)  # shapes that no other test has compiled for
     state = new_state(built)
     with open_checkpoints(workdir) as checkpoints, jax.log_compiles():
-        checkpoints.save_and_wait(1, state, built.meta, {})
+        checkpoints.save(1, state, built.meta, {}, wait=True)
     assert len([line for line in caplog.messages if line.startswith("Finished XLA compilation")]) <= 1, caplog.text
 
 
@@ -253,7 +253,7 @@ def test_faults_advise_to_verify_the_workdir(workdir):
     with pytest.raises(StorageFault, match=rf"checkpoint {workdir}/checkpoints/0 cannot(.|\n)*verify {workdir}\)"):
         reader.load_params(workdir, built.abstract_state.params, built.shardings.params)
     (workdir / "config.json").write_text("{")
-    with pytest.raises(StorageFault, match=rf"^{workdir}/config.json is damaged: .*continue the run"):
+    with pytest.raises(StorageFault, match=rf"^{workdir}/config.json is corrupted: .*continue the run"):
         reader.read_config(workdir)
 
 

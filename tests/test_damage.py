@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mae_dist.checkpoint import digests
 from mae_dist.checkpoint import reader as saved_lib
-from mae_dist.checkpoint.manifests import Seals
+from mae_dist.checkpoint.manifests import Manifests
 from mae_dist.checkpoint.reader import load_params
 from mae_dist.errors import StorageFault
 from mae_dist.parallel import shardings
@@ -57,6 +57,12 @@ def copy_of(saved, tmp_path_factory):
     workdir = epath.Path(tmp_path_factory.mktemp("copy") / "run")
     shutil.copytree(saved[0], workdir)
     return workdir
+
+
+def write_manifest(workdir, step):
+    """Makes what is there what was written."""
+    manifests = Manifests(workdir)
+    manifests.write(step, [manifests.digest_files(step)])
 
 
 def assert_holds(found, held):
@@ -107,7 +113,7 @@ def test_any_damage_is_noticed(saved, tmp_path_factory, kind, data):
     assert found is not None
     assert found[0] == 1
     assert_holds(found, saved[1])
-    (reason,) = Seals(workdir).quarantined().values()
+    (reason,) = Manifests(workdir).quarantined().values()
     assert reason
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
     assert len([path for path in (workdir / "quarantine").iterdir() if path.is_dir()]) == 1
@@ -116,7 +122,7 @@ def test_any_damage_is_noticed(saved, tmp_path_factory, kind, data):
 @settings(RARELY, max_examples=12)
 @given(kind=st.sampled_from(KINDS), data=st.data())
 def test_damage_without_a_seal(saved, tmp_path_factory, kind, data):
-    """Killed before the seal, the arrays' own digests decide: what goes on is exactly what was saved."""
+    """Killed before the manifest, the arrays' own digests decide: what goes on is exactly what was saved."""
     workdir = copy_of(saved, tmp_path_factory)
     shutil.rmtree(workdir / "seals")
     damage_one(workdir / "checkpoints" / "2", kind, data)
@@ -150,31 +156,31 @@ def test_what_cannot_be_read_back(saved, tmp_path_factory, how):
     """Is found by looking at every array and chunk, without reading them."""
     path = copy_of(saved, tmp_path_factory) / "checkpoints" / "2"
     names = digests.digests(new_state(build())).keys()
-    saved_lib.check_readable(path, names)
+    saved_lib.check_readable(path.parent, 2, names)
     BREAKS[how](path)
     with pytest.raises(StorageFault, match=rf"checkpoint {path} was written but cannot be read back: \S"):
-        saved_lib.check_readable(path, names)
+        saved_lib.check_readable(path.parent, 2, names)
 
 
 def test_an_array_that_was_left_out(saved):
     """Is missed, although all that is there can be read."""
     with pytest.raises(StorageFault, match=r"cannot be read back: array params\.another is missing"):
-        saved_lib.check_readable(saved[0] / "checkpoints" / "2", ["step", "params.another"])
+        saved_lib.check_readable(saved[0] / "checkpoints", 2, ["step", "params.another"])
 
 
 def test_a_save_that_cannot_be_read_back_has_failed(workdir, monkeypatch, caplog):
     """It is tried again, at last a fault; it never gets its name or a manifest, and deletes nothing that is older."""
     check, broken = saved_lib.check_readable, []
 
-    def break_and_check(path, names):
+    def break_and_check(directory, step, names):
         if not broken:
-            broken.append(path)
-            BREAKS["not merged"](path)
-        check(path, names)
+            broken.extend(directory.glob(f"{step}*"))
+            BREAKS["not merged"](broken[0])
+        check(directory, step, names)
 
     built = build()
     with open_checkpoints(workdir, keep_latest=1) as checkpoints:
-        checkpoints.save_and_wait(1, new_state(built), built.meta, {})
+        checkpoints.save(1, new_state(built), built.meta, {}, wait=True)
         monkeypatch.setattr(saved_lib, "check_readable", break_and_check)
         checkpoints.save(2, new_state(built), built.meta, {})
         with pytest.raises(StorageFault, match=r"checkpoints/2.* was written but cannot be read back"):
@@ -186,7 +192,7 @@ def test_a_save_that_cannot_be_read_back_has_failed(workdir, monkeypatch, caplog
     assert found[0] == 1
     broken.clear()
     with open_checkpoints(workdir, retries=1, keep_latest=1) as checkpoints:
-        checkpoints.save_and_wait(2, new_state(built), built.meta, {})
+        checkpoints.save(2, new_state(built), built.meta, {}, wait=True)
     assert "A SAVE FAILED" in caplog.text
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["2"]
     assert saved_lib.condition(workdir, 2) == []
@@ -197,7 +203,7 @@ def test_a_directory_that_orbax_reads_as_a_pattern(workdir):
     workdir, built = workdir / "lr=[1e-3]", build()
     with pytest.raises(StorageFault, match="written but cannot be read back"), open_checkpoints(workdir) as checkpoints:
         save(checkpoints, built, new_state(built), 1)
-    assert not Seals(workdir).steps()
+    assert not Manifests(workdir).steps()
     assert not saved_lib.steps(workdir)
 
 
@@ -209,7 +215,7 @@ def test_nothing_good_left(saved, tmp_path_factory):
     for _ in range(2):
         with pytest.raises(StorageFault, match=r"no good checkpoint any more; in quarantine beside it: 1_.*, 2_"):
             restore(workdir)
-    assert Seals(workdir).empty_quarantine() == 2
+    assert Manifests(workdir).empty_quarantine() == 2
     assert restore(workdir) is None
 
 
@@ -223,7 +229,7 @@ def test_intact_but_unreadable_is_no_damage(saved, tmp_path_factory, monkeypatch
     monkeypatch.setattr("mae_dist.checkpoint.reader.restore", fail)
     with pytest.raises(StorageFault, match=r"checkpoints/2 cannot be .*another tree"):
         restore(workdir)
-    assert not Seals(workdir).quarantined()
+    assert not Manifests(workdir).quarantined()
 
 
 def test_wrong_from_the_start(saved, tmp_path_factory):
@@ -234,35 +240,11 @@ def test_wrong_from_the_start(saved, tmp_path_factory):
     text = meta.read_text()
     at = text.index('"params.') + text[text.index('"params.') :].index(': "') + 3
     meta.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
-    Seals(workdir).seal(2)
+    write_manifest(workdir, 2)
     found = restore(workdir)
     assert found is not None
     assert found[0] == 1
-    assert "damaged" in next(iter(Seals(workdir).quarantined().values()))
-
-
-def test_sealing_what_is_deleted_meanwhile(saved, tmp_path_factory, monkeypatch):
-    """Retention may delete a checkpoint while its files are read: no fault; a file that goes alone is one."""
-    workdir = copy_of(saved, tmp_path_factory)
-    whole = digests.files
-
-    def one_goes(directory):
-        for path in whole(directory):
-            path.unlink()
-            yield path
-
-    monkeypatch.setattr(digests, "files", one_goes)
-    with pytest.raises(FileNotFoundError):
-        Seals(workdir).seal(2)
-
-    def all_go(directory):
-        for path in list(whole(directory)):
-            shutil.rmtree(directory, ignore_errors=True)
-            yield path
-
-    monkeypatch.setattr(digests, "files", all_go)
-    Seals(workdir).seal(1)
-    assert not (workdir / "checkpoints" / "1").exists()
+    assert "corrupted" in next(iter(Manifests(workdir).quarantined().values()))
 
 
 def test_readers_take_a_good_one(saved, tmp_path_factory):
@@ -281,22 +263,20 @@ def test_manifest_of_several_processes(saved, tmp_path_factory):
     state = workdir / "checkpoints" / "2" / "state"
     for name in ("ocdbt.process_1", "ocdbt.process_10"):
         shutil.copytree(state / "ocdbt.process_0", state / name)
-    seals = Seals(workdir)
-    shares = [seals.digest_share(2, process, 2) or {} for process in range(2)]
-    assert all(name.startswith("state/ocdbt.process_1/") for name in shares[1])
-    assert not shares[0].keys() & shares[1].keys()
+    manifests = Manifests(workdir)
+    parts = [manifests.digest_files(2, process, 2) for process in range(2)]
+    assert all(name.startswith("state/ocdbt.process_1/") for name in parts[1])
+    assert not parts[0].keys() & parts[1].keys()
     whole = digests.file_digests(workdir / "checkpoints" / "2")
-    assert shares[0] | shares[1] == whole
-    seals.write(2, shares)
+    assert parts[0] | parts[1] == whole
+    manifests.write(2, parts)
     for count in (1, 2, 3):
-        assert [seals.damage(2, process, count) for process in range(count)] == [[]] * count
+        assert [manifests.faults(2, process, count) for process in range(count)] == [[]] * count
     cut_short(largest(state))
     (state / "new").write_text("")
     (state / "_sharding").unlink()
     for count in (1, 2, 3):
-        assert len([line for process in range(count) for line in seals.damage(2, process, count) or ()]) == 3
-    seals.write(1, [whole, None])  # gone meanwhile, for one of them
-    assert seals.damage(1) == []
+        assert len([line for process in range(count) for line in manifests.faults(2, process, count) or ()]) == 3
 
 
 def test_digests_stay_what_they_were():
@@ -316,11 +296,12 @@ def test_digests_stay_what_they_were():
 
 
 def test_digests_take_no_memory_to_speak_of():
-    """On a device that a state fills, nothing like a copy of an array: split over devices or whole."""
+    """On devices that a state fills, nothing like a copy of an array, split over devices or whole."""
     for shape in ((1, 1, 1), (2, 2, 2)):
         built = build(shape, model__embed_dim=128)
-        for program in digests.programs(shardings.with_shardings(built.abstract_state, built.shardings)):
-            memory = program.memory_analysis()
+        arrays = jax.tree.leaves(shardings.with_shardings(built.abstract_state, built.shardings))
+        for array in {(array.shape, array.dtype, array.sharding): array for array in arrays}.values():
+            memory = digests.sums_on_devices.lower(array).compile().memory_analysis()
             assert memory is not None
             assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 2**10
 
@@ -362,16 +343,16 @@ def test_command(saved, tmp_path_factory, child_env):
     assert code == 0, output
     code, output = run(child_env(), "verify", str(workdir), module="checkpoint")
     assert (code, output.count("good")) == (0, 2), output
-    assert "not sealed" not in output
+    assert "no manifest" not in output
     victim = max((workdir / "checkpoints" / "4").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     code, output = run(child_env(), "verify", str(workdir), module="checkpoint")
-    assert (code, output.count("good"), output.count("DAMAGED")) == (5, 1, 1), output
+    assert (code, output.count("good"), output.count("CORRUPTED")) == (5, 1, 1), output
     code, output = run(child_env(), *options, "--config.total_steps=6")
     assert code == 0, output
-    assert "DAMAGED CHECKPOINT: step 4" in output
+    assert "CORRUPTED CHECKPOINT: step 4" in output
     assert "Continuing from step 2" in output
     steps = [record["step"] for record in records(workdir)]
     assert steps == sorted(set(steps))

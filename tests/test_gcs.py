@@ -156,10 +156,10 @@ def test_damaged_checkpoint(emulator, env, interrupted):
     victim = max((blob for name, blob in objects.items() if name.startswith(damaged)), key=lambda blob: len(blob.data))
     objects[victim.name] = dataclasses.replace(victim, data=bytes([victim.data[0] ^ 1]) + victim.data[1:])
     code, output = run(env, "verify", WORKDIR, module="checkpoint")
-    assert (code, output.count("good"), output.count("DAMAGED")) == (EXIT_STORAGE, 1, 1), output
+    assert (code, output.count("good"), output.count("CORRUPTED")) == (EXIT_STORAGE, 1, 1), output
     code, output = run(env, *ARGS, f"--workdir={WORKDIR}")
     assert code == 0, output
-    assert "DAMAGED CHECKPOINT: step 20" in output
+    assert "CORRUPTED CHECKPOINT: step 20" in output
     assert "Continuing from step 15" in output
     quarantined = {name.split("/")[3] for name in objects if name.startswith(f"{RUN}/quarantine/")}
     assert {name.partition("_")[0] for name in quarantined} == {"20"}

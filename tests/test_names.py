@@ -20,7 +20,7 @@ from configs import smoke
 from mae_dist import os_errors, storage
 from mae_dist.checkpoint import reader
 from mae_dist.checkpoint.__main__ import command
-from mae_dist.checkpoint.manifests import Seals
+from mae_dist.checkpoint.manifests import Manifests
 from mae_dist.data import open_split
 from mae_dist.errors import EXIT_CONFIG, EXIT_DONE, EXIT_PREEMPTED, EXIT_STORAGE, ConfigError, DataFault, StorageFault
 from mae_dist.metrics.summary import write_summary
@@ -49,7 +49,6 @@ def params():
 
 def save(workdir):
     reader.save_params(workdir, smoke.get_config(), params()[0], "a test")
-    Seals(workdir).seal(0)
 
 
 def check(workdir):
@@ -102,9 +101,9 @@ def test_patterns(tmp_path, name, monkeypatch):
     (moved / "pictures").mkdir()
     (moved / "pictures" / "step_00000001.png").write_bytes(b"")
     assert [path.name for path in pictures.some_pictures(moved)] == ["step_00000001.png"]
-    assert Seals(moved).quarantined() == {}
-    Seals(moved).quarantine(0, "a test")
-    assert list(Seals(moved).quarantined().values()) == ["a test"]
+    assert Manifests(moved).quarantined() == {}
+    Manifests(moved).quarantine(0, "a test")
+    assert list(Manifests(moved).quarantined().values()) == ["a test"]
 
 
 def test_orbax_reads_patterns(tmp_path):
@@ -302,7 +301,7 @@ def test_cures(number, tmp_path):
     cure = os_errors._CURES[number]
     text = f"FAILED_PRECONDITION: {os.strerror(number)} [os_error_code='{number}']"
     for error in (OSError(number, os.strerror(number)), ValueError(text)):
-        with pytest.raises(StorageFault) as fault, reader.naming_damage(place, place):
+        with pytest.raises(StorageFault) as fault, reader.checkpoint_errors(place):
             raise error
         assert cure in str(fault.value)
     assert os_errors.cure(ValueError("something else")) == ""
@@ -311,7 +310,7 @@ def test_cures(number, tmp_path):
 def test_broken_config(tmp_path):
     """No disk is full."""
     (tmp_path / "config.json").write_text('{"name": ')
-    with pytest.raises(StorageFault, match=r"config\.json is damaged: .* continue the run"):
+    with pytest.raises(StorageFault, match=r"config\.json is corrupted: .* continue the run"):
         reader.read_config(epath.Path(tmp_path))
 
 

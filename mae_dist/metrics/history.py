@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist.checkpoint.manifests import Seals
+from mae_dist.checkpoint.manifests import Manifests
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.recorder import METRICS_FILE, read_metrics
 from mae_dist.metrics.summary import SUMMARY_FILE
@@ -49,7 +49,7 @@ def _check_beginning(workdir: epath.Path, config: ConfigDict) -> None:
         f"choose another --workdir for a new run; to begin anew in this one, move {workdir} away or delete it, records "
         "and all"
     )
-    saved, summary = Seals(workdir).steps(), workdir / SUMMARY_FILE
+    saved, summary = Manifests(workdir).steps(), workdir / SUMMARY_FILE
     evidence = [f"saved step {step}" for step in saved[-1:]] + [f"left {summary.name}"] * summary.exists()
     if evidence:
         raise StorageFault(

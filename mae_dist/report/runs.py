@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist.checkpoint import digests, reader
-from mae_dist.checkpoint.manifests import Seals
+from mae_dist.checkpoint.manifests import Manifests
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.metrics import goodput
 from mae_dist.metrics.recorder import read_metrics
@@ -268,17 +268,17 @@ def checkpoints(workdir: epath.Path, *, arrays: bool) -> tuple[list[SavedState],
       workdir: of the run, which may be in progress.
       arrays: reads the arrays too, instead of only comparing the files with their manifest.
     """
-    seals, found = Seals(workdir), []
+    manifests, found = Manifests(workdir), []
     with storage_errors(workdir):
         for step in reader.steps(workdir):
             path = workdir / "checkpoints" / str(step)
             try:
-                faults = reader.condition(workdir, step) if arrays else seals.damage(step) or []
+                faults = reader.condition(workdir, step) if arrays else manifests.faults(step) or []
                 size = sum(file.stat().length for file in digests.files(path)) / 2**20
             except FileNotFoundError:
                 if path.exists():
                     raise
                 continue  # superseded meanwhile
             if path.exists():
-                found.append(SavedState(str(step), size, seals.has(step), faults))
-        return found, seals.quarantined()
+                found.append(SavedState(str(step), size, manifests.has(step), faults))
+        return found, manifests.quarantined()

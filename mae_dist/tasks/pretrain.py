@@ -13,7 +13,7 @@ from clu import metrics as clu_metrics
 from jaxtyping import Array, Float, Int, UInt
 from ml_collections import ConfigDict
 
-from mae_dist.checkpoint.checksum import checksum
+from mae_dist.checkpoint.digests import checksum
 from mae_dist.model import patches
 from mae_dist.model.build import Params, functional, make_model
 from mae_dist.model.hooks import Hooks

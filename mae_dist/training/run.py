@@ -158,7 +158,7 @@ class Run:
         if due:
             meta = {**self.meta, "unfinished": pending}
             with self._pause(state, "checkpoint"):  # which copies the state from the device, so it waits anyway
-                (checkpoints.save_and_wait if last else checkpoints.save)(step, state, meta, self.evaluated)
+                checkpoints.save(step, state, meta, self.evaluated, wait=last)
 
     def conclude(self, step: int, state: TrainState) -> dict[str, float] | None:
         """Evaluates, draws and records what is due, before the checkpoint is saved: a resumed run goes on after it.
