@@ -115,26 +115,26 @@ def _line_with(words: str) -> str:
     return f"{_config_file()}, line {numbers[-1]}" if numbers else _config_file()
 
 
-def join_processes(watching: Any = None, notices: Any = None) -> None:
+def join_processes(watchdog: Any = None, preemption: Any = None) -> None:
     """Joins the processes of one command by the flags or the cluster's variables, before any device is used.
 
-    A training's `Watch` and `Notices` join them too.
+    A training's `Watchdog` and `PreemptionSignals` join them too.
     """
     from mae_dist.parallel import processes
 
-    if watching is None:
+    if watchdog is None:
         _initialize()
         processes.quiet_unless_primary()
     else:
         import jax
 
-        watching.expect_peers(lambda: processes.coordination()[1])
-        with watching.during("join"):
-            _initialize(**watching.join_options())
+        with watchdog.during("join"):
+            _initialize(**watchdog.join_options())
             client, address = processes.coordination()
+            watchdog.expect_peers(address)
             processes.quiet_unless_primary()
-        watching.join(client, address, jax.process_index(), jax.process_count())
-        notices.join(client, jax.process_index(), jax.process_count())
+        watchdog.join(client, jax.process_index(), jax.process_count())
+        preemption.join(client, jax.process_index(), jax.process_count())
 
 
 def _initialize(**options: float) -> None:
@@ -214,7 +214,7 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
 
 
 def exit_on_signal() -> None:
-    """Makes SIGTERM and SIGHUP end this process as preempted while `Notices` does not handle them.
+    """Makes SIGTERM and SIGHUP end this process as preempted while `PreemptionSignals` does not handle them.
 
     Before that there is nothing to save, and afterwards all is saved: a second signal must not change the code.
     """

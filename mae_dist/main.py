@@ -30,21 +30,22 @@ def main(argv: Sequence[str]) -> int:
 
     from mae_dist import storage
     from mae_dist.cpu.start import use_cores
-    from mae_dist.resilience import preemption, watchdog
+    from mae_dist.resilience.preemption import PreemptionSignals
+    from mae_dist.resilience.watchdog import Watchdog
 
     workdir = storage.absolute_name(WORKDIR.value or f"runs/{config.name}")
     storage.check_checkpoints(workdir, saving=True)
     use_cores(config, workdir, single_process=is_single_process())
 
-    notices = preemption.Notices(_SIMULATE_PREEMPTION.value)
-    with watchdog.Watch(**config.deadlines) as watching, notices.handling(_METADATA_SERVER.value):
+    preemption = PreemptionSignals(_SIMULATE_PREEMPTION.value)
+    with Watchdog(**config.deadlines) as watchdog, preemption.handling(_METADATA_SERVER.value):
         from mae_dist.parallel import processes
         from mae_dist.training import session, summary
 
-        join_processes(watching, notices)
+        join_processes(watchdog, preemption)
         session.keep_compilations(workdir)
         result = session.run(
-            config, workdir, watching, notices, when_built=_start_collecting_garbage, profile_on_signal=True
+            config, workdir, watchdog, preemption, when_built=_start_collecting_garbage, profile_on_signal=True
         )
         if result.status == "preempted":
             return errors.EXIT_PREEMPTED

@@ -16,7 +16,7 @@ import pytest
 from absl.testing import flagsaver
 
 from mae_dist import cli, errors
-from mae_dist.resilience.preemption import Notices, Preempted
+from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from tests.runs import ONLY_UPDATES, ROOT, last_step, run
 
 PROGRAM = "from mae_dist import cli\ndef entry(argv):\n    {}\ncli.run(entry)"
@@ -161,7 +161,7 @@ LONG = (
 
 
 def test_a_closed_terminal(child_env, tmp_path):
-    """It takes SIGHUP as a notice, although nothing can be printed any more: all is saved."""
+    """It takes SIGHUP as a preemption signal, although nothing can be printed any more: all is saved."""
     workdir = tmp_path / "run"
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -202,29 +202,29 @@ def test_hangup_is_a_notice_unless_it_is_ignored():
     """Under nohup a training goes on."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        notices = Notices()
-        with notices.handling(""), pytest.raises(Preempted), notices.interrupting():  # noqa: PT012
+        preemption = PreemptionSignals()
+        with preemption.handling(""), pytest.raises(Preempted), preemption.interrupting():  # noqa: PT012
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(5)
-        assert notices.poll()
+        assert preemption.poll()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        notices = Notices()
-        with notices.handling(""), notices.interrupting():
+        preemption = PreemptionSignals()
+        with preemption.handling(""), preemption.interrupting():
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.1)
-        assert not notices.poll()
+        assert not preemption.poll()
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 WATCH = """if True:
     import os, signal, time
-    from mae_dist.resilience.watchdog import Watch
+    from mae_dist.resilience.watchdog import Watchdog
     limits = ('start', 'step', 'data', 'checkpoint', 'evaluate', 'peer')
-    with Watch(**{{f'{{name}}_secs': 1800.0 for name in limits}}) as watch:
-        watch.expect_peers(lambda: {address!r})
-        with watch.during({phase!r}):
+    with Watchdog(**{{f'{{name}}_secs': 1800.0 for name in limits}}) as watchdog:
+        watchdog.expect_peers({address!r})
+        with watchdog.during({phase!r}):
             {body}
             print('went on')
 """

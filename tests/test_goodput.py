@@ -12,8 +12,8 @@ from mae_dist.data.from_config import open_data
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.goodput import GOODPUT_FILE, Ledger, read_starts, summarize
 from mae_dist.metrics.recorder import read_metrics
-from mae_dist.resilience.preemption import Notices
-from mae_dist.resilience.watchdog import Watch
+from mae_dist.resilience.preemption import PreemptionSignals
+from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.training import job, loop
 from tests.runs import smoke_config
 
@@ -122,8 +122,8 @@ def test_the_figures_of_a_run_agree_with_its_ledger(workdir):
         pictures__every_epochs=0.0,
     )
     built = job.build(config, jax.devices()[:1], open_data(config))
-    with Watch(**config.deadlines) as watch:
-        assert loop.train(built, workdir, watch, Notices()).status == "done"
+    with Watchdog(**config.deadlines) as watchdog:
+        assert loop.train(built, workdir, watchdog, PreemptionSignals()).status == "done"
     records = [record for record in read_metrics(workdir) if "step_secs" in record]
     line = json.loads((workdir / GOODPUT_FILE).read_text().splitlines()[-1])
     secs = line["secs"]

@@ -26,7 +26,7 @@ from mae_dist.metrics.recorder import Recorder, read_metrics
 from mae_dist.metrics.summary import environment, write_summary
 from mae_dist.metrics.tensorboard import TensorBoardWriter
 from mae_dist.metrics.throughput import Throughput
-from mae_dist.resilience.watchdog import Watch
+from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.training.summary import finish
 
 
@@ -256,13 +256,13 @@ class _Clock:
 def test_rates_are_of_the_training_steps_alone():
     """In a run whose phases last as the clock here says; the remaining time counts the pauses there were so far."""
     clock = _Clock()
-    watch = Watch(**smoke.get_config().deadlines, clock=clock)
+    watchdog = Watchdog(**smoke.get_config().deadlines, clock=clock)
     throughput = Throughput(
-        images_per_step=64, total_steps=100, flops_per_image=1e9, peak_flops=1e12, account=watch.account
+        images_per_step=64, total_steps=100, flops_per_image=1e9, peak_flops=1e12, account=watchdog.account
     )
 
     def spend(phase: str, secs: float) -> None:
-        with watch.during(phase):
+        with watchdog.during(phase):
             clock.now += secs
 
     for phase in ("start", "restore", "data", "compile"):

@@ -1,4 +1,4 @@
-"""Notices, dead and stalled peers, other topologies: real processes, real signals."""
+"""Preemption signals, dead and stalled peers, other topologies: real processes, real signals."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mae_dist.errors import EXIT_DONE, EXIT_PEER_LOST, EXIT_PREEMPTED, EXIT_STALLED, EXIT_STORAGE, ConfigError
-from mae_dist.resilience.preemption import Notices, Preempted
+from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from tests.runs import (
     ONLY_UPDATES,
     checkpoint_arrays,
@@ -67,7 +67,7 @@ def child_of(process):
 
 
 def test_another_topology_sees_the_same_examples_and_masks(uninterrupted, child_env, tmp_path, draw):
-    """1 -> 2 -> 4 -> 1 processes, each ended by a notice to any one of them: every trace and every loss as alone."""
+    """1 -> 2 -> 4 -> 1 processes, each preempted by way of any one of them: every trace, every loss as alone."""
     workdir = tmp_path / "run"
     saved = 0
     for count, lowest in ((1, 7), (2, 14), (4, 24)):
@@ -179,7 +179,7 @@ def test_peer_lost(child_env, tmp_path, number, victim):
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """Google's metadata server, as far as notices go."""
+    """Google's metadata server, as far as preemption goes."""
 
     answers: ClassVar = {"preempted": "FALSE", "maintenance-event": "NONE"}
 
@@ -217,17 +217,17 @@ def test_told_by_the_metadata_server(child_env, tmp_path, metadata):
 
 
 def test_maintenance_that_ends_the_machine(metadata):
-    """It is a notice; one that moves the machine elsewhere is none."""
+    """It is a preemption signal; one that moves the machine elsewhere is none."""
     answers, address = metadata
-    notices = Notices()
-    with notices.handling(address):
+    preemption = PreemptionSignals()
+    with preemption.handling(address):
         answers["maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
         time.sleep(2.5)
-        assert not notices.poll()
+        assert not preemption.poll()
         answers["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
-        with pytest.raises(Preempted), notices.interrupting():
+        with pytest.raises(Preempted), preemption.interrupting():
             time.sleep(30)
-        assert notices.poll()
+        assert preemption.poll()
 
 
 def test_second_run_in_a_workdir_is_refused(child_env, tmp_path):
@@ -248,32 +248,32 @@ def test_second_run_in_a_workdir_is_refused(child_env, tmp_path):
 
 def test_displaced_handler_is_refused():
     """Whoever takes SIGTERM away afterwards, in Python or by blocking it, is named as a fault at the start."""
-    notices = Notices()
-    with notices.handling(""):
-        notices.check()
+    preemption = PreemptionSignals()
+    with preemption.handling(""):
+        preemption.check()
         ours = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with pytest.raises(ConfigError, match="another handler"):
-            notices.check()
+            preemption.check()
         signal.signal(signal.SIGTERM, ours)
-        notices.check()
+        preemption.check()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         try:
             with pytest.raises(ConfigError, match="is blocked"):
-                notices.check()
+                preemption.check()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     assert signal.getsignal(signal.SIGTERM) != ours
 
 
 def test_interrupts_only_where_it_may():
-    """A wait is left at once, whether the notice comes before or within it; an update is not."""
+    """A wait is left at once, whether the signal comes before or within it; a step is not."""
     for before in (False, True):
-        notices = Notices()
-        with notices.handling(""):
-            assert not notices.poll()
+        preemption = PreemptionSignals()
+        with preemption.handling(""):
+            assert not preemption.poll()
             if before:
                 os.kill(os.getpid(), signal.SIGTERM)
-            with pytest.raises(Preempted), notices.interrupting():  # noqa: PT012 (the signal comes within)
+            with pytest.raises(Preempted), preemption.interrupting():  # noqa: PT012 (the signal comes within)
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(5)
-            assert notices.poll()
+            assert preemption.poll()

@@ -17,8 +17,8 @@ from mae_dist.errors import ConfigError
 from mae_dist.model import masking
 from mae_dist.registry import Registry, named_arguments
 from mae_dist.report import runs as report_runs
-from mae_dist.resilience.preemption import Notices
-from mae_dist.resilience.watchdog import Watch
+from mae_dist.resilience.preemption import PreemptionSignals
+from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.training import job, loop
 from tests.runs import checkpoint_arrays, records, smoke_config
 
@@ -93,10 +93,10 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def train(built: job.Job, workdir: Path, notices: Notices) -> str:
+def train(built: job.Job, workdir: Path, preemption: PreemptionSignals) -> str:
     """Returns how the run ended."""
-    with Watch(**built.config.deadlines) as watch, notices.handling(""):
-        return loop.train(built, epath.Path(workdir), watch, notices).status
+    with Watchdog(**built.config.deadlines) as watchdog, preemption.handling(""):
+        return loop.train(built, epath.Path(workdir), watchdog, preemption).status
 
 
 def test_a_run_of_nothing_but_a_users_parts(module, tmp_path):
@@ -105,11 +105,11 @@ def test_a_run_of_nothing_but_a_users_parts(module, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     config = smoke_config(**FIELDS)
     built = job.build(config, jax.devices()[:1], open_data(config))
-    assert train(built, whole, Notices()) == "done"
-    assert train(built, parts, Notices(2)) == "preempted"
+    assert train(built, whole, PreemptionSignals()) == "done"
+    assert train(built, parts, PreemptionSignals(2)) == "preempted"
     with built.config.unlocked():
         built.config.data.num_workers = 1  # a process that has to import the module too
-    assert train(built, parts, Notices()) == "done"
+    assert train(built, parts, PreemptionSignals()) == "done"
     wholly, partly = ([r["loss"] for r in records(path) if "loss" in r] for path in (whole, parts))
     assert len(wholly) == 4
     assert partly == wholly

@@ -8,7 +8,7 @@ import sys
 import time
 
 from mae_dist.errors import EXIT_PEER_LOST, EXIT_STALLED
-from mae_dist.resilience.watchdog import Watch, Workers, kill_workers
+from mae_dist.resilience.watchdog import Watchdog, Workers, kill_workers
 from tests.runs import free_port, start_processes
 from tests.test_preemption import LONG
 
@@ -18,23 +18,23 @@ NONE = dict.fromkeys((f"{name}_secs" for name in ("start", "step", "data", "chec
 def test_time_is_accounted_once():
     """An inner phase's time is not the outer's; the sum is all of it."""
     now = [0.0]
-    watch = Watch(**NONE, clock=lambda: now[0])
+    watchdog = Watchdog(**NONE, clock=lambda: now[0])
     now[0] = 3.0
-    with watch.during("evaluate"):
+    with watchdog.during("evaluate"):
         now[0] = 5.0
-        with watch.during("data"):
+        with watchdog.during("data"):
             now[0] = 9.0
         now[0] = 10.0
     now[0] = 11.0
-    found = {name: secs for name, secs in watch.account().items() if secs}
+    found = {name: secs for name, secs in watchdog.account().items() if secs}
     assert found == {"start": 4.0, "evaluate": 3.0, "data": 4.0}
-    assert watch.phase == "start"
+    assert watchdog.phase == "start"
 
 
 def run_python(code):
     """(exit code, output, seconds) of Python code with the watch at hand."""
     began = time.monotonic()
-    prelude = f"import time, os, signal\nfrom mae_dist.resilience.watchdog import Watch\nNONE = {NONE}\n"
+    prelude = f"import time, os, signal\nfrom mae_dist.resilience.watchdog import Watchdog\nNONE = {NONE}\n"
     done = subprocess.run(
         [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=60, check=False
     )
@@ -44,14 +44,14 @@ def run_python(code):
 def test_deadline_ends_the_process():
     """A phase without progress, and only then: with progress it may take longer."""
     code, output, secs = run_python(
-        "with Watch(**NONE | {'evaluate_secs': 1}) as watch, watch.during('evaluate'):\n"
-        "    for _ in range(6): time.sleep(.4); watch.progress()\n"
+        "with Watchdog(**NONE | {'evaluate_secs': 1}) as watchdog, watchdog.during('evaluate'):\n"
+        "    for _ in range(6): time.sleep(.4); watchdog.progress()\n"
         "    print('moved', flush=True)\n"
         "    time.sleep(50)\n"
     )
     assert code == EXIT_STALLED, output
     assert "moved" in output
-    assert "phase 'evaluate' after update 0 for 1 s (deadlines.evaluate_secs)" in output
+    assert "phase 'evaluate' after step 0 for 1 s (deadlines.evaluate_secs)" in output
     assert 'File "<string>"' in output, "no stacks"
     assert secs < 30
 
@@ -60,7 +60,7 @@ def test_a_stopped_process_has_not_stalled():
     """Ctrl-Z and fg: no time has passed for what was stopped."""
     code, output, _ = run_python(
         "import subprocess\n"
-        "with Watch(**NONE | {'step_secs': 6}) as watch, watch.during('step'):\n"
+        "with Watchdog(**NONE | {'step_secs': 6}) as watchdog, watchdog.during('step'):\n"
         "    pid = os.getpid()\n"
         "    subprocess.Popen(['sh', '-c', f'sleep 1; kill -STOP {pid}; sleep 9; kill -CONT {pid}'])\n"
         "    time.sleep(1.5)\n"
@@ -83,18 +83,18 @@ def test_a_process_that_never_comes(child_env, tmp_path):
 
 def test_a_failure_is_reported_in_its_phase(capfd):
     """What has failed has left all phases when it is reported; what goes on afterwards is in the next one."""
-    watch = Watch(**NONE, clock=time.monotonic)
-    watch.step = 57
-    with contextlib.suppress(OSError), watch.during("step"), watch.during("checkpoint"):
+    watchdog = Watchdog(**NONE, clock=time.monotonic)
+    watchdog.step = 57
+    with contextlib.suppress(OSError), watchdog.during("step"), watchdog.during("checkpoint"):
         raise OSError
-    watch._report("lost process 1")
-    assert "process 0: phase checkpoint, update 57" in capfd.readouterr().err
-    with watch.during("data"):
-        watch._report("lost process 1")
-    assert "process 0: phase data, update 57" in capfd.readouterr().err
-    watch.end()
-    watch._report("lost process 1")
-    assert "process 0: phase end, update 57" in capfd.readouterr().err
+    watchdog._report("lost process 1")
+    assert "process 0: phase checkpoint, step 57" in capfd.readouterr().err
+    with watchdog.during("data"):
+        watchdog._report("lost process 1")
+    assert "process 0: phase data, step 57" in capfd.readouterr().err
+    watchdog.end()
+    watchdog._report("lost process 1")
+    assert "process 0: phase end, step 57" in capfd.readouterr().err
 
 
 def child(name):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-Account = Mapping[str, float]  # seconds spent in each phase of `watchdog.Watch`
+Account = Mapping[str, float]  # seconds spent in each phase of `watchdog.Watchdog`
 
 
 class Throughput:
@@ -17,7 +17,7 @@ class Throughput:
       total_steps: the last step of the run.
       flops_per_image: of one training step (`mae_dist.model.flops`).
       peak_flops: FLOP/s of all devices of the run together, None where unknown: then there is no `mfu`.
-      account: seconds spent in each phase until now, `Watch.account`.
+      account: seconds spent in each phase until now, `Watchdog.account`.
     """
 
     def __init__(

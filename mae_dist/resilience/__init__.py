@@ -1,1 +1,1 @@
-"""What a run does when its machine, its peers or its device fail."""
+"""Preemption signals, the watchdog, Ctrl-C between two steps, and the lock of a workdir."""

@@ -44,7 +44,7 @@ class Held:
 
 @contextlib.contextmanager
 def workdir_lock(workdir: epath.Path) -> Iterator[Held]:
-    """Holds the workdir's lock.
+    """Holds the lock of a workdir.
 
     Raises:
       StorageFault: another run holds it, or it cannot be written.
@@ -57,7 +57,7 @@ def workdir_lock(workdir: epath.Path) -> Iterator[Held]:
 
 
 def _holder(**more: object) -> str:
-    """Who holds it, for the message to the other."""
+    """Returns who holds the lock, for the message to the other."""
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     return json.dumps({"host": socket.gethostname(), "process": os.getpid(), "written": since, **more})
 
@@ -71,20 +71,19 @@ def _refuse(path: epath.Path, holder: str) -> StorageFault:
 
 @contextlib.contextmanager
 def _held_file(path: epath.Path) -> Iterator[Held]:
-    with storage_errors(path), contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+    with storage_errors(path):
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below)
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise _refuse(path, file.read()) from None
+            raise _refuse(path, file.read().decode(errors="replace")) from None
         except OSError as error:  # a file system without locks
             logging.warning("%s cannot be locked (%s): do not start a second run in this workdir", path, error)
-        file.truncate(0)
-        file.write(_holder() + "\n")
-        file.flush()
-        keep = stack.pop_all()
-    with keep:
+        with storage_errors(path):
+            file.truncate(0)
+            file.write(f"{_holder()}\n".encode())
         yield Held()
 
 
@@ -97,27 +96,21 @@ class _Object:
         self._bucket: Any = fsspec.filesystem("gcs", version_aware=True)
         self._name = os.fspath(path).removeprefix(names.BUCKET)
         self._holder = uuid.uuid4().hex
-        self._beat = 0
 
     def create(self) -> bool:
-        """Makes the object, if there is none: True for only one of all who try at the same time."""
+        """Creates the object, if there is none: True for only one of all who try at the same time."""
         try:
-            self._write("create")
+            self.write("create")
         except FileExistsError:  # or an answer was lost, and the request repeated
-            return self.wrote(self.read())
+            return self.is_own(self.read())
         return True
 
-    def renew(self) -> None:
-        """Changes the object, so that it looks alive."""
-        self._beat += 1
-        self._write("overwrite" if self.generation() else "create")  # somebody may have deleted it
-
-    def _write(self, mode: str) -> None:
-        text = _holder(beat=self._beat, holder=self._holder)
-        self._bucket.pipe_file(self._name, text.encode(), mode=mode)
+    def write(self, mode: str) -> None:
+        """Writes the object, which changes its generation; the mode "create" fails if there is one."""
+        self._bucket.pipe_file(self._name, _holder(holder=self._holder).encode(), mode=mode)
 
     def generation(self) -> str:
-        """Returns that of the object as it is now; "" if there is none."""
+        """Returns the generation of the object as it is now; "" if there is none."""
         try:
             return self._bucket.info(self._name)["generation"]
         except FileNotFoundError:
@@ -130,8 +123,8 @@ class _Object:
         except FileNotFoundError:
             return ""
 
-    def wrote(self, text: str) -> bool:
-        """True if `text` is this holder's."""
+    def is_own(self, text: str) -> bool:
+        """True if this holder wrote `text`."""
         return self._holder in text
 
     def delete(self, generation: str) -> None:
@@ -166,11 +159,11 @@ def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float 
             try:
                 with storage_errors(path):
                     found = lease.read()
-                    if found and not lease.wrote(found):
+                    if found and not lease.is_own(found):
                         held.taken_by = found
                         logging.error("%s was taken over by another run: %s", path, found)
                         return
-                    lease.renew()
+                    lease.write("overwrite" if found else "create")  # somebody may have deleted it
             except StorageFault as fault:
                 logging.warning("%s", fault)
 
@@ -183,5 +176,5 @@ def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float 
         thread.join(timeout=renew_secs)
         with contextlib.suppress(StorageFault), storage_errors(path):
             generation = lease.generation()
-            if lease.wrote(lease.read()):
+            if lease.is_own(lease.read()):
                 lease.delete(generation)

@@ -18,8 +18,8 @@ from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
 from mae_dist.resilience.interrupt import interrupted_between_steps
 from mae_dist.resilience.lock import Held, workdir_lock
-from mae_dist.resilience.preemption import Notices, Preempted
-from mae_dist.resilience.watchdog import Watch
+from mae_dist.resilience.preemption import Preempted, PreemptionSignals
+from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.storage import read_text, set_aside, storage_errors, write_text_atomically
 from mae_dist.training.compilation import Compilation
 from mae_dist.training.job import Job
@@ -27,14 +27,16 @@ from mae_dist.training.run import Run, shows_bar
 from mae_dist.training.summary import Result, finish
 
 
-def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, profile_on_signal: bool = False) -> Result:
+def train(
+    job: Job, workdir: epath.Path, watchdog: Watchdog, preemption: PreemptionSignals, *, profile_on_signal: bool = False
+) -> Result:
     """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
 
     Args:
       job: what to train.
       workdir: where the run lives.
-      watch: accounts for the run's time by phase.
-      notices: preemption signals, after which the state is saved and the run ends.
+      watchdog: accounts for the run's time by phase.
+      preemption: preemption signals, after which the state is saved and the run ends.
       profile_on_signal: SIGUSR1 requests a profiler trace while the loop runs.
 
     Returns:
@@ -54,8 +56,8 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
         _checkpoints(job, workdir) as checkpoints,
         jax.set_mesh(job.mesh),
     ):
-        compilation = _compile_ahead(job, checkpoints, watch)
-        with watch.during("restore"), notices.interrupting():
+        compilation = _compile_ahead(job, checkpoints, watchdog)
+        with watchdog.during("restore"), preemption.interrupting():
             state, start, unfinished = _restore_or_begin(job, checkpoints)
         logging.info("%s", job.overview())
         if processes.is_primary():
@@ -65,9 +67,9 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
             return finish(job, workdir, start)
         with _recorder(workdir, start) as recorder:
             _write_config(job, workdir)
-            notices.check()
-            run = Run(job, workdir, recorder, state.params, watch, notices, start, compilation, profile_on_signal)
-            with run, run.profiler, watch.during("step"):
+            preemption.check()
+            run = Run(job, workdir, recorder, state.params, watchdog, preemption, start, compilation, profile_on_signal)
+            with run, run.profiler, watchdog.during("step"):
                 if unfinished is not None and not run.conclude_again(start, state, unfinished):
                     return run.preempted(start)
                 for step, batch in run.batches(start):
@@ -76,7 +78,7 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
                     run.log(step, on_device)
                     pending = run.conclude(step, state)
                     run.stop_if_diverged(step)
-                    ending = pending is not None or notices.poll()
+                    ending = pending is not None or preemption.poll()
                     run.save(checkpoints, step, state, pending, last=ending or step == total_steps)
                     stop_if_interrupted()
                     if (ending and step < total_steps) or pending is not None:
@@ -90,11 +92,11 @@ def train(job: Job, workdir: epath.Path, watch: Watch, notices: Notices, *, prof
     return finish(job, workdir, total_steps)
 
 
-def _compile_ahead(job: Job, checkpoints: Checkpoints, watch: Watch) -> Compilation | None:
+def _compile_ahead(job: Job, checkpoints: Checkpoints, watchdog: Watchdog) -> Compilation | None:
     """Begins to compile the step, if any is left to do."""
     if (checkpoints.latest_step() or 0) >= job.schedule.total_steps:
         return None
-    with watch.during("compile"):
+    with watchdog.during("compile"):
         return Compilation(job)
 
 

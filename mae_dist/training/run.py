@@ -23,8 +23,8 @@ from mae_dist.metrics.tensorboard import periodic_actions
 from mae_dist.metrics.throughput import Throughput
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
-from mae_dist.resilience.preemption import Notices, Preempted
-from mae_dist.resilience.watchdog import Watch
+from mae_dist.resilience.preemption import Preempted, PreemptionSignals
+from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.training.compilation import Compilation
 from mae_dist.training.job import Job
 from mae_dist.training.profiler import Profiler
@@ -46,17 +46,18 @@ class Run:
         workdir: epath.Path,
         recorder: Recorder,
         params: Any,
-        watch: Watch,
-        notices: Notices,
+        watchdog: Watchdog,
+        preemption: PreemptionSignals,
         start: int,
         compilation: Compilation | None,
         profile_on_signal: bool,
     ):
-        self.job, self.workdir, self.recorder, self.watch, self.notices = job, workdir, recorder, watch, notices
+        self.job, self.workdir, self.recorder = job, workdir, recorder
+        self.watchdog, self.preemption = watchdog, preemption
         self.meta = job.meta  # written anew at every call of it, and needed after every update
-        self.step = watch.step = start
+        self.step = watchdog.step = start
         self.ended = "by a fault"  # until set otherwise
-        began = time.time() - sum(watch.account().values())
+        began = time.time() - sum(watchdog.account().values())
         self.ledger = Ledger(
             workdir,
             from_step=start,
@@ -64,7 +65,7 @@ class Run:
             began=began,
             is_primary=processes.is_primary(),
         )
-        with watch.during("evaluate"):
+        with watchdog.during("evaluate"):
             self.data = _all_with_features(job, params) if job.caches_features else job.data
         device = job.mesh.devices.flat[0]
         peak = hardware.peak_flops(device.device_kind, job.config.model.dtype)
@@ -73,7 +74,7 @@ class Run:
             total_steps=job.schedule.total_steps,
             flops_per_image=job.flops_per_image,
             peak_flops=peak and peak * job.mesh.size,
-            account=watch.account,
+            account=watchdog.account,
         )
         traces = workdir / "profile" / f"process_{jax.process_index()}"
         self.profiler = Profiler(traces, job.config.profile_steps, on_signal=profile_on_signal)
@@ -88,9 +89,9 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.watch.end()
+        self.watchdog.end()
         try:
-            self.ledger.note(self.step, self.watch.account(), self.ended)
+            self.ledger.note(self.step, self.watchdog.account(), self.ended)
         except errors.StorageFault:
             if error is None:
                 raise
@@ -115,7 +116,7 @@ class Run:
             for step in range(start + 1, total + 1):
                 self.profiler.before(step)
                 try:
-                    with self.watch.during("data"), self.notices.interrupting():
+                    with self.watchdog.during("data"), self.preemption.interrupting():
                         host_batch = next(self.host_batches)
                 except Preempted:
                     self.host_batches.abandon()
@@ -136,13 +137,13 @@ class Run:
         if self.profiler.ends_with(step):
             with self._pause(out[0], "profile"):
                 self.profiler.stop()
-        self.step = self.watch.step = step
-        self.notices.after_update(step)
+        self.step = self.watchdog.step = step
+        self.preemption.after_step(step)
         return out
 
     def _first_update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         """Waits for the compilation, and for the step: rates are measured from the step after it."""
-        with self.watch.during("compile"):
+        with self.watchdog.during("compile"):
             # There is none if the newest checkpoint was the last step's and turned out to be corrupted.
             self._train_step = self._compilation.result() if self._compilation else self.job.train_step
             out = jax.block_until_ready(self._train_step(state, batch))
@@ -187,7 +188,7 @@ class Run:
         if not config_lib.is_time(step, self.job.config.log_every_steps, self.job.schedule.total_steps):
             return
         fetched, runs = jax.device_get((on_device, self.skipped_runs))
-        self.ledger.note(step, self.watch.account())
+        self.ledger.note(step, self.watchdog.account())
         self.longest_skipped_run, self.skipped_runs = int(max(runs)), []
         values = {name: value.item() for name, value in fetched.items()}
         bad_records = len(self.job.data.train.bad_records) + len(self.host_batches.bad_records)
@@ -257,16 +258,16 @@ class Run:
 
     def _after_batch(self) -> None:
         """Reports progress and looks for a preemption signal, after each batch of an evaluation, on all processes."""
-        self.watch.progress()
+        self.watchdog.progress()
         # The best checkpoint is found by the metrics it is saved with: such an evaluation is finished.
-        if not self.job.config.checkpoint.keep_best and self.notices.poll():
+        if not self.job.config.checkpoint.keep_best and self.preemption.poll():
             raise Preempted
 
     @contextlib.contextmanager
     def _pause(self, state: TrainState, phase: str) -> Iterator[None]:
         """Runs a phase between steps. Waits first for dispatched steps, whose time would count as the phase's."""
         jax.block_until_ready(state.step)
-        with self.watch.during(phase), jax.transfer_guard("allow"):
+        with self.watchdog.during(phase), jax.transfer_guard("allow"):
             yield
 
     def draw(self, step: int, state: TrainState) -> None:

@@ -16,8 +16,8 @@ from mae_dist import config as config_lib
 from mae_dist import errors, storage
 from mae_dist.cpu.start import use_cores
 from mae_dist.data.from_config import open_data
-from mae_dist.resilience.preemption import Notices, Preempted
-from mae_dist.resilience.watchdog import Watch
+from mae_dist.resilience.preemption import Preempted, PreemptionSignals
+from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.training import job, loop
 from mae_dist.training.summary import Result
 
@@ -52,7 +52,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     storage.check_checkpoints(name, saving=True)
     use_cores(config, name)
     with warnings.catch_warnings():
-        return run(config, name, Watch(**config.deadlines), Notices())
+        return run(config, name, Watchdog(**config.deadlines), PreemptionSignals())
 
 
 def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> job.Job:
@@ -90,8 +90,8 @@ def _build(config: ConfigDict, devices: Sequence[Any]) -> job.Job:
 def run(
     config: ConfigDict,
     workdir: str,
-    watch: Watch,
-    notices: Notices,
+    watchdog: Watchdog,
+    preemption: PreemptionSignals,
     *,
     when_built: Callable[[], None] = lambda: None,
     profile_on_signal: bool = False,
@@ -101,8 +101,8 @@ def run(
     Args:
       config: checked.
       workdir: an absolute path or `gs://…`.
-      watch: accounts for time by phase; without its thread it enforces no deadline.
-      notices: preemption signals; without handlers there are none.
+      watchdog: accounts for time by phase; without its thread it enforces no deadline.
+      preemption: preemption signals; without handlers there are none.
       when_built: called after building and before training.
       profile_on_signal: as for `loop.train`.
 
@@ -110,19 +110,19 @@ def run(
       UserError: as `train`.
     """
     try:
-        with notices.interrupting():
+        with preemption.interrupting():
             path = storage.absolute(workdir)
             kind = jax.devices()[0].device_kind
             logging.info("workdir %s, %d devices of kind %s", path, jax.device_count(), kind)
             built = _build(config, jax.devices())
         when_built()
-        return loop.train(built, path, watch, notices, profile_on_signal=profile_on_signal)
+        return loop.train(built, path, watchdog, preemption, profile_on_signal=profile_on_signal)
     except Preempted:
         logging.warning("Preempted before there was anything to save; the same command begins or continues.")
         return Result(0, "preempted")
     except Exception as error:
         if _may_be_a_broken_connection(error):  # then the lost peer is what to report
-            watch.end_if_peers_are_gone()
+            watchdog.end_if_peers_are_gone()
         raise
 
 
