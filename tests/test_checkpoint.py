@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import time
 
@@ -233,6 +234,24 @@ def test_converted_weights_are_not_continued(workdir):
     reader.save_params(workdir, built.config, new_state(built).params, "a test")
     with open_checkpoints(workdir) as checkpoints, pytest.raises(StorageFault, match=r"converted weights \(a test\)"):
         restore(checkpoints, built)
+
+
+def test_corrupted_weights_are_found(workdir):
+    """Converted ones too: a wrong byte by their manifest, wrong values by their digests, and the cure is named."""
+    built = build()
+    params = {"encoder": {"kernel": np.arange(3.0, dtype=np.float32)}}
+    reader.save_params(workdir, built.config, params, "a test")
+    assert reader.condition(workdir, 0) == []
+    meta = workdir / "checkpoints" / "0" / "meta" / "metadata"
+    meta.write_text(re.sub(r'("params\.encoder\.kernel": ")\w{16}', r"\g<1>0123456789abcdef", meta.read_text()))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    sharding = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), params)
+    assert reader.condition(workdir, 0) == ["meta/metadata is corrupted"]
+    with pytest.raises(StorageFault, match="holds no good checkpoint"):
+        reader.load_params(workdir, abstract, sharding)
+    shutil.rmtree(workdir / "seals")
+    with pytest.raises(StorageFault, match=r"params\.encoder\.kernel is corrupted\. Delete .* convert a test again"):
+        reader.load_params(workdir, abstract, sharding)
 
 
 def test_encoder_that_does_not_fit_is_refused(workdir):
