@@ -58,7 +58,7 @@ class Checkpoints:
         self._manifests = Manifests(workdir)
         self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Collection[str]] = (0, ())  # step and names of the arrays of the latest save
-        self._saved_at = time.monotonic()  # that save, or the start
+        self._saved_at = time.monotonic()  # the beginning, then the end of that save; or the start
         self._manifest: concurrent.futures.Future[None] | None = None  # of that save, until its outcome is known
         self._retries = retries
         self._failures = 0  # in a row
@@ -136,7 +136,7 @@ class Checkpoints:
             with self._errors():
                 self._manager.wait_until_finished()
                 manifest.result()
-            self._failures = 0
+            self._failures, self._saved_at = 0, time.monotonic()
 
     def latest_step(self) -> int | None:
         """Returns the newest saved step, or None."""
