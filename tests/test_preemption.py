@@ -1,6 +1,7 @@
 """Preemption signals, dead and stalled peers, other topologies: real processes, real signals."""
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -247,7 +248,7 @@ def test_second_run_in_a_workdir_is_refused(child_env, tmp_path):
 
 
 def test_displaced_handler_is_refused():
-    """Whoever takes SIGTERM away afterwards, in Python or by blocking it, is named as a fault at the start."""
+    """Whoever takes SIGTERM away afterwards, in Python, in C or by blocking it, is named as a fault at the start."""
     preemption = PreemptionSignals()
     with preemption.handling(""):
         preemption.check()
@@ -256,6 +257,10 @@ def test_displaced_handler_is_refused():
             preemption.check()
         signal.signal(signal.SIGTERM, ours)
         preemption.check()
+        ctypes.CDLL(None).signal(int(signal.SIGTERM), None)  # as a library would, unseen by Python
+        with pytest.raises(ConfigError, match="another handler"):
+            preemption.check()
+        signal.signal(signal.SIGTERM, ours)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         try:
             with pytest.raises(ConfigError, match="is blocked"):

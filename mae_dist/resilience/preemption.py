@@ -5,6 +5,7 @@ other steps than the loop's, and it cannot be asked within an evaluation, so the
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -42,6 +43,7 @@ class PreemptionSignals:
     def __init__(self, simulate_at_step: int = 0) -> None:
         self._simulate_at_step = simulate_at_step
         self._handled: list[signal.Signals] = []
+        self._c_handler = b""
         self._received = threading.Event()
         self._asked = threading.Lock()  # held while the processes agree: none may pass a poll meanwhile
         self._polls = 0
@@ -68,6 +70,7 @@ class PreemptionSignals:
         before = {number: signal.signal(number, self._handle) for number in self._handled}
         # The handler in Python waits until a compilation or a collective returns; this byte does not.
         before_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+        self._c_handler = _c_handler()
         listener = threading.Thread(target=self._listen, args=(read,), daemon=True)
         listener.start()
         if server:
@@ -94,7 +97,7 @@ class PreemptionSignals:
         if not self._handled:
             return
         blocked = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        if blocked or signal.getsignal(signal.SIGTERM) != self._handle:
+        if blocked or signal.getsignal(signal.SIGTERM) != self._handle or _c_handler() != self._c_handler:
             raise ConfigError(
                 f"SIGTERM {'is blocked' if blocked else 'was given another handler'} after the start: a preemption "
                 "signal would be missed and what was not saved be lost. Something that this config imports does it; "
@@ -199,3 +202,13 @@ def find_metadata_server() -> str:
     except OSError:
         return ""
     return _METADATA_SERVER if "Google" in made_by else ""
+
+
+def _c_handler() -> bytes:
+    """Returns the address of the C function that handles SIGTERM, which a library can replace unseen by Python."""
+    try:
+        action = ctypes.create_string_buffer(512)
+        ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, action)
+        return action.raw[: ctypes.sizeof(ctypes.c_void_p)]  # the first field of the struct
+    except (OSError, AttributeError):
+        return b""
