@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 from clu import asynclib
@@ -26,7 +26,7 @@ _Record = TypeVar("_Record")
 
 
 @contextlib.contextmanager
-def storage_errors(path: epath.Path) -> Iterator[None]:
+def storage_errors(path: epath.Path) -> Generator[None]:
     """Turns an exception while reading or writing into a StorageFault that names the path."""
     try:
         yield
@@ -161,7 +161,7 @@ def set_aside(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def appearing(path: epath.Path) -> Iterator[epath.Path]:
+def appearing(path: epath.Path) -> Generator[epath.Path]:
     """Holds a hidden path beside a local `path`, for a file or directory that gets the name when it is complete.
 
     Nothing is left of it if an exception is raised.

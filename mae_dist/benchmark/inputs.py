@@ -4,7 +4,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ _MANY = 1 << 40
 
 
 @contextlib.contextmanager
-def pipelines(config: ConfigDict, against_torch: bool) -> Iterator[list[Child]]:
+def pipelines(config: ConfigDict, against_torch: bool) -> Generator[list[Child]]:
     """Holds the config's pipeline and, if asked for, PyTorch's with as many workers as ours has threads or workers."""
     started: list[tuple[str, Sequence[str], Result]] = [
         ("mae_dist", ("-m", "mae_dist.benchmark.inputs"), json.loads(config_lib.to_json(config)))

@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from typing import Any
 
 import jax
@@ -316,7 +316,7 @@ class Checkpoints:
         return bool(received[:, 0].all())
 
     @contextlib.contextmanager
-    def _reading(self, step: int, is_intact: bool) -> Iterator[None]:
+    def _reading(self, step: int, is_intact: bool) -> Generator[None]:
         """Raises `reader.Corrupted` for what cannot be read, unless the files are intact: then this version cannot."""
         try:
             yield

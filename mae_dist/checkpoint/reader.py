@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ class Corrupted(Exception):
 
 
 @contextlib.contextmanager
-def checkpoint_errors(workdir: epath.Path, step: int | None = None) -> Iterator[None]:
+def checkpoint_errors(workdir: epath.Path, step: int | None = None) -> Generator[None]:
     """Turns what Orbax and tensorstore raise about a run's checkpoints, or about one of them, into `StorageFault`s."""
     path = workdir / "checkpoints" / ("" if step is None else str(step))
     try:

@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def remove_temporaries(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path) -> Generator[bool]:
     """Holds an exclusive lock among the processes of one host, and of others, where the file system can.
 
     Some network file systems have no locks. There the value is False: other processes may do the same work at the same

@@ -3,13 +3,13 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from mae_dist.errors import say
 
 
 @contextlib.contextmanager
-def interrupted_between_steps() -> Iterator[Callable[[], None]]:
+def interrupted_between_steps() -> Generator[Callable[[], None]]:
     """Holds Ctrl-C back until the function it gives is called, which then raises `KeyboardInterrupt`.
 
     Raised anywhere, it can be swallowed by a callback, or tear a save apart. A second one is not held back. Where the

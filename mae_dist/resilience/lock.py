@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from absl import logging
@@ -43,7 +43,7 @@ class Held:
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: epath.Path) -> Iterator[Held]:
+def workdir_lock(workdir: epath.Path) -> Generator[Held]:
     """Holds the lock of a workdir.
 
     Raises:
@@ -70,7 +70,7 @@ def _refuse(path: epath.Path, holder: str) -> StorageFault:
 
 
 @contextlib.contextmanager
-def _held_file(path: epath.Path) -> Iterator[Held]:
+def _held_file(path: epath.Path) -> Generator[Held]:
     with storage_errors(path):
         file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed below)
     with file:
@@ -148,7 +148,7 @@ def _take(lease: _Object, path: epath.Path, renew_secs: float, watch_secs: float
 
 
 @contextlib.contextmanager
-def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float = _WATCH_SECS) -> Iterator[Held]:
+def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float = _WATCH_SECS) -> Generator[Held]:
     held, ended = Held(), threading.Event()
     with storage_errors(path):
         lease = _Object(path)

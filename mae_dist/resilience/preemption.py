@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,7 +54,7 @@ class PreemptionSignals:
         self._index, self._count = 0, 1
 
     @contextlib.contextmanager
-    def handling(self, metadata_server: str | None) -> Iterator[None]:
+    def handling(self, metadata_server: str | None) -> Generator[None]:
         """Handles SIGTERM and SIGHUP and asks the metadata server in the background, until it is left.
 
         SIGHUP, the end of a terminal or a connection, is left alone where it is ignored, as under `nohup`.
@@ -113,7 +113,7 @@ class PreemptionSignals:
             return self._last_poll is not None and self._polls >= self._last_poll
 
     @contextlib.contextmanager
-    def interrupting(self) -> Iterator[None]:
+    def interrupting(self) -> Generator[None]:
         """Lets a preemption signal end at once what is done inside, by `Preempted`, if this is the only process.
 
         For what saves nothing and may take long. Of several processes none may leave without the others.

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NoReturn
 
 from mae_dist.errors import EXIT_PEER_LOST, EXIT_STALLED, say
@@ -135,7 +135,7 @@ class Watchdog:
         self._closing.set()
 
     @contextlib.contextmanager
-    def during(self, phase: str) -> Iterator[None]:
+    def during(self, phase: str) -> Generator[None]:
         """Holds the main thread in a phase; the time inside an inner phase is the inner one's alone."""
         outer = self.phase
         self._enter(phase)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,7 +128,7 @@ class Runner:
             os.sched_setaffinity(0, cores)
 
     @contextlib.contextmanager
-    def _handling_signals(self) -> Iterator[None]:
+    def _handling_signals(self) -> Generator[None]:
         """Holds handlers of SIGTERM, Ctrl-C and SIGHUP, unless that is ignored, as by `nohup`."""
         handled = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

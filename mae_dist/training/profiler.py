@@ -6,7 +6,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Profiler:
             )
 
     @contextlib.contextmanager
-    def _warning(self, what: str) -> Iterator[None]:
+    def _warning(self, what: str) -> Generator[None]:
         try:
             yield
         except Exception as error:  # of whatever kind: XLA's, a disk's, a bucket's

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -264,7 +264,7 @@ class Run:
             raise Preempted
 
     @contextlib.contextmanager
-    def _pause(self, state: TrainState, phase: str) -> Iterator[None]:
+    def _pause(self, state: TrainState, phase: str) -> Generator[None]:
         """Runs a phase between steps. Waits first for dispatched steps, whose time would count as the phase's."""
         jax.block_until_ready(state.step)
         with self.watchdog.during(phase), jax.transfer_guard("allow"):

@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def _read_file(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _local_copy(path: epath.Path) -> Iterator[str]:
+def _local_copy(path: epath.Path) -> Generator[str]:
     """Holds a local file with the content of `path`, which may be `path` itself; readers take one tensor at a time."""
     if is_local(path):
         yield os.fspath(path)
