@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # Sourced by launch/local.sh and tests/run.sh: the clone's virtual environment.
 #
-#   ensure_venv EXTRA   makes CLONE/.venv with this package and its EXTRA ("" for none) installed, unless it is there
-#                       already; afterwards $venv_python is its Python and $clone the directory of the clone.
+#   ensure_venv EXTRAS   makes CLONE/.venv with this package and its EXTRAS ("" for none) installed, unless it is there
+#                        already; afterwards $venv_python is its Python and $clone the directory of the clone.
 #
 # PYTHON in the environment names the Python to build with; else the newest of python3.13, 3.12, 3.11 and python3 that runs.
 
@@ -88,26 +88,21 @@ print(hashlib.sha256(b"\0".join([text, root.encode(), python.encode()])).hexdige
 }
 
 ensure_venv() {
-    local extra="$1" python digest stamp
+    local extras="$1" python digest stamp
     if ! is_usable; then
         python="$(find_python)"
         create_venv "$python"
     fi
     digest="$(install_digest)"
-    stamp="$venv/installed${extra:+-$extra}"
-    # An install with an extra has everything that one without has.
-    if [[ -z "$extra" ]]; then
-        for stamp in "$venv"/installed*; do
-            [[ -e "$stamp" && "$(<"$stamp")" == "$digest" ]] && return
-        done
-        stamp="$venv/installed"
-    elif [[ -e "$stamp" && "$(<"$stamp")" == "$digest" ]]; then
-        return
-    fi
-    say "installing mae_dist${extra:+[$extra]} and what it needs into $venv (once; a few minutes at most)"
+    # An install of more extras has everything that one of fewer has: "installed-test,parity" is enough for "test".
+    for stamp in "$venv/installed${extras:+-$extras}"*; do
+        [[ -e "$stamp" && "$(<"$stamp")" == "$digest" ]] && return
+    done
+    say "installing mae_dist${extras:+[$extras]} and what it needs into $venv (once; some minutes)"
     echo "$$" >"$venv/installing"
-    "$venv_python" -m pip install --quiet --disable-pip-version-check --editable "$clone${extra:+[$extra]}" ||
+    # pip reports each package to the error output: the output of a script is its program's.
+    "$venv_python" -m pip install --disable-pip-version-check --editable "$clone${extras:+[$extras]}" >&2 ||
         fail "the install failed (see above). The same command tries again from the start."
-    echo "$digest" >"$stamp"
+    echo "$digest" >"$venv/installed${extras:+-$extras}"
     rm "$venv/installing"
 }

@@ -5,11 +5,12 @@ import gc
 import mmap
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hypothesis
 import pytest
@@ -18,6 +19,7 @@ from etils import epath
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_DEVICES = 8
 _STDERR = pytest.StashKey[int]()
+_LEFT_OUT = pytest.StashKey[int]()
 
 
 def _xla_knows(flag: str) -> bool:
@@ -64,18 +66,68 @@ import jaxtyping  # noqa: E402
 # Shapes and types of these modules' annotations are checked at every call, that is when JAX traces.
 jaxtyping.install_import_hook(("mae_dist.model", "mae_dist.tasks", "mae_dist.training.train_step"), "beartype.beartype")
 
-from tests import runs  # noqa: E402
+from tests import NO_PARITY, runs  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-hypothesis.settings.register_profile("local", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--long`."""
+    parser.addoption("--long", action="store_true", help="also run the tests marked `long`")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps the standard error output from what captures it during tests."""
+    """Keeps the standard error output from what captures it during tests; sets how many examples Hypothesis draws."""
     config.stash[_STDERR] = os.dup(2)
+    examples = 100 if config.option.long else 25  # a test that sets its own number sets a multiple of this one
+    hypothesis.settings.register_profile("ours", deadline=None, max_examples=examples, derandomize="CI" in os.environ)
+    hypothesis.settings.load_profile("ours")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests marked `long` unless the command asks for them or names what it runs."""
+    named = any(Path(argument.partition("::")[0]).is_file() for argument in config.args)
+    if named or config.option.long or config.option.keyword or config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[_LEFT_OUT] = len(left_out)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Sends what a worker of pytest-xdist has left out to the process that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)  # pyright: ignore
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes what a worker of pytest-xdist has left out; all leave out the same."""
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Reports how many tests were left out, and how to run them."""
+    if left_out := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.line(
+            f"{left_out} long tests were left out: `bash tests/run.sh --long` runs them, too", bold=True
+        )
+
+
+class _WithoutParity(pytest.Module):
+    """A module of tests that needs PyTorch, where that is not installed."""
+
+    def collect(self) -> NoReturn:
+        pytest.skip(f"{self.path.name}: {NO_PARITY}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skips, where the parity extra is not installed, the modules that import it."""
+    needs_parity = re.search(r"^(import|from) (torch|transformers)\b", module_path.read_text(), re.MULTILINE)
+    if needs_parity and not (find_spec("torch") and find_spec("transformers")):
+        return _WithoutParity.from_parent(parent, path=module_path)
+    return None
 
 
 @pytest.hookimpl(trylast=True)

@@ -478,14 +478,20 @@ def test_ratios_of_grids_work(grid):
 
 
 @pytest.fixture(scope="module")
-def place(child_env, tmp_path_factory):
-    """A directory with `configs` in it, as a clone is, where the command of configs/smoke.py has run as printed."""
-    place = tmp_path_factory.mktemp("clone")
-    (place / "configs").symlink_to(ROOT / "configs")
+def clone(tmp_path_factory):
+    """A directory with `configs` in it, as a clone is."""
+    clone = tmp_path_factory.mktemp("clone")
+    (clone / "configs").symlink_to(ROOT / "configs")
+    return clone
+
+
+@pytest.fixture(scope="module")
+def place(clone, child_env):
+    """The same, where the command of configs/smoke.py has run as printed."""
     (line,) = scripts_of("configs/smoke.py")
-    run_line(line, place, child_env())
-    assert (place / "runs/smoke/summary.json").exists()
-    return place
+    run_line(line, clone, child_env())
+    assert (clone / "runs/smoke/summary.json").exists()
+    return clone
 
 
 def run_line(line: str, place: Path, env: dict[str, str], expected: int = 0) -> str:
@@ -512,6 +518,7 @@ def line_in(text: str) -> str:
     return line
 
 
+@pytest.mark.long
 def test_damaged_config_and_summary_are_written_again(place, child_env):
     """By the cure that the message gives: the run's own command, after the summary was deleted."""
     (line,) = scripts_of("configs/smoke.py")
@@ -527,6 +534,7 @@ def test_damaged_config_and_summary_are_written_again(place, child_env):
     assert results.read_result(workdir) is not None
 
 
+@pytest.mark.long
 def test_weights_of_another_size_are_converted_as_said(place, child_env):
     """The line that the message prints runs, and what it says to train with then fits."""
     config = smoke.get_config()
@@ -547,6 +555,7 @@ def test_weights_of_another_size_are_converted_as_said(place, child_env):
     assert "convert" not in str(refused.value).splitlines()[-1]  # which changes no widths
 
 
+@pytest.mark.long
 def test_quarantine_is_emptied_by_the_line_that_is_printed(place, child_env):
     """In a directory whose name a shell would take apart."""
     workdir = place / "runs" / "it's a run"
@@ -566,13 +575,13 @@ def test_quarantine_is_emptied_by_the_line_that_is_printed(place, child_env):
     assert not [path for path in (workdir / "quarantine").glob("*") if path.is_dir()]
 
 
-def test_lines_of_a_dry_run_are_the_trainings(place, child_env):
+def test_lines_of_a_dry_run_are_the_trainings(clone, child_env):
     """A sweep's, whose values a shell would take apart: each is a config that works, in a workdir of its own."""
     line = (
         "python -m mae_dist.sweep --config configs/smoke.py --over 'config.data.train_split=train[:50%],train' "
         "--seeds 2 --then probe --set probe.total_epochs=6 --out 'runs/a sweep' --dry_run"
     )
-    lines = [line for line in run_line(line, place, child_env()).splitlines() if " -m mae_dist.main " in line]
+    lines = [line for line in run_line(line, clone, child_env()).splitlines() if " -m mae_dist.main " in line]
     assert len(lines) == 8
     found = [shlex.split(line) for line in lines]
     assert {tuple(words[:3]) for words in found} == {(sys.executable, "-m", "mae_dist.main")}

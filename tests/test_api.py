@@ -187,6 +187,7 @@ def test_every_command_has_a_name():
     assert {module for module, _ in commands.COMMANDS.values()} == found
 
 
+@pytest.mark.long
 def test_commands_by_name(child_env):
     """As by their modules, help and faults alike."""
 
@@ -201,6 +202,7 @@ def test_commands_by_name(child_env):
     assert run("mae_dist", "train", "--wrkdir=x") == run("mae_dist.main", "--wrkdir=x")
 
 
+@pytest.mark.long
 def test_installed_from_a_wheel(child_env, tmp_path):
     """Laid out as pyproject.toml has it, in an empty directory: configs are found by name, the program too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -228,6 +230,7 @@ def test_installed_from_a_wheel(child_env, tmp_path):
     assert "total_steps=-1 must not be negative" in done.stderr
 
 
+@pytest.mark.long
 def test_the_script_in_the_readme(child_env, tmp_path):
     """A masking strategy of the user's own, trained, its pictures and features, without a command."""
     (script,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)

@@ -546,6 +546,7 @@ def test_hostile_pickle_is_refused(child_env, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
+@pytest.mark.long
 def test_command(child_env, tmp_path):
     """From a run to Hugging Face's layout at another size, in gray, and what it says."""
     config = config_of()

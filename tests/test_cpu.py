@@ -24,7 +24,7 @@ from mae_dist.model import autoencoder, flops
 from mae_dist.model.hooks import PLAIN
 from mae_dist.tasks.make import make_task
 from mae_dist.training import job
-from tests import QUICK
+from tests import NO_PARITY, QUICK
 from tests.runs import ONLY_UPDATES, losses, run, smoke_config
 
 
@@ -265,6 +265,7 @@ def test_options_of_later_versions_and_of_the_user(machine):
     assert list(cpu.options_to_run_once("0.10.9", 1)) == ["xla_cpu_use_fusion_emitters"]
 
 
+@pytest.mark.long
 def test_compiled_programs_are_kept(child_env, tmp_path):
     """A run beside the first one, of another seed, rate, warm-up and length, compiles nothing anew.
 
@@ -299,8 +300,10 @@ def test_activation_bytes_by_hand():
     assert size == 4 * (65 * (64 + 192) + 4 * 65 * 65)
 
 
+@pytest.mark.long
 def test_benchmark_takes_turns(child_env):
     """Both implementations really run; each figure is there and possible."""
+    pytest.importorskip("transformers", reason=NO_PARITY)
     shape = ("--config.model.image_size=(16, 16)", "--config.global_batch_size=16", "--config.data.num_examples=64")
     options = ("--json", "--against=hf", "--repeats=2", "--secs=0.05")
     env = {**child_env(), "TORCHDYNAMO_DISABLE": "1"}  # torch.compile then compiles nothing, which takes it long

@@ -12,7 +12,9 @@ import time
 
 import cv2
 import pytest
+from absl.testing import flagsaver
 
+from mae_dist import cli, errors, main
 from tests.runs import ONLY_UPDATES, ROOT, kill_at_step, last_step, records, run, start
 
 SLOWER = ("--config.optim.base_lr=2e-3", "--config.log_every_steps=50")
@@ -54,6 +56,7 @@ def test_pretraining_learns_and_reports(quickstart):
     assert_picture(workdir / "pictures" / "step_00000121.png")
 
 
+@pytest.mark.long
 def test_reconstruct(quickstart, child_env, tmp_path):
     """A picture of any split and size, where asked; other devices and pieces than in training."""
     workdir = tmp_path / "run"
@@ -70,7 +73,9 @@ def test_reconstruct(quickstart, child_env, tmp_path):
     assert_picture(out)
 
 
-@pytest.mark.parametrize("task", ["probe", "finetune", "scratch"])
+@pytest.mark.parametrize(
+    "task", ["probe", *(pytest.param(task, marks=pytest.mark.long) for task in ("finetune", "scratch"))]
+)
 def test_three_ways_to_an_accuracy(quickstart, child_env, tmp_path, task):
     """A probe computes its features once; an encoder says whence it came; even from scratch, digits are learnt."""
     workdir, _ = quickstart
@@ -92,6 +97,7 @@ def test_three_ways_to_an_accuracy(quickstart, child_env, tmp_path, task):
         assert summary["test_top1"] > 0.5  # chance: 0.1
 
 
+@pytest.mark.long
 def test_eight_devices_print_their_layout(child_env, tmp_path):
     """The overview: mesh, spec and bytes of every parameter, what is whole and why."""
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
@@ -102,6 +108,22 @@ def test_eight_devices_print_their_layout(child_env, tmp_path):
     assert "whole on every device, small: its rule leaves it whole" in output
 
 
+@pytest.fixture
+def run_here(monkeypatch, capfd):
+    """`run_here(*args)`: (exit code, output) of a training in this process, which ends before it computes."""
+
+    def run_main(*args):
+        argv = ["main", *args]
+        monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
+        monkeypatch.chdir(ROOT)
+        with flagsaver.flagsaver():
+            code = errors.exit_code_of(lambda: main.main(cli.parse_flags(argv)))
+        return code, "".join(capfd.readouterr())
+
+    return run_main
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
@@ -110,27 +132,37 @@ def test_eight_devices_print_their_layout(child_env, tmp_path):
         (("--config.model.patch_size=(5,5)",), "does not divide the image height 16"),
         (("--config.model.masking=grid", "--config.model.mask_ratio=0.6"), "ratios it can give"),
         (("--config.data.source=digit",), "Did you mean 'digits'?"),
-        (("--config.mesh.data=3",), "needs 3 devices and there are 1"),
         (("--confg.seed=1",), "confg"),
         (("surplus",), "unexpected arguments"),
     ],
 )
-def test_bad_config_is_one_clear_error(child_env, tmp_path, args, expected):
+def test_bad_config_is_one_clear_error(run_here, tmp_path, args, expected):
     """Exit code 2, the cure, no traceback, nothing written."""
     workdir = tmp_path / "run"
-    code, output = run(child_env(), "--config=configs/smoke.py", *args, f"--workdir={workdir}")
+    code, output = run_here("--config=configs/smoke.py", *args, f"--workdir={workdir}")
     assert code == 2, output
     assert expected in output
     assert "Traceback" not in output
     assert not workdir.exists()
 
 
-def test_no_config_and_no_such_config(child_env):
+def test_too_few_devices_are_one_clear_error(child_env, tmp_path):
+    """As above, from the process itself."""
+    workdir = tmp_path / "run"
+    code, output = run(child_env(), "--config=configs/smoke.py", "--config.mesh.data=3", f"--workdir={workdir}")
+    assert code == 2, output
+    assert "needs 3 devices and there are 1" in output
+    assert "Traceback" not in output
+    assert not workdir.exists()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
+def test_no_config_and_no_such_config(run_here):
     """The two commonest mistakes."""
-    code, output = run(child_env())
+    code, output = run_here()
     assert code == 2
     assert "configs/smoke.py" in output
-    code, output = run(child_env(), "--config=configs/no_such.py")
+    code, output = run_here("--config=configs/no_such.py")
     assert code == 2
     assert "no_such.py" in output
     assert "Traceback" not in output
@@ -171,6 +203,7 @@ def begun(child_env, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("limit_kib", "named"), [(5, "metrics.jsonl"), (40, "checkpoints")])
+@pytest.mark.long
 def test_full_disk_ends_with_its_code_and_harms_nothing(begun, child_env, tmp_path, limit_kib, named):
     """A limit on the size of a file stands for the disk: the last good checkpoint continues afterwards."""
     workdir = tmp_path / "run"
@@ -190,6 +223,7 @@ def test_full_disk_ends_with_its_code_and_harms_nothing(begun, child_env, tmp_pa
     assert [record["step"] for record in records(workdir)] == list(range(1, 41))
 
 
+@pytest.mark.long
 def test_failed_save_is_tried_again(child_env, tmp_path):
     """The disk is full for a while, within a background save: it is told, and nothing is lost in the end."""
     workdir = tmp_path / "run"
@@ -218,6 +252,7 @@ def test_failed_save_is_tried_again(child_env, tmp_path):
     assert code == 0, output
 
 
+@pytest.mark.long
 def test_a_failed_save_does_not_hold_up_the_end(child_env, tmp_path):
     """One whose directory cannot be made leaves no thread that waits for it, as Orbax's would for five minutes."""
     (tmp_path / "run").mkdir()
@@ -243,6 +278,7 @@ def test_a_failed_save_does_not_hold_up_the_end(child_env, tmp_path):
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_update_is_compiled_while_the_state_is_created(child_env, tmp_path):
     """Once, in a thread of its own: compiled twice, a start would take twice as long and nobody would know."""
     env = {**child_env(devices=2), "JAX_LOG_COMPILES": "1"}
@@ -258,6 +294,7 @@ def test_update_is_compiled_while_the_state_is_created(child_env, tmp_path):
     assert threads["init"] != threads["train_step"]
 
 
+@pytest.mark.long
 def test_a_fault_of_ours_while_the_update_is_compiled(child_env, tmp_path):
     """A traceback and code 1: an interpreter that ends beside a compilation would crash, and tell of that instead."""
     program = """if True:
@@ -327,6 +364,7 @@ def test_output_that_nobody_reads(body, is_read, expected):
     assert ("Traceback" in done.stderr, "ignored" in done.stderr) == (expected == 1, False), done.stderr
 
 
+@pytest.mark.long
 def test_interrupt_from_the_keyboard_can_be_continued(child_env, tmp_path):
     """Ctrl-C ends the process; the same line goes on."""
     workdir = tmp_path / "run"

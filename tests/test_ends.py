@@ -80,7 +80,7 @@ def test_codes_of_a_command(body, code, words):
         ("2>/dev/full", 75, "out\n"),
     ],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.long)])
 def test_streams_that_are_closed_or_full(redirect, code, printed, unbuffered):
     """Closed ones are no fault: the command's own code; nothing else is opened under their numbers."""
     body = "import sys; from mae_dist.errors import say; print('out', flush=True); say('err'); return 75"
@@ -160,6 +160,7 @@ LONG = (
 )
 
 
+@pytest.mark.long
 def test_a_closed_terminal(child_env, tmp_path):
     """It takes SIGHUP as a preemption signal, although nothing can be printed any more: all is saved."""
     workdir = tmp_path / "run"
@@ -272,6 +273,7 @@ def test_launchers_agree():
 # --- what is recorded stays
 
 
+@pytest.mark.long
 def test_nothing_recorded_is_replaced_by_less(child_env, tmp_path):
     """A finished run asked for less, or that lost records or checkpoints: refused or left alone; made longer: kept."""
     workdir = tmp_path / "run"

@@ -235,6 +235,7 @@ def test_what_exists_is_not_touched(compute, tmp_path):
 # --- real processes
 
 
+@pytest.mark.long
 def test_two_processes_write_what_one_does(child_env, trained, wanted, tmp_path):
     """The command line itself; the first process writes and reports."""
     out = tmp_path / "out"
@@ -251,6 +252,7 @@ def test_two_processes_write_what_one_does(child_env, trained, wanted, tmp_path)
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.long
 def test_a_kill_leaves_no_directory(child_env, trained, tmp_path):
     """What is half written cannot be taken for features."""
     many = ("--config=configs/smoke.py", "--config.data.num_examples=500000", "--shard_size=1", "--block=0")

@@ -149,6 +149,7 @@ def events(path):
     return found
 
 
+@pytest.mark.long
 def test_damaged_checkpoint(emulator, env, interrupted):
     """One flipped byte: `verify` tells, the run puts it in quarantine and goes on from the checkpoint before."""
     objects = emulator.buckets[BUCKET]
@@ -170,6 +171,7 @@ def test_damaged_checkpoint(emulator, env, interrupted):
     assert not [name for name in objects if "/quarantine/" in name]
 
 
+@pytest.mark.long
 def test_reconstruct(emulator, env, interrupted):
     """Its picture is in the bucket by default."""
     code, output = run(env, f"--workdir={WORKDIR}", "--num_images=2", module="reconstruct")
@@ -181,6 +183,7 @@ def test_reconstruct(emulator, env, interrupted):
     ("module", "bucket", "said"),
     [("main", "nowhere", "there is no such bucket"), ("checkpoint", "forbidden", "Forbidden")],
 )
+@pytest.mark.long
 def test_bucket_out_of_reach(env, module, bucket, said):
     """Told at once, by its name."""
     path = f"gs://{bucket}/run"

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from mae_dist.data.from_config import open_data
 from mae_dist.model import heads
 from mae_dist.training import job
+from tests import NO_PARITY
 from tests.runs import compile_quickly, first_batch, smoke_config
 
 PROBE: dict[str, Any] = {
@@ -33,6 +33,7 @@ PROBE: dict[str, Any] = {
 @pytest.mark.parametrize("std", [0.01, 2e-5])
 def test_initial_weights_have_the_deviation_that_is_asked_for(std):
     """As timm's `trunc_normal_`, whose bounds are no multiples of the deviation: it is normal, far tails included."""
+    torch = pytest.importorskip("torch", reason=NO_PARITY)
     head = heads.Head(300, 300, kind="linear", hidden_dim=0, norm_eps=0.0, init_std=std, rngs=nnx.Rngs(0))
     ours = np.asarray(head.linear.kernel[...]) / std
     there = torch.nn.init.trunc_normal_(torch.empty(300, 300), std=std).numpy() / std
@@ -43,6 +44,7 @@ def test_initial_weights_have_the_deviation_that_is_asked_for(std):
 
 def test_batch_norm_is_that_of_pytorch():
     """Training on three batches, gradients included, then evaluation: unbiased variance in the running statistics."""
+    torch = pytest.importorskip("torch", reason=NO_PARITY)
     rng = np.random.default_rng(0)
     theirs: Any = torch.nn.BatchNorm1d(5, eps=1e-6, affine=False)
     ours = heads.BatchNorm(5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mae_dist.__main__ import COMMANDS
+from tests import NO_PARITY
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mae_dist"
@@ -179,6 +180,7 @@ def run(child_env: Callable[..., dict[str, str]], *arguments: str) -> str:
 
 def test_training_starts_without_other_frameworks(child_env):
     """Nor do our dependencies import TensorFlow or PyTorch behind our back, which both are there for others to use."""
+    pytest.importorskip("torch", reason=NO_PARITY)
     names = "{'tensorflow', 'torch', 'transformers'}"
     run(
         child_env,

@@ -22,6 +22,7 @@ from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.data.transforms import CROP_UNIFORMS, RandomCrops
 from mae_dist.errors import EXIT_CONFIG, ConfigError, DataFault
 from mae_dist.training import job
+from tests import NO_PARITY
 from tests.comparators import torch_input
 from tests.conftest import ROOT
 from tests.test_tfds import prepare_shapes
@@ -37,6 +38,7 @@ def config(tmp_path: Path) -> ConfigDict:
 
 
 def test_the_other_pipeline_makes_the_same_of_the_same_records(config: ConfigDict, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason=NO_PARITY)
     # Of square images all of the area is all of the image, so that both have the same crop.
     prepare_shapes(tmp_path / "square", sizes=[(40 + 7 * i, 40 + 7 * i) for i in range(12)], fixed=False)
     config.data.update(data_dir=str(tmp_path / "square"), crop_scale=(1.0, 1.0))
@@ -61,7 +63,9 @@ def test_the_other_pipeline_makes_the_same_of_the_same_records(config: ConfigDic
         assert 0 <= top < bottom <= 20
 
 
+@pytest.mark.long
 def test_both_are_measured_by_turns_and_stopped_between(config: ConfigDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason=NO_PARITY)
     run = turns.Child.run
     names = []
 
@@ -122,7 +126,9 @@ def test_what_is_measured_is_what_trains(config: ConfigDict, monkeypatch: pytest
         np.testing.assert_array_equal(batch["label"][:4], batch["label"][4:])
 
 
+@pytest.mark.long
 def test_the_files_may_be_many(config: ConfigDict) -> None:
+    pytest.importorskip("torch", reason=NO_PARITY)
     dataset = open_dataset(config, "train")
     options = inputs._torch_options(config, dataset)
     options["spans"] *= 1 + (1 << 17) // len(options["spans"][0])  # more than an argument of a command may hold

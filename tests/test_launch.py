@@ -22,7 +22,7 @@ backend-path = ["."]
 [project]
 name = "mae_dist"
 version = "0.1.0"
-optional-dependencies = { test = [] }
+optional-dependencies = { test = [], parity = [] }
 """
 
 # An editable wheel is a zip with a .pth file and three lines of metadata.
@@ -36,7 +36,8 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
     with zipfile.ZipFile(os.path.join(wheel_directory, file_name), "w") as wheel:
         wheel.writestr("mae_dist.pth", os.getcwd())
         name_and_version = "Name: mae_dist\\nVersion: 0.1.0\\n"
-        wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nProvides-Extra: test\\n" + name_and_version)
+        extras = "Provides-Extra: test\\nProvides-Extra: parity\\n"
+        wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\n" + extras + name_and_version)
         wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         wheel.writestr(info + "RECORD", "")
     return file_name
@@ -44,6 +45,16 @@ def build_wheel(*args):
     raise NotImplementedError
 """
 
+# Stands for Python where a real environment would take seconds: makes one of itself, and prints what else it is asked.
+PYTHON_STUB = """#!/bin/bash
+case "$*" in
+    *"-m venv"*) mkdir -p "${!#}/bin" && cp "$0" "${!#}/bin/python" ;;
+    *"pip install"*) echo "PIP $*" ;;
+    *"-m pytest"*) echo "RAN $*" ;;
+    *platform*) echo 3.13.0 ;;
+    *hashlib*) echo "the same" ;;
+esac
+"""
 SHOW_ARGUMENTS = "import os, sys; print('RAN', __spec__.name, sys.argv[1:], os.path.basename(os.getcwd()))\n"
 
 
@@ -90,6 +101,7 @@ def test_scripts_are_valid_and_executable(script: str):
     assert script == "launch/venv.sh" or os.access(ROOT / script, os.X_OK)
 
 
+@pytest.mark.long
 def test_local_sh_from_first_run_to_last(clone: Path, run):
     first = run("launch/local.sh")
     assert first.returncode == 0, first.stderr
@@ -119,10 +131,33 @@ def test_local_sh_from_first_run_to_last(clone: Path, run):
     assert f"process {os.getpid()} is installing" in busy.stderr
 
 
+def test_run_sh_installs_what_its_flags_need(tmp_path: Path, clone: Path, run):
+    stub = str(_executable(tmp_path / "stub", PYTHON_STUB))
+    workers = "-n auto --maxprocesses=8 --dist=worksteal"
+    light = run("tests/run.sh", "--no-parity", "-k", "a b", PYTHON=stub)
+    assert light.returncode == 0, light.stderr
+    assert light.stdout == f"RAN -m pytest {workers} -k a b\n"
+    assert "installing mae_dist[test] and" in light.stderr
+    assert f"--editable {clone}[test]\n" in light.stderr  # what pip prints is seen, but is not the script's output
+    assert "--quiet" not in light.stderr
+
+    # Nothing is installed twice; PyTorch is, once it is wanted, and stays without harm.
+    assert run("tests/run.sh", "--no-parity", PYTHON=stub).stderr == ""
+    whole = run("tests/run.sh", "--long", PYTHON=stub)
+    assert whole.stdout == f"RAN -m pytest {workers} --long\n"
+    assert f"--editable {clone}[test,parity]\n" in whole.stderr
+    (clone / ".venv/installed-test").unlink()
+    for arguments in (("tests/run.sh",), ("tests/run.sh", "--no-parity"), ("launch/local.sh", "x")):
+        assert run(*arguments, PYTHON=stub).stderr == ""
+    for one in ("pytest.py", "pytest.py::test_x"):  # a file of the clone
+        assert run("tests/run.sh", one, "--no-parity", "-x", PYTHON=stub).stdout == f"RAN -m pytest {one} -x\n"
+
+
+@pytest.mark.long
 def test_run_sh_makes_the_venv_that_local_sh_then_uses(run):
     tests = run("tests/run.sh", "-k", "x")
     assert tests.returncode == 0, tests.stderr
-    assert "installing mae_dist[test]" in tests.stderr
+    assert "installing mae_dist[test,parity]" in tests.stderr
     workers = "'-n', 'auto', '--maxprocesses=8', '--dist=worksteal'"
     assert tests.stdout == f"RAN pytest [{workers}, '-k', 'x'] a clone\n"
     for one in ("pytest.py", "pytest.py::test_x"):  # a file of the clone
@@ -130,6 +165,7 @@ def test_run_sh_makes_the_venv_that_local_sh_then_uses(run):
     assert run("launch/local.sh", "x").stderr == ""
 
 
+@pytest.mark.long
 def test_half_made_venv_and_failed_install_are_made_anew(clone: Path, run):
     (clone / ".venv/bin").mkdir(parents=True)
     (clone / ".venv/bin/python").symlink_to(sys.executable)  # no pyvenv.cfg and no pip yet

@@ -30,7 +30,10 @@ def trained(params):
     return jax.tree.leaves(jax.tree_util.tree_map_with_path(without_keys, params))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param((8, 1, 1), marks=pytest.mark.long), pytest.param((1, 8, 1), marks=pytest.mark.long), (2, 2, 2)],
+)
 def test_every_mesh_gives_the_losses_of_one_device(one_device, shape):
     """Examples, masks and gradients must not depend on how the work is split."""
     data, fsdp, tensor = shape

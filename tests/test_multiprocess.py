@@ -37,6 +37,7 @@ def alone(child_env, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(alone, child_env, tmp_path):
     """Metrics, evaluation and pictures as from one process; a tensor axis across processes shares every row.
 

@@ -61,7 +61,9 @@ def check(workdir):
     assert reader.steps(workdir) == [0]
 
 
-@pytest.mark.parametrize("kind", ["name", "parent", "relative", "link"])
+@pytest.mark.parametrize(
+    "kind", ["name", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("parent", "relative", "link"))]
+)
 @pytest.mark.parametrize("name", GOOD)
 def test_good_names(tmp_path, monkeypatch, name, kind):
     """What is saved there is read back, below such a directory and through a link to it, too."""
@@ -235,6 +237,7 @@ def test_report_of_a_folder(tmp_path):
     assert "run\\udcff" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.long
 def test_a_run_in_a_nasty_place(child_env, tmp_path):
     """Preempted and continued, by the same line, with the name of a class of characters that do no harm."""
     workdir = tmp_path / ALLOWED / "-run ~"

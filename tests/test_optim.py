@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from mae_dist.model.build import abstract_params
 from mae_dist.model.parameters import HEAD, Parameter, parameter_rows
 from mae_dist.optim.hyperparams import make_hyperparams
 from mae_dist.optim.optimizer import make_optimizer, nonfinite_counts
-from tests import QUICK
+from tests import NO_PARITY, QUICK
 from tests.runs import smoke_config
 
 # A matrix, stacks of matrices and of vectors, a norm, tokens and positions.
@@ -183,6 +182,7 @@ def test_adamw_of_ten_steps():
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
 def test_sgd_is_that_of_pytorch(weight_decay, clip_norm):
     """Three steps with momentum; decay is part of the gradient, after clipping, and biases and norms have none."""
+    torch = pytest.importorskip("torch", reason=NO_PARITY)
     init, update = make(name="sgd", weight_decay=weight_decay, clip_norm=clip_norm, schedule="constant", warmup_steps=0)
     params = random_tree(0)
     theirs = [torch.nn.Parameter(torch.tensor(np.array(leaf))) for leaf in jax.tree.leaves(params)]

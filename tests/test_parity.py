@@ -61,6 +61,7 @@ SHAPES = {
     "eps, tanh, no qkv bias": Shape(eps=1e-12, act="gelu_pytorch_tanh", qkv_bias=False),
     "learned positions": Shape(positions="learned", ratio=0.9),
 }
+SHORT = ("norm_pix", "rgba", "learned positions")  # the others are run by --long
 
 
 def fixed_positions(grid: int, dim: int) -> torch.Tensor:
@@ -132,7 +133,10 @@ def make_pair(shape: Shape, path: Path) -> Pair:
     return Pair(shape, theirs, ours, params, value_and_grad)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(
+    scope="module",
+    params=[name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in SHAPES],
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair(SHAPES[request.param], tmp_path_factory.mktemp("hf"))
 

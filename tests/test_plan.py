@@ -330,6 +330,7 @@ def test_exchanges_on_a_mesh_of_two_axes():
     assert chips_of["all-reduce"] == {2, 4, 8}
 
 
+@pytest.mark.long
 def test_command(child_env, tmp_path):
     """On a machine without accelerator and without the data set."""
     out = tmp_path / "plan.json"
@@ -351,6 +352,7 @@ def test_command(child_env, tmp_path):
         assert line in output
 
 
+@pytest.mark.long
 def test_report_without_a_directory(child_env, tmp_path):
     """Refused before anything is compiled, and not by the exit code of what does not fit."""
     for out in (tmp_path / "none" / "plan.json", tmp_path):
@@ -525,7 +527,7 @@ class TestTpu:
     def no_accelerator(self):
         topology.use_no_accelerator()
 
-    @pytest.mark.parametrize(("fsdp", "above"), [(4, 1.05), (2, 1.1)])
+    @pytest.mark.parametrize(("fsdp", "above"), [(4, 1.05), pytest.param(2, 1.1, marks=pytest.mark.long)])
     def test_fits(self, fsdp, above):
         """The real step; weights, not activations, go over fsdp, as theory says: gathered at once, at this width.
 
@@ -549,6 +551,7 @@ class TestTpu:
         """Less than the compiler takes a host to have."""
         assert len(topology.describe(name, 1).devices) == 1
 
+    @pytest.mark.long
     def test_does_not_fit(self, child_env, tmp_path):
         """The compiler refuses, the report says why, and the exit code is 1."""
         out = tmp_path / "plan.json"
@@ -564,6 +567,7 @@ class TestTpu:
         assert re.search(why, output)
         assert "lower global_batch_size, raise accum_steps, model.remat=dots or blocks" in output
 
+    @pytest.mark.long
     def test_a_refusal_counts_arguments(self):
         """Its sum of "temporaries" is with them: here 16 GiB, beside which a step only sorts one of them."""
         place = topology.describe("v5e:1x1", 1)
@@ -576,6 +580,7 @@ class TestTpu:
         assert (compiled.arguments, compiled.limit) == (0, 15.75 * 2**30)
         assert compiled.temporaries > 16 * 2**30, "less than the arguments alone"
 
+    @pytest.mark.long
     def test_two_slices(self):
         """Data across them, all else within; what goes between them is told apart."""
         place = topology.describe("v5e:2x2", 2)

@@ -67,12 +67,20 @@ def child_of(process):
     raise AssertionError("no worker process")
 
 
-def test_another_topology_sees_the_same_examples_and_masks(uninterrupted, child_env, tmp_path, draw):
-    """1 -> 2 -> 4 -> 1 processes, each preempted by way of any one of them: every trace, every loss as alone."""
+@pytest.mark.parametrize(
+    "starts",
+    [
+        pytest.param(((2, 14),), id="2-1"),
+        pytest.param(((1, 7), (2, 14), (4, 24)), id="1-2-4-1", marks=pytest.mark.long),
+    ],
+)
+def test_another_topology_sees_the_same_examples_and_masks(uninterrupted, child_env, tmp_path, draw, starts):
+    """That many processes, each start preempted by way of any one of them: every trace and every loss as alone."""
     workdir = tmp_path / "run"
     saved = 0
-    for count, lowest in ((1, 7), (2, 14), (4, 24)):
-        simulated = ("--simulate_preemption_at_step=7",)  # what a user tries; of the first start only
+    for count, lowest in starts:
+        # What a user tries; of the first start only.
+        simulated = ("--simulate_preemption_at_step=7",) if starts[0][0] == 1 else ()
         processes = start_processes(child_env(), count, *ARGS, *simulated, f"--workdir={workdir}")
         if count > 1:
             wait_for_step(processes, workdir, max(saved + 2, lowest))
@@ -93,11 +101,12 @@ def test_another_topology_sees_the_same_examples_and_masks(uninterrupted, child_
         assert a.keys() == b.keys()
         np.testing.assert_allclose([a[name] for name in b], [b[name] for name in b], rtol=1e-4)
     goodput = json.loads((workdir / "summary.json").read_text())["goodput"]
-    assert goodput["runs"] == 4
+    assert goodput["runs"] == len(starts) + 1
     assert goodput["steps_replayed"] == 0
     assert 0 < goodput["productive_share"] < 1
 
 
+@pytest.mark.long
 def test_told_within_an_evaluation(child_env, tmp_path):
     """It is left, and done after the restart: nothing is missing, all is equal, the log line included."""
     args = (*ARGS, "--config.data.num_examples=20000", "--config.total_steps=12")
@@ -120,6 +129,7 @@ def test_told_within_an_evaluation(child_env, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_told_while_it_waits_for_data(child_env, tmp_path):
     """The worker that makes the batches hangs; what is done is saved all the same."""
     workdir = tmp_path / "run"
@@ -138,6 +148,7 @@ def test_told_while_it_waits_for_data(child_env, tmp_path):
     assert (workdir / "checkpoints" / str(last_step(workdir))).is_dir()
 
 
+@pytest.mark.long
 def test_stalled_data_ends_the_run(child_env, tmp_path):
     """Past its deadline a wait ends with a code of its own, and says where it hung."""
     workdir = tmp_path / "run"
@@ -157,7 +168,9 @@ def test_stalled_data_ends_the_run(child_env, tmp_path):
     assert "in batches" in output, "no stacks"
 
 
-@pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+@pytest.mark.parametrize(
+    ("number", "victim"), [(signal.SIGKILL, 0), pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.long)]
+)
 def test_peer_lost(child_env, tmp_path, number, victim):
     """One of two is killed or stopped: the other ends in time, says who is gone and what was last known."""
     workdir = tmp_path / "run"
@@ -204,6 +217,7 @@ def metadata(monkeypatch):
         server.shutdown()
 
 
+@pytest.mark.long
 def test_told_by_the_metadata_server(child_env, tmp_path, metadata):
     """As by SIGTERM; the address is the one given."""
     answers, address = metadata
@@ -231,6 +245,7 @@ def test_maintenance_that_ends_the_machine(metadata):
         assert preemption.poll()
 
 
+@pytest.mark.long
 def test_second_run_in_a_workdir_is_refused(child_env, tmp_path):
     """At once and naming the first; a killed one leaves no lock behind."""
     workdir = tmp_path / "run"

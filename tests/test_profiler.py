@@ -37,6 +37,7 @@ def test_steps_that_are_none(steps):
         parse_steps(steps)
 
 
+@pytest.mark.long
 def test_traces_the_updates_of_the_config_and_changes_nothing(child_env, tmp_path):
     """The trace holds those updates and what they computed; every recorded value is that of a run without it."""
     for name, steps in (("plain", ""), ("traced", "4:5")):
@@ -80,6 +81,7 @@ def test_a_signal_asks_for_the_next_updates(child_env, tmp_path):
     assert updates_in(directory)[0] == list(range(first, last + 1))
 
 
+@pytest.mark.long
 def test_a_signal_before_and_after_the_updates_is_harmless(child_env, tmp_path):
     """Whoever asks a job that still starts, or already ends, must not end it."""
     process = start(child_env(), *SMOKE, "--config.total_steps=2", f"--workdir={tmp_path}")

@@ -99,6 +99,7 @@ def train(built: job.Job, workdir: Path, preemption: PreemptionSignals) -> str:
         return loop.train(built, epath.Path(workdir), watchdog, preemption).status
 
 
+@pytest.mark.long
 def test_a_run_of_nothing_but_a_users_parts(module, tmp_path):
     """Trained at once, or stopped and continued with workers: bit-equal; and what it learned can be used."""
     del module

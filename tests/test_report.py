@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -487,11 +488,12 @@ f.onload = () => {{
 </script>"""
 
 
-@pytest.mark.skipif(
-    not shutil.which("chromium"), reason="no `chromium` to show the report in (Debian: apt-get install chromium)"
-)
+@pytest.mark.long
 def test_in_a_browser(whole, tmp_path):
     """Without network it shows all figures, says nothing on its console, and on a phone scrolls downwards only."""
+    if not shutil.which("chromium"):
+        cure = "no `chromium` to show the report in; on Debian: apt-get install chromium"
+        pytest.fail(cure) if "CI" in os.environ else pytest.skip(cure)
     (tmp_path / "report.html").write_text(whole[0], encoding="utf-8")
     (tmp_path / "measure.html").write_text(MEASURE.format(width=390))
     done = subprocess.run(

@@ -89,6 +89,7 @@ CLASSIFIERS = {
 
 
 @pytest.mark.parametrize("task", list(CLASSIFIERS))
+@pytest.mark.long
 def test_killed_classifier_is_bit_equal(child_env, tmp_path, draw, task):
     """What only they have goes on too: the momentum of trust ratios, running statistics, averages, pairs to mix."""
     encoder = trained.save(tmp_path / "encoder", trained.in_memory())
@@ -129,6 +130,7 @@ def test_killed_within_saves(uninterrupted, child_env, tmp_path, draw):
     assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.long
 def test_killed_before_the_first_checkpoint_starts_again(uninterrupted, child_env, tmp_path):
     """Metrics of steps that were never saved are dropped, not repeated."""
     workdir = tmp_path / "run"
@@ -139,6 +141,7 @@ def test_killed_before_the_first_checkpoint_starts_again(uninterrupted, child_en
     assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.long
 def test_preempted_before_the_first_update(uninterrupted, child_env, tmp_path):
     """SIGTERM while it waits for data or compiles, twice: saved, or nothing was there yet; its own code; it goes on."""
     workdir = tmp_path / "run"
@@ -167,6 +170,7 @@ def test_preempted_before_the_first_update(uninterrupted, child_env, tmp_path):
     assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.long
 def test_finished_run_is_left_alone(uninterrupted, child_env):
     """The same line once more reports the result and changes nothing."""
     names = ("metrics.jsonl", "summary.json")
@@ -195,6 +199,7 @@ def test_other_config_is_refused_field_by_field(uninterrupted, child_env, tmp_pa
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.long
 def test_continues_on_another_mesh(uninterrupted, child_env, tmp_path):
     """Begun on eight devices, continued on four, ended on one: the same examples under the same masks."""
     workdir = tmp_path / "run"

@@ -169,6 +169,7 @@ def test_cores_are_split(scripted, tmp_path):
 # --- runs
 
 
+@pytest.mark.long
 def test_killed_and_continued(child_env, tmp_path, monkeypatch):
     """kill -9 of the sweep takes its runs along; the same line continues one, and says why the other failed."""
     out = tmp_path / "sweep"
@@ -464,6 +465,7 @@ def test_points_that_cannot_work_are_failures(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "sweep_smoke" / "mask_ratio=0.75,seed=0" / "log.txt").exists()
 
 
+@pytest.mark.long
 def test_a_sweep_with_what_follows(child_env, tmp_path):
     """Pretrainings, a probe of each and one baseline for both; once more, nothing is left to do."""
     out = tmp_path / "sweep"

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from mae_dist.errors import EXIT_PEER_LOST, EXIT_STALLED
 from mae_dist.resilience.watchdog import Watchdog, Workers, kill_workers
 from tests.runs import free_port, start_processes
@@ -56,6 +58,7 @@ def test_deadline_ends_the_process():
     assert secs < 30
 
 
+@pytest.mark.long
 def test_a_stopped_process_has_not_stalled():
     """Ctrl-Z and fg: no time has passed for what was stopped."""
     code, output, _ = run_python(
@@ -71,6 +74,7 @@ def test_a_stopped_process_has_not_stalled():
     assert "went on" in output
 
 
+@pytest.mark.long
 def test_a_process_that_never_comes(child_env, tmp_path):
     """The others end in time, and say so."""
     args = (*LONG, "--config.deadlines.start_secs=8", f"--workdir={tmp_path / 'run'}")
