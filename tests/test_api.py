@@ -145,6 +145,7 @@ def test_open_run(trained):
         mae_dist.open_run(workdir.parent)
 
 
+@pytest.mark.long
 def test_continues_in_another_thread(trained):
     """With a longer schedule: the steps done stay done."""
     workdir = trained[0]

@@ -44,6 +44,7 @@ SOURCES = {  # how a source is made of a run: the layout, and whether without it
     "hf_classifier": ("hf", False),
 }
 NUM_CLASSES = 10
+SHORT = {"cifar_small", "cifar_small_probe", "cifar_small_finetune"}  # all other recipes are run by --long
 # What a recipe is, once its model is tiny: other fields are lengths, rates, intervals and places.
 _RECIPE = (
     *("task", "model.cls_token", "model.pos_embed", "model.layer_scale_init", "model.dtype", "model.scan"),
@@ -136,7 +137,10 @@ def _recipes() -> list[Any]:
     found: dict[str, list[str]] = {}
     for name in CONFIGS:
         found.setdefault(config_lib.to_json(recipe(tiny(name))), []).append(name)
-    return [pytest.param(names, id="+".join(names)) for names in found.values()]
+    return [
+        pytest.param(names, id="+".join(names), marks=[] if SHORT & set(names) else pytest.mark.long)
+        for names in found.values()
+    ]
 
 
 @pytest.fixture(scope="module")
