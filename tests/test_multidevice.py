@@ -49,6 +49,7 @@ def test_loss_falls(one_device):
     assert one_device[0][-1] < 0.8 * one_device[0][0]
 
 
+@pytest.mark.long
 def test_accumulation_equals_one_large_batch():
     """4 x 64 is 1 x 256, masks and stochastic depth included."""
     options = {"global_batch_size": 256, "total_steps": 6, "model__drop_path": 0.2, "model__dropout": 0.1}
