@@ -165,7 +165,7 @@ def test_more_devices_than_cores(machine, tmp_path):
     assert start.choose_devices(smoke_config(mesh__data=16), str(tmp_path)) == 0
 
 
-@pytest.mark.parametrize("masking", ["random", "grid"])
+@pytest.mark.parametrize("masking", ["random", pytest.param("grid", marks=pytest.mark.long)])
 def test_pieces_and_devices_change_nothing(masking):
     """Two devices in four pieces each with all choices, and the plain step: the same losses to float tolerance."""
     options = {"total_steps": 3, "model__masking": masking, "model__layer_scale_init": 0.1}
@@ -194,7 +194,9 @@ def test_evaluation_in_pieces(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"pretrain__norm_pix_loss": True, "model__scan": True}])
+@pytest.mark.parametrize(
+    "overrides", [pytest.param({}, marks=pytest.mark.long), {"pretrain__norm_pix_loss": True, "model__scan": True}]
+)
 def test_training_loss_is_that_of_the_whole_prediction(overrides):
     """Decoding in shuffled order and the removed patches only: the loss and gradient of He et al. all the same."""
     config = smoke_config(**overrides)

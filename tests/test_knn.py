@@ -132,6 +132,7 @@ def test_wrong_flags_are_refused(command, tmp_path, values, words):
 # --- in a run
 
 
+@pytest.mark.long
 def test_within_a_run(child_env, command, tmp_path):
     """Two processes, told within the evaluation, one that continues: nothing is missing, and the command agrees."""
     args = (

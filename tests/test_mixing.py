@@ -146,7 +146,7 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("kind", list(ALONE))
+@pytest.mark.parametrize("kind", ["mixup", pytest.param("cutmix", marks=pytest.mark.long)])
 def test_every_update_draws_anew(data, kind):
     """A draw frozen when the update is compiled would show nowhere else, nor in a loss, which starts at ln 10."""
     norms = [norm for _, norm in first_update(data, 1, cpu__pieces=1, **ALONE[kind])]
@@ -176,6 +176,7 @@ def test_every_example_draws_anew(kind):
     assert np.mean(changed) > 0.8
 
 
+@pytest.mark.long
 def test_same_pairs_on_any_devices(data):
     """Whatever splits the batch leaves neighbours together and their draws as they are."""
     one_device = first_update(data, 1, cpu__pieces=1)
