@@ -14,11 +14,11 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"
 
-extras=test,parity
+extras="test,parity"
 arguments=()
 for argument in "$@"; do
     if [[ "$argument" == --no-parity ]]; then
-        extras=test
+        extras="test"
     else
         arguments+=("$argument")
     fi

@@ -194,6 +194,7 @@ def test_pairs_must_divide():
         job.check_mesh(smoke_config(task="finetune", classify__mixup=0.8, global_batch_size=24, mesh__data=8), 8)
 
 
+@pytest.mark.long
 def test_scan_remat_and_dtype_change_nothing_but_digits():
     """How a mixed batch is carried through the blocks; DropPath is drawn again in a second forward pass."""
     rng = np.random.default_rng(0)

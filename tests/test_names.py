@@ -324,6 +324,7 @@ def test_checkpoints_of_nowhere(tmp_path, what):
         command([what, str(tmp_path / "mistyped")])
 
 
+@pytest.mark.long
 def test_full_disk_is_one_message(child_env, tmp_path):
     """Orbax logs what it raises, and its tasks and tensorstore complain hundreds of times."""
     args = ("--config=configs/smoke.py", *ONLY_UPDATES, "--config.total_steps=40", "--config.checkpoint.every_steps=20")

@@ -202,6 +202,7 @@ CACHED = {"task": "probe", "init_from": "unused"}
 FROZEN = {**CACHED, "data__augment": "flip"}
 
 
+@pytest.mark.long
 def test_compute_of_a_frozen_encoder(monkeypatch):
     """Nothing of it is computed again, and with cached features nothing at all."""
     monkeypatch.setattr(roofline.hardware, "peak_flops", lambda kind, dtype: 1e12)
@@ -306,6 +307,7 @@ def test_what_a_mask_keeps(tmp_path, masking):
     assert found["expected"]["ICI"] == expected["expected"]["ICI"]
 
 
+@pytest.mark.long
 def test_accumulation_repeats_exchanges():
     """On a data-parallel mesh gradients are summed once all the same; a head trained on all features at once gets its
     own once anywhere."""
@@ -322,6 +324,7 @@ def test_accumulation_repeats_exchanges():
         assert twice[mesh] - head[mesh] == 2 * (once[mesh] - head[mesh])
 
 
+@pytest.mark.long
 def test_exchanges_on_a_mesh_of_two_axes():
     """Weights are gathered among the chips of one axis, and the rest of their gradients summed over the other."""
     report = examine(smoke_config(**TINY, mesh__data=2, mesh__fsdp=4), topology.describe("cpu:8", 1))

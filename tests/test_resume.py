@@ -51,11 +51,16 @@ def assert_same(workdir, other):
         np.testing.assert_array_equal(a, b)
 
 
-def test_killed_twice_is_bit_equal(uninterrupted, child_env, tmp_path, draw):
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(((8, 25),), id="once"), pytest.param(((8, 25), (30, 55)), id="twice", marks=pytest.mark.long)],
+)
+def test_killed_is_bit_equal(uninterrupted, child_env, tmp_path, draw, kills):
     """Parameters, moments and every metric equal; no step twice, none missing; also with worker processes."""
     workdir = tmp_path / "run"
     args = (*ARGS, "--config.data.num_workers=2", f"--workdir={workdir}")
-    for step in (draw.randint(8, 25), draw.randint(30, 55)):
+    for first, last in kills:
+        step = draw.randint(first, last)
         kill_at_step(start(child_env(), *args), workdir, step)
     code, output = run(child_env(), *args)
     assert code == 0, output
@@ -114,11 +119,16 @@ def test_killed_classifier_is_bit_equal(child_env, tmp_path, draw, task):
     assert_same(killed, whole)
 
 
-def test_killed_within_saves(uninterrupted, child_env, tmp_path, draw):
-    """At random byte counts of two saves: what is there goes on, and nothing differs in the end."""
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(((6, 20),), id="once"), pytest.param(((6, 20), (25, 45)), id="twice", marks=pytest.mark.long)],
+)
+def test_killed_within_saves(uninterrupted, child_env, tmp_path, draw, kills):
+    """At a random byte count of a save: what is there goes on, and nothing differs in the end."""
     workdir = tmp_path / "run"
     args = (*ARGS, "--config.checkpoint.every_steps=2", f"--workdir={workdir}")
-    for step in (draw.randint(6, 20), draw.randint(25, 45)):
+    for first, last in kills:
+        step = draw.randint(first, last)
         process = start(child_env(), *args)
         wait_for_step([process], workdir, step)
         assert wait_within_save([process], workdir, draw.randrange(400_000))
