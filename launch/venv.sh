@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # Sourced by launch/local.sh and tests/run.sh: the clone's virtual environment.
 #
-#   ensure_venv EXTRAS   makes CLONE/.venv with this package and its EXTRAS ("" for none) installed, unless it is there
-#                        already; afterwards $venv_python is its Python and $clone the directory of the clone.
+#   ensure_venv EXTRAS [OPTION...]   makes CLONE/.venv with this package and its EXTRAS ("" for none) installed, by pip
+#                                    with these options, unless it is there already; afterwards $venv_python is its
+#                                    Python and $clone the directory of the clone.
 #
 # PYTHON in the environment names the Python to build with; else the newest of python3.13, 3.12, 3.11 and python3 that runs.
 
@@ -89,6 +90,7 @@ print(hashlib.sha256(b"\0".join([text, root.encode(), python.encode()])).hexdige
 
 ensure_venv() {
     local extras="$1" python digest stamp
+    shift
     if ! is_usable; then
         python="$(find_python)"
         create_venv "$python"
@@ -101,7 +103,7 @@ ensure_venv() {
     say "installing mae_dist${extras:+[$extras]} and what it needs into $venv (once; some minutes)"
     echo "$$" >"$venv/installing"
     # pip reports each package to the error output: the output of a script is its program's.
-    "$venv_python" -m pip install --disable-pip-version-check --editable "$clone${extras:+[$extras]}" >&2 ||
+    "$venv_python" -m pip install "$@" --disable-pip-version-check --editable "$clone${extras:+[$extras]}" >&2 ||
         fail "the install failed (see above). The same command tries again from the start."
     echo "$digest" >"$venv/installed${extras:+-$extras}"
     rm "$venv/installing"

@@ -63,7 +63,7 @@ extras="$1"
 shift
 end_earlier_trainer
 ensure_python
-ensure_venv "$extras"
+ensure_venv "$extras" --quiet  # as many machines would report each package
 cd "$clone"
 # The bash that becomes the trainer expands this, so that the process number is the trainer's.
 # shellcheck disable=SC2016
