@@ -201,7 +201,7 @@ def test_training_loss_is_that_of_the_whole_prediction(overrides):
     """Decoding in shuffled order and the removed patches only: the loss and gradient of He et al. all the same."""
     config = smoke_config(**overrides)
     task = make_task(config, 10, PLAIN)
-    params = task.init_params(jax.random.key(0))
+    params = jax.jit(task.init_params, compiler_options=QUICK)(jax.random.key(0))
     images = jax.random.randint(jax.random.key(1), (4, *config.model.image_size, 3), 0, 256, jnp.int32)
     batch = {"image": images.astype(jnp.uint8), "index": jnp.arange(4, dtype=jnp.int32), "weight": jnp.ones(4)}
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(config.seed), batch["index"])

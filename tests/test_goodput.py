@@ -105,6 +105,7 @@ def test_a_line_of_an_older_version(workdir):
     assert summary(workdir)["runs"] == 1
 
 
+@pytest.mark.long
 def test_the_figures_of_a_run_agree_with_its_ledger(workdir):
     """Those of speed with the time of the updates, all phases with the time that passed; saving is slow here, for real.
 
