@@ -39,6 +39,7 @@ def assert_picture(path):
     assert picture.std() > 20
 
 
+@pytest.mark.long
 def test_pretraining_learns_and_reports(quickstart):
     """The files others rely on, a loss that falls, one line of result."""
     workdir, output = quickstart
@@ -73,9 +74,8 @@ def test_reconstruct(quickstart, child_env, tmp_path):
     assert_picture(out)
 
 
-@pytest.mark.parametrize(
-    "task", ["probe", *(pytest.param(task, marks=pytest.mark.long) for task in ("finetune", "scratch"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("task", ["probe", "finetune", "scratch"])
 def test_three_ways_to_an_accuracy(quickstart, child_env, tmp_path, task):
     """A probe computes its features once; an encoder says whence it came; even from scratch, digits are learnt."""
     workdir, _ = quickstart
