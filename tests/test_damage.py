@@ -103,7 +103,7 @@ KINDS = ["flip", "truncate", "missing", "empty", "foreign", "no meta", "half"]
 RARELY = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@settings(RARELY, max_examples=settings.default.max_examples // 5)
+@settings(RARELY, max_examples=settings().max_examples // 5)
 @given(kind=st.sampled_from(KINDS), data=st.data())
 def test_any_damage_is_noticed(saved, tmp_path_factory, kind, data):
     """A byte, a file or all of it: the step before goes on, and the damaged one is put away with a reason."""
@@ -119,7 +119,7 @@ def test_any_damage_is_noticed(saved, tmp_path_factory, kind, data):
     assert len([path for path in (workdir / "quarantine").iterdir() if path.is_dir()]) == 1
 
 
-@settings(RARELY, max_examples=settings.default.max_examples // 8)
+@settings(RARELY, max_examples=settings().max_examples // 8)
 @given(kind=st.sampled_from(KINDS), data=st.data())
 def test_damage_without_a_seal(saved, tmp_path_factory, kind, data):
     """Killed before the manifest, the arrays' own digests decide: what goes on is exactly what was saved."""
@@ -320,7 +320,7 @@ def test_digests_do_not_depend_on_the_mesh():
     dtype=st.sampled_from(["float32", "int32", "bfloat16", "uint8", "bool"]),
     data=st.data(),
 )
-@settings(RARELY, max_examples=2 * settings.default.max_examples // 5)
+@settings(RARELY, max_examples=2 * settings().max_examples // 5)
 def test_any_bit_changes_the_digest(shape, dtype, data):
     """A single changed bit, always; two values that change places, too."""
     size = int(np.prod(shape))

@@ -137,7 +137,7 @@ def test_the_order_never_changes() -> None:
     assert stream_indices(3, 1, 8, np.arange(8), 12).tolist() == [5, 6, 9, 10, 6, 2, 11, 1]
 
 
-@settings(max_examples=settings.default.max_examples // 5)
+@settings(max_examples=settings().max_examples // 5)
 @given(
     st.integers(5, 30),
     st.sampled_from([4, 8, 12]),
@@ -241,7 +241,7 @@ def test_the_whole_augmentation_does_not_depend_on_rows_or_where_data_lies(cache
     _assert_same(part, [{name: column[rows] for name, column in batch.items()} for batch in whole[2:]])
 
 
-@settings(max_examples=settings.default.max_examples // 5)
+@settings(max_examples=settings().max_examples // 5)
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(1, 4))
 def test_repeats_stand_apart_and_see_every_example_in_turn(num_examples: int, num_unique: int, repeats: int) -> None:
     """Rows r and r + U hold the same example; the first U rows are the stream without repeats."""
@@ -267,7 +267,7 @@ def test_features_train_through_the_same_pipeline() -> None:
         np.testing.assert_array_equal(batch["features"], np.eye(6, dtype=np.float32)[batch["label"]])
 
 
-@settings(max_examples=settings.default.max_examples // 5)
+@settings(max_examples=settings().max_examples // 5)
 @given(st.integers(1, 40), st.sampled_from([4, 8, 12]), st.sampled_from([1, 2, 4]))
 def test_evaluation_counts_every_example_once(num_examples: int, batch: int, hosts: int) -> None:
     dataset = _images(num_examples)
