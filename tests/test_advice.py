@@ -327,7 +327,7 @@ def test_what_documents_name_exists():
     """In code spans and blocks: flags, fields, files, configs, tests."""
     tests = {*re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in ROOT.glob("tests/*.py")), re.MULTILINE)}
     tests |= {path.stem for path in ROOT.glob("tests/*.py")}
-    options = {name for script in SCRIPTS for name in re.findall(r"--(\w+)", (ROOT / script).read_text())}
+    options = {name for script in SCRIPTS for name in re.findall(r"--([\w-]+)", (ROOT / script).read_text())}
     files = {
         path.name for folder in ("configs", "mae_dist", "tests", "launch") for path in (ROOT / folder).rglob("*.*")
     }

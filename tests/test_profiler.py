@@ -69,6 +69,7 @@ def test_in_another_thread(tmp_path):
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+@pytest.mark.long
 def test_a_signal_asks_for_the_next_updates(child_env, tmp_path):
     process = start(child_env(), *SMOKE, "--config.total_steps=400", f"--workdir={tmp_path}")
     wait_for_step([process], tmp_path, 5)
