@@ -49,6 +49,9 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._entries))
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
 
 def named_arguments(function: Callable[..., Any], offered: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Returns those of `offered` that `function` has keyword-only parameters for, all of them for a `**` parameter.

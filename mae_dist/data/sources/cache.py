@@ -112,13 +112,13 @@ def _open_entry(entry: Path) -> tuple[_Columns, _Meta] | None:
         columns = {name: map_array(path) for name, path in _paths(entry).items()}
         # Reading all of it once costs a tenth of a second for CIFAR and brings it into the page cache.
         wrong = [name for name in _COLUMNS if zlib.crc32(columns[name].data) != meta["crc32"][name]]
-        fault = f"checksum of {', '.join(wrong)}" if wrong else ""
+        if wrong:
+            raise ValueError(f"checksum of {', '.join(wrong)}")
+        return columns, meta
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         fault = str(error) or type(error).__name__
-    if fault:
         _LOG.warning("the decoded copy %s is corrupted (%s) and is made again", entry, fault)
         return None
-    return columns, meta
 
 
 def _decode(dataset: EncodedDataset, max_bad_share: float) -> tuple[_Columns, _Meta]:

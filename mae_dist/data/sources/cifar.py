@@ -54,13 +54,17 @@ class _FromArchive:
 
 
 # TFDS would derive `name`, and with it the directory, from the class's name.
-class Cifar10FromArchive(_FromArchive, tfds_cifar.Cifar10, skip_registration=True):
+class Cifar10FromArchive(  # pyright: ignore[reportIncompatibleMethodOverride]
+    _FromArchive, tfds_cifar.Cifar10, skip_registration=True
+):
     """Prepares CIFAR-10 3.0.2."""
 
     name = "cifar10"
 
 
-class Cifar100FromArchive(_FromArchive, tfds_cifar.Cifar100, skip_registration=True):
+class Cifar100FromArchive(  # pyright: ignore[reportIncompatibleMethodOverride]
+    _FromArchive, tfds_cifar.Cifar100, skip_registration=True
+):
     """Prepares CIFAR-100 3.0.2."""
 
     name = "cifar100"

@@ -3,8 +3,10 @@
 from typing import Any
 
 from mae_dist.data.dataset import Dataset
-from mae_dist.data.sources import SOURCES, digits, synthetic, tfds  # noqa: F401 (they register themselves)
+from mae_dist.data.sources import SOURCES, digits, synthetic, tfds
 from mae_dist.registry import named_arguments
+
+BUILT_IN = (digits, synthetic, tfds)  # importing them registers their sources
 
 
 def open_split(split: str, *, source: str, image_size: tuple[int, int], **fields: Any) -> Dataset:
