@@ -9,22 +9,22 @@
 `mae_dist.errors`.
 """
 
-from importlib import metadata
-
-from etils import epy
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mae_dist import errors
 from mae_dist.config.default import get_config as default_config
 from mae_dist.config.named import get_config
 
-# Imported when first used, for JAX comes with them: a typo on a command line is reported before that.
-with epy.lazy_api_imports(globals()):
+if TYPE_CHECKING:
     from mae_dist.evaluation.encoder import Encoder, load_encoder
     from mae_dist.model import masking
     from mae_dist.training.job import Job
     from mae_dist.training.opened import Run, open_run
     from mae_dist.training.session import build, train
     from mae_dist.training.summary import Result
+
+    __version__: str
 
 __all__ = [
     "Encoder",
@@ -42,7 +42,40 @@ __all__ = [
     "train",
 ]
 
-try:
-    __version__ = metadata.version("mae_dist")
-except metadata.PackageNotFoundError:  # files that were put on the path without an installation
-    __version__ = "unknown"
+# Imported when first used, for JAX comes with them: a typo on a command line is reported earlier. A value is a module
+# (`package.module`) or something in one (`package.module:name`).
+_LAZY = {
+    "Encoder": "mae_dist.evaluation.encoder:Encoder",
+    "Job": "mae_dist.training.job:Job",
+    "Result": "mae_dist.training.summary:Result",
+    "Run": "mae_dist.training.opened:Run",
+    "build": "mae_dist.training.session:build",
+    "load_encoder": "mae_dist.evaluation.encoder:load_encoder",
+    "masking": "mae_dist.model.masking",
+    "open_run": "mae_dist.training.opened:open_run",
+    "train": "mae_dist.training.session:train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _LAZY:
+        raise AttributeError(f"module 'mae_dist' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    module, _, attribute = _LAZY[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Returns the installed version; of files that were put on the path without an installation it is unknown."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("mae_dist")
+    except metadata.PackageNotFoundError:
+        return "unknown"

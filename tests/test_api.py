@@ -97,6 +97,7 @@ def test_result(trained):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.long
 def test_own_loop_has_the_losses_of_train(trained):
     """To the last bit; and the batches of later steps are had without those before them."""
     job = mae_dist.build(quick(4))

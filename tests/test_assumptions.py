@@ -99,7 +99,7 @@ OTHERWISE = {  # for each field that may be assumed another value, which a confi
 }
 
 
-@pytest.mark.parametrize("kind", ["autoencoder", "classifier"])
+@pytest.mark.parametrize("kind", ["classifier", pytest.param("autoencoder", marks=pytest.mark.long)])
 def test_each_assumption_is_said_and_its_cure_works(child_env, tmp_path, caplog, kind):
     made = in_memory(**SHAPE, **(CLASSIFIER if kind == "classifier" else {}))
     path = stored(tmp_path / "a.safetensors", layouts.to_layout(made.load_whole(), made.config.model, "timm"))

@@ -89,7 +89,7 @@ def test_restores_onto_any_mesh(workdir):
 def test_saved_values_are_those_of_the_step(workdir, replicas):
     """The next update overwrites the donated buffers while the save goes on in the background."""
     built = build((replicas, 1, 1))
-    batch = {"image": np.zeros((32, 16, 16, 3), np.uint8), "label": np.zeros(32, np.int32)}
+    batch = {"image": jnp.zeros((32, 16, 16, 3), np.uint8), "label": jnp.zeros(32, np.int32)}
     state = new_state(built)
     with open_checkpoints(workdir) as checkpoints:
         wanted = jax.tree.map(np.array, state)

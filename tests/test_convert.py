@@ -187,7 +187,9 @@ def test_transformers_gives_the_same_loss(tmp_path, overrides):
 
     def loss(params: Any) -> jax.Array:
         ids_shuffle = jax.numpy.argsort(noise, axis=1).astype(np.int32)
-        pred, true, mask = bind(params)(images, ids_shuffle, masking.num_keep(16, config.model.mask_ratio), None)
+        pred, true, mask = bind(params)(
+            jax.numpy.asarray(images), ids_shuffle, masking.num_keep(16, config.model.mask_ratio), None
+        )
         target = losses.normalize_patches(true) if config.pretrain.norm_pix_loss else true
         return losses.masked_pixel_loss(pred, target, mask).mean()
 
@@ -269,7 +271,7 @@ def timm_classifier(tensors: dict[str, torch.Tensor], images: torch.Tensor, head
 def our_logits(config: ConfigDict, params: Any, images: np.ndarray) -> np.ndarray:
     """By the task that fine-tunes, for scaled images."""
     bind = model_build.functional(functools.partial(model_build.make_model, config, NUM_CLASSES, PLAIN)).bind
-    return np.asarray(jax.jit(lambda p: bind(p)(images, None), compiler_options=QUICK)(params))
+    return np.asarray(jax.jit(lambda p: bind(p)(jax.numpy.asarray(images), None), compiler_options=QUICK)(params))
 
 
 @pytest.mark.parametrize(
@@ -361,8 +363,8 @@ def test_channels(old, new):
 
     def predict(config: ConfigDict, params: Any) -> np.ndarray:
         bind = model_build.functional(functools.partial(model_build.make_model, config, 0, PLAIN)).bind
-        ids = np.tile(np.arange(16, dtype=np.int32), (2, 1))
-        x = np.repeat(images, config.model.channels, -1)
+        ids = jax.numpy.tile(jax.numpy.arange(16, dtype=np.int32), (2, 1))
+        x = jax.numpy.repeat(images, config.model.channels, -1)
         pred = jax.jit(lambda p: bind(p)(x, ids, 4, None)[0], compiler_options=QUICK)(params)
         return np.asarray(pred).reshape(2, 16, 16, -1)[..., :1]
 

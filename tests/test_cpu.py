@@ -165,7 +165,8 @@ def test_more_devices_than_cores(machine, tmp_path):
     assert start.choose_devices(smoke_config(mesh__data=16), str(tmp_path)) == 0
 
 
-@pytest.mark.parametrize("masking", ["random", pytest.param("grid", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("masking", ["random", "grid"])
 def test_pieces_and_devices_change_nothing(masking):
     """Two devices in four pieces each with all choices, and the plain step: the same losses to float tolerance."""
     options = {"total_steps": 3, "model__masking": masking, "model__layer_scale_init": 0.1}

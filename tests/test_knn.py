@@ -74,6 +74,7 @@ def test_few_examples_and_zeros():
     assert knn_ridge.ridge_predict(nothing, labels, nothing, num_classes=4).tolist() == [0, 0, 0]
 
 
+@pytest.mark.long
 def test_devices_change_nothing():
     """Eight with batches of 32 or one with 7: the same examples, each once, and the same accuracies."""
     found = []

@@ -178,6 +178,7 @@ def sweep(config, place, num_compiled):
     return planning.sweep(config, place, planning.described_data(config), num_compiled)
 
 
+@pytest.mark.long
 def test_gradients_are_exchanged_as_theory_says():
     """Data parallelism: the float32 gradients once, whatever loops the step has; fsdp: each weight, each pass."""
     place = topology.describe("cpu:8", 1)
@@ -443,6 +444,7 @@ FITTING = topology.Compiled(PROGRAM, 2**20, 0, 2**30, 0)
 TOO_LARGE = topology.Compiled(PROGRAM, 2**20, 0, 40 * 2**30, 0)
 
 
+@pytest.mark.long
 def test_sweep_beyond_what_the_compiler_refuses(monkeypatch):
     """Until as many fit as are wanted; those first, then what is not known to fail, then what fails."""
     place = tpu_of_cpus(monkeypatch)

@@ -124,6 +124,7 @@ def _open(data_dir: Path, name: str, split: str) -> Any:
     )
 
 
+@pytest.mark.long
 def test_imagenet_is_what_tfds_reads(
     manual_dir: Path, tmp_path: Path, prepare: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -336,6 +337,7 @@ def test_a_folder_is_checked_in_parts(
     assert [Path(image.path).stat().st_size for image in splits["train"]] == [image.size for image in splits["train"]]
 
 
+@pytest.mark.long
 def test_a_command_that_cannot_work_is_refused(prepare: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     for arguments, said in (
         ((), "name one data set"),
@@ -379,6 +381,7 @@ def begin(folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     tfds_writer.write_dataset(info, directory, splits)
 
 
+@pytest.mark.long
 def test_a_killed_preparation_goes_on(
     tmp_path: Path, child_env: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

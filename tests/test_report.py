@@ -170,6 +170,7 @@ def whole(trained, tmp_path_factory):
     return make(directory / "report.html", trained, figures=str(directory / "figures")), directory
 
 
+@pytest.mark.long
 def test_page(whole):
     """Everything is there, in one file that needs nothing."""
     text, _ = whole
@@ -189,6 +190,7 @@ def test_page(whole):
     assert (", commit " in text) == (ROOT / ".git").exists()
 
 
+@pytest.mark.long
 def test_figures_are_files_too(whole):
     """Each as a picture and as a drawing that other programs read."""
     directory = whole[1] / "figures"

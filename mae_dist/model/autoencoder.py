@@ -26,9 +26,9 @@ def _token(kind: str, dim: int, rngs: nnx.Rngs) -> nnx.Param[jax.Array] | None:
 
 
 def _token_value(
-    token: nnx.Param[jax.Array] | None, batch: int, count: int, dim: int, dtype: Any
-) -> Float[Array, "{batch} {count} {dim}"]:
-    """Repeats a token `count` times for each of `batch` examples."""
+    token: nnx.Param[jax.Array] | None, batch: Any, count: int, dim: int, dtype: Any
+) -> Float[Array, "B count dim"]:
+    """Repeats a token `count` times for each of `batch` examples, an int or, in an export, a symbolic dimension."""
     value = jnp.zeros((1, 1, dim), dtype) if token is None else token[...].astype(dtype)
     return jnp.broadcast_to(value, (batch, count, dim))
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from mae_dist.tasks.base import Batch, Task, scale_pixels
 class PerClassAccuracy(clu_metrics.Metric):
     """Accuracy of each class; NaN for a class without examples."""
 
-    correct: Float[Array, "Y"]
-    count: Float[Array, "Y"]
+    correct: Any  # float32 (Y,): arrays of JAX or NumPy, or their shapes
+    count: Any
 
     def merge(self, other: "PerClassAccuracy") -> "PerClassAccuracy":  # pyright: ignore[reportIncompatibleMethodOverride]
         return PerClassAccuracy(correct=self.correct + other.correct, count=self.count + other.count)
