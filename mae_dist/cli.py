@@ -128,10 +128,10 @@ def join_processes(watchdog: Any = None, preemption: Any = None) -> None:
     else:
         import jax
 
+        watchdog.expect_peers(lambda: processes.coordination()[1])
         with watchdog.during("join"):
             _initialize(**watchdog.join_options())
-            client, address = processes.coordination()
-            watchdog.expect_peers(address)
+            client, _ = processes.coordination()
             processes.quiet_unless_primary()
         watchdog.join(client, jax.process_index(), jax.process_count())
         preemption.join(client, jax.process_index(), jax.process_count())

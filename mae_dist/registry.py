@@ -13,7 +13,7 @@ class Registry(Generic[T]):
     """The choices of one field of the config, by name, in the order they were added; iterating gives the names."""
 
     def __init__(self, field: str):
-        """`field`: the dotted name of the field, for errors."""
+        """Makes an empty registry of the choices of `field`, a dotted name."""
         self.field = field
         self._entries: dict[str, tuple[T, str]] = {}  # with who added it
 

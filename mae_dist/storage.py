@@ -189,7 +189,7 @@ class Lines:
     """Appends lines to a file; each is stored when `append` returns."""
 
     def __init__(self, path: epath.Path, text: str):
-        """`text`: what the file holds. An object of a bucket cannot be appended to: it is replaced each time."""
+        """Takes the `text` that the file holds: an object of a bucket is replaced each time."""
         self._path, self._text = path, text
 
     def append(self, line: str) -> None:

@@ -1,8 +1,9 @@
 """The model's functions with hand-written gradients, in the form that is fastest on a CPU; float32.
 
 They are for programs in which each device computes its own examples (`parallel.shardings.on_each_device`): XLA could
-not shard them over devices. They have no forward-mode derivative. BUILD.md says what each gains. Shapes: B batch, N
-queries, M keys and values, H heads, hd width of a head, D model width.
+not shard them over devices. They have no forward-mode derivative. docs/measurements.md says what each gains.
+
+Shapes: B batch, N queries, M keys and values, H heads, hd width of a head, D model width.
 """
 
 import functools

@@ -176,15 +176,14 @@ class Watchdog:
             "heartbeat_secs": max(100.0, 3 * self._peer_secs),
         }
 
-    def expect_peers(self, address: str) -> None:
-        """Gives an exit code to the abort by which JAX ends a process whose coordinator is gone.
+    def expect_peers(self, address: Callable[[], str]) -> None:
+        """Gives an exit code to the abort by which JAX ends a process whose coordinator is gone; called before joining.
 
         Args:
-          address: host:port of process 0, "" in a run of one process: its aborts are its own.
+          address: returns host:port of process 0 as soon as it is known, "" in a run of one process.
         """
-        if address:
-            self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._on_abort(address))
-            ctypes.CDLL(None).signal(int(signal.SIGABRT), self._abort_handler)
+        self._abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._on_abort(address()))
+        ctypes.CDLL(None).signal(int(signal.SIGABRT), self._abort_handler)
         faulthandler.enable()  # prints the stacks, then lets the handler that was there before have the signal
 
     def join(self, client: Any, index: int, count: int) -> None:
@@ -194,6 +193,12 @@ class Watchdog:
             now = self._answered = self._clock()
             self._peers = {i: ({}, now) for i in range(count) if i != index}
             threading.Thread(target=self._beat, daemon=True).start()
+        elif self._abort_handler is not None:
+            # No other process can abort this one. A handler in Python could wait for ever for the interpreter's lock,
+            # which the thread that the signal interrupts may be about to take.
+            faulthandler.disable()
+            ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
+            faulthandler.enable()
 
     def end_if_peers_are_gone(self) -> None:
         """Ends this process if another is silent: its death is then what broke a connection here."""
@@ -271,10 +276,10 @@ class Watchdog:
         """Runs in whatever thread aborts: ends by a code if another process has ended, else by the abort.
 
         Args:
-          address: host:port of process 0.
+          address: host:port of process 0, "" in a run of one process.
         """
         deadline = self._clock() + 2 * _SILENT_SECS  # a connection may break before the process is quite gone
-        while self._clock() < deadline:
+        while address and self._clock() < deadline:
             silent = self._silent(_SILENT_SECS) if _answers(address) else _COORDINATOR
             if silent:
                 self._report(f"lost {silent}")

@@ -130,7 +130,7 @@ def fold_batch_norm(params: Params, config: ConfigDict) -> Params:
 
 
 def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(gh, gw, D) -> (*grid, D)."""
+    """Interpolates (gh, gw, D) to (*grid, D)."""
     import cv2
 
     # One value of D at a time: OpenCV's images have at most four channels where it interpolates exactly.
@@ -180,7 +180,7 @@ def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
             )
 
         def columns(x: np.ndarray, shift: Any) -> np.ndarray:
-            """(…, ph * pw * C) -> the same of the new channels."""
+            """Maps (…, ph * pw * C) to the same of the new channels."""
             y = x.reshape(*x.shape[:-1], -1, old) @ matrix + shift
             return y.reshape(*y.shape[:-2], -1).astype(x.dtype)
 

@@ -150,7 +150,7 @@ def _distance(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _scramble(words: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele et al. 2014): a bijection of 64-bit words whose output passes for random."""
+    """Applies splitmix64 (Steele et al. 2014), a bijection of 64-bit words whose output passes for random."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
