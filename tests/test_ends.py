@@ -224,7 +224,7 @@ WATCH = """if True:
     from mae_dist.resilience.watchdog import Watchdog
     limits = ('start', 'step', 'data', 'checkpoint', 'evaluate', 'peer')
     with Watchdog(**{{f'{{name}}_secs': 1800.0 for name in limits}}) as watchdog:
-        watchdog.expect_peers({address!r})
+        watchdog.expect_peers(lambda: {address!r})
         with watchdog.during({phase!r}):
             {body}
             print('went on')
