@@ -35,7 +35,6 @@ def evaluate_test(built, state, dataset=None):
     return evaluate.evaluate(built.eval_step, state.params, batches, "test_", dataset.class_names)
 
 
-@pytest.mark.long
 def test_loss_is_the_mean_over_single_examples():
     """Padding, batch size and devices leave no trace: 8 devices x 32 equals 1 device x 1 example."""
     built, state = build()
