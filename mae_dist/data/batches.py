@@ -51,13 +51,14 @@ class _TrainBatch:
     def __call__(self, step: int) -> HostBatch:
         num_unique = self.global_batch_size // self.repeats
         indices = stream_indices(self.seed, step, num_unique, self.rows % num_unique, self.dataset.num_examples)
-        augmentation, crops = self.augmentation, None
-        numbers = self._uniforms(draws.AUGMENT, step, 1 + CROP_UNIFORMS)
-        if augmentation.crop:
-            crops = RandomCrops(numbers[:, 1:], self.crop_scale)
+        augmentation, flip, crops = self.augmentation, None, None
+        if augmentation.flip or augmentation.crop:
+            numbers = self._uniforms(draws.AUGMENT, step, 1 + CROP_UNIFORMS)
+            flip = numbers[:, 0] < 0.5 if augmentation.flip else None
+            crops = RandomCrops(numbers[:, 1:], self.crop_scale) if augmentation.crop else None
         batch = self._read(indices, crops)
-        if augmentation.flip:
-            flip_images(batch["image"], numbers[:, 0] < 0.5)
+        if flip is not None:
+            flip_images(batch["image"], flip)
         if augmentation.function is not None:
             augmentation.apply(batch["image"], self._uniforms(draws.REGISTERED, step, augmentation.num_uniforms))
         if self.randaugment is not None:
