@@ -18,7 +18,7 @@ _SOURCE = flags.DEFINE_string("source", None, "Workdir, Hugging Face directory, 
 _OUT = flags.DEFINE_string("out", None, "A directory for hf and mae_dist, a file for timm.", allow_override=True)
 _TO = flags.DEFINE_enum("to", None, [*layouts.LAYOUTS, "mae_dist"], "The layout to write.")
 _IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Height,width to interpolate positions for.")
-_CHANNELS = flags.DEFINE_integer("channels", None, "Adapt the patch embedding to so many channels.")
+_CHANNELS = flags.DEFINE_integer("channels", None, "Adapt the patch embedding to this number of channels.")
 _ENCODER_ONLY = flags.DEFINE_bool("encoder_only", False, "Leave out the decoder or the head.")
 
 

@@ -119,7 +119,7 @@ def num_batches(subject: Subject, secs: float) -> int:
 def take_turns(
     subjects: Mapping[str, Subject], counts: Mapping[str, int], batch_size: int, repeats: int
 ) -> dict[str, list[float]]:
-    """Returns the images per second of each subject in each of its turns of so many batches."""
+    """Returns images per second of each subject in each of its turns, which are `counts` batches long."""
     rates: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(repeats):
         for name, subject in subjects.items():

@@ -28,7 +28,7 @@ from mae_dist.resilience.watchdog import Workers
 
 _MAX_THREADS = 16
 _REPLACEMENTS = 100  # unreadable records in a row before a batch is given up
-_FRACTION_OVER = 1000  # the fraction of unreadable records is of at least so many, so that one early one is not 3 %
+_FRACTION_OVER = 1000  # least denominator of the fraction of unreadable records: one early one is not yet 3 %
 _BAD = "bad"  # column of dataset positions found unreadable; `Batches` takes it out
 _LOG = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ def _iterate(dataset: Dataset, make_batch: Any, start: int, stop: int, num_worke
 
 
 def num_readers(dataset: Dataset, num_workers: int) -> int:
-    """Returns how many batches are made at once: by so many workers, or else by threads of this process."""
+    """Returns the number of batches made at once: one per worker, or per thread of this process without workers."""
     if num_workers:
         return num_workers
     if dataset.in_memory:

@@ -136,7 +136,7 @@ def _state_bytes(memory: dict[str, Any]) -> int:
 
 
 def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str]:
-    """Returns why it does not fit on slices of so many chips, the largest consumer first, each with its cure."""
+    """Returns why the plan does not fit, the largest consumer of memory first, each with its cure."""
     config, shape = built.config, built.mesh.shape
     state, split = _state_bytes(memory), shape["fsdp"] * shape["tensor"]
     lies, also = f"split over {split}", ""

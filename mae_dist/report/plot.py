@@ -97,7 +97,7 @@ class Plot:
 
 
 def shorten(text: str, length: int) -> str:
-    """Returns at most so many characters, the middle left out: names differ at their ends."""
+    """Shortens text to `length` characters by leaving out its middle: names differ at their ends."""
     if len(text) <= length:
         return text
     half = (length - 1) // 2
