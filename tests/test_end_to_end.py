@@ -198,7 +198,7 @@ FORTY_STEPS = ("--config=configs/smoke.py", "--config.total_steps=40", "--config
 def begun(child_env, tmp_path_factory):
     """A run killed a few steps after its first checkpoint."""
     workdir = tmp_path_factory.mktemp("begun") / "run"
-    kill_at_step(start(child_env(), *FORTY_STEPS, f"--workdir={workdir}"), workdir, 8)
+    kill_at_step(start(child_env(), *FORTY_STEPS, f"--workdir={workdir}"), workdir, 11)
     return workdir
 
 
