@@ -424,7 +424,7 @@ def test_damaged_checkpoints(trained, tmp_path):
     (damaged / "pictures" / "step_00000004.png").write_bytes(b"no picture")
     text = make(tmp_path / "r.html", damaged, quick=True)
     check(text)
-    assert "DAMAGED: " in text
+    assert "CORRUPTED: " in text
     assert "in quarantine: a &lt;b&gt;bad&lt;/b&gt; day" in text
     assert "step_00000004.png cannot be read" in text
 

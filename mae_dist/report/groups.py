@@ -138,14 +138,6 @@ def common_label(labels: Sequence[str]) -> str:
     return f"{start}*{end}" if start or end else f"{labels[0]} …"
 
 
-def differing_fields(runs: Sequence[Run]) -> tuple[list[tuple[str, list[Any]]], list[tuple[str, Any]]]:
-    """Returns (fields that differ with the value of each run, the other fields with their one value)."""
-    flat = [dict(config_lib.flatten(run.config)) for run in runs]
-    values = {field: [fields.get(field) for fields in flat] for field in flat[0]}
-    differ = {field: each for field, each in values.items() if any(value != each[0] for value in each)}
-    return list(differ.items()), [(field, each[0]) for field, each in values.items() if field not in differ]
-
-
 def scalar_names(runs: Iterable[Run]) -> list[str]:
     """Returns every `train_…`, `val_…` and `test_…` that was recorded, without those of single classes."""
     names = {name for run in runs for record in run.records for name in record}

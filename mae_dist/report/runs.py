@@ -14,8 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist.checkpoint import digests, reader
-from mae_dist.checkpoint.manifests import Manifests
+from mae_dist.checkpoint import reader
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.metrics import goodput
 from mae_dist.metrics.recorder import read_metrics
@@ -249,36 +248,3 @@ def _masking(run: Run) -> Masking | None:
 def _masking_of(model: Any) -> Masking:
     strategy = str(model.get("masking", "random"))
     return Masking(strategy, float(model["mask_ratio"]), str(model["mask_file"]) if strategy == "user" else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedState:
-    """Checkpoint on disk: its step, and what is wrong with it."""
-
-    place: str
-    mebibytes: float
-    has_manifest: bool
-    faults: list[str]
-
-
-def checkpoints(workdir: epath.Path, *, arrays: bool) -> tuple[list[SavedState], dict[str, str]]:
-    """Returns the checkpoints of a run, verified, and why others are in quarantine, by name.
-
-    Args:
-      workdir: of the run, which may be in progress.
-      arrays: reads the arrays too, instead of only comparing the files with their manifest.
-    """
-    manifests, found = Manifests(workdir), []
-    with storage_errors(workdir):
-        for step in reader.steps(workdir):
-            path = workdir / "checkpoints" / str(step)
-            try:
-                faults = reader.condition(workdir, step) if arrays else manifests.faults(step) or []
-                size = sum(file.stat().length for file in digests.files(path)) / 2**20
-            except FileNotFoundError:
-                if path.exists():
-                    raise
-                continue  # superseded meanwhile
-            if path.exists():
-                found.append(SavedState(str(step), size, manifests.has(step), faults))
-        return found, manifests.quarantined()

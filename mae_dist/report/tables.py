@@ -3,15 +3,21 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 
+from etils import epath
+
+from mae_dist import config as config_lib
+from mae_dist.checkpoint import digests, reader
+from mae_dist.checkpoint.manifests import Manifests
 from mae_dist.errors import UserError
 from mae_dist.metrics.results import spread
-from mae_dist.report.groups import Group, by_task, differing_fields, scalar_names
+from mae_dist.report.groups import Group, by_task, scalar_names
 from mae_dist.report.page import Part, Row, Table, code, strong
 from mae_dist.report.plot import duration
-from mae_dist.report.runs import Run, checkpoints
+from mae_dist.report.runs import Run
+from mae_dist.storage import storage_errors
 
 # Head, value of a run, and the text of one value, or of several as their mean and sample standard deviation.
 Column = tuple[str, Callable[[Run], float | None], Callable[[Sequence[float]], str]]
@@ -169,17 +175,20 @@ def environments(runs: Sequence[Run]) -> Part:
 
 def configs(runs: Sequence[Run]) -> list[Part]:
     """Returns the fields that differ, side by side, and the rest folded."""
-
-    def value_of(value: object) -> str:
-        return code(json.dumps(value, ensure_ascii=False))
-
-    differ, same = differing_fields(runs)
+    differ: list[Row] = []
+    same: list[Row] = []
+    flat = [dict(config_lib.flatten(run.config)) for run in runs]
+    for field in flat[0]:
+        values = [fields.get(field) for fields in flat]
+        cells = [code(json.dumps(value, ensure_ascii=False)) for value in values]
+        if any(value != values[0] for value in values):
+            differ.append(("", field, cells))
+        else:
+            same.append(("", field, cells[:1]))
     heads = ["field", *(run.label for run in runs)]
-    rows: list[Row] = [("", field, [value_of(value) for value in values]) for field, values in differ]
-    rest: list[Row] = [("", field, [value_of(value)]) for field, value in same]
     title = f"The {len(same)} fields with one value" if len(runs) > 1 else f"All {len(same)} fields"
-    parts = [Part(tables=[Table("Fields that differ", heads, rows, wordy=range(1, len(heads)))])] if differ else []
-    return [*parts, Part(title, tables=[Table(title, ["field", "value"], rest, wordy=[1])], folded=True)]
+    parts = [Part(tables=[Table("Fields that differ", heads, differ, wordy=range(1, len(heads)))])] if differ else []
+    return [*parts, Part(title, tables=[Table(title, ["field", "value"], same, wordy=[1])], folded=True)]
 
 
 def states(runs: Sequence[Run], *, arrays: bool) -> Part:
@@ -188,19 +197,37 @@ def states(runs: Sequence[Run], *, arrays: bool) -> Part:
     warnings = []
     for run in runs:
         try:
-            found, quarantined = checkpoints(run.workdir, arrays=arrays)
+            with storage_errors(run.workdir):
+                found = [*_checkpoints(run.workdir, arrays), *_quarantine(run.workdir)]
         except UserError as error:
             warnings.append(f"{run.label}: {error}")
             continue
-        for state in found:
-            good = "good" if arrays else "files match" if state.has_manifest else "not verified: no manifest"
-            condition = strong(f"DAMAGED: {'; '.join(state.faults[:5])}") if state.faults else good
-            size, manifest = f"{state.mebibytes:,.1f} MiB", "yes" if state.has_manifest else "no"
-            rows.append(("", run.label, [state.place, size, manifest, condition]))
-        for place, reason in quarantined.items():
-            rows.append(("", run.label, [place, "", "", strong(f"in quarantine: {reason}")]))
-        if not found and not quarantined:
-            rows.append(("", run.label, [_NONE, "", "", "no checkpoint yet"]))
+        rows += [("", run.label, cells) for cells in found or [[_NONE, "", "", "no checkpoint yet"]]]
     note = "Files are compared with their manifest" + (", arrays with their digests." if arrays else ".")
     heads = ["run", "step", "size", "manifest", "condition"]
     return Part(warnings=warnings, tables=[Table("Checkpoints, verified now", heads, rows, note, wordy=[4])])
+
+
+def _checkpoints(workdir: epath.Path, arrays: bool) -> Iterator[list[str]]:
+    """Yields step, size, manifest and condition of each checkpoint; the run may be in progress."""
+    manifests = Manifests(workdir)
+    for step in reader.steps(workdir):
+        path = workdir / "checkpoints" / str(step)
+        try:
+            faults = reader.condition(workdir, step) if arrays else manifests.faults(step)
+            size = sum(file.stat().length for file in digests.files(path)) / 2**20
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            continue  # superseded meanwhile
+        if not path.exists():
+            continue
+        has_manifest = manifests.has(step)
+        good = "good" if arrays else "files match" if has_manifest else "not verified: no manifest"
+        condition = strong(f"CORRUPTED: {'; '.join(faults[:5])}") if faults else good
+        yield [str(step), f"{size:,.1f} MiB", "yes" if has_manifest else "no", condition]
+
+
+def _quarantine(workdir: epath.Path) -> list[list[str]]:
+    reasons = Manifests(workdir).quarantined()
+    return [[name, "", "", strong(f"in quarantine: {reason}")] for name, reason in reasons.items()]
