@@ -7,26 +7,25 @@ import contextlib
 import dataclasses
 import functools
 import json
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from jaxtyping import PyTree
 
 from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import Dataset
 from mae_dist.data.from_config import open_dataset
 from mae_dist.errors import DataFault
 from mae_dist.evaluation import evaluate, extract
-from mae_dist.evaluation.encode import make_encode, needed_shapes
 from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model.build import functional, make_model
 from mae_dist.model.hooks import PLAIN
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.report.runs import Run
 from mae_dist.task_kinds import kind_of
-from mae_dist.tasks.base import scale_pixels
+from mae_dist.tasks.base import Batch, scale_pixels
 from mae_dist.weights import pretrained
 
 _BATCH_SIZE = 256
@@ -63,7 +62,6 @@ class Viewer:
     def __init__(self, data_dir: str, max_images: int):
         self._data_dir, self._max_images = data_dir, max_images
         self._splits: dict[str, Dataset] = {}
-        self._mesh = make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices())
 
     def look(self, run: Run) -> Seen:
         """Returns the predictions and features of this run's model.
@@ -76,52 +74,46 @@ class Viewer:
         name = "test" if config.data.test_split else "val" if config.data.val_split else "train"
         with config.unlocked():
             config.data.data_dir = self._data_dir or config.data.data_dir
+            config.mesh.update(data=-1, fsdp=1, tensor=1)
+            config.eval.batch_size = _BATCH_SIZE
         split = config.data[f"{name}_split"]
         key = json.dumps([config.data.to_dict(), config.model.image_size, config.model.channels, split])
         if key not in self._splits:
             self._splits[key] = open_dataset(config, split)
         dataset = self._splits[key]
-        images, columns = self._run(source, dataset)
+        is_encoder = kind_of(config).has_decoder
+        compute = extract.prepare(source, config, ("mean",)) if is_encoder else _classifier(source)
+        with contextlib.closing(compute(dataset)) as batches:
+            columns = evaluate.first_rows(batches, self._max_images)
         count = len(columns["label"])
         some = "all" if count == dataset.num_examples else f"the first {count:,} of the"
         return Seen(
             origin=source.origin,
             split=f"{some} {dataset.num_examples:,} {name} images",
             class_names=tuple(dataset.class_names),
-            images=images,
-            features=columns["features"],
+            images=dataset.examples(columns["index"][:_NUM_SHOWN])["image"],
+            features=columns["mean"],
             labels=columns["label"],
             predictions=columns["logits"].argmax(axis=1) if "logits" in columns else None,
         )
 
-    def _run(self, source: pretrained.Pretrained, dataset: Dataset) -> tuple[np.ndarray, evaluate.Columns]:
-        """Returns the very first images, and what `_make_forward` computes of up to `max_images`, with `label`."""
-        config, mesh = source.config, self._mesh
-        shapes = needed_shapes(source) if kind_of(config).has_decoder else source.abstract
 
-        def make_step(shardings: Any, batch_size: int) -> Any:
-            forward, pieces = _make_forward(config, source.num_classes), num_pieces(config, mesh, batch_size)
-            return make_eval_step(forward, mesh=mesh, params=shardings, per_example=True, pieces=pieces)
+def _classifier(source: pretrained.Pretrained) -> extract.Compute:
+    """Returns a function of a dataset to float32 `mean` (B, D), the features, and `logits` (B, Y) of its batches."""
+    config = source.config
+    mesh = make_mesh(config.mesh.to_dict(), jax.devices())
+    bind = functional(functools.partial(make_model, config, source.num_classes, PLAIN)).bind
 
-        compute = extract.with_step(source, shapes, mesh, _BATCH_SIZE, make_step)
-        with contextlib.closing(compute(dataset)) as batches:
-            columns = evaluate.first_rows(batches, self._max_images)
-        return dataset.examples(columns["index"][:_NUM_SHOWN])["image"], columns
-
-
-def _make_forward(config: ConfigDict, num_classes: int) -> Any:
-    """Returns (params, batch) -> float32 `features` (B, D), and for a classifier `logits` (B, Y)."""
-    if kind_of(config).has_decoder:
-        encode = make_encode(config, ("mean",))
-        return lambda params, batch: {"features": encode(params, batch["image"])["mean"]}
-    bind = functional(functools.partial(make_model, config, num_classes, PLAIN)).bind
-
-    def forward(params: Any, batch: Any) -> dict[str, jax.Array]:
+    def forward(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         model = bind(params)
         features = model.features(scale_pixels(batch["image"], config.data.mean, config.data.std), None)
-        return {"features": features.astype(jnp.float32), "logits": model.logits(features)}
+        return {"mean": features.astype(jnp.float32), "logits": model.logits(features)}
 
-    return forward
+    def make_step(shardings: PyTree, batch_size: int) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
+        pieces = num_pieces(config, mesh, batch_size)
+        return make_eval_step(forward, mesh=mesh, params=shardings, per_example=True, pieces=pieces)
+
+    return extract.with_step(source, source.abstract, mesh, _BATCH_SIZE, make_step)
 
 
 def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

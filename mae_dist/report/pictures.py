@@ -29,14 +29,12 @@ _CLASS_COLORS = (
 _PICTURE_WIDTH = 1000  # pixels in the page
 
 
-def some_pictures(workdir: epath.Path, most: int = 4) -> list[epath.Path]:
-    """Returns pictures that training drew: the first, some between, the last."""
+def some_pictures(workdir: epath.Path) -> list[epath.Path]:
+    """Returns at most four pictures that training drew: the first, some between, the last."""
     directory = workdir / "pictures"
     with storage_errors(directory):
         paths = [path for path in children_of(directory) if path.match("step_*.png")]
-    if len(paths) <= most:
-        return paths
-    return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)]
+    return paths if len(paths) <= 4 else [paths[round(i * (len(paths) - 1) / 3)] for i in range(4)]
 
 
 def to_data_uri(path: epath.Path) -> str:
@@ -63,10 +61,9 @@ def predictions(seen: Seen, label: str) -> Plot:
 
     figure = new_figure(0.2 + 0.95 * rows)
     panels = list(np.asarray(figure.subplots(rows, columns, squeeze=False)).flat)
-    for axes in panels:
+    for axes in panels[len(found) :]:
         axes.set_axis_off()
     for axes, (image, truth, guess) in zip(panels, found, strict=False):
-        axes.set_axis_on()
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.imshow(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)), interpolation="nearest")  # no alpha
@@ -81,11 +78,11 @@ def predictions(seen: Seen, label: str) -> Plot:
 
 def confusion(seen: Seen, label: str) -> Plot:
     """Returns the fractions of each true class that were predicted as each class, in percent."""
+    from sklearn.metrics import confusion_matrix
+
     assert seen.predictions is not None
     size = len(seen.class_names)
-    counts = np.bincount(seen.labels * size + seen.predictions, minlength=size**2).reshape(
-        size, size
-    )  # (true, predicted)
+    counts = confusion_matrix(seen.labels, seen.predictions, labels=range(size))  # (true, predicted)
     percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     wrong = counts - np.diag(np.diag(counts))
     worst = [np.unravel_index(place, wrong.shape) for place in np.argsort(-wrong, axis=None)[:3]]
