@@ -52,8 +52,9 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
-    """`name = shape opcode(inputs), attributes`; of a constant, `inputs` is its value."""
+    """`root name = shape opcode(inputs), attributes`; of a constant, `inputs` is its value."""
 
+    root: str  # not "" if it gives the computation's value
     name: str
     shape: str
     opcode: str
@@ -70,19 +71,7 @@ class _Instruction:
         return found[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Computation:
-    instructions: dict[str, _Instruction]  # by name
-    root: str
-
-    def number(self, name: str) -> int | None:
-        """Returns the value of an integer constant, also of a copy of one; None for anything else."""
-        found = self.instructions.get(name)
-        while found is not None and found.opcode in ("copy", "bitcast") and found.operands:
-            found = self.instructions.get(found.operands[0])
-        if found is None or found.opcode != "constant" or not re.fullmatch(r"-?\d+", found.inputs):
-            return None
-        return int(found.inputs)
+_Computation = dict[str, _Instruction]  # by name
 
 
 class Program:
@@ -93,16 +82,13 @@ class Program:
         self.num_devices, self.num_slices = num_devices, num_slices
         self.uncounted_loops: list[str] = []  # with exchanges and an unknown number of iterations
         self._computations: dict[str, _Computation] = {}
-        self._entry, instructions, name = "", {}, ""
+        self._entry, instructions = "", {}
         for line in text.splitlines():
             if head := _HEAD.match(line):
-                name, instructions = head[2], {}
-                self._computations[name] = _Computation(instructions, "")
-                self._entry = name if head[1] else self._entry
+                instructions = self._computations[head[2]] = {}
+                self._entry = head[2] if head[1] else self._entry
             elif found := _INSTRUCTION.match(line):
-                instructions[found[2]] = _Instruction(*found.groups()[1:])
-                if found[1]:
-                    self._computations[name] = _Computation(instructions, found[2])
+                instructions[found[2]] = _Instruction(*found.groups(default=""))
         assert self._entry, "no ENTRY computation in the program's text"
 
     def collectives(self) -> list[Collective]:
@@ -112,7 +98,7 @@ class Program:
     def _within(self, name: str) -> list[Collective]:
         """Returns the exchanges of a computation and those it calls, each chain once."""
         inside = self._computations[name]
-        found = [item for instruction in inside.instructions.values() for item in self._of(instruction, inside)]
+        found = [item for instruction in inside.values() for item in self._of(instruction, inside)]
         chains = {item.chain: item for item in found if item.chain}
         return [item for item in found if not item.chain or chains[item.chain] is item]
 
@@ -183,21 +169,33 @@ class Program:
         if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes):
             return int(known[1])
         condition, body = (self._computations[loop.attribute(name)] for name in ("condition", "body"))
-        compare = condition.instructions[condition.root]
+        compare, after = _root(condition), _root(body)
         if compare.opcode != "compare" or compare.attribute("direction") not in ("LT", "LE"):
             return None
-        counter = condition.instructions[compare.operands[0]]
-        limit = condition.number(compare.operands[1])
-        begin, after = inside.instructions[loop.operands[0]], body.instructions[body.root]
+        counter, begin = condition[compare.operands[0]], inside[loop.operands[0]]
         if counter.opcode != "get-tuple-element" or begin.opcode != "tuple" or after.opcode != "tuple":
             return None
         place = int(counter.attribute("index"))
-        start, next_value = inside.number(begin.operands[place]), body.instructions[after.operands[place]]
-        steps = [body.number(name) for name in next_value.operands] if next_value.opcode == "add" else []
+        start, limit = _constant(inside, begin.operands[place]), _constant(condition, compare.operands[1])
+        added = body[after.operands[place]]
+        steps = [_constant(body, name) for name in added.operands] if added.opcode == "add" else []
         step = next((value for value in steps if value is not None), None)
         if limit is None or start is None or not step:
             return None
         return max(0, math.ceil((limit + (compare.attribute("direction") == "LE") - start) / step))
+
+
+def _root(inside: _Computation) -> _Instruction:
+    return next(instruction for instruction in inside.values() if instruction.root)
+
+
+def _constant(inside: _Computation, name: str) -> int | None:
+    """Returns the value of an integer constant, also of a copy of one; None for anything else."""
+    found = inside.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast") and found.operands:
+        found = inside.get(found.operands[0])
+    is_integer = found is not None and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.inputs)
+    return int(found.inputs) if found is not None and is_integer else None
 
 
 def _num_bytes(dtype: str, shape: str) -> int:

@@ -3,6 +3,7 @@
 A plan is plain values under names, ready for JSON. Sizes are bytes on one chip, times are seconds of one step.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -162,15 +163,16 @@ def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str
 def _time(report: Report, secs: dict[str, float | None]) -> None:
     """Adds the step's least time and what follows from it; an unknown part leaves it unknown."""
     report["secs"] = secs
-    known = [value for value in secs.values() if value is not None]
-    report["step_secs"] = step = max(known) if len(known) == len(secs) else None
-    report["bound_by"] = None if step is None else max(secs, key=lambda part: secs[part] or 0.0)
-    batch, peak = report["global_batch_size"], report["peak_flops"]
-    rate = batch / step if step else None
-    report["images_per_sec"] = rate
-    report["mfu_ceiling"] = rate * report["flops_per_image"] / (peak * report["chips"]) if rate and peak else None
-    report["epochs_per_day"] = rate * 86_400 / report["num_examples"] if rate else None
-    report["days"] = report["total_epochs"] / report["epochs_per_day"] if rate else None
+    report.update(dict.fromkeys(("step_secs", "bound_by", "images_per_sec", "mfu_ceiling", "epochs_per_day", "days")))
+    known = {part: value for part, value in secs.items() if value is not None}
+    if len(known) < len(secs):
+        return
+    report["bound_by"] = max(known, key=lambda part: known[part])
+    report["step_secs"] = step = known[report["bound_by"]]
+    report["images_per_sec"] = rate = report["global_batch_size"] / step
+    report["mfu_ceiling"] = rate * report["flops_per_image"] / (report["peak_flops"] * report["chips"])
+    report["epochs_per_day"] = rate * 86_400 / report["num_examples"]
+    report["days"] = report["total_epochs"] / report["epochs_per_day"]
 
 
 def search_fit(config: ConfigDict, place: topology.Topology, data: Data, first: Report) -> Iterator[Report]:
@@ -208,12 +210,12 @@ def _smaller_batch(report: Report) -> int:
 def _meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict]:
     """Yields `config` on every mesh data x fsdp x tensor of the devices whose data axis spans the slices."""
     count = len(place.devices)
-    for tensor in (n for n in range(1, count + 1) if count % n == 0):
-        for fsdp in (n for n in range(1, count // tensor + 1) if count // tensor % n == 0):
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    for tensor, fsdp in itertools.product(divisors, divisors):
+        if count % (tensor * fsdp * place.num_slices) == 0:
             changed = config.copy_and_resolve_references()
-            changed.mesh.update(data=count // tensor // fsdp, fsdp=fsdp, tensor=tensor)
-            if changed.mesh.data % place.num_slices == 0:
-                yield changed
+            changed.mesh.update(data=count // (tensor * fsdp), fsdp=fsdp, tensor=tensor)
+            yield changed
 
 
 def sweep(config: ConfigDict, place: topology.Topology, data: Data, num_compiled: int) -> Report:

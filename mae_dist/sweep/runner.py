@@ -24,9 +24,8 @@ from mae_dist.sweep.points import Point, Stage
 _AGAIN = (errors.EXIT_PREEMPTED, errors.EXIT_STALLED, errors.EXIT_PEER_LOST)  # the same command continues
 _RETRIES = 3  # of one training
 _LOG = "log.txt"
-# Fields that a finished training may differ in: no result depends on them.
-_OF_THE_RESULT = ("total_steps", "total_epochs", "eval", "online")
-HARMLESS = tuple(field for field in config_lib.FREE if field not in _OF_THE_RESULT)
+# A finished training may differ in the other free fields: no result depends on them.
+_OF_THE_RESULT = {"total_steps", "total_epochs", "eval", "online"}
 # Becomes a command that Linux kills when the thread that started it dies, even by SIGKILL (PR_SET_PDEATHSIG is 1). Not
 # a `preexec_fn`, which is not safe in a process with threads.
 _DIE_WITH_PARENT = """
@@ -55,7 +54,8 @@ def trainings(todo: Sequence[Point]) -> dict[str, list[Stage]]:
 def is_finished(stage: Stage) -> bool:
     """True if the training has ended, with the config that it has now in all that its result depends on."""
     found = results.read_result(epath.Path(stage.workdir))
-    return found is not None and not config_lib.differences(found.config, stage.config, ignore=HARMLESS)
+    harmless = [field for field in config_lib.FREE if field not in _OF_THE_RESULT]
+    return found is not None and not config_lib.differences(found.config, stage.config, ignore=harmless)
 
 
 def split_cores(jobs: int) -> list[list[int]]:

@@ -47,8 +47,9 @@ class Row:
     num_finished: int = 0
     values: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
-    def cell(self, metric: str) -> Spread | None:
-        return spread(self.values[metric]) if metric in self.values else None
+    @property
+    def spreads(self) -> dict[str, Spread]:
+        return {metric: spread(values) for metric, values in self.values.items()}
 
     def label(self, without: str) -> str:
         """Returns the values of all fields but one."""
@@ -90,7 +91,7 @@ class Table:
         lines = [[*(field.rpartition(".")[2] for field in self.fields), "seeds", *self.metrics]]
         for row in self.rows:
             seeds = "cannot work" if row.fault else f"{row.num_finished}/{row.num_seeds}"
-            cells = [str(row.cell(metric) or "-") for metric in self.metrics]
+            cells = [str(row.spreads.get(metric, "-")) for metric in self.metrics]
             lines.append([*map(_shown, row.fields.values()), seeds, *cells])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -98,19 +99,17 @@ class Table:
     def write(self, out: epath.Path) -> None:
         """Writes table.csv, table.json and figures/<field>.png."""
         buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        header = [name for metric in self.metrics for name in (metric, f"{metric}_std", f"{metric}_count")]
-        writer.writerow([*self.fields, "seeds", *header])
+        names = [name for metric in self.metrics for name in (metric, f"{metric}_std", f"{metric}_count")]
+        writer = csv.DictWriter(buffer, [*self.fields, "seeds", *names], lineterminator="\n")
+        writer.writeheader()
         described = []
         for row in self.rows:
-            line, metrics = [*map(_shown, row.fields.values()), row.num_finished], {}
-            for metric in self.metrics:
-                if cell := row.cell(metric):
-                    std = cell.std if cell.count > 1 else None
-                    metrics[metric] = {"mean": cell.mean, "std": std, "values": row.values[metric]}
-                    line += [cell.mean, std, cell.count]
-                else:
-                    line += [None, None, None]
+            line = {field: _shown(value) for field, value in row.fields.items()} | {"seeds": row.num_finished}
+            metrics = {}
+            for metric, found in row.spreads.items():
+                std = found.std if found.count > 1 else None
+                metrics[metric] = {"mean": found.mean, "std": std, "values": row.values[metric]}
+                line |= {metric: found.mean, f"{metric}_std": std, f"{metric}_count": found.count}
             writer.writerow(line)
             described.append({"fields": row.fields, "seeds": row.num_finished, "metrics": metrics})
         with storage_errors(out):
@@ -138,8 +137,8 @@ class Table:
             for label in labels:
                 found = [row for row in in_order if row.label(field) == label and metric in row.values]
                 xs = [row.fields[field] if numeric else _shown(row.fields[field]) for row in found]
-                cells = [spread(row.values[metric]) for row in found]
-                means, stds = [cell.mean for cell in cells], [cell.std if cell.count > 1 else 0.0 for cell in cells]
+                cells = [row.spreads[metric] for row in found]
+                means, stds = [cell.mean for cell in cells], [cell.std for cell in cells]
                 panel.errorbar(xs, means, stds, marker="o", linestyle="-" if numeric else "", capsize=3, label=label)
             panel.set(title=metric, xlabel=field)
         for panel in panels[len(self.metrics) :]:
