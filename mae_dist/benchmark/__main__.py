@@ -83,28 +83,29 @@ def _input(config: ConfigDict) -> int:
     return errors.EXIT_DONE
 
 
-def _variations(config: ConfigDict) -> Iterator[tuple[str, list[str]]]:
-    """Yields what is changed, and its overrides."""
+def _variations(config: ConfigDict) -> Iterator[tuple[str, str]]:
+    """Yields what is changed, and field=value."""
     model, batch = config.model, config.global_batch_size
-    yield "as configured", []
-    for factor in (0.25, 4):
-        yield f"batch {int(batch * factor)}", [f"--config.global_batch_size={int(batch * factor)}"]
     height, width = model.image_size
-    yield f"images {2 * height}x{2 * width}", [f"--config.model.image_size=({2 * height}, {2 * width})"]
-    yield f"width {2 * model.embed_dim}", [f"--config.model.embed_dim={2 * model.embed_dim}"]
-    yield f"depth {2 * model.depth}", [f"--config.model.depth={2 * model.depth}"]
+    yield "as configured", f"global_batch_size={batch}"
+    for size in (int(batch * 0.25), batch * 4):
+        yield f"batch {size}", f"global_batch_size={size}"
+    yield f"images {2 * height}x{2 * width}", f"model.image_size=({2 * height}, {2 * width})"
+    yield f"width {2 * model.embed_dim}", f"model.embed_dim={2 * model.embed_dim}"
+    yield f"depth {2 * model.depth}", f"model.depth={2 * model.depth}"
     for devices in sorted({1, cores.num_cores()}):
-        yield f"{devices} CPU devices", [f"--config.cpu.devices={devices}"]
-    yield "in one piece", ["--config.cpu.pieces=1"]
+        yield f"{devices} CPU devices", f"cpu.devices={devices}"
+    yield "in one microbatch", "cpu.pieces=1"
 
 
 def _scaling(config: ConfigDict) -> int:
     """Prints a line for each variation."""
     given = [value for value in sys.argv[1:] if not value.startswith(("--scaling", "--json", "--against"))]
     first = None
-    print(f"{'':18} {'images/s':>9} {'relative':>9} {'MFU':>6} {'memory MiB':>11} {'compile s':>10}  devices x pieces")
-    for name, overrides in _variations(config):
-        command = [sys.executable, "-m", "mae_dist.benchmark", *given, *overrides, "--json"]
+    heads = f"{'images/s':>9} {'relative':>9} {'MFU':>6} {'memory MiB':>11} {'compile s':>10}  devices x microbatches"
+    print(f"{'':18} {heads}")
+    for name, change in _variations(config):
+        command = [sys.executable, "-m", "mae_dist.benchmark", *given, f"--config.{change}", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{name:18} {(done.stderr.strip().splitlines() or ['failed'])[-1]}", flush=True)

@@ -10,14 +10,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist.benchmark.turns import Child, Result, comparator, num_batches, summarize, take_turns
+from mae_dist.benchmark.turns import Child, Result, comparator, compare, num_batches
 from mae_dist.cpu.cores import num_cores
 from mae_dist.data import Dataset, num_readers
 from mae_dist.data.from_config import open_dataset, train_batches
 from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.errors import ConfigError
-
-_MANY = 1 << 40
 
 
 @contextlib.contextmanager
@@ -58,8 +56,7 @@ def measure(config: ConfigDict, *, against_torch: bool, repeats: int, secs: floa
     """Returns speed and memory of the pipelines, by turns of about `secs` seconds."""
     with pipelines(config, against_torch) as children:
         subjects = {child.name: child for child in children}
-        counts = {name: num_batches(child, secs) for name, child in subjects.items()}
-        summary = summarize(take_turns(subjects, counts, config.global_batch_size, repeats))
+        summary = compare(subjects, config.global_batch_size, repeats, secs)
         memory = {name: child.memory_mib() for name, child in subjects.items()}
     cores = min(num_cores(), config.data.num_workers or num_cores())
     return {
@@ -91,7 +88,7 @@ def serve(config: ConfigDict) -> None:
     """Takes the first batch, then as many as each line of the input asks for, and prints the seconds."""
     dataset = open_dataset(config, config.data.train_split)
     rows = np.arange(config.global_batch_size)
-    with train_batches(config, dataset, start_step=0, total_steps=_MANY, rows=rows) as batches:
+    with train_batches(config, dataset, start_step=0, total_steps=1 << 40, rows=rows) as batches:
         next(batches)
         print("ready", flush=True)
         for line in sys.stdin:

@@ -116,22 +116,19 @@ def num_batches(subject: Subject, secs: float) -> int:
     return max(1, round(secs / subject.run(2) * 2))
 
 
-def take_turns(
-    subjects: Mapping[str, Subject], counts: Mapping[str, int], batch_size: int, repeats: int
-) -> dict[str, list[float]]:
-    """Returns images per second of each subject in each of its turns, which are `counts` batches long."""
+def compare(subjects: Mapping[str, Subject], batch_size: int, repeats: int, secs: float) -> Result:
+    """Returns medians of the images per second of each subject, and the first one's ratio to the fastest other.
+
+    The subjects take `repeats` turns of about `secs` seconds; ratios are those of each turn.
+    """
+    counts = {name: num_batches(subject, secs) for name, subject in subjects.items()}
     rates: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(repeats):
         for name, subject in subjects.items():
             rates[name].append(counts[name] * batch_size / subject.run(counts[name]))
-    return rates
-
-
-def summarize(rates: Mapping[str, Sequence[float]]) -> Result:
-    """Returns medians of the first subject and of the others, and its ratio to the fastest other of each turn."""
     (_, own), *others = rates.items()
     rate = statistics.median(own)
-    result = {"images_per_sec": rate, "spread": (max(own) - min(own)) / rate, "repeats": len(own)}
+    result = {"images_per_sec": rate, "spread": (max(own) - min(own)) / rate, "repeats": repeats}
     for name, values in others:
         result[f"{name}_images_per_sec"] = statistics.median(values)
     if others:

@@ -1,22 +1,24 @@
 """The speed of a config's training steps or features, by turns with Hugging Face's model in PyTorch."""
 
+import contextlib
 import math
 import resource
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mae_dist import hardware, platforms
-from mae_dist.benchmark.turns import Child, Result, Subject, comparator, num_batches, summarize, take_turns
+from mae_dist.benchmark.turns import Child, Result, Subject, comparator, compare
 from mae_dist.cpu import cores
 from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import local_rows, to_global
+from mae_dist.data.batches import HostBatch
 from mae_dist.data.from_config import open_data
 from mae_dist.errors import DataFault
 from mae_dist.evaluation.encode import make_feature_step
@@ -28,29 +30,25 @@ from mae_dist.weights import hugging_face
 def measure(config: ConfigDict, what: str, *, against_hf: bool, repeats: int, secs: float) -> Result:
     """Returns the figures of `what`, "train" or "features", by turns of about `secs` seconds."""
     program = comparator("hugging_face") if against_hf else ""
-    ours = Ours(config, what)
-    subjects: dict[str, Subject] = {"mae_dist": ours}
-    faults = {}
-    try:
+    with contextlib.ExitStack() as stack:
+        ours = Ours(config, what)
+        stack.callback(ours.close)
+        subjects: dict[str, Subject] = {"mae_dist": ours}
+        faults = {}
         for name in ("hf_eager", "hf_compiled") if against_hf else ():
             options = _hf_options(config, what, name == "hf_compiled", ours.job.num_kept)
             try:
-                subjects[name] = Child(name, (program,), options)
+                subjects[name] = stack.enter_context(contextlib.closing(Child(name, (program,), options)))
             except DataFault as fault:
                 faults[name] = f"does not run here: {fault}"
-        counts = {name: num_batches(subject, secs) for name, subject in subjects.items()}
-        ours.parts.clear()
-        summary = summarize(take_turns(subjects, counts, ours.batch_size, repeats))
-    finally:
-        for subject in subjects.values():
-            subject.close()
+        summary = compare(subjects, ours.batch_size, repeats, secs)
     rate = summary["images_per_sec"]
     peak, source = ours.peak_flops()
     return {
         "what": what,
         **summary,
         "step_secs": ours.batch_size / rate,
-        **{f"{part}_share": statistics.median(values) for part, values in ours.parts.items()},
+        **{f"{part}_share": statistics.median(values[-repeats:]) for part, values in ours.parts.items()},
         "mfu": rate * ours.flops_per_image / peak,
         "peak_gflops": peak / 1e9,
         "peak_from": source,
@@ -90,35 +88,30 @@ class Ours:
             "pieces": built.config.cpu.pieces,
             "products": built.config.cpu.products,
         }
+        self.flops_per_image = built.flops_per_image
+        self._feature_step = None
+        if what == "features":
+            self.flops_per_image = flops.forward_flops(config)
+            self.choices["pieces"] = num_pieces(config, built.mesh, self.batch_size)
+            self.choices["products"] = platforms.choose_matmul(config, built.mesh, self.flops_per_image)
+            params = built.shardings.params
+            self._feature_step = make_feature_step(config, built.mesh, params, self.batch_size, ("mean",))
         self._rows = local_rows(built.batch_sharding, self.batch_size)
         self._batches = built.train_batches(built.data.train, 0, self._rows)
         with jax.set_mesh(built.mesh):
             self._state: Any = jax.jit(built.init, out_shardings=built.shardings)(np.uint32(config.seed))
-        self.flops_per_image = built.flops_per_image
-        self._function = self._make_function(what)
         began = time.monotonic()
         with jax.set_mesh(built.mesh):
-            jax.block_until_ready(self._function(self._place(next(self._batches))))
+            jax.block_until_ready(self._compute(next(self._batches)))
         self.compile_secs = time.monotonic() - began
 
-    def _make_function(self, what: str) -> Callable[[Any], Any]:
-        """Returns a function of a batch whose result can be waited for."""
-        built, config = self.job, self.job.config
-        if what == "train":
-
-            def update(batch: Any) -> Any:
-                self._state, metrics = built.train_step(self._state, batch)
-                return metrics
-
-            return update
-        self.flops_per_image = flops.forward_flops(config)
-        self.choices["pieces"] = num_pieces(config, built.mesh, self.batch_size)
-        self.choices["products"] = platforms.choose_matmul(config, built.mesh, self.flops_per_image)
-        step = make_feature_step(config, built.mesh, built.shardings.params, self.batch_size, ("mean",))
-        return lambda batch: step(self._state.params, batch)
-
-    def _place(self, host_batch: Any) -> Any:
-        return to_global(host_batch, self.job.batch_sharding, self.batch_size, self._rows)
+    def _compute(self, host_batch: HostBatch) -> PyTree:
+        """Returns metrics of a training step, or features, which can be waited for."""
+        batch = to_global(host_batch, self.job.batch_sharding, self.batch_size, self._rows)
+        if self._feature_step is not None:
+            return self._feature_step(self._state.params, batch)
+        self._state, metrics = self.job.train_step(self._state, batch)
+        return metrics
 
     def run(self, count: int) -> float:
         """Returns the seconds that `count` batches take; notes the fractions spent waiting for data and on the host."""
@@ -130,7 +123,7 @@ class Ours:
                 start = time.monotonic()
                 host_batch = next(self._batches)
                 read = time.monotonic()
-                out = self._function(self._place(host_batch))
+                out = self._compute(host_batch)
                 data, host = data + read - start, host + time.monotonic() - read
             jax.block_until_ready(out)
         total = time.monotonic() - began
