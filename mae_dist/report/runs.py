@@ -5,9 +5,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -133,7 +132,7 @@ def find_workdirs(paths: Iterable[str]) -> list[epath.Path]:
     Raises:
       StorageFault: there is no run at a path.
     """
-    found: dict[str, epath.Path] = {}
+    found: dict[epath.Path, None] = {}
     for given in paths:
         path = absolute(given)
         with storage_errors(path):
@@ -144,8 +143,8 @@ def find_workdirs(paths: Iterable[str]) -> list[epath.Path]:
                 f"{path} is neither the workdir of a run nor a directory of such: there is no config.json in it nor "
                 "one level below; correct the path"
             )
-        found.update({os.fspath(run): run for run in runs})
-    return list(found.values())
+        found |= dict.fromkeys(runs)
+    return list(found)
 
 
 def collect(workdirs: Sequence[epath.Path]) -> tuple[list[Run], list[str]]:
@@ -166,19 +165,13 @@ def collect(workdirs: Sequence[epath.Path]) -> tuple[list[Run], list[str]]:
 
 def _read(workdir: epath.Path) -> Run:
     config = reader.read_config(workdir)
-    run = Run(workdir, config, config.name)
-
-    def read(name: str, function: Callable[[epath.Path], Any]) -> None:
+    run = Run(workdir, config, config.name, origins=_find_origins(config.init_from, workdir))
+    for name, read in (("records", read_metrics), ("starts", goodput.read_starts), ("summary", _read_summary)):
         try:
-            setattr(run, name, function(workdir))
+            setattr(run, name, read(workdir))
         except UserError as error:
             run.faults.append(reader.first_line(error))
-
-    read("records", read_metrics)
-    read("starts", goodput.read_starts)
-    read("summary", _read_summary)
     run.ledger = goodput.summarize(run.starts)
-    run.origins = _find_origins(config.init_from, workdir)
     run.masking = _masking(run)
     return run
 
@@ -197,8 +190,7 @@ def _find_origins(init_from: str, workdir: epath.Path) -> list[Origin]:
     """Returns the weights at `init_from`, those that they were trained from, and so on."""
     origins: list[Origin] = []
     while init_from and len(origins) < 10:  # a cycle would never end
-        origin = _find_origin(init_from, workdir)
-        origins.append(origin)
+        origins.append(origin := _find_origin(init_from, workdir))
         if origin.place is None or origin.config is None:
             break
         init_from, workdir = origin.config.init_from, origin.place
@@ -213,10 +205,8 @@ def _find_origin(init_from: str, workdir: epath.Path) -> Origin:
     for place in places:
         try:
             text = read_text(place / "config.json")
-            stored = dict(json.loads(text or "{}"))
-        except (OSError, ValueError, TypeError):
-            continue
-        if not stored:
+            stored = dict(json.loads(text))
+        except (OSError, ValueError, TypeError):  # "" is of a file that does not exist
             continue
         config = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of whatever kind
