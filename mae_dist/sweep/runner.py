@@ -130,15 +130,11 @@ class Runner:
     @contextlib.contextmanager
     def _handling_signals(self) -> Generator[None]:
         """Holds handlers of SIGTERM, Ctrl-C and SIGHUP, unless that is ignored, as by `nohup`."""
-        handled = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            handled.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._stop) for number in handled}
-        try:
+        with contextlib.ExitStack() as stack:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                    stack.callback(signal.signal, number, signal.signal(number, self._stop))
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _stop(self, number: int, frame: object = None) -> None:
         """Passes a signal on to the trainings that run; no other one starts after it."""
@@ -179,12 +175,13 @@ class Runner:
     def _train(self, name: str, stage: Stage) -> int | None:
         """Runs a training, again after a code that asks for it; returns the last code, None if it did not start."""
         stage.workdir.mkdir(parents=True, exist_ok=True)
+        code = self._run_command(stage)
         for retry in range(1, _RETRIES + 1):
-            code = self._run_command(stage)
             if code not in _AGAIN or self._stopped_by:
-                return code
+                break
             self._log(f"{name}: {stage.name} ended with code {code}; once more ({retry} of {_RETRIES})")
-        return self._run_command(stage)
+            code = self._run_command(stage)
+        return code
 
     def _run_command(self, stage: Stage) -> int | None:
         """Runs the command of a training with its output appended to log.txt; returns its exit code."""
