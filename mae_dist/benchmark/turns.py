@@ -31,7 +31,7 @@ class Child:
     number of batches, it prints the seconds that they took.
     """
 
-    def __init__(self, name: str, program: Sequence[str], options: Mapping[str, Any]):
+    def __init__(self, name: str, program: Sequence[str], options: Mapping[str, object]):
         """Starts `python <program>`.
 
         Raises:

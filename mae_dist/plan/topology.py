@@ -14,9 +14,11 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from mae_dist.errors import ConfigError
 from mae_dist.hardware import CHIPS, Chip
+from mae_dist.training.train_step import TrainStep
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _FAKE = "xla_force_host_platform_device_count"
@@ -133,7 +135,7 @@ def _tpu_devices(name: str, shape: tuple[int, ...], num_slices: int) -> Sequence
         ) from error
 
 
-def compile_step(step: Any, mesh: Mesh, *args: Any) -> Compiled:
+def compile_step(step: jax.stages.Wrapped | TrainStep, mesh: Mesh, *args: PyTree) -> Compiled:
     """Compiles `step`, which is jitted or a `TrainStep`, for the devices of `mesh` and these shapes; nothing runs."""
     with jax.set_mesh(mesh):
         lowered = step.lower(*args)

@@ -7,7 +7,6 @@ so to the browser; there is no script.
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -74,7 +73,7 @@ class Section:
     parts: Sequence[Part]
 
 
-def render(**content: Any) -> str:
+def render(**content: object) -> str:
     """Returns the page; `content` are the variables of `page.html.jinja`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mae_dist.report", "."),

@@ -78,7 +78,7 @@ def parse_value(base: ConfigDict, field: str, text: str) -> Any:
         raise ConfigError(f"{field}={text} is no {kind}, as {known[field]!r} is") from error
 
 
-def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+def _changed(config: ConfigDict, fields: Mapping[str, object]) -> ConfigDict:
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(dict(fields))
     return config
@@ -87,7 +87,7 @@ def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
 def make_points(
     base: ConfigDict,
     file: str,
-    overrides: Mapping[str, Any],
+    overrides: Mapping[str, object],
     over: Over,
     seeds: Sequence[int],
     out: Path,
@@ -106,7 +106,7 @@ def make_points(
     """
     short = _short_names(list(over))
 
-    def name_of(fields: Mapping[str, Any], seed: int) -> str:
+    def name_of(fields: Mapping[str, object], seed: int) -> str:
         return ",".join([*(f"{short[field]}={_readable(value)}" for field, value in fields.items()), f"seed={seed}"])
 
     points = []
@@ -141,7 +141,7 @@ def _next_stage(first: Stage, unmasked: Path, name: str, changes: Mapping[str, s
     return Stage(name, beside.with_name(f"{beside.name},{name}"), config, arguments)
 
 
-def _arguments(config: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
+def _arguments(config: str, fields: Mapping[str, object]) -> tuple[str, ...]:
     return (f"--config={config}", *(f"--config.{field}={value}" for field, value in fields.items()))
 
 
@@ -160,7 +160,7 @@ def _short_names(fields: Sequence[str]) -> dict[str, str]:
     return {field: name if last.count(name) == 1 else field for field, name in zip(fields, last, strict=True)}
 
 
-def _readable(value: Any) -> str:
+def _readable(value: object) -> str:
     """Returns a value as part of a file's name."""
     text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return re.sub(r"[^\w.+-]", "_", text)

@@ -5,18 +5,23 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from mae_dist.metrics.results import METRICS, Result, Spread, spread
 from mae_dist.storage import read_text, set_aside, storage_errors, write_bytes_atomically, write_text_atomically
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _SWEEP_FILE = "sweep.json"
 _CLASSIFIED = ("train_top1", "val_top1", "test_top1")  # the metrics of the trainings that follow the first
 
 
-def describe(out: epath.Path, fields: Sequence[str], then: Sequence[str], points: Sequence[Mapping[str, Any]]) -> None:
+def describe(
+    out: epath.Path, fields: Sequence[str], then: Sequence[str], points: Sequence[Mapping[str, object]]
+) -> None:
     """Writes sweep.json, which alone is needed to make the table: the swept fields, and where each point is.
 
     Keeps one that has points of another sweep beside it.
@@ -121,7 +126,7 @@ class Table:
                 self.figure(field).savefig(picture, format="png")
                 write_bytes_atomically(out / "figures" / f"{field}.png", picture.getvalue())
 
-    def figure(self, field: str) -> Any:
+    def figure(self, field: str) -> "Figure":
         """Draws a panel for each metric against `field`, with a line for each combination of the other fields."""
         from matplotlib.figure import Figure
 
@@ -149,5 +154,5 @@ class Table:
         return figure
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
