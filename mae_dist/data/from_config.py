@@ -1,6 +1,7 @@
 """The splits and batches that a config describes."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -39,12 +40,12 @@ def train_batches(config: ConfigDict, dataset: Dataset, *, start_step: int, tota
     )
 
 
-def open_data(config: ConfigDict) -> Data:
-    """Opens the splits of `config.data`, downloading or decoding what is not there yet."""
+def open_data(config: ConfigDict, open_one: Callable[[ConfigDict, str], Dataset] | None = None) -> Data:
+    """Opens the splits of `config.data` by `open_one`, or `open_dataset`, which downloads what is not there yet."""
     if not config.data.train_split:
         raise ConfigError("data.train_split is empty; name a split, as 'train' or 'train[:80%]'")
     splits = [config.data[f"{name}_split"] for name in ("train", "val", "test")]
-    train, val, test = (open_dataset(config, split) if split else None for split in splits)
+    train, val, test = ((open_one or open_dataset)(config, split) if split else None for split in splits)
     assert train is not None
     return Data(train, val, test)
 

@@ -37,12 +37,7 @@ def described_data(config: ConfigDict) -> Data:
         config = config.copy_and_resolve_references()
         config.data.update(stage=False, cache="stream")
         return open_data(config)
-    splits = [data[f"{name}_split"] for name in ("train", "val", "test")]
-    if not splits[0]:
-        raise errors.ConfigError("data.train_split is empty; name a split, as 'train' or 'train[:80%]'")
-    train, val, test = (DescribedDataset(data.name, split) if split else None for split in splits)
-    assert train is not None
-    return Data(train, val, test)
+    return open_data(config, lambda config, split: DescribedDataset(config.data.name, split))
 
 
 def examine(config: ConfigDict, place: topology.Topology, data: Data) -> Report:
