@@ -19,7 +19,7 @@ from mae_dist.cpu import start
 from mae_dist.evaluation.pictures import note_on_moments
 from mae_dist.report import pictures, tables
 from mae_dist.report.figures import against_masking, curves, time_bars
-from mae_dist.report.groups import Group, by_task, group, scalar_names
+from mae_dist.report.groups import Group, group, scalar_names
 from mae_dist.report.model import Viewer, embed
 from mae_dist.report.page import Part, Picture, Section, render, strong
 from mae_dist.report.plot import STYLE, Plot, write_files
@@ -72,12 +72,15 @@ def report(argv: Sequence[str]) -> int:
 
 def _sections(groups: Sequence[Group], runs: Sequence[Run], viewer: Viewer | None) -> list[Section]:
     """Returns the page's sections, in order, without empty ones."""
-    tasks = by_task(groups)
+    tasks: dict[str, list[Group]] = {}
+    for one in groups:
+        tasks.setdefault(one.task, []).append(one)
+    results = [tables.results(task, same) for task, same in tasks.items()]
     sections = [
         Section(
             "results",
             "Results",
-            [Part(tables=[*tables.results(groups), tables.cost(groups)]), tables.environments(runs)],
+            [Part(tables=[*results, tables.cost(groups)]), tables.environments(runs)],
         ),
         *(Section(f"curves-{task}", f"Curves: {task}", _curves(same)) for task, same in tasks.items()),
         Section("masking", "Accuracy against masking", _masking(tasks.values())),
@@ -106,8 +109,7 @@ def _curves(groups: Sequence[Group]) -> list[Part]:
 def _masking(tasks: Iterable[Sequence[Group]]) -> list[Part]:
     plots = []
     for groups in tasks:
-        names = scalar_names(run for one in groups for run in one.runs)
-        accuracies = [name for name in names if name.endswith("top1") and not name.startswith("train_")]
+        accuracies = [name for name in scalar_names(groups) if name.endswith("top1") and not name.startswith("train_")]
         if "test_top1" in accuracies and "val_top1" in accuracies:
             accuracies.remove("val_top1")
         plots += [plot for name in accuracies for plot in against_masking(groups, name)]

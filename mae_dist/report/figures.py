@@ -31,8 +31,7 @@ _TITLES = {"lr": "Learning rate", "images_per_sec": "Images per second"}
 def curves(groups: Sequence[Group]) -> list[Plot | None]:
     """Returns a figure of each metric that the runs of one task have recorded."""
     known = ("loss", "val_loss", "top1", "val_top1")
-    names = scalar_names(run for one in groups for run in one.runs)
-    others = [name for name in names if name.startswith("val_") and name not in known]
+    others = [name for name in scalar_names(groups) if name.startswith("val_") and name not in known]
     return [_curve(groups, metric) for metric in (*known, *others, "lr", "images_per_sec")]
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist.config.stored import MASKING
 from mae_dist.report.plot import COLORS, DASHES, Line
-from mae_dist.report.runs import Masking, Origin, Run
+from mae_dist.report.runs import Masking, Run
 from mae_dist.task_kinds import TaskKind, kind_of
 
 # Fields in which runs of one group may differ: repetitions of an experiment, and where it ran.
@@ -26,8 +26,7 @@ _NOT_THE_EXPERIMENT = ("seed", "name", "init_from", "data.data_dir", "data.cache
 class Group:
     """Runs of one experiment, equal but for their seeds. Groups of one `family` differ at most in their masking.
 
-    family: the fields that make the experiment, as JSON: [field, value] pairs of the runs' configs, then those of each
-      origin's config, or where its weights came from.
+    family: the fields that make the experiment, as JSON.
     line: label, colour and dashes in all figures.
     """
 
@@ -71,8 +70,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     """Returns the runs in groups that differ only in seeds and places, in the order of the first run of each."""
     kinds: dict[tuple[str, Masking | None], list[Run]] = {}
     for run in runs:
-        family = json.dumps([_experiment(run.config), *map(_weights, run.origins)])
-        kinds.setdefault((family, run.masking), []).append(run)
+        kinds.setdefault((json.dumps(_fields(run)), run.masking), []).append(run)
     groups = [Group("", family, sorted(same, key=lambda run: run.seeds)) for (family, _), same in kinds.items()]
     for one in groups:
         one.label = common_label([run.label for run in one.runs])
@@ -85,41 +83,40 @@ def group(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _experiment(config: ConfigDict) -> list[tuple[str, Any]]:
+def _fields(run: Run) -> dict[str, Any]:
+    """Returns the fields that make a run's experiment, then those of what it was pretrained by, or where that is."""
+    fields = _experiment(run.config)
+    for depth, origin in enumerate(run.origins, start=1):
+        of_origin = _experiment(origin.config) if origin.config else {"weights": str(origin.place or origin.init_from)}
+        fields |= {f"{'pretrained ' * depth}{field}": value for field, value in of_origin.items()}
+    return fields
+
+
+def _experiment(config: ConfigDict) -> dict[str, Any]:
     """Returns the fields that make an experiment, without masking: a classifier only inherits it from a recipe."""
     left_out = (*_NOT_THE_EXPERIMENT, *MASKING)
-    return [
-        (field, value)
+    return {
+        field: value
         for field, value in config_lib.flatten(config)
         if not any(field == name or field.startswith(f"{name}.") for name in left_out)
-    ]
-
-
-def _weights(origin: Origin) -> list[tuple[str, Any]]:
-    """Returns the experiment that trained the weights, or else where they are."""
-    return _experiment(origin.config) if origin.config else [("weights", str(origin.place or origin.init_from))]
+    }
 
 
 def family_names(groups: Iterable[Group]) -> dict[str, str]:
     """Returns a name for each family: the fields in which they differ, or "" if there is only one."""
-    families = {
-        one.family: {(i, field): value for i, part in enumerate(json.loads(one.family)) for field, value in part}
-        for one in groups
-    }
+    families = {one.family: json.loads(one.family) for one in groups}
     if len(families) <= 1:
         return dict.fromkeys(families, "")
-    known = sorted(set.intersection(*map(set, families.values())))
-    differ = [
-        (i, field)
-        for i, field in known
-        if len({repr(fields[i, field]) for fields in families.values()}) > 1
-        # A value that the run has from its origin is named once.
-        and (i == 0 or any(fields[i, field] != fields.get((0, field)) for fields in families.values()))
-    ]
+    every = list(families.values())
+    differ = []
+    for field in every[0]:
+        own = field.rpartition(" ")[2]
+        inherited = field != own and all(fields.get(field) == fields.get(own) for fields in every)  # is named once
+        known = all(field in fields for fields in every)
+        if known and not inherited and any(fields[field] != every[0][field] for fields in every):
+            differ.append(field)
     names = {
-        family: ", ".join(
-            f"{'pretrained ' if i else ''}{field.rpartition('.')[2]} {fields[i, field]}" for i, field in differ
-        )
+        family: ", ".join(f"{re.sub(r'[^ ]*[.]', '', field)} {fields[field]}" for field in differ)
         for family, fields in families.items()
     }
     repeated = collections.Counter(names.values())
@@ -138,15 +135,7 @@ def common_label(labels: Sequence[str]) -> str:
     return f"{start}*{end}" if start or end else f"{labels[0]} …"
 
 
-def scalar_names(runs: Iterable[Run]) -> list[str]:
+def scalar_names(groups: Iterable[Group]) -> list[str]:
     """Returns every `train_…`, `val_…` and `test_…` that was recorded, without those of single classes."""
-    names = {name for run in runs for record in run.records for name in record}
+    names = {name for one in groups for run in one.runs for record in run.records for name in record}
     return sorted(name for name in names if re.match(r"(train|val|test)_[^/]+$", name))
-
-
-def by_task(groups: Iterable[Group]) -> dict[str, list[Group]]:
-    """Returns the groups of each task, in order."""
-    found: dict[str, list[Group]] = {}
-    for one in groups:
-        found.setdefault(one.task, []).append(one)
-    return found

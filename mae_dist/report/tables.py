@@ -13,7 +13,7 @@ from mae_dist.checkpoint import digests, reader
 from mae_dist.checkpoint.manifests import Manifests
 from mae_dist.errors import UserError
 from mae_dist.metrics.results import spread
-from mae_dist.report.groups import Group, by_task, scalar_names
+from mae_dist.report.groups import Group, scalar_names
 from mae_dist.report.page import Part, Row, Table, code, strong
 from mae_dist.report.plot import duration
 from mae_dist.report.runs import Run
@@ -70,8 +70,8 @@ def _metric(name: str) -> Column:
     return title_of(name), lambda run: run.last(name), percent if is_fraction(name) else number
 
 
-def results(groups: Sequence[Group]) -> list[Table]:
-    """Returns a table for each task: the step and the last metrics of each run."""
+def results(task: str, groups: Sequence[Group]) -> Table:
+    """Returns the step and the last metrics of each run of one task."""
     known = ("loss", "val_loss", "test_loss", "top1", "val_top1", "test_top1")
     note = (
         "Last recorded values; training metrics are of one batch, unless of the whole split. Means ± sample standard "
@@ -82,12 +82,9 @@ def results(groups: Sequence[Group]) -> list[Table]:
         total = f" of {run.total_steps:,}" if run.total_steps else ""
         return [str(run.config.seed), f"{run.step:,}{total}{'' if run.finished else ', unfinished'}"]
 
-    tables = []
-    for task, same in by_task(groups).items():
-        others = [name for name in scalar_names(run for one in same for run in one.runs) if name not in known]
-        columns = [_metric(name) for name in (*known, *others)]
-        tables.append(_grouped(f"Results: {task}", note, same, ["seed", "step"], place, columns))
-    return tables
+    others = [name for name in scalar_names(groups) if name not in known]
+    columns = [_metric(name) for name in (*known, *others)]
+    return _grouped(f"Results: {task}", note, groups, ["seed", "step"], place, columns)
 
 
 def cost(groups: Sequence[Group]) -> Table:
