@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 from importlib.util import find_spec
 
 import jax
@@ -503,7 +504,8 @@ def test_links():
     flat = [point for point in whole if point[0] < 2]
     points = [(i, j, 0) for i in range(2) for j in range(4)]
     whole_slice = hlo.Collective("collective-permute", 100e9, tuple(range(8)), 1)
-    secs = roofline.link_secs([whole_slice], "v5e", (2, 4), dict(enumerate(points)))
+    place = topology.Topology("v5e:2x4", "v5e", (2, 4), 1, tuple(types.SimpleNamespace(coords=at) for at in points))
+    secs = roofline.link_secs([whole_slice], place, place.devices)
     assert secs == {"ici": 1.0}, "no side is a ring"
     assert hardware.ici_bytes_per_sec(hardware.CHIPS["v4"], flat, (2, 4, 4)) == 150e9, (
         "rings are made of whole cubes only"

@@ -6,7 +6,7 @@ A plan is plain values under names, ready for JSON. Sizes are bytes on one chip,
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -62,17 +62,9 @@ def examine(config: ConfigDict, place: topology.Topology, data: Data) -> Report:
         report["uncounted_loops"] = len(program.uncounted_loops)
         moved = 2 * (_state_bytes(memory) + memory["temporaries"])
         hbm = {"hbm": moved / place.chip.hbm_bytes_per_sec if place.chip else None}
-        links = roofline.link_secs(found, place.generation, place.shape, _coords(built.mesh.devices.flat))
+        links = roofline.link_secs(found, place, built.mesh.devices.flat)
         _time(report, report["secs"] | hbm | links)
     return report
-
-
-def _coords(devices: Iterable[Any]) -> dict[int, tuple[int, ...]]:
-    """Returns the coordinates of one slice's devices by their numbers in a program's replica groups."""
-    devices = list(devices)
-    first = min(getattr(device, "slice_index", 0) for device in devices)
-    in_slice = [device for device in devices if getattr(device, "slice_index", 0) == first]
-    return {i: tuple(getattr(device, "coords", ())) for i, device in enumerate(in_slice)}
 
 
 def _outline(built: job.Job, place: topology.Topology) -> Report:
@@ -220,7 +212,7 @@ def sweep(config: ConfigDict, place: topology.Topology, data: Data, num_compiled
     Of the others theory knows the state's memory only and no time for moving it: they stand behind the compiled ones,
     and where any was compiled those alone say whether anything fits.
     """
-    rows, coords = [], _coords(place.devices)
+    rows, one_slice = [], tuple(range(place.chips_per_slice))
     for changed in _meshes(config, place):
         try:
             built = job.build(changed, place.devices, data)
@@ -230,9 +222,9 @@ def sweep(config: ConfigDict, place: topology.Topology, data: Data, num_compiled
         row["state_bytes"] = bytes_per_device(built.abstract_state, built.shardings)
         row["fits"] = place.chip is None or row["state_bytes"] < place.chip.hbm_bytes
         # All chips exchange together; of a permutation the ring bytes are the payload.
-        within = hlo.Collective("collective-permute", row["expected"]["ICI"], tuple(coords), 1)
+        within = hlo.Collective("collective-permute", row["expected"]["ICI"], one_slice, 1)
         across = hlo.Collective("collective-permute", row["expected"]["DCN"], (), 1, across_slices=True)
-        links = roofline.link_secs([within, across], place.generation, place.shape, coords)
+        links = roofline.link_secs([within, across], place, place.devices)
         _time(row, row["secs"] | links)
         rows.append((row, changed))
     if not rows:

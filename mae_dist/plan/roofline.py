@@ -6,7 +6,7 @@ and ring bytes are as in `hlo.Collective`.
 
 import collections
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax
 from mae_dist import hardware
 from mae_dist.model import patches
 from mae_dist.model.parameters import path_name
-from mae_dist.plan import hlo
+from mae_dist.plan import hlo, topology
 from mae_dist.task_kinds import kind_of
 from mae_dist.training import job
 
@@ -107,25 +107,26 @@ def sum_by_kind(found: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
 
 
 def link_secs(
-    found: Iterable[hlo.Collective], generation: str, shape: tuple[int, ...], coords: Mapping[int, tuple[int, ...]]
+    found: Iterable[hlo.Collective], place: topology.Topology, devices: Iterable[Any]
 ) -> dict[str, float | None]:
     """Returns the seconds a step's exchanges take on the links of a chip: `ici`, and `dcn` where bytes go there.
 
     Args:
       found: the exchanges.
-      generation: key of `hardware.CHIPS`; anything else has no figures.
-      shape: of a slice.
-      coords: place in the mesh -> coordinates in its slice.
+      place: without published figures of its chips `ici` is None.
+      devices: of `place`, in the order of the mesh.
     """
-    chip = hardware.CHIPS.get(generation)
+    chip = place.chip
     if chip is None:
         return {"ici": None}
+    # Replica groups number the devices of one slice.
+    coords = [getattr(device, "coords", ()) for device in devices if getattr(device, "slice_index", 0) == 0]
     ici, dcn = 0.0, 0.0
     for item in found:
         if item.across_slices:
             dcn += item.count * item.ring_bytes
         elif len(item.group) > 1:
-            speed = hardware.ici_bytes_per_sec(chip, [coords[i] for i in item.group], shape)
+            speed = hardware.ici_bytes_per_sec(chip, [coords[i] for i in item.group], place.shape)
             ici += item.count * item.ring_bytes / speed
     secs: dict[str, float | None] = {"ici": ici}
     if dcn:
