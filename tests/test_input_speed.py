@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default
-from mae_dist.benchmark import inputs, turns, updates
+from mae_dist.benchmark import inputs, steps, turns
 from mae_dist.data.batches import Batches, HostBatch
 from mae_dist.data.from_config import open_data, open_dataset
 from mae_dist.data.sources.tfds import TfdsDataset
@@ -145,7 +145,7 @@ def test_what_an_installed_package_lacks_is_named(config: ConfigDict, monkeypatc
     with pytest.raises(ConfigError, match=words):
         inputs.measure(config, against_torch=True, repeats=1, secs=0.05)
     with pytest.raises(ConfigError, match=words):
-        updates.measure(config, "train", against_hf=True, repeats=1, secs=0.05)
+        steps.measure(config, "train", against_hf=True, repeats=1, secs=0.05)
 
 
 @pytest.mark.parametrize("flags", ["--what=input --scaling", "--what=input --minutes=1 --against=torch"])

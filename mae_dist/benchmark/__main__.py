@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from mae_dist import cli, errors
-from mae_dist.benchmark import inputs, updates
+from mae_dist.benchmark import inputs, steps
 from mae_dist.benchmark.turns import Result
 from mae_dist.cpu import cores
 from mae_dist.cpu.start import use_cores
@@ -47,7 +47,7 @@ def benchmark(argv: Sequence[str]) -> int:
         return _input(config)
     use_cores(config, None)
     against_hf = _AGAINST.value == "hf"
-    _show(updates.measure(config, _WHAT.value, against_hf=against_hf, repeats=_REPEATS.value, secs=_SECS.value))
+    _show(steps.measure(config, _WHAT.value, against_hf=against_hf, repeats=_REPEATS.value, secs=_SECS.value))
     return errors.EXIT_DONE
 
 

@@ -7,7 +7,7 @@ _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all a
   compute: analytic FLOPs of matmuls, with remat=blocks a third more; peaks: hardware.py
   hbm: state and temporaries read and written once
   ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring
-  dcn: a chip's bytes to other slices over its share of the host's network card
+  dcn: a chip's bytes to other slices over its part of the host's network card
   bytes: payload is the whole array exchanged (of permutations what one chip sends), ring what leaves one chip"""
 
 
