@@ -8,8 +8,8 @@ import json
 import logging
 import os
 import posixpath
-from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Generic, TypeVar
 
 from clu import asynclib
 from etils import epath
@@ -185,22 +185,48 @@ def _remove(path: epath.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class Lines:
-    """Appends lines to a file; each is stored when `append` returns."""
+class JsonLines(Generic[_Record]):
+    """A JSON Lines file to append to, which holds whole records only, however its last writer ended.
 
-    def __init__(self, path: epath.Path, text: str):
-        """Takes the `text` that the file holds: an object of a bucket is replaced each time."""
-        self._path, self._text = path, text
+    Opening it makes its directory, and drops records that are not to be kept and a last line that was cut short.
 
-    def append(self, line: str) -> None:
-        if not is_local(self._path):
-            self._text += line
-            self._path.write_text(self._text)
-            return
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+    Args:
+      path, parse, what: as for `read_json_lines`, whose errors are raised.
+      keep: True for a record that stays.
+
+    Attributes:
+      last: the last record that was there and stays, None without one.
+    """
+
+    def __init__(
+        self,
+        path: epath.Path,
+        parse: Callable[[Any], _Record],
+        what: str,
+        keep: Callable[[_Record], bool] = lambda record: True,
+    ):
+        self._path = path
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = read_text(path)
+            kept = [(line, record) for line, record in _parse_lines(text, path, parse, what) if keep(record)]
+            self._text = "".join(line + "\n" for line, _ in kept)
+            if self._text != text:
+                write_text_atomically(path, self._text)
+        self.last = kept[-1][1] if kept else None
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Appends a record, which is stored when this returns; ValueError if JSON has no such number."""
+        line = json.dumps(record, allow_nan=False) + "\n"
+        with storage_errors(self._path):
+            if not is_local(self._path):  # an object of a bucket is replaced each time
+                self._text += line
+                self._path.write_text(self._text)
+                return
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def is_local(path: epath.Path) -> bool:
@@ -213,18 +239,23 @@ def read_text(path: epath.Path) -> str:
     return path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
 
 
-def parse_lines(text: str, path: epath.Path, parse: Callable[[Any], _Record], what: str) -> list[tuple[str, _Record]]:
-    """Returns the lines of a JSON Lines file, each with its record; a last line that was cut short is left out.
+def read_json_lines(path: epath.Path, parse: Callable[[Any], _Record], what: str) -> list[_Record]:
+    """Returns the records of a JSON Lines file, [] if there is none; a last line that was cut short is left out.
 
     Args:
-      text: of the file.
-      path: its name.
+      path: the file.
       parse: JSON value -> record; raises ValueError, KeyError, TypeError or AttributeError if it is not one.
       what: the name of a record in messages.
 
     Raises:
-      StorageFault: a line before the last is not a record.
+      StorageFault: the file cannot be read, or a line before the last is not a record.
     """
+    with storage_errors(path):
+        return [record for _, record in _parse_lines(read_text(path), path, parse, what)]
+
+
+def _parse_lines(text: str, path: epath.Path, parse: Callable[[Any], _Record], what: str) -> list[tuple[str, _Record]]:
+    """Returns the lines of such a file, each with its record."""
     lines = text.removesuffix("\n").split("\n") if text else []
     parsed = []
     for number, line in enumerate(lines, start=1):

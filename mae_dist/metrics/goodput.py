@@ -4,31 +4,23 @@ One JSON object per line, written from time to time while a process works and wh
 last line counts. What a killed process did after its last line is lost.
 """
 
+import collections
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from mae_dist.storage import Lines, parse_lines, read_text, storage_errors, write_text_atomically
+from mae_dist.storage import JsonLines, read_json_lines
 
 GOODPUT_FILE = "goodput.jsonl"
+_WHAT = "entry of the ledger"
 _EVERY_SECS = 10.0
 
 
 class Ledger:
-    """Writes the lines of one start.
-
-    Args:
-      workdir: the run's directory.
-      from_step: the step that this start continues from.
-      total_steps: the last step of the run.
-      began: when this process started, seconds since 1970.
-      is_primary: only this process writes.
-      clock: seconds since 1970.
-    """
+    """Writes the lines of one start, which `began` (seconds since 1970, as `clock`) and continues from `from_step`."""
 
     def __init__(
         self,
@@ -40,26 +32,16 @@ class Ledger:
         is_primary: bool,
         clock: Callable[[], float] = time.time,
     ):
-        self._path = workdir / GOODPUT_FILE
         self._from_step, self._total_steps, self._began = from_step, total_steps, began
         self._clock = clock
         self._written = -_EVERY_SECS
-        self._is_primary = is_primary
-        if is_primary:
-            with storage_errors(self._path):
-                workdir.mkdir(parents=True, exist_ok=True)
-                text = read_text(self._path)
-                parsed = _parse(text, self._path)
-                whole = "".join(line + "\n" for line, _ in parsed)  # a line cut short by a kill would spoil the next
-                self._run = len({entry["run"] for _, entry in parsed}) + 1
-                if whole != text:
-                    write_text_atomically(self._path, whole)
-                self._lines = Lines(self._path, whole)
+        self._lines = JsonLines(workdir / GOODPUT_FILE, _entry, _WHAT) if is_primary else None
+        self._run = 1 + (self._lines.last["run"] if self._lines and self._lines.last else 0)
 
     def note(self, step: int, secs: Mapping[str, float], end: str = "") -> None:
         """Writes the time until now, `secs` by phase: at most every ten seconds, but always at an `end`."""
         now = self._clock()
-        if not self._is_primary or (not end and 0 <= now - self._written < _EVERY_SECS):
+        if self._lines is None or (not end and 0 <= now - self._written < _EVERY_SECS):
             return
         self._written = now
         line = {
@@ -72,8 +54,7 @@ class Ledger:
             "end": end,
             "secs": {name: round(value, 3) for name, value in secs.items()},
         }
-        with storage_errors(self._path):
-            self._lines.append(json.dumps(line) + "\n")
+        self._lines.append(line)
 
 
 def read_starts(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -82,9 +63,7 @@ def read_starts(workdir: epath.Path) -> list[dict[str, Any]]:
     Each has `began` and `time`, seconds since 1970; `from_step`, `step` and `total_steps` (None in an older version's);
     `secs` by phase.
     """
-    path = workdir / GOODPUT_FILE
-    with storage_errors(path):
-        last = {entry["run"]: entry for _, entry in _parse(read_text(path), path)}
+    last = {entry["run"]: entry for entry in read_json_lines(workdir / GOODPUT_FILE, _entry, _WHAT)}
     return [last[run] for run in sorted(last)]
 
 
@@ -98,10 +77,10 @@ def summarize(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not starts:
         return {}
-    secs: dict[str, float] = {}
+    secs = collections.defaultdict[str, float](float)
     for start in starts:
         for name, value in start["secs"].items():
-            secs[name] = secs.get(name, 0.0) + value
+            secs[name] += value
     replayed_steps, replayed_secs, away = 0, 0.0, 0.0
     for start, following in itertools.pairwise(starts):
         again = max(0, start["step"] - following["from_step"])
@@ -109,7 +88,7 @@ def summarize(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         replayed_steps += again
         replayed_secs += min(again / done, 1.0) * start["secs"].get("step", 0.0)
         away += max(0.0, following["began"] - start["time"])  # a clock that was set back took no time
-    secs["step"] = secs.get("step", 0.0) - replayed_secs
+    secs["step"] -= replayed_secs
     secs |= {"replayed": replayed_secs, "away": away}
     total = sum(secs.values())
     return {
@@ -118,11 +97,6 @@ def summarize(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "steps_replayed": replayed_steps,
         "secs": {name: round(value, 1) for name, value in secs.items()},
     }
-
-
-def _parse(text: str, path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the lines of goodput.jsonl with the entry in each."""
-    return parse_lines(text, path, _entry, "entry of the ledger")
 
 
 def _entry(value: Any) -> dict[str, Any]:

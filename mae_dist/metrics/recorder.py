@@ -4,7 +4,6 @@ metrics.jsonl holds one JSON object per recorded step, in ascending order of `st
 has no NaN, so a value that is not finite is written as null and read back as NaN.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from types import TracebackType
@@ -17,10 +16,11 @@ from etils import epath
 
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.tensorboard import TensorBoardWriter, metric_writers
-from mae_dist.storage import Lines, parse_lines, read_text, storage_errors, write_text_atomically
+from mae_dist.storage import JsonLines, read_json_lines, storage_errors
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+_WHAT = "record of a step"
 
 Scalar = float | np.generic | np.ndarray | jax.Array
 
@@ -43,7 +43,6 @@ class Recorder:
     """
 
     def __init__(self, workdir: epath.Path, *, start_step: int, is_primary: bool, log_lines: bool = True):
-        self._path = workdir / METRICS_FILE
         self._pending_step: int | None = None
         self._pending: dict[str, Scalar] = {}
         self._writer: metric_writers.MetricWriter | None = None
@@ -51,15 +50,11 @@ class Recorder:
         if not is_primary:
             return
         self._logdir = workdir / TENSORBOARD_DIR
-        with storage_errors(self._path):
-            workdir.mkdir(parents=True, exist_ok=True)
-            text = read_text(self._path)
-            records = [pair for pair in _parse(text, self._path) if 0 < start_step >= pair[1]["step"]]
-            kept = "".join(line + "\n" for line, _ in records)
-            if kept != text:
-                write_text_atomically(self._path, kept)
-            self._last_step = records[-1][1]["step"] if records else -1
-            self._lines = Lines(self._path, kept)
+        self._lines = JsonLines(
+            workdir / METRICS_FILE, _record, _WHAT, keep=lambda record: 0 < start_step >= record["step"]
+        )
+        if self._lines.last:
+            self._last_step = self._lines.last["step"]
         with storage_errors(self._logdir):
             tensorboard = TensorBoardWriter(self._logdir, purge_step=start_step + 1 if start_step > 0 else 0)
         lines = [metric_writers.LoggingWriter()] if log_lines else []
@@ -71,14 +66,16 @@ class Recorder:
         twice = self._pending.keys() & scalars.keys()
         assert not twice, f"written twice at step {step}: {sorted(twice)}"
         assert "step" not in scalars, "`step` is not a metric"
+        for name, value in scalars.items():
+            assert np.ndim(value) == 0, f"metric {name} has shape {np.shape(value)}, not ()"
         self._pending_step = step
         self._pending.update(scalars)
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images (N, H, W, C), uint8 or floats in 0..1, to TensorBoard."""
+        """Writes uint8 images (N, H, W, C) of 1, 3 or 4 channels to TensorBoard."""
         if self._writer is not None:
             with storage_errors(self._logdir):
-                self._writer.write_images(step, {name: jax.device_get(image) for name, image in images.items()})
+                self._writer.write_images(step, images)
 
     def commit(self, step: int) -> None:
         """Records everything written for `step` as one line, which is on disk when this returns; no-op without scalars.
@@ -94,16 +91,14 @@ class Recorder:
         self._last_step = step
         if self._writer is None:
             return
-        line = json.dumps({"step": step, **without_nan(record)}, allow_nan=False)
-        with storage_errors(self._path):
-            self._lines.append(line + "\n")
+        self._lines.append({"step": step, **without_nan(record)})
         with storage_errors(self._logdir):
             self._writer.write_scalars(step, record)
 
     def withdraw(self) -> dict[str, float]:
         """Returns what was written since the last commit, as numbers, and forgets it."""
         scalars, self._pending, self._pending_step = self._pending, {}, None
-        return {name: _number(name, value) for name, value in jax.device_get(scalars).items()}
+        return {name: np.asarray(value).item() for name, value in jax.device_get(scalars).items()}
 
     def _check_pending(self, step: int) -> None:
         assert self._pending_step in (None, step), f"step {self._pending_step} was not committed before step {step}"
@@ -135,15 +130,8 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
     Raises:
       StorageFault: a line is no record (a last one cut short is skipped: its run may be writing it now).
     """
-    path = workdir / METRICS_FILE
-    with storage_errors(path):
-        records = [record for _, record in _parse(read_text(path), path)]
+    records = read_json_lines(workdir / METRICS_FILE, _record, _WHAT)
     return [{name: math.nan if value is None else value for name, value in record.items()} for record in records]
-
-
-def _parse(text: str, path: epath.Path) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the lines of metrics.jsonl with the record in each."""
-    return parse_lines(text, path, _record, "record of a step")
 
 
 def _record(value: Any) -> dict[str, Any]:
@@ -152,17 +140,8 @@ def _record(value: Any) -> dict[str, Any]:
     return value
 
 
-def _number(name: str, value: Any) -> float:
-    assert np.ndim(value) == 0, f"metric {name} has shape {np.shape(value)}, not ()"
-    return value.item() if isinstance(value, np.generic | np.ndarray) else value
-
-
 def without_nan(value: Any) -> Any:
-    """Returns the value with None for floats that JSON cannot hold, and Python numbers for NumPy's."""
+    """Returns the value with None for floats that JSON cannot hold, also within dicts."""
     if isinstance(value, Mapping):
         return {name: without_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return without_nan(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,8 +32,7 @@ def write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:
     """Writes summary.json atomically; values that are not finite become null."""
     path = workdir / SUMMARY_FILE
     with storage_errors(path):
-        workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(without_nan(jax.device_get(dict(summary))), indent=2, allow_nan=False)
+        text = json.dumps(without_nan(summary), indent=2, allow_nan=False)
         write_text_atomically(path, text + "\n")
 
 

@@ -111,12 +111,8 @@ class TensorBoardWriter(metric_writers.MetricWriter):
         self._flush_now_and_then()
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Writes images (N, H, W, C) or (H, W, C) of 1, 3 or 4 channels, uint8 or floats clipped to 0..1."""
-        for name, value in images.items():
-            batch = np.asarray(value)
-            batch = batch[None] if batch.ndim == 3 else batch  # (N, H, W, C)
-            if batch.dtype != np.uint8:
-                batch = np.rint(np.clip(np.nan_to_num(batch.astype(np.float32)), 0, 1) * 255).astype(np.uint8)
+        """Writes uint8 images (N, H, W, C) of 1, 3 or 4 channels."""
+        for name, batch in images.items():
             for i, image in enumerate(batch):
                 tag = name if len(batch) == 1 else f"{name}/{i}"
                 self._write(step, Event(summary=tb_summary.image(tag, image, dataformats="HWC")))
