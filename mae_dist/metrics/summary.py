@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from mae_dist.errors import StorageFault
 from mae_dist.metrics.recorder import without_nan
-from mae_dist.storage import storage_errors, write_text_atomically
+from mae_dist.storage import read_text, storage_errors, write_text_atomically
 
 SUMMARY_FILE = "summary.json"
 
@@ -26,6 +27,23 @@ def last_values(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
         renewed = tuple({name.partition("/")[0] + "/" for name in record if "/" in name})
         last = {name: value for name, value in last.items() if not name.startswith(renewed)} | dict(record)
     return last
+
+
+def read_summary(workdir: epath.Path) -> dict[str, Any]:
+    """Returns summary.json, the result of a finished run; {} before.
+
+    Raises:
+      StorageFault: the file cannot be read, or is corrupted.
+    """
+    path = workdir / SUMMARY_FILE
+    with storage_errors(path):
+        text = read_text(path)
+    try:
+        return dict(json.loads(text or "{}"))
+    except (ValueError, TypeError) as error:
+        raise StorageFault(
+            f"{path} is corrupted: {error}; delete it, and the run's own command writes it again"
+        ) from error
 
 
 def write_summary(workdir: epath.Path, summary: Mapping[str, Any]) -> None:

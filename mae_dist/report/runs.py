@@ -17,7 +17,7 @@ from mae_dist.checkpoint import reader
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.metrics import goodput
 from mae_dist.metrics.recorder import read_metrics
-from mae_dist.metrics.summary import SUMMARY_FILE
+from mae_dist.metrics.summary import read_summary
 from mae_dist.storage import absolute, children_of, read_text, storage_errors
 from mae_dist.task_kinds import kind_of
 
@@ -166,7 +166,7 @@ def collect(workdirs: Sequence[epath.Path]) -> tuple[list[Run], list[str]]:
 def _read(workdir: epath.Path) -> Run:
     config = reader.read_config(workdir)
     run = Run(workdir, config, config.name, origins=_find_origins(config.init_from, workdir))
-    for name, read in (("records", read_metrics), ("starts", goodput.read_starts), ("summary", _read_summary)):
+    for name, read in (("records", read_metrics), ("starts", goodput.read_starts), ("summary", read_summary)):
         try:
             setattr(run, name, read(workdir))
         except UserError as error:
@@ -174,16 +174,6 @@ def _read(workdir: epath.Path) -> Run:
     run.ledger = goodput.summarize(run.starts)
     run.masking = _masking(run)
     return run
-
-
-def _read_summary(workdir: epath.Path) -> dict[str, Any]:
-    path = workdir / SUMMARY_FILE
-    with storage_errors(path):
-        text = read_text(path)
-    try:
-        return dict(json.loads(text)) if text else {}
-    except (ValueError, TypeError) as error:
-        raise StorageFault(f"{path} is corrupted: {error}; the run's own command writes it again") from error
 
 
 def _find_origins(init_from: str, workdir: epath.Path) -> list[Origin]:

@@ -7,7 +7,6 @@ Shapes: B images, H W C image.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from typing import Any
@@ -26,7 +25,7 @@ from mae_dist.data.from_config import Data, open_dataset
 from mae_dist.evaluation import evaluate, pictures
 from mae_dist.evaluation.encoder import Encoder, check_images, load_encoder
 from mae_dist.metrics.recorder import read_metrics
-from mae_dist.metrics.summary import SUMMARY_FILE
+from mae_dist.metrics.summary import read_summary
 from mae_dist.task_kinds import kind_of
 from mae_dist.training import job
 from mae_dist.training.run import with_features
@@ -81,15 +80,7 @@ class Run:
         Raises:
           StorageFault: the file cannot be read.
         """
-        path = self.workdir / SUMMARY_FILE
-        with storage.storage_errors(path):
-            text = storage.read_text(path)
-        try:
-            return json.loads(text) if text else {}
-        except ValueError as error:
-            raise errors.StorageFault(
-                f"{path} is corrupted: {error}; delete it, and the run's own command writes it again"
-            ) from error
+        return read_summary(self.workdir)
 
     def load_params(self, step: int | None = None) -> dict[str, Any]:
         """Returns the parameters: nested dicts of NumPy arrays, by group (`encoder`, `decoder`, `head`).
