@@ -96,7 +96,7 @@ def test_a_failure_is_reported_in_its_phase(capfd):
     with watchdog.during("data"):
         watchdog._report("lost process 1")
     assert "process 0: phase data, step 57" in capfd.readouterr().err
-    watchdog.end()
+    watchdog.enter("end")
     watchdog._report("lost process 1")
     assert "process 0: phase end, step 57" in capfd.readouterr().err
 

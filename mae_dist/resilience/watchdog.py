@@ -7,7 +7,6 @@ thread ends it, with an exit code of its own, the stacks of all threads and the 
 import contextlib
 import ctypes
 import faulthandler
-import json
 import multiprocessing
 import os
 import signal
@@ -45,8 +44,8 @@ _WORKER_NAME = "grain-"  # grain's processes are called so; a test sees that our
 class Workers:
     """The processes that one data loader starts, so that these can be killed and no others.
 
-    The program that we are part of may have children of its own. grain starts the workers in threads of its own, when
-    it is first asked for a batch, and hands none of them out: they are the first `count` to appear after this.
+    grain starts them in threads of its own, when it is first asked for a batch, and hands none of them out: they are
+    the first `count` to appear after this.
     """
 
     def __init__(self, count: int) -> None:
@@ -90,33 +89,16 @@ class Watchdog:
       clock: seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        start_secs: float,
-        step_secs: float,
-        data_secs: float,
-        checkpoint_secs: float,
-        evaluate_secs: float,
-        peer_secs: float,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._limits = {
-            "start_secs": start_secs,
-            "step_secs": step_secs,
-            "data_secs": data_secs,
-            "checkpoint_secs": checkpoint_secs,
-            "evaluate_secs": evaluate_secs,
-        }
-        self._peer_secs = peer_secs
-        self._clock = clock
+    def __init__(self, *, peer_secs: float, clock: Callable[[], float] = time.monotonic, **limits: float):
+        assert limits.keys() == set(_DEADLINES.values()), sorted(limits)
+        self._limits, self._peer_secs, self._clock = limits, peer_secs, clock
         self.phase, self.step = "start", 0
         self._failed_in = ""  # the phase that an exception has left, until the next phase is entered
         self.secs = dict.fromkeys(_DEADLINES, 0.0)  # spent in each phase
         self._since = self._progress = clock()
         self._client: Any = None
         self._index, self._count = 0, 1
-        self._peers: dict[int, tuple[dict[str, Any], float]] = {}  # the last heartbeat of each, and when it came
+        self._peers: dict[int, tuple[str, float]] = {}  # the last heartbeat of each, and when it came
         self._answered = clock()  # when the coordinator answered last
         self._closing = threading.Event()
         self._reporting = threading.Lock()
@@ -138,7 +120,7 @@ class Watchdog:
     def during(self, phase: str) -> Generator[None]:
         """Holds the main thread in a phase; the time inside an inner phase is the inner one's alone."""
         outer = self.phase
-        self._enter(phase)
+        self.enter(phase)
         self._failed_in = ""
         try:
             yield
@@ -146,13 +128,10 @@ class Watchdog:
             self._failed_in = self._failed_in or phase
             raise
         finally:
-            self._enter(outer)
+            self.enter(outer)
 
-    def end(self) -> None:
-        """Enters the last phase: all steps are done, files are closed and results written."""
-        self._enter("end")
-
-    def _enter(self, phase: str) -> None:
+    def enter(self, phase: str) -> None:
+        """Enters a phase for good."""
         self.account()
         self.phase = phase
         self.progress()
@@ -191,7 +170,7 @@ class Watchdog:
         self._client, self._index, self._count = client, index, count
         if count > 1:
             now = self._answered = self._clock()
-            self._peers = {i: ({}, now) for i in range(count) if i != index}
+            self._peers = {i: ("0 joined", now) for i in range(count) if i != index}
             threading.Thread(target=self._beat, daemon=True).start()
         elif self._abort_handler is not None:
             # No other process can abort this one. A handler in Python could wait for ever for the interpreter's lock,
@@ -208,23 +187,23 @@ class Watchdog:
                 self._end(EXIT_PEER_LOST, f"lost {silent}")
             time.sleep(_HEARTBEAT_SECS / 4)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> str:
         secs = round(self._clock() - self._progress)
-        return {"phase": self._failed_in or self.phase, "step": self.step, "secs": secs}
+        return f"phase {self._failed_in or self.phase}, step {self.step}, since {secs} s"
 
     def _beat(self) -> None:
         beat = 0
         while not self._closing.is_set():
             beat += 1
             with contextlib.suppress(Exception):  # the coordinator did not answer, and its silence is counted
-                text = json.dumps({**self._state(), "beat": beat})
+                text = f"{beat} {self._state()}"
                 self._client.key_value_set(f"{_KEYS}/{self._index}", text, allow_overwrite=True)
                 found = dict(self._client.key_value_dir_get(f"{_KEYS}/"))
                 now = self._answered = self._clock()
                 for index, (last, _) in list(self._peers.items()):
-                    state = json.loads(found.get(f"{_KEYS}/{index}", "{}"))
-                    if state != last:
-                        self._peers[index] = (state, now)
+                    text = found.get(f"{_KEYS}/{index}", last)
+                    if text != last:
+                        self._peers[index] = (text, now)
             self._closing.wait(_HEARTBEAT_SECS)
 
     def _silent(self, secs: float) -> str:
@@ -241,7 +220,7 @@ class Watchdog:
             if now - last > _SILENT_SECS:  # this process itself was stopped: no time has passed for it
                 self._progress += now - last
                 self._answered += now - last
-                self._peers = {index: (state, when + now - last) for index, (state, when) in self._peers.items()}
+                self._peers = {index: (text, when + now - last) for index, (text, when) in self._peers.items()}
             last = now
             name = _DEADLINES[self.phase]
             limit = self._limits[name]
@@ -264,9 +243,9 @@ class Watchdog:
 
     def _report(self, message: str) -> None:
         now = self._clock()
-        states = {self._index: _readable(self._state())}
-        for index, (state, when) in self._peers.items():
-            states[index] = f"{_readable(state)}, heard {now - when:.0f} s ago"
+        states = {self._index: self._state()}
+        for index, (text, when) in self._peers.items():
+            states[index] = f"{text.partition(' ')[2]}, heard {now - when:.0f} s ago"
         lines = [f"error: {message}. The same command continues from the last checkpoint. Last known:"]
         joining = self.phase == "join"  # when JAX has not said yet which process this is
         lines += [f"  {'this process' if joining else f'process {index}'}: {states[index]}" for index in sorted(states)]
@@ -287,10 +266,6 @@ class Watchdog:
             time.sleep(_HEARTBEAT_SECS / 4)
         ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
         os.kill(os.getpid(), signal.SIGABRT)  # again: whoever was sent the signal, rather than aborting, would go on
-
-
-def _readable(state: dict[str, Any]) -> str:
-    return f"phase {state['phase']}, step {state['step']}, since {state['secs']} s" if state else "joined"
 
 
 def _answers(address: str) -> bool:

@@ -89,7 +89,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.watchdog.end()
+        self.watchdog.enter("end")
         try:
             self.ledger.note(self.step, self.watchdog.account(), self.ended)
         except errors.StorageFault:
