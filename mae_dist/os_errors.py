@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Iterator
 
 _IN_THE_WAY = "A file has the name of a directory that is needed: move it away, or choose another place"
 _NOT_ALLOWED = "This user may not: change the permissions of the file or its directory, or choose another place"
@@ -36,17 +35,12 @@ def cure(error: BaseException) -> str:
 
     Libraries in C++ pass the system's error on as text.
     """
-    chain = list(_causes(error))
-    for cause in chain:
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
         if isinstance(cause, OSError) and cause.errno in _CURES:
             return _CURES[cause.errno]
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     texts = "\n".join(map(str, chain))
     return next((cure for code, cure in _CURES.items() if os.strerror(code) in texts), "")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -70,7 +70,7 @@ def _hf_options(config: ConfigDict, what: str, compiled: bool, num_kept: int) ->
         "threads": cores.num_cores(),
         "batch_size": config.global_batch_size,
         "image_shape": [model.channels, *model.image_size],
-        "config": {**hugging_face.describe(model, config.pretrain.norm_pix_loss), "mask_ratio": mask_ratio},
+        "config": {**hugging_face.describe(config, has_decoder=True), "mask_ratio": mask_ratio},
     }
 
 

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -64,17 +63,17 @@ def convert_weights(
             params = fold_batch_norm(params, config)
         config.name = out.stem
     config_lib.validate_model(config, masked="decoder" in params)
-    _check_finite(params, source.origin)
-    with appearing(out) as temporary, storage_errors(out):
-        write(temporary, params, config, to, source.origin)
-        _check_written(temporary, params, config)
-    return sorted(params, reverse=True), sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _check_finite(params: Params, origin: str) -> None:
     flat: Params = traverse_util.flatten_dict(params, sep="/")
     if bad := [name for name, leaf in flat.items() if not np.isfinite(leaf).all()]:
-        raise errors.DataFault(f"{origin}: values that are not finite in {', '.join(bad)}; use another checkpoint")
+        raise errors.DataFault(
+            f"{source.origin}: values that are not finite in {', '.join(bad)}; use another checkpoint"
+        )
+    with appearing(out) as temporary, storage_errors(out):
+        write(temporary, params, config, to, source.origin)
+        reread: Params = traverse_util.flatten_dict(pretrained.open_pretrained(temporary, config).load_whole(), sep="/")
+        for name, leaf in flat.items():
+            assert np.array_equal(leaf, reread.get(name, np.zeros(0))), f"{name} was not written as it is"
+    return sorted(params, reverse=True), sum(leaf.size for leaf in flat.values())
 
 
 def resize_positions(params: Params, config: ConfigDict, image_size: tuple[int, int]) -> Params:
@@ -134,11 +133,8 @@ def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     import cv2
 
     # One value of D at a time: OpenCV's images have at most four channels where it interpolates exactly.
-    columns = [
-        cv2.resize(np.ascontiguousarray(table[..., i]), (grid[1], grid[0]), interpolation=cv2.INTER_CUBIC)
-        for i in range(table.shape[-1])
-    ]
-    return np.stack(columns, axis=-1).astype(np.float32)
+    planes = np.ascontiguousarray(np.moveaxis(table, -1, 0))  # (D, gh, gw)
+    return np.stack([cv2.resize(plane, grid[::-1], interpolation=cv2.INTER_CUBIC) for plane in planes], axis=-1)
 
 
 def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
@@ -266,14 +262,12 @@ def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[st
     model = config.model
     architecture = {"decoder": "ViTMAEForPreTraining", "head": "ViTForImageClassification"}
     described: dict[str, Any] = {
-        **hugging_face.describe(model, config.pretrain.norm_pix_loss),
+        **hugging_face.describe(config, has_decoder="head" not in params),  # ViT has neither decoder nor mask
         "architectures": [next((architecture[g] for g in params if g in architecture), "ViTMAEModel")],
         "model_type": "vit" if "head" in params else "vit_mae",
         "torch_dtype": "float32",
     }
-    if "head" in params:  # ViT has neither decoder nor mask
-        own = ("mask_ratio", "norm_pix_loss")
-        described = {key: v for key, v in described.items() if key not in own and not key.startswith("decoder_")}
+    if "head" in params:
         names = {str(i): f"LABEL_{i}" for i in range(params["head"]["linear"]["bias"].shape[0])}
         described |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
     preprocessor = {
@@ -288,11 +282,3 @@ def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[st
         "image_std": list(_per_channel(config.data.std, model.channels)),
     }
     return {"config.json": described, "preprocessor_config.json": preprocessor}
-
-
-def _check_written(path: epath.Path, params: Params, config: ConfigDict) -> None:
-    """Reads back what was written and compares every value."""
-    written: Params = traverse_util.flatten_dict(params, sep="/")
-    reread: Params = traverse_util.flatten_dict(pretrained.open_pretrained(path, config).load_whole(), sep="/")
-    for name, leaf in written.items():
-        assert np.array_equal(leaf, reread.get(name, np.zeros(0))), f"{name} was not written as it is"

@@ -48,7 +48,6 @@ class Description:
                 for field in _TAKEN:
                     self.config[field] = given[field]
         self.config.unlock()
-        self._said: list[str] = []
 
     def update(self, section: str, **fields: Any) -> None:
         """Sets fields that the description gives."""
@@ -69,7 +68,7 @@ class Description:
             self.update(section, **{key: value})
         shown = [f"{field}={value!r}" for field, value in values.items()]
         if template is not None:
-            self._said += shown
+            logging.info("%s leaves open, and the config says: %s", self.origin, ", ".join(shown))
             return
         options = [f"--config.{k}={v}" for k, v in (also or {}).items()] + [f"--config.{k}=…" for k in assumed]
         self.assume(f"{' and '.join(shown)} ({why})", f"a config says it: --config F {' '.join(options)}")
@@ -77,11 +76,6 @@ class Description:
     def assume(self, what: str, cure: str) -> None:
         """Logs an assumption and how to avoid it."""
         logging.warning("%s leaves open: assuming %s; %s", self.origin, what, cure)
-
-    def log_said(self) -> None:
-        """Logs what the template has decided."""
-        if self._said:
-            logging.info("%s leaves open, and the config says: %s", self.origin, ", ".join(self._said))
 
 
 def read_json(path: epath.Path) -> dict[str, Any] | None:

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from ml_collections import ConfigDict
+
 # Their name, ours, and the default there, which their files leave out.
 _FIELDS = (
     ("hidden_size", "embed_dim", 768),
@@ -23,18 +25,22 @@ _SIZES = (("image_size", 224), ("patch_size", 16))
 _GELUS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
 
 
-def describe(model: Any, norm_pix_loss: bool) -> dict[str, Any]:
-    """Returns the section `config.model` as arguments of `transformers.ViTMAEConfig`."""
+def describe(config: ConfigDict, has_decoder: bool) -> dict[str, Any]:
+    """Returns the model of a config as arguments of `transformers.ViTMAEConfig`, or without decoder of `ViTConfig`."""
+    model = config.model
     sizes = {name: model[name] for name, _ in _SIZES}
-    return {
-        **{theirs: model[ours] for theirs, ours, _ in (*_FIELDS, *_DECODER_FIELDS)},
+    described = {
+        **{theirs: model[ours] for theirs, ours, _ in _FIELDS},
         **{name: size[0] if size[0] == size[1] else list(size) for name, size in sizes.items()},
         "intermediate_size": int(model.embed_dim * model.mlp_ratio),
-        "decoder_intermediate_size": int(model.decoder_embed_dim * model.decoder_mlp_ratio),
         "hidden_act": next(theirs for theirs, ours in _GELUS.items() if ours == model.gelu),
         "attention_probs_dropout_prob": 0.0,
-        "norm_pix_loss": norm_pix_loss,
     }
+    if has_decoder:
+        described |= {theirs: model[ours] for theirs, ours, _ in _DECODER_FIELDS}
+        described["decoder_intermediate_size"] = int(model.decoder_embed_dim * model.decoder_mlp_ratio)
+        described["norm_pix_loss"] = config.pretrain.norm_pix_loss
+    return described
 
 
 def read(stored: dict[str, Any], has_decoder: bool) -> dict[str, Any]:

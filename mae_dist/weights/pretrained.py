@@ -177,7 +177,6 @@ def _from_tensors(described: foreign.Description, tensors: layouts.Tensors, layo
     config, origin, groups = described.config, described.origin, layouts.groups_in(tensors, layout)
     model = config.model
     tensors = _settle_constants(described, tensors, layout)
-    described.log_said()
     # Before anything of that depth is built: a description may claim any.
     if max(model.depth, model.decoder_depth) > len(tensors):
         raise DataFault(f"{origin}: {model.depth} blocks are described and there are only {len(tensors)} tensors")
