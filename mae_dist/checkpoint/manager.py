@@ -63,32 +63,29 @@ class Checkpoints:
         self._retries = retries
         self._failures = 0  # in a row
         self._retry_at = math.inf
-        with self._errors():
-            self._manager = self._open_manager(keep_latest, keep_every_steps)
-
-    def _open_manager(self, keep_latest: int, keep_every_steps: int) -> ocp.CheckpointManager:
         keep: list[Any] = [_policy.LatestN(keep_latest)]
         if keep_every_steps:
             keep.append(_policy.EveryNSteps(keep_every_steps))
-        lowest = self._keep_best.endswith("loss")  # a loss is best when lowest, an accuracy when highest
-        worst = math.inf if lowest else -math.inf
+        lowest = keep_best.endswith("loss")  # a loss is best when lowest, an accuracy when highest
 
         def metric(metrics: dict[str, float]) -> float:
             """Returns the worst for a checkpoint that was saved for another metric, before `keep_best` was changed."""
-            return metrics.get(self._keep_best, worst)
+            return metrics.get(keep_best, math.inf if lowest else -math.inf)
 
-        if self._keep_best:
+        if keep_best:
             keep.append(
                 _policy.BestN(get_metric_fn=metric, reverse=lowest, n=1, keep_checkpoints_without_metrics=False)
             )
-        return reader.open_manager(
-            self._directory,
-            self._check_written,
-            preservation_policy=_policy.AnyPreservationPolicy(keep),
-            # The policy above decides; without this Orbax would not store the metric for the next process.
-            best_fn=metric if self._keep_best else None,
-            cleanup_tmp_directories=True,
-        )
+        with self._errors():
+            self._manager = reader.open_manager(
+                self._directory,
+                # In the background: a checkpoint must be readable before it is committed and old ones are deleted.
+                lambda: reader.check_readable(self._directory, *self._saving),
+                preservation_policy=_policy.AnyPreservationPolicy(keep),
+                # The policy above decides; without this Orbax would not store the metric for the next process.
+                best_fn=metric if keep_best else None,
+                cleanup_tmp_directories=True,
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -110,11 +107,6 @@ class Checkpoints:
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return reader.checkpoint_errors(self._workdir)
 
-    def _check_written(self) -> None:
-        """Checks in the background that a checkpoint can be read back, before it is committed and old ones deleted."""
-        step, names = self._saving
-        reader.check_readable(self._directory, step, names)
-
     def _write_manifest(self, step: int) -> None:
         """Waits in the background for the end of a save and digests its files, each process those that it wrote."""
         while self._manager.is_saving_in_progress():
@@ -129,15 +121,6 @@ class Checkpoints:
         if parts and None not in parts:
             self._manifests.write(step, parts)
 
-    def _finish_save(self, wait: bool = False) -> None:
-        """Raises a `StorageFault` if the latest save or its manifest has failed; may wait for them to end."""
-        if self._manifest is not None and (wait or self._manifest.done()):
-            self._manifest, manifest = None, self._manifest
-            with self._errors():
-                self._manager.wait_until_finished()
-                manifest.result()
-            self._failures, self._saved_at = 0, time.monotonic()
-
     def latest_step(self) -> int | None:
         """Returns the newest saved step, or None."""
         return self._manager.latest_step()
@@ -150,24 +133,19 @@ class Checkpoints:
         in `save`; it is tried again after a while, in the end a `StorageFault`.
         """
         try:
-            self._finish_save()
+            if self._manifest is not None and self._manifest.done():
+                self.wait()
         except StorageFault as fault:
             self._count_failure(fault)
             return False
         if step == self._total_steps or (self._every_steps and step % self._every_steps == 0) or self._best(metrics):
             return True
-        return time.monotonic() >= self._retry_at or self._minutes_are_over(step)
-
-    def _minutes_are_over(self, step: int) -> bool:
-        """Returns True if the start or the latest save is `every_minutes` ago.
-
-        Processes must decide alike although their clocks differ, so the first one decides for all; that costs a
-        message, and is asked at log steps only.
-        """
+        if (now := time.monotonic()) >= self._retry_at:
+            return True
         if not self._every_secs or step % self._log_every_steps:
             return False
-        are_over = time.monotonic() - self._saved_at >= self._every_secs
-        return bool(multihost_utils.broadcast_one_to_all(np.asarray(are_over)))
+        # Clocks differ, so the first process decides for all; that costs a message, so it is asked at log steps only.
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(now - self._saved_at >= self._every_secs)))
 
     def _best(self, metrics: dict[str, float]) -> dict[str, float]:
         """Returns the metric of `keep_best`, where it is known."""
@@ -193,8 +171,13 @@ class Checkpoints:
                 time.sleep(max(0.0, self._retry_at - time.monotonic()))
 
     def wait(self) -> None:
-        """Blocks until what was begun is on disk; a failed save is a `StorageFault`."""
-        self._finish_save(wait=True)
+        """Blocks until what was begun is on disk; a `StorageFault` if the save or its manifest has failed."""
+        if self._manifest is not None:
+            self._manifest, manifest = None, self._manifest
+            with self._errors():
+                self._manager.wait_until_finished()
+                manifest.result()
+            self._failures, self._saved_at = 0, time.monotonic()
 
     def _attempt(self, step: int, state: TrainState, meta: dict[str, Any], metrics: dict[str, float]) -> None:
         self.wait()  # for the save before, which this one may delete
@@ -247,7 +230,15 @@ class Checkpoints:
                 state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint)
                 return state, step, meta.get("unfinished")
             except reader.Corrupted as fault:
-                self._quarantine(step, str(fault))
+                if processes.is_primary():
+                    with storage_errors(self._directory / str(step)):
+                        place = self._manifests.quarantine(step, str(fault))
+                    logging.error(
+                        "CORRUPTED CHECKPOINT: step %d (%s). It is put in %s, never to be read again.",
+                        *(step, fault, place),
+                    )
+                multihost_utils.sync_global_devices(f"quarantine {step}")
+                self._manager.reload()
         reasons = self._manifests.quarantined()
         if reasons:
             raise StorageFault(
@@ -256,17 +247,6 @@ class Checkpoints:
                 f"python -m mae_dist.checkpoint rm-quarantine {shlex.quote(str(self._workdir))} gives these up"
             )
         return None
-
-    def _quarantine(self, step: int, reason: str) -> None:
-        """Quarantines a checkpoint, for all processes."""
-        if processes.is_primary():
-            with storage_errors(self._directory / str(step)):
-                place = self._manifests.quarantine(step, reason)
-            logging.error(
-                "CORRUPTED CHECKPOINT: step %d (%s). It is put in %s, never to be read again.", step, reason, place
-            )
-        multihost_utils.sync_global_devices(f"quarantine {step}")
-        self._manager.reload()
 
     def _restore_verified(
         self, step: int, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str

@@ -20,12 +20,6 @@ from mae_dist.storage import children_of, write_text_atomically
 _WRITER = re.compile(r"(?:^|/)(?:ocdbt\.|array_metadatas/)process_(\d+)(?:/|$)")
 
 
-def _writer(name: str, num_processes: int) -> int:
-    """Returns which of so many processes wrote a file of a checkpoint."""
-    found = _WRITER.search(name)
-    return int(found[1]) if found and int(found[1]) < num_processes else 0
-
-
 class Manifests:
     """The manifests and the quarantine of one workdir; process 0 alone writes them."""
 
@@ -36,7 +30,12 @@ class Manifests:
 
     def digest_files(self, step: int, process: int = 0, num_processes: int = 1) -> dict[str, str]:
         """Returns the digests of those files of a complete checkpoint that one of the processes wrote."""
-        return digests.file_digests(self._checkpoints / str(step), lambda name: _writer(name, num_processes) == process)
+
+        def is_own(name: str) -> bool:
+            found = _WRITER.search(name)
+            return process == (int(found[1]) if found and int(found[1]) < num_processes else 0)
+
+        return digests.file_digests(self._checkpoints / str(step), is_own)
 
     def write(self, step: int, parts: Iterable[dict[str, str]]) -> None:
         """Writes the manifest of a checkpoint from what each process digested; removes those of deleted checkpoints."""

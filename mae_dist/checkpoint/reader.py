@@ -127,7 +127,11 @@ def _missing(path: epath.Path, names: Collection[str]) -> list[str]:
     read_meta(path)  # which raises if that cannot be read
     arrays = {array.name: array for array in jax.tree.leaves(_stored_tree(path))}
     lines = [f"array {name} is missing" for name in sorted(set(names) - arrays.keys())]
-    store = ts.KvStore.open({"driver": "ocdbt", "base": _tensorstore_spec(path / "state")}).result()
+    base = {"driver": "file", "path": f"{path / 'state'}/"}  # a URL would need escapes
+    if not is_local(path):
+        bucket, _, name = str(path / "state").removeprefix("gs://").partition("/")
+        base = {"driver": "gcs", "bucket": bucket, "path": f"{name}/"}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
     last_bytes = {}
     for name, array in arrays.items():
         counts = [-(-size // chunk) for size, chunk in zip(array.shape, array.storage.chunk_shape, strict=True)]
@@ -141,14 +145,6 @@ def _missing(path: epath.Path, names: Collection[str]) -> list[str]:
         except ValueError as error:
             lines.append(f"chunk {key}: {first_line(error)}")
     return lines
-
-
-def _tensorstore_spec(directory: epath.Path) -> dict[str, str]:
-    """Returns tensorstore's spec of a directory on a disk or in a bucket; a URL would need escapes."""
-    if is_local(directory):
-        return {"driver": "file", "path": f"{directory}/"}
-    bucket, _, path = str(directory).removeprefix("gs://").partition("/")
-    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
 def _stored_tree(path: epath.Path) -> dict[str, Any]:
