@@ -10,14 +10,12 @@ Images are uint8 in 0..255, or with --input float32 in 0..1.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from mae_dist import cli, errors
 from mae_dist.evaluation.encode import KINDS, make_encode, needed_shapes, scale
@@ -77,21 +75,17 @@ def make_function(
         encode = make_encode(config, kinds)
         return lambda x: encode(params, x), {"images": images}
     rows, columns = patches.grid_size(model.image_size, model.patch_size)
-    noise = jax.ShapeDtypeStruct((batch, rows * columns), jnp.float32)
-    return _make_reconstruction(config, params), {"images": images, "noise": noise}
-
-
-def _make_reconstruction(config: ConfigDict, params: Any) -> Function:
-    bind = functional(lambda rngs: MaskedAutoencoder(**config.model.to_dict(), rngs=rngs)).bind
+    bind = functional(lambda rngs: MaskedAutoencoder(**model.to_dict(), rngs=rngs)).bind
 
     def reconstruct(images: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
-        model = bind(params)
-        _, kept = model.draw_ids_shuffle(jax.random.split(jax.random.key(0), 1))  # only how many are kept
+        bound = bind(params)
+        _, kept = bound.draw_ids_shuffle(jax.random.split(jax.random.key(0), 1))  # only how many are kept
         ids_shuffle = jnp.argsort(noise, axis=1, stable=True).astype(jnp.int32)
-        pred, true, mask = model(scale(images, config), ids_shuffle, kept, None)
+        pred, true, mask = bound(scale(images, config), ids_shuffle, kept, None)
         return {**make_pictures(config, pred, true, mask), "mask": mask}
 
-    return reconstruct
+    noise = jax.ShapeDtypeStruct((batch, rows * columns), jnp.float32)
+    return reconstruct, {"images": images, "noise": noise}
 
 
 def _check(path: epath.Path, function: Function, arguments: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -110,13 +110,10 @@ def _write_shard(path: epath.Path, columns: Columns, dataset: Dataset) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = {}
+    arrays = {name: pa.array(column.reshape(-1)) for name, column in columns.items()}
     for name, column in columns.items():
-        if column.ndim == 1:
-            arrays[name] = pa.array(column)
-        else:
-            flat = column.reshape(len(column), -1)
-            arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+        if column.ndim > 1:
+            arrays[name] = pa.FixedSizeListArray.from_arrays(arrays[name], column[0].size)
     arrays["class"] = pa.array([dataset.class_names[label] for label in columns["label"]])
     pq.write_table(pa.table(arrays), os.fspath(path))
 

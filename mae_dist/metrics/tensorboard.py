@@ -93,22 +93,18 @@ class TensorBoardWriter(metric_writers.MetricWriter):
         suffix = f".{os.getpid()}.{time.time_ns()}"
         logdir.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(os.path.join(os.fspath(logdir), "events"), suffix)
-        self._write(purge_step, Event(session_log=SessionLog(status=SessionLog.START)))
         self._next_flush = 0.0
-        self.flush()
+        self._write(purge_step, Event(session_log=SessionLog(status=SessionLog.START)))
 
     def _write(self, step: int, event: Event) -> None:
         event.step, event.wall_time = step, time.time()
         self._events.write_event(event)
-
-    def _flush_now_and_then(self) -> None:
         if time.monotonic() >= self._next_flush:
             self.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         for name, value in scalars.items():
             self._write(step, Event(summary=tb_summary.scalar(name, np.asarray(value, np.float64))))
-        self._flush_now_and_then()
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Writes uint8 images (N, H, W, C) of 1, 3 or 4 channels."""
@@ -116,7 +112,6 @@ class TensorBoardWriter(metric_writers.MetricWriter):
             for i, image in enumerate(batch):
                 tag = name if len(batch) == 1 else f"{name}/{i}"
                 self._write(step, Event(summary=tb_summary.image(tag, image, dataformats="HWC")))
-        self._flush_now_and_then()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("TensorBoardWriter writes scalars and images only.")

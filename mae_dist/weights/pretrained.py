@@ -142,14 +142,12 @@ def _from_timm(path: epath.Path, template: ConfigDict | None) -> Pretrained:
             f"{path} is no vision transformer in timm's layout, which has patch_embed.proj.weight (D, C, ph, pw) and "
             f"pos_embed (1, N, D); it has {len(tensors)} tensors: {shown}, …"
         )
-    if "head.0.running_mean" in tensors:
-        folded = aliases.fold_head_norm(tensors, heads.EPS)
-        if folded is not None:
-            tensors = folded
-            described.assume(
-                f"eps={heads.EPS} (as the paper's code) in the BatchNorm before the head",
-                "only the head's logits depend on it",
-            )
+    if (folded := aliases.fold_head_norm(tensors, heads.EPS)) is not None:
+        tensors = folded
+        described.assume(
+            f"eps={heads.EPS} (as the paper's code) in the BatchNorm before the head",
+            "only the head's logits depend on it",
+        )
     tensors = foreign.describe_timm(described, tensors)
     foreign.describe_scaling(described, path)
     return _from_tensors(described, tensors, "timm")
