@@ -95,19 +95,17 @@ class _Object:
 
         self._bucket: Any = fsspec.filesystem("gcs", version_aware=True)
         self._name = os.fspath(path).removeprefix(names.BUCKET)
-        self._holder = uuid.uuid4().hex
+        self.holder = uuid.uuid4().hex
 
     def create(self) -> bool:
         """Creates the object, if there is none: True for only one of all who try at the same time."""
-        try:
+        with contextlib.suppress(FileExistsError):  # or an answer was lost, and the request repeated
             self.write("create")
-        except FileExistsError:  # or an answer was lost, and the request repeated
-            return self.is_own(self.read())
-        return True
+        return self.holder in self.read()
 
     def write(self, mode: str) -> None:
         """Writes the object, which changes its generation; the mode "create" fails if there is one."""
-        self._bucket.pipe_file(self._name, _holder(holder=self._holder).encode(), mode=mode)
+        self._bucket.pipe_file(self._name, _holder(holder=self.holder).encode(), mode=mode)
 
     def generation(self) -> str:
         """Returns the generation of the object as it is now; "" if there is none."""
@@ -122,10 +120,6 @@ class _Object:
             return self._bucket.cat_file(self._name).decode()
         except FileNotFoundError:
             return ""
-
-    def is_own(self, text: str) -> bool:
-        """True if this holder wrote `text`."""
-        return self._holder in text
 
     def delete(self, generation: str) -> None:
         """Deletes the object, if it is still of this generation."""
@@ -159,7 +153,7 @@ def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float 
             try:
                 with storage_errors(path):
                     found = lease.read()
-                    if found and not lease.is_own(found):
+                    if found and lease.holder not in found:
                         held.taken_by = found
                         logging.error("%s was taken over by another run: %s", path, found)
                         return
@@ -176,5 +170,5 @@ def _lease(path: epath.Path, renew_secs: float = _RENEW_SECS, watch_secs: float 
         thread.join(timeout=renew_secs)
         with contextlib.suppress(StorageFault), storage_errors(path):
             generation = lease.generation()
-            if lease.is_own(lease.read()):
+            if lease.holder in lease.read():
                 lease.delete(generation)
