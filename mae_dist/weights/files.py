@@ -60,6 +60,21 @@ def read_tensors(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
     return _read_directory(path) if path.is_dir() else _read_file(path, name)
 
 
+def read_json(path: epath.Path) -> dict[str, Any] | None:
+    """Reads the object in a JSON file; None if there is no such file."""
+    if not path.exists():
+        return None
+    with storage_errors(path):
+        data = path.read_bytes()
+    try:
+        value = json.loads(data)
+        if not isinstance(value, dict):
+            raise ValueError(f"a JSON object is expected, found {type(value).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise DataFault(f"{path} is corrupted: {error}; {_AGAIN}") from error
+    return value
+
+
 def extract(source: str, out: str, *, name: str = "", prefix: str = "") -> None:
     """Writes the tensors of `source` that stand below `name` and begin with `prefix` as a file of their own.
 
@@ -132,11 +147,7 @@ def _read_directory(path: epath.Path) -> dict[str, np.ndarray]:
 
 def _read_index(index: epath.Path) -> dict[str, np.ndarray]:
     """Reads the tensors of an index's shards, in its order."""
-    try:
-        content = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataFault(f"{index} cannot be read: {_cause(error)}; {_AGAIN}") from error
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    names = (read_json(index) or {}).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise DataFault(f'{index} has no "weight_map" from names of tensors to names of files; {_AGAIN}')
     suffix = Path(index.name.removesuffix(".index.json")).suffix
@@ -228,7 +239,7 @@ def _read_pytorch(file: str, path: epath.Path, name: str) -> dict[str, np.ndarra
     taken = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors.values())
     if taken > 4 * size + _SPARE:
         raise DataFault(f"{path}: its tensors would take {taken} bytes of memory, out of a file of {size}; {_AGAIN}")
-    return {name: _plain(_to_numpy(tensor, torch)) for name, tensor in tensors.items()}
+    return {name: _plain(_to_numpy(tensor)) for name, tensor in tensors.items()}
 
 
 def _state_dict(content: Any, path: epath.Path, name: str, torch: Any) -> dict[str, Any]:
@@ -260,7 +271,7 @@ def _state_dict(content: Any, path: epath.Path, name: str, torch: Any) -> dict[s
     return found
 
 
-def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
+def _to_numpy(tensor: Any) -> np.ndarray:
     """Copies a tensor, in float32 if it is floating-point."""
     tensor = tensor.detach().resolve_conj().resolve_neg()
     return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy().copy()

@@ -3,7 +3,6 @@
 A field that neither decides is taken from the config that the user gives, or assumed, and logged.
 """
 
-import json
 import math
 from typing import Any
 
@@ -16,9 +15,8 @@ from mae_dist import config as config_lib
 from mae_dist.config import default
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.model import patches, positions
-from mae_dist.storage import storage_errors
 from mae_dist.task_kinds import kind_of
-from mae_dist.weights import hugging_face, layouts
+from mae_dist.weights import files, hugging_face, layouts
 
 # What the published weights were trained on.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -78,21 +76,6 @@ class Description:
         logging.warning("%s leaves open: assuming %s; %s", self.origin, what, cure)
 
 
-def read_json(path: epath.Path) -> dict[str, Any] | None:
-    """Reads the object in a file; None if there is no such file."""
-    if not path.exists():
-        return None
-    with storage_errors(path):
-        data = path.read_bytes()
-    try:
-        value = json.loads(data)
-        if not isinstance(value, dict):
-            raise ValueError(f"a JSON object is expected, found {type(value).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise DataFault(f"{path} is corrupted: {error}; restore the file") from error
-    return value
-
-
 def describe_hugging_face(description: Description, stored: dict[str, Any], tensors: layouts.Tensors) -> None:
     """Sets the fields of the model that a config.json of Hugging Face names.
 
@@ -115,7 +98,7 @@ def describe_hugging_face(description: Description, stored: dict[str, Any], tens
 def describe_scaling(description: Description, path: epath.Path) -> None:
     """Sets mean and std of the pixels from preprocessor_config.json; without it they are left open."""
     file = path / "preprocessor_config.json"
-    stored = (read_json(file) if path.is_dir() else None) or {}
+    stored = (files.read_json(file) if path.is_dir() else None) or {}
     if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise DataFault(f"{file}: pixels are not scaled by 1/255 (do_rescale, rescale_factor), as here")
     if not stored.get("do_normalize", True):

@@ -72,7 +72,7 @@ def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pre
       StorageFault: a path that is none of these.
     """
     if path.is_dir():
-        stored = foreign.read_json(path / "config.json")
+        stored = files.read_json(path / "config.json")
         if stored is not None and "model_type" in stored:
             return _from_hugging_face(path, stored, template)
         return open_workdir(path)
