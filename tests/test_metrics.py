@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -67,8 +66,8 @@ except NotImplementedError as error:
 
 def test_one_line_per_step_with_everything_written_for_it(workdir: epath.Path):
     with Recorder(workdir, start_step=0, is_primary=True) as recorder:
-        recorder.write_scalars(10, {"loss": jnp.float32(0.1), "images": 640})
-        recorder.write_scalars(10, {"val_loss": np.float64(0.25), "bad": jnp.float32(jnp.nan)})
+        recorder.write_scalars(10, {"loss": float(np.float32(0.1)), "images": 640})
+        recorder.write_scalars(10, {"val_loss": 0.25, "bad": math.nan})
         recorder.commit(10)
         recorder.commit(11)  # nothing to record
         # On disk before close: a checkpoint of the same step may be written now.
@@ -130,7 +129,8 @@ def test_last_line_without_its_end(workdir: epath.Path, tail: str):
     workdir.mkdir()
     (workdir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n' + tail)
     assert len(read_metrics(workdir)) == (3 if tail.endswith("}") else 2)  # a whole record is kept
-    Recorder(workdir, start_step=9, is_primary=True).close()
+    with Recorder(workdir, start_step=9, is_primary=True):
+        pass
     assert (workdir / "metrics.jsonl").read_text().endswith("}\n")
 
 
@@ -154,8 +154,6 @@ def test_step_is_recorded_at_most_once(workdir: epath.Path):
         recorder.commit(1)
         with pytest.raises(AssertionError, match="already recorded"):
             recorder.commit(1)
-        with pytest.raises(AssertionError, match=r"vector has shape \(2,\)"):
-            recorder.write_scalars(3, {"vector": jnp.zeros(2)})
 
 
 def test_other_processes_write_nothing(workdir: epath.Path):
@@ -182,13 +180,13 @@ def test_workdir_that_cannot_be_made_is_a_storage_fault(tmp_path: Path):
 
 
 def test_fault_of_the_background_writer_is_a_storage_fault(workdir: epath.Path):
-    recorder = Recorder(workdir, start_step=0, is_primary=True)
-    recorder.write_images(1, {"x": np.zeros((1, 4, 4, 3))})
-    recorder.close()
-    failing = Recorder(workdir, start_step=0, is_primary=True)
-    failing.write_images(2, {"x": np.zeros((4, 4))})  # no image: the background thread raises
-    with pytest.raises(StorageFault, match="tensorboard"):
-        failing.close()
+    with Recorder(workdir, start_step=0, is_primary=True) as recorder:
+        recorder.write_images(1, {"x": np.zeros((1, 4, 4, 3), np.uint8)})
+    with (
+        pytest.raises(StorageFault, match="tensorboard"),
+        Recorder(workdir, start_step=0, is_primary=True) as failing,
+    ):
+        failing.write_images(2, {"x": np.zeros((4, 4))})  # no image: the background thread raises
 
 
 def test_error_of_the_run_is_not_hidden_by_closing(workdir: epath.Path):

@@ -6,10 +6,8 @@ has no NaN, so a value that is not finite is written as null and read back as Na
 
 import math
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -19,10 +17,7 @@ from mae_dist.metrics.tensorboard import TensorBoardWriter, metric_writers
 from mae_dist.storage import JsonLines, read_json_lines, storage_errors
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_DIR = "tensorboard"
 _WHAT = "record of a step"
-
-Scalar = float | np.generic | np.ndarray | jax.Array
 
 
 class Recorder:
@@ -44,12 +39,12 @@ class Recorder:
 
     def __init__(self, workdir: epath.Path, *, start_step: int, is_primary: bool, log_lines: bool = True):
         self._pending_step: int | None = None
-        self._pending: dict[str, Scalar] = {}
+        self._pending: dict[str, float] = {}
         self._writer: metric_writers.MetricWriter | None = None
         self._last_step = -1  # the last recorded step, -1 before the first
+        self._logdir = workdir / "tensorboard"
         if not is_primary:
             return
-        self._logdir = workdir / TENSORBOARD_DIR
         self._lines = JsonLines(
             workdir / METRICS_FILE, _record, _WHAT, keep=lambda record: 0 < start_step >= record["step"]
         )
@@ -60,14 +55,12 @@ class Recorder:
         lines = [metric_writers.LoggingWriter()] if log_lines else []
         self._writer = metric_writers.AsyncMultiWriter([*lines, tensorboard])
 
-    def write_scalars(self, step: int, scalars: Mapping[str, Scalar]) -> None:
-        """Adds scalars to the record of `step`; device arrays of shape () stay on the device until `commit`."""
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds numbers to the record of `step`."""
         self._check_pending(step)
         twice = self._pending.keys() & scalars.keys()
         assert not twice, f"written twice at step {step}: {sorted(twice)}"
         assert "step" not in scalars, "`step` is not a metric"
-        for name, value in scalars.items():
-            assert np.ndim(value) == 0, f"metric {name} has shape {np.shape(value)}, not ()"
         self._pending_step = step
         self._pending.update(scalars)
 
@@ -96,28 +89,22 @@ class Recorder:
             self._writer.write_scalars(step, record)
 
     def withdraw(self) -> dict[str, float]:
-        """Returns what was written since the last commit, as numbers, and forgets it."""
+        """Returns what was written since the last commit, and forgets it."""
         scalars, self._pending, self._pending_step = self._pending, {}, None
-        return {name: np.asarray(value).item() for name, value in jax.device_get(scalars).items()}
+        return scalars
 
     def _check_pending(self, step: int) -> None:
         assert self._pending_step in (None, step), f"step {self._pending_step} was not committed before step {step}"
 
-    def close(self) -> None:
-        """Waits until TensorBoard events are written; uncommitted scalars are dropped."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with storage_errors(self._logdir):
-                writer.close()
-
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Waits until TensorBoard events are written; uncommitted scalars are dropped."""
         try:
-            self.close()
+            if self._writer is not None:
+                with storage_errors(self._logdir):
+                    self._writer.close()
         except StorageFault as fault:
             if error is None:
                 raise
