@@ -128,9 +128,8 @@ class Checkpoints:
     def is_due(self, step: int, metrics: dict[str, float]) -> bool:
         """Returns True if this step is to be saved; called after every step, by all processes.
 
-        `metrics` are those of an evaluation after this very step, or empty. With `keep_best` each evaluated step is
-        saved, for the best is kept among what was evaluated. A failure of an earlier background save surfaces here or
-        in `save`; it is tried again after a while, in the end a `StorageFault`.
+        `metrics` are those of an evaluation after this very step, or empty: with `keep_best` each evaluated step is
+        saved. A failed background save surfaces here or in `save`, is tried again, and in the end a `StorageFault`.
         """
         try:
             if self._manifest is not None and self._manifest.done():

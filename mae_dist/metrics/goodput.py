@@ -60,8 +60,7 @@ class Ledger:
 def read_starts(workdir: epath.Path) -> list[dict[str, Any]]:
     """Returns the last line of each start, in order; [] without a ledger.
 
-    Each has `began` and `time`, seconds since 1970; `from_step`, `step` and `total_steps` (None in an older version's);
-    `secs` by phase.
+    `began` and `time` are seconds since 1970; `total_steps` is None in an older version's.
     """
     last = {entry["run"]: entry for entry in read_json_lines(workdir / GOODPUT_FILE, _entry, _WHAT)}
     return [last[run] for run in sorted(last)]

@@ -33,19 +33,16 @@ for _name in _hidden:
     del sys.modules[_name]
 
 
-class _NoSummaryWriter:
-    """Replaces `clu.metric_writers.SummaryWriter`."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        raise NotImplementedError(
-            "clu.metric_writers.SummaryWriter needs TensorFlow, which mae_dist does not load: "
-            "use mae_dist.metrics.tensorboard.TensorBoardWriter."
-        )
+def _no_summary_writer(*args: Any, **kwargs: Any) -> NoReturn:
+    raise NotImplementedError(
+        "clu.metric_writers.SummaryWriter needs TensorFlow, which mae_dist does not load: "
+        "use mae_dist.metrics.tensorboard.TensorBoardWriter."
+    )
 
 
 if "clu.metric_writers" not in sys.modules:
     _placeholder = types.ModuleType("clu.metric_writers.summary_writer")
-    vars(_placeholder)["SummaryWriter"] = _NoSummaryWriter
+    vars(_placeholder)["SummaryWriter"] = _no_summary_writer
     sys.modules["clu.metric_writers.summary_writer"] = _placeholder
 
 from clu import metric_writers, periodic_actions  # noqa: E402 (after the placeholder)
@@ -78,10 +75,9 @@ record_writer.register_writer_factory("gs", types.SimpleNamespace(open=_ObjectFi
 
 
 class TensorBoardWriter(metric_writers.MetricWriter):
-    """Writes scalars and images as TensorBoard events, without TensorFlow.
+    """Writes scalars and images as TensorBoard events, without TensorFlow, in the caller's thread.
 
-    Writes in the caller's thread, so that errors reach the caller: tensorboardX's SummaryWriter writes in a thread of
-    its own, and hangs once that thread has died of a full disk.
+    tensorboardX's SummaryWriter writes in a thread of its own, and hangs once that has died of a full disk.
 
     Args:
       logdir: directory of the event files, made if it does not exist; a new file is begun.

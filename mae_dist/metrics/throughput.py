@@ -6,11 +6,9 @@ Account = Mapping[str, float]  # seconds spent in each phase of `watchdog.Watchd
 
 
 class Throughput:
-    """Computes rates of the training steps alone, from the same seconds per phase as the ledger.
+    """Computes rates of the training steps alone, which are the phases `step` and `data` of the ledger.
 
-    A step's time is that of the phases `step` and `data`. Saving, evaluation, pictures, the writing of a profile and
-    the first step of a start, which compiles, are other phases and in no rate. This holds for the device as for the
-    host if a phase other than `data` begins only after the device has finished the steps before it.
+    They are the device's rates if a phase other than `data` begins only after the device has finished the steps before.
 
     Args:
       images_per_step: the global batch size.

@@ -55,18 +55,17 @@ class PreemptionSignals:
 
     @contextlib.contextmanager
     def handling(self, metadata_server: str | None) -> Generator[None]:
-        """Handles SIGTERM and SIGHUP and asks the metadata server in the background, until it is left.
-
-        SIGHUP, the end of a terminal or a connection, is left alone where it is ignored, as under `nohup`.
+        """Handles SIGTERM, SIGHUP and the metadata server's events, until it is left.
 
         Args:
           metadata_server: host or host:port; "" asks none, None finds out whether this machine has one.
         """
-        server = find_metadata_server() if metadata_server is None else metadata_server
+        server = _find_metadata_server() if metadata_server is None else metadata_server
         read, write = socket.socketpair()
         write.setblocking(False)
-        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        self._handled = [signal.SIGTERM] if is_ignored else [signal.SIGTERM, signal.SIGHUP]
+        self._handled = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under `nohup`
+            self._handled.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in self._handled}
         # The handler in Python waits until a compilation or a collective returns; this byte does not.
         before_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
@@ -193,15 +192,12 @@ def _metadata(opener: urllib.request.OpenerDirector, url: str) -> str:
         return ""
 
 
-def find_metadata_server() -> str:
+def _find_metadata_server() -> str:
     """Returns GCE_METADATA_HOST, or the address of Google's metadata server on a machine of theirs, else ""."""
-    if "GCE_METADATA_HOST" in os.environ:
-        return os.environ["GCE_METADATA_HOST"]
-    try:
+    made_by = ""
+    with contextlib.suppress(OSError):
         made_by = Path("/sys/class/dmi/id/product_name").read_text()
-    except OSError:
-        return ""
-    return _METADATA_SERVER if "Google" in made_by else ""
+    return os.environ.get("GCE_METADATA_HOST", _METADATA_SERVER if "Google" in made_by else "")
 
 
 def _c_handler() -> bytes:

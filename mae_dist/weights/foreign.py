@@ -61,9 +61,8 @@ class Description:
         """
         template = self.template if ask_template else None
         values = assumed if template is None else {field: config_lib.get(template, field) for field in assumed}
-        for field, value in values.items():
-            section, _, key = field.rpartition(".")
-            self.update(section, **{key: value})
+        with self.config.ignore_type():
+            self.config.update_from_flattened_dict(values)
         shown = [f"{field}={value!r}" for field, value in values.items()]
         if template is not None:
             logging.info("%s leaves open, and the config says: %s", self.origin, ", ".join(shown))
