@@ -42,15 +42,9 @@ def convert(argv: Sequence[str]) -> int:
 
 
 def _sizes(values: Sequence[str]) -> tuple[int, int]:
-    try:
-        height, width = (int(value) for value in (values if len(values) > 1 else [*values, *values]))
-        if min(height, width) < 1:
-            raise ValueError
-    except ValueError as error:
-        raise errors.ConfigError(
-            f"--image_size={','.join(values)}: give one whole number above 0, or height,width"
-        ) from error
-    return height, width
+    if len(values) not in (1, 2) or not all(value.isdecimal() and int(value) for value in values):
+        raise errors.ConfigError(f"--image_size={','.join(values)}: give one whole number above 0, or height,width")
+    return int(values[0]), int(values[-1])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from mae_dist.storage import children_of
+
 _SPREAD = 0x9E3779B9  # an odd number whose multiples spread over all of uint32
 _CHUNK_WORDS = 2**17  # of an array that NumPy digests: they stay in a core's cache
 
@@ -72,12 +74,6 @@ def sums_by_numpy(x: np.ndarray) -> np.ndarray:
     return total
 
 
-def _is_seen_by_numpy(x: jax.Array) -> bool:
-    """True if the memory of a CPU holds an array whole and as plain numbers."""
-    on_cpu = all(device.platform == "cpu" for device in x.sharding.device_set)
-    return on_cpu and x.sharding.is_fully_replicated and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
-
-
 def digests(tree: Any) -> dict[str, str]:
     """Returns the digest of every array of a tree by its path, as Orbax stores it; all processes must take part.
 
@@ -87,22 +83,21 @@ def digests(tree: Any) -> dict[str, str]:
     sums: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-        if _is_seen_by_numpy(array):
-            found = sums_by_numpy(np.asarray(array.addressable_data(0)))
-        else:
-            found = sums_on_devices(array)
+        on_cpu = all(device.platform == "cpu" for device in array.sharding.device_set)
+        is_plain = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
+        by_numpy = on_cpu and is_plain and array.sharding.is_fully_replicated
+        found = sums_by_numpy(np.asarray(array.addressable_data(0))) if by_numpy else sums_on_devices(array)
         sums[jax.tree_util.keystr(path, simple=True, separator=".")] = found
     return {name: "{:08x}{:08x}".format(*pair) for name, pair in jax.device_get(sums).items()}
 
 
 def files(directory: epath.Path) -> Iterator[epath.Path]:
     """Yields every file below a directory; nothing if there is none."""
-    if directory.is_dir():
-        for path in sorted(directory.iterdir()):
-            if path.is_dir():
-                yield from files(path)
-            else:
-                yield path
+    for path in children_of(directory):
+        if path.is_dir():
+            yield from files(path)
+        else:
+            yield path
 
 
 def file_digests(directory: epath.Path, is_wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:

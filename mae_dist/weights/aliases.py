@@ -11,18 +11,15 @@ Tensors = dict[str, np.ndarray]
 
 # The names of `transformers` 5 inside a model, and what it writes for a decoder's blocks -> the names of its files
 # since 4, which both versions read.
-_HF_ALIASES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^vit\.layers\.", "vit.encoder.layer."),
-        (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-        (r"\.attention\.q_proj\.", ".attention.attention.query."),
-        (r"\.attention\.k_proj\.", ".attention.attention.key."),
-        (r"\.attention\.v_proj\.", ".attention.attention.value."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-    )
+_HF_ALIASES = (
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
 )
 # What comes before a model's names where a program has wrapped it: whatever stands before its patch embedding.
 _WRAPPED = re.compile(r"((?:.*?\.)??)(?:patch_embed\.proj|(?:vit\.)?embeddings\.patch_embeddings\.projection)\.weight")
@@ -58,8 +55,8 @@ def fold_head_norm(tensors: Mapping[str, np.ndarray], eps: float) -> Tensors | N
 
     The paper's code names the BatchNorm `head.0` and the layer `head.1`; both become `head`.
     """
-    norm = {name: tensors.get(f"head.0.{name}") for name in ("running_mean", "running_var", "weight", "bias")}
-    mean, var = norm["running_mean"], norm["running_var"]
+    mean, var = tensors.get("head.0.running_mean"), tensors.get("head.0.running_var")
+    gain, offset = tensors.get("head.0.weight"), tensors.get("head.0.bias")
     kernel, bias = tensors.get("head.1.weight"), tensors.get("head.1.bias")
     if mean is None or var is None or kernel is None or bias is None or kernel.ndim != 2:
         return None
@@ -68,11 +65,11 @@ def fold_head_norm(tensors: Mapping[str, np.ndarray], eps: float) -> Tensors | N
     with np.errstate(invalid="ignore"):  # the check of all tensors reports what is not finite
         scale = 1 / np.sqrt(var.astype(np.float64) + eps)
     shift = -mean * scale
-    if norm["weight"] is not None and norm["bias"] is not None:
-        scale, shift = scale * norm["weight"], shift * norm["weight"] + norm["bias"]
-    folded = {"head.weight": kernel * scale, "head.bias": bias + kernel @ shift}
+    if gain is not None and offset is not None:
+        scale, shift = scale * gain, shift * gain + offset
     rest = {name: tensor for name, tensor in tensors.items() if not re.match(r"head\.[01]\.", name)}
-    return {**rest, **{name: value.astype(np.float32) for name, value in folded.items()}}
+    head = {"head.weight": kernel * scale, "head.bias": bias + kernel @ shift}
+    return rest | {name: value.astype(np.float32) for name, value in head.items()}
 
 
 def with_standard_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
@@ -87,7 +84,7 @@ def with_standard_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
         if bare and name.partition(".")[0] in ("embeddings", "encoder", "layers", "layernorm", "pooler"):
             name = f"vit.{name}"
         for pattern, replacement in _HF_ALIASES:
-            name = pattern.sub(replacement, name)
+            name = re.sub(pattern, replacement, name)
         if name in result:
             raise DataFault(f"{original!r} and another tensor are both {name!r}: the file mixes two ways of naming")
         if not name.startswith("vit.pooler."):
