@@ -48,7 +48,7 @@ def storage_errors(path: epath.Path) -> Generator[None]:
         ) from error
 
 
-def absolute_name(path: str | os.PathLike[Any]) -> str:
+def absolute_name(path: str | os.PathLike[str]) -> str:
     """Returns a path of the command line or a config as an absolute one, `~` expanded, unless it is a bucket's.
 
     Looks at the name alone, not at what is there.
@@ -71,7 +71,7 @@ def absolute_name(path: str | os.PathLike[Any]) -> str:
     return full
 
 
-def absolute(path: str | os.PathLike[Any]) -> epath.Path:
+def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """Returns `absolute_name(path)` as a path; a bucket must be within reach.
 
     Raises:

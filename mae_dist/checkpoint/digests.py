@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import PyTree
 
 from mae_dist.storage import children_of
 
@@ -74,7 +75,7 @@ def sums_by_numpy(x: np.ndarray) -> np.ndarray:
     return total
 
 
-def digests(tree: Any) -> dict[str, str]:
+def digests(tree: PyTree) -> dict[str, str]:
     """Returns the digest of every array of a tree by its path, as Orbax stores it; all processes must take part.
 
     A digest is 16 hexadecimal digits. NumPy makes those of arrays that a CPU holds whole: XLA's CPU compiler would take

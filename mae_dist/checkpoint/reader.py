@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 from etils import epath
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
@@ -65,7 +66,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def check_values(meta: dict[str, Any], tree: Any) -> None:
+def check_values(meta: dict[str, Any], tree: PyTree) -> None:
     """Raises `Corrupted` if an array is not what a checkpoint's meta says; those of older versions do not say."""
     if meant := meta.get("digests"):
         found = digests.digests(tree)
@@ -158,7 +159,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     return json.loads((path / "meta" / "metadata").read_text())
 
 
-def restore(manager: ocp.CheckpointManager, step: int, target: Any, *, partial: bool = False) -> Any:
+def restore(manager: ocp.CheckpointManager, step: int, target: PyTree, *, partial: bool = False) -> PyTree:
     """Returns a checkpoint's arrays in the shapes and shardings of `target`, which if `partial` need not name all."""
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=partial

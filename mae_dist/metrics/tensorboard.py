@@ -33,7 +33,7 @@ for _name in _hidden:
     del sys.modules[_name]
 
 
-def _no_summary_writer(*args: Any, **kwargs: Any) -> NoReturn:
+def _no_summary_writer(*args: object, **kwargs: object) -> NoReturn:
     raise NotImplementedError(
         "clu.metric_writers.SummaryWriter needs TensorFlow, which mae_dist does not load: "
         "use mae_dist.metrics.tensorboard.TensorBoardWriter."
@@ -109,7 +109,7 @@ class TensorBoardWriter(metric_writers.MetricWriter):
                 tag = name if len(batch) == 1 else f"{name}/{i}"
                 self._write(step, Event(summary=tb_summary.image(tag, image, dataformats="HWC")))
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError("TensorBoardWriter writes scalars and images only.")
 
     write_texts = write_hparams = write_summaries = write_videos = write_audios = write_histograms = _refuse

@@ -108,7 +108,7 @@ class Watchdog:
         threading.Thread(target=self._guard, daemon=True).start()
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._count > 1 and error is None:  # what ended by a fault falls silent, and the others end too
             with contextlib.suppress(Exception):  # the others may be gone already
                 self._client.wait_at_barrier(f"{_KEYS}/end", _BARRIER_MS)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from ml_collections import ConfigDict
 
 from mae_dist.errors import DataFault
 from mae_dist.model import patches, positions
@@ -128,7 +129,7 @@ def without_zero_tokens(
     return result, constant
 
 
-def to_layout(params: Params, model: Any, layout: str) -> Tensors:
+def to_layout(params: Params, model: ConfigDict, layout: str) -> Tensors:
     """Returns our parameters under the other layout's names.
 
     Args:
@@ -153,7 +154,7 @@ def to_layout(params: Params, model: Any, layout: str) -> Tensors:
     return tensors
 
 
-def _with_constants(params: Params, model: Any) -> Params:
+def _with_constants(params: Params, model: ConfigDict) -> Params:
     """Adds fixed positions and tokens of zeros to parameters, and to positions (L, D) the class token's row: zeros."""
     grid = patches.grid_size(model.image_size, model.patch_size)
     result = {group: dict(tree) for group, tree in params.items()}
@@ -171,7 +172,7 @@ def _with_constants(params: Params, model: Any) -> Params:
     return result
 
 
-def from_layout(tensors: Mapping[str, np.ndarray], abstract: Params, model: Any, layout: str) -> Params:
+def from_layout(tensors: Mapping[str, np.ndarray], abstract: Params, model: ConfigDict, layout: str) -> Params:
     """Returns tensors under standard names as our parameters, all of them or none.
 
     Args:
