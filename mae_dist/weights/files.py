@@ -76,12 +76,7 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
 
 
 def extract(source: str, out: str, *, name: str = "", prefix: str = "") -> None:
-    """Writes the tensors of `source` that stand below `name` and begin with `prefix` as a file of their own.
-
-    Raises:
-      ConfigError: there are none.
-      DataFault, StorageFault: as `read_tensors` and `write_tensors`.
-    """
+    """Writes the tensors of `source` below `name` that begin with `prefix`; a `ConfigError` if there are none."""
     tensors = read_tensors(epath.Path(source), name)
     chosen = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     if not chosen:
