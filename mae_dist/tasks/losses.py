@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
 _EPS = 1e-6
@@ -54,16 +55,11 @@ def denormalize_patches(
     return pred * std + mean
 
 
-def squared_error(pred: Float[Array, "*shape"], target: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns (pred - target)^2, elementwise."""
-    return jnp.square(pred - target)
-
-
 def masked_pixel_loss(
     pred: Float[Array, "B L P"],
     target: Float[Array, "B L P"],
     mask: Float[Array, "B L"],
-    error: Callable[[jax.Array, jax.Array], jax.Array] = squared_error,
+    error: Callable[[jax.Array, jax.Array], jax.Array] = optax.squared_error,
 ) -> Float[Array, "B"]:
     """Returns the mean error of each example over its removed patches.
 
@@ -81,10 +77,8 @@ def cross_entropy(
 ) -> Float[Array, "B"]:
     """Returns the cross-entropy of each example in nats, with integer or soft labels."""
     logits = logits.astype(jnp.float32)
-    num_classes = logits.shape[-1]
-    soft = labels if labels.ndim == 2 else jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-    soft = soft * (1 - label_smoothing) + label_smoothing / num_classes
-    return -(soft * jax.nn.log_softmax(logits)).sum(axis=-1)
+    soft = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(soft, label_smoothing))
 
 
 def top_k_correct(logits: Float[Array, "B Y"], labels: Int[Array, "B"], k: int) -> Bool[Array, "B"]:

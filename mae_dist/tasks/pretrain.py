@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from clu import metrics as clu_metrics
 from jaxtyping import Array, Float, Int, UInt
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ from mae_dist.tasks.base import Batch, Task, scale_pixels, unscale_pixels
 def make_pretrain(
     config: ConfigDict,
     hooks: Hooks,
-    error: Callable[[jax.Array, jax.Array], jax.Array] = losses.squared_error,
+    error: Callable[[jax.Array, jax.Array], jax.Array] = optax.squared_error,
 ) -> Task:
     """Returns the task of a masked autoencoder; `error` is (pred, target) (…, P) -> (…, P), averaged to the loss."""
     mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
