@@ -155,13 +155,10 @@ class Decoder(nnx.Module):
         self, latent: Float[Array, "B N D"], ids_restore: Int[Array, "B L"], keys: Key[Array, "B"] | None
     ) -> Float[Array, "B L P"]:
         """Predicts every patch, in raster order, float32."""
-        x = linear(self.embed, latent, affine=self.hooks.affine)  # (B, N, E)
-        cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
-        b, kept, dim = x.shape
-        removed = _token_value(self.mask_token, b, ids_restore.shape[1] - kept, dim, self.dtype)
-        x = patches.take_patches(jnp.concatenate([x, removed], axis=1), ids_restore)  # (B, L, E) in raster order
-        x = jnp.concatenate([cls, x + self.positions(self.dtype)], axis=1)
-        return self._predict(self.stack(x, keys)[:, int(self.has_cls) :])
+        cls, x = self._embed(latent, ids_restore.shape[1])
+        x = patches.take_patches(x, ids_restore) + self.positions(self.dtype)  # (B, L, E) in raster order
+        x = self.stack(jnp.concatenate([cls, x], axis=1), keys)
+        return self._predict(x[:, int(self.has_cls) :])
 
     def predict_removed(
         self, latent: Float[Array, "B N D"], ids_shuffle: Int[Array, "B L"], keys: Key[Array, "B"] | None
@@ -171,14 +168,21 @@ class Decoder(nnx.Module):
         A training loss needs no others. Attention does not depend on the order of tokens, so nothing is put back into
         raster order, and the last block computes no visible tokens.
         """
+        num_patches = ids_shuffle.shape[1]
+        cls, x = self._embed(latent, num_patches)
+        x = x + self.positions(self.dtype)[0][ids_shuffle]  # (B, L, E)
+        num_removed = num_patches + int(self.has_cls) - latent.shape[1]
+        return self._predict(self.stack(jnp.concatenate([cls, x], axis=1), keys, num_out=num_removed))
+
+    def _embed(
+        self, latent: Float[Array, "B N D"], num_patches: int
+    ) -> tuple[Float[Array, "B cls E"], Float[Array, "B L E"]]:
+        """Returns the class token, and L tokens of patches: the kept ones, then mask tokens."""
         x = linear(self.embed, latent, affine=self.hooks.affine)  # (B, N, E)
         cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
         b, kept, dim = x.shape
-        num_removed = ids_shuffle.shape[1] - kept
-        removed = _token_value(self.mask_token, b, num_removed, dim, self.dtype)
-        x = jnp.concatenate([x, removed], axis=1) + self.positions(self.dtype)[0][ids_shuffle]  # (B, L, E)
-        x = self.stack(jnp.concatenate([cls, x], axis=1), keys, num_out=num_removed)
-        return self._predict(x)
+        removed = _token_value(self.mask_token, b, num_patches - kept, dim, self.dtype)
+        return cls, jnp.concatenate([x, removed], axis=1)
 
     def _predict(self, x: Float[Array, "B N E"]) -> Float[Array, "B N P"]:
         """Returns the values of the tokens' patches, float32."""
