@@ -29,22 +29,19 @@ class Head(nnx.Module):
         init_std: float,
         rngs: nnx.Rngs,
     ):
-        self.has_norm = norm_eps > 0
-        if self.has_norm:
-            self.norm = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
-        if kind == "mlp":
-            self.hidden = nnx.Linear(dim, hidden_dim, kernel_init=nnx.initializers.xavier_uniform(), rngs=rngs)
-            dim = hidden_dim
-        self.has_hidden = kind == "mlp"
+        self.norm = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs) if norm_eps > 0 else None
+        xavier = nnx.initializers.xavier_uniform()
+        self.hidden = nnx.Linear(dim, hidden_dim, kernel_init=xavier, rngs=rngs) if kind == "mlp" else None
         # The paper's `trunc_normal_(std=0.01)` cuts off at -2 and 2 themselves, 200 standard deviations away: a normal
         # distribution. JAX's `truncated_normal` cuts off at 2 standard deviations, which leaves 0.88 of the deviation.
-        self.linear = nnx.Linear(dim, num_classes, kernel_init=nnx.initializers.normal(init_std), rngs=rngs)
+        inputs = hidden_dim if kind == "mlp" else dim
+        self.linear = nnx.Linear(inputs, num_classes, kernel_init=nnx.initializers.normal(init_std), rngs=rngs)
 
     def __call__(self, features: Float[Array, "B D"]) -> Float[Array, "B Y"]:
         x = features.astype(jnp.float32)
-        if self.has_norm:
+        if self.norm is not None:
             x = self.norm(x)
-        return self.linear(jax.nn.gelu(self.hidden(x)) if self.has_hidden else x)
+        return self.linear(x if self.hidden is None else jax.nn.gelu(self.hidden(x)))
 
 
 class BatchNorm(nnx.Module):
