@@ -50,21 +50,16 @@ def mesh_devices(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     if slices == 1:
         split = devices[0].platform == "tpu"  # a mesh axis may lie along part of a side of the slice
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
-    within = (_data_within_slice(shape, slices), *shape[1:])
+    data, each = shape[0], len(devices) // slices
+    if data % slices:
+        raise ConfigError(
+            f"mesh.data={data} is not a multiple of the {slices} slices, which it must span: mesh.fsdp x mesh.tensor "
+            f"is {math.prod(shape[1:])} and a slice has {each} devices; make it a divisor of {each}"
+        )
+    within = (data // slices, *shape[1:])
     return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def num_slices(devices: Iterable[Any]) -> int:
     """Counts the TPU slices of the devices; 1 for anything but TPUs."""
     return max(1, len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}))
-
-
-def _data_within_slice(shape: tuple[int, ...], slices: int) -> int:
-    """Returns the size of mesh axis `data` within one slice."""
-    data, each = shape[0], math.prod(shape) // slices
-    if data % slices:
-        raise ConfigError(
-            f"mesh.data={data} is not a multiple of the {slices} slices, which it must span: mesh.fsdp x mesh.tensor "
-            f"is {math.prod(shape[1:])} and a slice has {each} devices; make it a divisor of {each}"
-        )
-    return data // slices
