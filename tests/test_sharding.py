@@ -25,7 +25,7 @@ from mae_dist.model import layers
 from mae_dist.model.hooks import PLAIN
 from mae_dist.model.parameters import BLOCK, EMBEDDING, HEAD, PARAMETERS, parameter_rows, path_name
 from mae_dist.optim.optimizer import make_optimizer
-from mae_dist.optim.train_state import make_init, split_frozen, state_shardings
+from mae_dist.optim.train_state import TrainState, begin, split_frozen, state_shardings
 from mae_dist.parallel.mesh import AXES, make_mesh, mesh_devices, mesh_shape, num_slices
 from mae_dist.parallel.overview import overview
 from mae_dist.parallel.rules import to_spec
@@ -240,7 +240,10 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
         del options[name]
     trainable, _ = split_frozen(rows, task.frozen)
     tx = make_optimizer(trainable, **options)
-    init = functools.partial(make_init(task.init_params, tx, task.frozen, has_ema=False), np.uint32(0))
+
+    def init() -> TrainState:
+        return begin(task.init_params(jax.random.key(0)), tx, task.frozen, has_ema=False)
+
     abstract = jax.eval_shape(init)
     return init, abstract, state_shardings(mesh, abstract, tx, task.frozen)
 

@@ -1,9 +1,7 @@
 """The training state: a step count, parameters and optimizer state, created in place on the mesh."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -40,31 +38,13 @@ def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[
     return {k: v for k, v in params.items() if k not in frozen}, {k: v for k, v in params.items() if k in frozen}
 
 
-def make_init(
-    init_params: Callable[[jax.Array], Any],
-    tx: optax.GradientTransformation,
-    frozen: tuple[str, ...],
-    has_ema: bool,
-) -> Callable[[Any], TrainState]:
-    """Returns the pure function from a seed (uint32 scalar) to the state at step 0; not yet run."""
-
-    def init(seed: Any) -> TrainState:
-        params = init_params(jax.random.key(seed))
-        trainable, _ = split_frozen(params, frozen)
-        ema = trainable if has_ema else None
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(trainable), ema=ema)
-
-    return init
-
-
-def abstract_state(
-    abstract_params: dict[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...], has_ema: bool
+def begin(
+    params: dict[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...], has_ema: bool
 ) -> TrainState:
-    """Returns the shapes of the state that `make_init` creates."""
-    trainable, _ = split_frozen(abstract_params, frozen)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
+    """Returns the state at step 0 with these parameters."""
+    trainable, _ = split_frozen(params, frozen)
     ema = trainable if has_ema else None
-    return TrainState(step=step, params=abstract_params, opt_state=jax.eval_shape(tx.init, trainable), ema=ema)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(trainable), ema=ema)
 
 
 def state_shardings(

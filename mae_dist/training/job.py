@@ -1,6 +1,7 @@
 """Wires one run together: `build(config, devices, data) -> Job`. Nothing is allocated on a device here."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,11 +18,12 @@ from mae_dist import config as config_lib
 from mae_dist import platforms
 from mae_dist.cpu import cores
 from mae_dist.cpu.microbatches import num_pieces
-from mae_dist.data import Dataset, local_rows, to_global
+from mae_dist.data import Batches, Dataset, local_rows, to_global
 from mae_dist.data.from_config import Data, train_batches
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation import evaluate
 from mae_dist.evaluation.eval_step import make_eval_step
+from mae_dist.model.build import Params
 from mae_dist.model.flops import count_kept_patches, encoder_passes_of, train_flops_per_image
 from mae_dist.model.parameters import parameter_rows
 from mae_dist.optim import train_state as state
@@ -33,7 +35,7 @@ from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import AXES, make_mesh, mesh_shape
 from mae_dist.storage import absolute
 from mae_dist.task_kinds import kind_of
-from mae_dist.tasks.base import Task
+from mae_dist.tasks.base import Batch, Task
 from mae_dist.tasks.make import make_task
 from mae_dist.training.train_step import TrainStep, make_train_step
 from mae_dist.weights import pretrained
@@ -49,12 +51,12 @@ class Job:
     mesh: Mesh
     task: Task
     schedule: config_lib.Schedule
-    init: Callable[[Any], TrainState]  # of a seed, uint32
+    init: Callable[[jax.typing.ArrayLike], TrainState]  # of a seed, uint32
     abstract_state: TrainState
     shardings: TrainState
     train_step: TrainStep
-    eval_step: Any
-    feature_step: Any
+    eval_step: jax.stages.Wrapped
+    feature_step: Any  # as eval_step, or None where the task has no such function
     reconstruct_step: Any
     batch_sharding: NamedSharding
     eval_batch_size: int
@@ -89,10 +91,10 @@ class Job:
             for name, (shape, dtype) in rows.items()
         }
 
-    def features_of(self, dataset: Dataset, params: Any) -> Iterator[evaluate.Columns]:
+    def features_of(self, dataset: Dataset, params: Params) -> Iterator[evaluate.Columns]:
         """Yields the columns of each batch (see `evaluate.columns`): `features` (n, D) by the encoder of `params`."""
 
-        def step(params: Any, batch: Any) -> dict[str, jax.Array]:
+        def step(params: Params, batch: Batch) -> dict[str, jax.Array]:
             return {"features": self.feature_step(params, batch)}
 
         return evaluate.columns(step, params, dataset, self.batch_sharding, self.eval_batch_size)
@@ -142,7 +144,7 @@ class Job:
             for batch in batches:
                 yield to_global(batch, self.batch_sharding, self.config.global_batch_size, rows)
 
-    def train_batches(self, dataset: Dataset, start_step: int, rows: Any) -> Any:
+    def train_batches(self, dataset: Dataset, start_step: int, rows: np.ndarray) -> Batches:
         """Opens this process's rows of the batches of steps `start_step`, `start_step` + 1, …"""
         return train_batches(
             self.config, dataset, start_step=start_step, total_steps=self.schedule.total_steps, rows=rows
@@ -179,7 +181,7 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
             )
 
 
-def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
+def build(config: ConfigDict, devices: Sequence[jax.Device], data: Data) -> Job:
     """Wires a validated config for `devices`, real or abstract.
 
     Raises:
@@ -229,9 +231,8 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         global_batch_size=config.global_batch_size,
     )
     tx = make_optimizer(trainable, **options)
-    has_ema = config.ema_decay > 0
-    init = state.make_init(task.init_params, tx, task.frozen, has_ema)
-    abstract_state = state.abstract_state(task.abstract_params, tx, task.frozen, has_ema)
+    begin = functools.partial(state.begin, tx=tx, frozen=task.frozen, has_ema=config.ema_decay > 0)
+    abstract_state = jax.eval_shape(begin, task.abstract_params)
     shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
     train_step = make_train_step(
         task,
@@ -246,7 +247,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         fold=by_cores and config.cpu.fold and not config.model.scan and task.statistics is None,
     )
 
-    def forward(fn: Any, per_example: bool, pieces: int = eval_pieces) -> Any:
+    def forward(fn: Any, per_example: bool, pieces: int) -> Any:
         return fn and make_eval_step(fn, mesh=mesh, params=shardings.params, per_example=per_example, pieces=pieces)
 
     return Job(
@@ -255,7 +256,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         mesh=mesh,
         task=task,
         schedule=schedule,
-        init=init,
+        init=lambda seed: begin(task.init_params(jax.random.key(seed))),
         abstract_state=abstract_state,
         shardings=shardings,
         train_step=train_step,
