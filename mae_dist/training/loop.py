@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from concurrent.futures import Future
 
 import jax
 from absl import logging
@@ -16,15 +17,16 @@ from mae_dist.metrics.recorder import Recorder
 from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
+from mae_dist.parallel.shardings import with_shardings
 from mae_dist.resilience.interrupt import interrupted_between_steps
 from mae_dist.resilience.lock import Held, workdir_lock
 from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.storage import read_text, set_aside, storage_errors, write_text_atomically
-from mae_dist.training.compilation import Compilation
 from mae_dist.training.job import Job
 from mae_dist.training.run import Run, shows_bar
 from mae_dist.training.summary import Result, finish
+from mae_dist.training.train_step import TrainStep
 
 
 def train(
@@ -65,12 +67,13 @@ def train(
             _repair_config(job, workdir)
         if start >= total_steps and unfinished is None:
             return finish(job, workdir, start)
-        with _recorder(workdir, start) as recorder:
+        primary, log_lines = processes.is_primary(), not shows_bar()
+        with Recorder(workdir, start_step=start, is_primary=primary, log_lines=log_lines) as recorder:
             _write_config(job, workdir)
             preemption.check()
             run = Run(job, workdir, recorder, state.params, watchdog, preemption, start, compilation, profile_on_signal)
             with run, run.profiler, watchdog.during("step"):
-                if unfinished is not None and not run.conclude_again(start, state, unfinished):
+                if unfinished is not None and run.conclude(start, state, unfinished) is not None:
                     return run.preempted(start)
                 for step, batch in run.batches(start):
                     held.check()
@@ -92,12 +95,13 @@ def train(
     return finish(job, workdir, total_steps)
 
 
-def _compile_ahead(job: Job, checkpoints: Checkpoints, watchdog: Watchdog) -> Compilation | None:
+def _compile_ahead(job: Job, checkpoints: Checkpoints, watchdog: Watchdog) -> Future[TrainStep] | None:
     """Begins to compile the step, if any is left to do."""
     if (checkpoints.latest_step() or 0) >= job.schedule.total_steps:
         return None
     with watchdog.during("compile"):
-        return Compilation(job)
+        state = with_shardings(job.abstract_state, job.shardings)
+        return job.train_step.compile_in_thread(state, job.abstract_batch)
 
 
 def _warn_of_bad_records(data: Data) -> None:
@@ -112,11 +116,6 @@ def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
     return Checkpoints(
         workdir, **options, log_every_steps=job.config.log_every_steps, total_steps=job.schedule.total_steps
     )
-
-
-def _recorder(workdir: epath.Path, start: int) -> Recorder:
-    primary = processes.is_primary()
-    return Recorder(workdir, start_step=start, is_primary=primary, log_lines=not shows_bar())
 
 
 def _restore_or_begin(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int, dict[str, float] | None]:

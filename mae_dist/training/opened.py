@@ -16,7 +16,6 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import config as config_lib
 from mae_dist import errors, storage
 from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
@@ -169,15 +168,11 @@ class Run:
     @functools.cached_property
     def _job(self) -> job.Job:
         """Builds the run's computations for the devices of this process, without its data."""
-        config = _copy(self.config)
+        config = self.config.copy_and_resolve_references()
         use_cores(config, str(self.workdir))  # as the run did, to the same last bits
         num_classes = max(1, pretrained.open_workdir(self.workdir).num_classes)
         no_images = ArrayDataset({"label": np.zeros(1, np.int32)}, num_classes=num_classes)
         return job.build(_fitting(config), jax.devices(), Data(no_images, None, None))
-
-
-def _copy(config: ConfigDict) -> ConfigDict:
-    return config_lib.from_json(config_lib.to_json(config))
 
 
 def _fitting(config: ConfigDict) -> ConfigDict:
@@ -190,7 +185,7 @@ def _fitting(config: ConfigDict) -> ConfigDict:
         job.check_mesh(config, count)
         return config
     except errors.ConfigError:
-        config = _copy(config).unlock()
+        config = config.copy_and_resolve_references().unlock()
         config.mesh.update(data=-1, fsdp=1, tensor=1)
         config.accum_steps = config.cpu.pieces = 1
         size = config.eval.batch_size or config.global_batch_size

@@ -4,9 +4,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Generator, Iterator
-from typing import Any
+from concurrent.futures import Future
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from tqdm import tqdm
@@ -21,11 +22,12 @@ from mae_dist.metrics.goodput import Ledger
 from mae_dist.metrics.recorder import Recorder
 from mae_dist.metrics.tensorboard import periodic_actions
 from mae_dist.metrics.throughput import Throughput
+from mae_dist.model.build import Params
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
 from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
-from mae_dist.training.compilation import Compilation
+from mae_dist.tasks.base import Batch
 from mae_dist.training.job import Job
 from mae_dist.training.profiler import Profiler
 from mae_dist.training.summary import Result
@@ -45,11 +47,11 @@ class Run:
         job: Job,
         workdir: epath.Path,
         recorder: Recorder,
-        params: Any,
+        params: Params,
         watchdog: Watchdog,
         preemption: PreemptionSignals,
         start: int,
-        compilation: Compilation | None,
+        compilation: Future[TrainStep] | None,
         profile_on_signal: bool,
     ):
         self.job, self.workdir, self.recorder = job, workdir, recorder
@@ -79,16 +81,15 @@ class Run:
         traces = workdir / "profile" / f"process_{jax.process_index()}"
         self.profiler = Profiler(traces, job.config.profile_steps, on_signal=profile_on_signal)
         self.evaluated: dict[str, float] = {}  # what was evaluated after the current update
-        self.skipped_runs: list[jax.Array] = []  # of the updates since the last log step, still on the device
+        self.skipped_runs: list[jax.Array] = []  # of the steps since the last log step, still on the device
         self.longest_skipped_run = 0
-        self.bar: Any = None
         self._compilation = compilation
         self._train_step: TrainStep | None = None  # once it is compiled
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.watchdog.enter("end")
         try:
             self.ledger.note(self.step, self.watchdog.account(), self.ended)
@@ -130,7 +131,7 @@ class Run:
                 if not shown and processes.is_primary():
                     progress(step)
 
-    def update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Dispatches one step; returns the new state, and metrics on the device."""
         with self.profiler.annotate(step):
             out = self._train_step(state, batch) if self._train_step else self._first_update(step, state, batch)
@@ -141,7 +142,7 @@ class Run:
         self.preemption.after_step(step)
         return out
 
-    def _first_update(self, step: int, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _first_update(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Waits for the compilation, and for the step: rates are measured from the step after it."""
         with self.watchdog.during("compile"):
             # There is none if the newest checkpoint was the last step's and turned out to be corrupted.
@@ -161,12 +162,17 @@ class Run:
             with self._pause(state, "checkpoint"):  # which copies the state from the device, so it waits anyway
                 checkpoints.save(step, state, meta, self.evaluated, wait=last)
 
-    def conclude(self, step: int, state: TrainState) -> dict[str, float] | None:
+    def conclude(
+        self, step: int, state: TrainState, unfinished: dict[str, float] | None = None
+    ) -> dict[str, float] | None:
         """Evaluates, draws and records what is due, before the checkpoint is saved: a resumed run goes on after it.
 
         Returns:
-          None, or the record that is left unfinished where a preemption signal cut the evaluation short.
+          None, or the record that is left unfinished where a preemption signal cut the evaluation short; given as
+          `unfinished` to the next start, it is continued.
         """
+        if unfinished:
+            self.recorder.write_scalars(step, unfinished)
         try:
             self.evaluate(step, state)
         except Preempted:
@@ -175,12 +181,6 @@ class Run:
         self.draw(step, state)
         self.recorder.commit(step)
         return None
-
-    def conclude_again(self, step: int, state: TrainState, unfinished: dict[str, float]) -> bool:
-        """Repeats a `conclude` that a preemption signal cut short; returns True if it finished."""
-        if unfinished:
-            self.recorder.write_scalars(step, unfinished)
-        return self.conclude(step, state) is None
 
     def log(self, step: int, on_device: dict[str, jax.Array]) -> None:
         """Fetches and records the metrics of this update when they are due, and waits for the device to do so."""
@@ -237,7 +237,7 @@ class Run:
         """Measures kNN and ridge accuracy on these splits with the encoder's current features."""
         job, options = self.job, self.job.config.online
 
-        def features(dataset: Dataset) -> dict[str, Any]:
+        def features(dataset: Dataset) -> evaluate.Columns:
             return evaluate.collect(job.features_of(dataset, state.averaged), after_batch=self._after_batch)
 
         present = {prefix: dataset for prefix, dataset in splits.items() if dataset is not None}
@@ -288,7 +288,7 @@ class Run:
             self.recorder.write_images(step, {"reconstruction": grid[None]})
 
 
-def draw_reconstructions(job: Job, params: Any, dataset: Dataset, step: int, num_images: int) -> Any:
+def draw_reconstructions(job: Job, params: Params, dataset: Dataset, step: int, num_images: int) -> np.ndarray:
     """Draws the first `num_images` of a split, uint8 (height, width, 3); all processes take part."""
     images, names = pictures.reconstruct(
         job.reconstruct_step, params, dataset, job.batch_sharding, num_images, job.config.seed
@@ -299,7 +299,7 @@ def draw_reconstructions(job: Job, params: Any, dataset: Dataset, step: int, num
     return pictures.draw_grid(images, names, f"{title}\n{note}" if note else title)
 
 
-def with_features(job: Job, params: Any, dataset: Dataset) -> Dataset:
+def with_features(job: Job, params: Params, dataset: Dataset) -> Dataset:
     """Returns a split with images replaced by the frozen encoder's features."""
     arrays = evaluate.collect(job.features_of(dataset, params))
     return ArrayDataset(
@@ -310,12 +310,9 @@ def with_features(job: Job, params: Any, dataset: Dataset) -> Dataset:
     )
 
 
-def _all_with_features(job: Job, params: Any) -> Data:
-    began = time.monotonic()
-    data = Data(
-        train=with_features(job, params, job.data.train),
-        val=job.data.val and with_features(job, params, job.data.val),
-        test=job.data.test and with_features(job, params, job.data.test),
-    )
+def _all_with_features(job: Job, params: Params) -> Data:
+    began, data = time.monotonic(), job.data
+    val, test = (dataset and with_features(job, params, dataset) for dataset in (data.val, data.test))
+    data = Data(with_features(job, params, data.train), val, test)
     logging.info("Features of the frozen encoder computed once, in %.1f s", time.monotonic() - began)
     return data

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -61,6 +63,20 @@ class TrainStep:
     def compiled(self, lowered: jax.stages.Lowered, **options: Any) -> "TrainStep":
         """Returns the same step with `lowered` compiled; `options` go to its `compile`."""
         return dataclasses.replace(self, program=lowered.compile(**options))
+
+    def compile_in_thread(self, state: TrainState, batch: Any) -> "Future[TrainStep]":
+        """Traces the program here, and compiles it in a daemon thread, for which no early end of the process waits."""
+        lowered = self.lower(state, batch)
+        compiled: Future[TrainStep] = Future()
+
+        def compile_lowered() -> None:
+            try:
+                compiled.set_result(self.compiled(lowered))
+            except Exception as error:  # raised where the result is asked for
+                compiled.set_exception(error)
+
+        threading.Thread(target=compile_lowered, daemon=True).start()
+        return compiled
 
 
 def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any:
