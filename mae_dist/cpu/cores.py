@@ -24,14 +24,6 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _runs_on_cores() -> bool:
-    """True if JAX will compute on the CPU and XLA_FLAGS give no number of devices."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms not in ("", "cpu") or (not platforms and hardware.has_accelerator()):
-        return False
-    return _FLAG not in os.environ.get("XLA_FLAGS", "")  # whoever set it knows better
-
-
 def num_devices(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
     """Chooses the number of devices for the cores; 0 if JAX will not use the CPU, or XLA_FLAGS give a number.
 
@@ -39,7 +31,9 @@ def num_devices(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
       wanted: the number, or 0 for one device per core, fewer where the batches do not divide or are too small.
       batches: (examples, required divisor of a device's number of them).
     """
-    if not _runs_on_cores():
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    on_cpu = platforms == "cpu" or (not platforms and not hardware.has_accelerator())
+    if not on_cpu or _FLAG in os.environ.get("XLA_FLAGS", ""):  # whoever set it knows better
         return 0
     if not wanted:
         most = min(num_cores(), min(size for size, _ in batches) // _EXAMPLES_PER_DEVICE)

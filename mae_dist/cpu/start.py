@@ -11,6 +11,8 @@ from mae_dist import config as config_lib
 from mae_dist import errors
 from mae_dist.cpu import cores
 
+_BY_JAX = -1  # the default of jax_num_cpu_devices: one device, or as many as XLA_FLAGS say
+
 
 def use_cores(config: ConfigDict, workdir: str | None, *, single_process: bool = True) -> None:
     """Splits a CPU's cores into devices, as `choose_devices` says.
@@ -22,8 +24,8 @@ def use_cores(config: ConfigDict, workdir: str | None, *, single_process: bool =
       workdir: where the run may have been before; None for nowhere.
       single_process: False if this is one of several processes that have yet to join.
     """
-    if single_process and _may_split_cores(config) and _is_free() and not (workdir and "://" in workdir):
-        _split(choose_devices(config, workdir))
+    if single_process and _may_split_cores(config) and not (workdir and "://" in workdir):
+        jax.config.update("jax_num_cpu_devices", choose_devices(config, workdir) or _BY_JAX)
 
 
 def choose_devices(config: ConfigDict, workdir: str | None) -> int:
@@ -57,32 +59,21 @@ def choose_devices(config: ConfigDict, workdir: str | None) -> int:
 
 def use_all_cores(config: ConfigDict | None, *, single_process: bool = True) -> None:
     """Makes each core of a CPU a device, for commands that work with any number; a config's mesh goes first."""
-    if single_process and _may_split_cores(config) and _is_free():
+    if single_process and _may_split_cores(config):
         wanted = cores.num_cores() if config is None or config.mesh.data == -1 else config.mesh.data
-        _split(cores.num_devices(wanted, ()))
+        jax.config.update("jax_num_cpu_devices", cores.num_devices(wanted, ()) or _BY_JAX)
 
 
-def _split(count: int) -> None:
-    """Makes JAX see `count` devices; 0 leaves it to JAX."""
-    if count:
-        jax.config.update("jax_num_cpu_devices", count)
-
-
-def _is_free() -> bool:
-    """True if JAX has no devices yet and the number of CPU devices was not set by hand."""
-    if jax.distributed.is_initialized():
+def _may_split_cores(config: ConfigDict | None) -> bool:
+    """True if each device holds a whole model, JAX has no devices yet, and nobody has set their number."""
+    if jax.distributed.is_initialized() or (config is not None and not config.mesh.fsdp == config.mesh.tensor == 1):
         return False
     given = jax.config.jax_num_cpu_devices  # pyright: ignore
     try:  # refused, whatever the value, once JAX has its devices
         jax.config.update("jax_num_cpu_devices", given)
     except RuntimeError:
         return False
-    return given < 0
-
-
-def _may_split_cores(config: ConfigDict | None) -> bool:
-    """True if each device holds a whole model."""
-    return config is None or config.mesh.fsdp == config.mesh.tensor == 1
+    return given == _BY_JAX
 
 
 def _stored_choices(workdir: str) -> dict[str, Any]:
