@@ -9,7 +9,6 @@ on disk, and compiling them at every start takes ten seconds: small models and t
 
 import functools
 import json
-import math
 import platform
 import sys
 import warnings
@@ -34,17 +33,12 @@ def choose(flops_per_image: float) -> str:
 
     Several processes use XLA: they run one program, and their cores may differ.
     """
-    worth = flops_per_image >= _least_worth() and jax.process_count() == 1
-    return "onednn" if worth and has_onednn() else "xla"
-
-
-def _least_worth() -> float:
-    """Returns the FLOPs per image from which oneDNN is worth it on these cores."""
     try:
-        has = set(_CPUINFO.read_text().split())
+        features = set(_CPUINFO.read_text().split())
     except OSError:
-        has = set()
-    return min((least for feature, least in _WORTH.items() if feature in has), default=math.inf)
+        features = set()
+    worth = any(feature in features and flops_per_image >= least for feature, least in _WORTH.items())
+    return "onednn" if worth and jax.process_count() == 1 and has_onednn() else "xla"
 
 
 @functools.cache
