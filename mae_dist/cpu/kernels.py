@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from mae_dist.cpu.onednn import matmul
-from mae_dist.model import functional
 from mae_dist.model.attention import attention as plain_attention
 from mae_dist.model.hooks import Hooks
 
@@ -27,6 +26,9 @@ def make_hooks(by_onednn: bool) -> Hooks:
         gelu=_gelu_or_plain,
         attention=functools.partial(_attention, by_onednn),
     )
+
+
+_swap_heads = functools.partial(jnp.swapaxes, axis1=1, axis2=2)  # (B, N, H, hd) and (B, H, N, hd)
 
 
 def _sum_rows(x: jax.Array, rows: int) -> jax.Array:
@@ -103,12 +105,7 @@ _gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def _gelu_or_plain(x: jax.Array, approximate: bool) -> jax.Array:
-    return functional.gelu(x, approximate) if approximate or x.dtype != jnp.float32 else _gelu(x)
-
-
-def _swap_heads(x: jax.Array) -> jax.Array:
-    """Swaps (B, N, H, hd) and (B, H, N, hd)."""
-    return x.transpose(0, 2, 1, 3)
+    return jax.nn.gelu(x, approximate) if approximate or x.dtype != jnp.float32 else _gelu(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -48,11 +48,6 @@ def affine(
     return out if bias is None else out + bias
 
 
-def gelu(x: Float[Array, "*shape"], approximate: bool) -> Float[Array, "*shape"]:
-    """Returns the exact GELU of x, or its tanh approximation."""
-    return jax.nn.gelu(x, approximate=approximate)
-
-
 def linear(
     module: nnx.Linear | nnx.LinearGeneral,
     x: Float[Array, "..."],

@@ -13,12 +13,6 @@ from mae_dist.model import functional
 from mae_dist.model.attention import attention
 
 
-def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Returns `x` as it is: one device needs no sharding constraint."""
-    del axes
-    return x
-
-
 @dataclasses.dataclass(frozen=True)
 class Hooks:
     """Functions that a model's modules call.
@@ -26,13 +20,13 @@ class Hooks:
     Attributes:
       constrain: (array, logical axes) -> array; constrains an activation's sharding. Models know logical axes, no mesh.
       affine: as `functional.affine`.
-      gelu: as `functional.gelu`.
+      gelu: as `jax.nn.gelu`.
       attention: as `attention.attention`.
     """
 
-    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = unconstrained
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = lambda x, axes: x
     affine: Callable[[jax.Array, jax.Array, jax.Array | None, int], jax.Array] = functional.affine
-    gelu: Callable[[jax.Array, bool], jax.Array] = functional.gelu
+    gelu: Callable[[jax.Array, bool], jax.Array] = jax.nn.gelu
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attention
 
 

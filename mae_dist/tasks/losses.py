@@ -48,13 +48,6 @@ def visible_moments(
     return weights @ mean, weights @ std
 
 
-def denormalize_patches(
-    pred: Float[Array, "B L P"], mean: Float[Array, "B L 1"], std: Float[Array, "B L 1"]
-) -> Float[Array, "B L P"]:
-    """Inverts `normalize_patches` with the moments of the patches."""
-    return pred * std + mean
-
-
 def masked_pixel_loss(
     pred: Float[Array, "B L P"],
     target: Float[Array, "B L P"],

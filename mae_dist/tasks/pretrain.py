@@ -99,10 +99,11 @@ def make_pictures(
     pixels = pred
     if config.pretrain.norm_pix_loss:  # the model does not predict the moments of patches
         if config.pictures.pix_stats == "visible":
-            moments = losses.visible_moments(true, mask, patches.grid_size(model.image_size, model.patch_size))
+            grid = patches.grid_size(model.image_size, model.patch_size)
+            patch_mean, patch_std = losses.visible_moments(true, mask, grid)
         else:
-            moments = losses.patch_moments(true)
-        pixels = losses.denormalize_patches(pred, *moments)
+            patch_mean, patch_std = losses.patch_moments(true)
+        pixels = pred * patch_std + patch_mean
     removed = mask[:, :, None]  # (B, L, 1)
 
     def picture(x: jax.Array) -> jax.Array:
