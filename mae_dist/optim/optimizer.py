@@ -87,12 +87,6 @@ def layer_scales(rows: Any, params: Any, layer_decay: float) -> Any:
     return jax.tree.map(scale, rows, params)
 
 
-def _scale_by_layer(rows: Any, layer_decay: float) -> optax.GradientTransformation:
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, layer_scales(rows, updates, layer_decay))
-    )
-
-
 def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Skips steps whose gradient has no finite norm in float32; otherwise as `optax.apply_if_finite`, with its state.
 
@@ -210,7 +204,8 @@ def make_optimizer(
     fields = {"b1": b1, "b2": b2, "eps": eps, "momentum": momentum, "trust_coefficient": trust_coefficient}
     parts += _direction(rows, name, weight_decay, fields)
     if layer_decay < 1:
-        parts.append(_scale_by_layer(rows, layer_decay))
+        by_layer = functools.partial(layer_scales, rows, layer_decay=layer_decay)
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, by_layer(updates))))
     guarded = _skip_nonfinite(optax.chain(*parts))
     return optax.chain(guarded, _scale_by_given_rate())
 
