@@ -47,9 +47,9 @@ class Encoder(nnx.Module):
         cls_token: str,
         pos_embed: str,
         norm_eps: float,
-        dtype: Any,
-        hooks: Hooks,
+        dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        hooks: Hooks = PLAIN,
         final_norm: bool = True,
         **stack: Any,
     ):
@@ -59,9 +59,7 @@ class Encoder(nnx.Module):
         self.has_cls = cls_token != "none"
         self.cls_token = _token(cls_token, embed_dim, rngs)
         self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, hooks=hooks, rngs=rngs, **stack)
-        self.final_norm = final_norm
-        if final_norm:
-            self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs)
+        self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs) if final_norm else None
         self.dtype, self.dropout, self.hooks = dtype, stack["dropout"], hooks
 
     def __call__(
@@ -93,7 +91,7 @@ class Encoder(nnx.Module):
             x = jnp.concatenate([cls, x], axis=1)  # (B, 1 + K, D)
         x = dropout(x, self.dropout, fold_in(keys, self.stack.depth))
         x = self.stack(x, keys, num_blocks)
-        return layer_norm(self.norm, x) if self.final_norm and num_blocks is None else x
+        return x if self.norm is None or num_blocks is not None else layer_norm(self.norm, x)
 
     def features(
         self,
@@ -138,9 +136,9 @@ class Decoder(nnx.Module):
         mask_token: str,
         pos_embed: str,
         norm_eps: float,
-        dtype: Any,
-        hooks: Hooks,
+        dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        hooks: Hooks = PLAIN,
         **stack: Any,
     ):
         self.embed = nnx.Linear(in_dim, embed_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
@@ -191,7 +189,10 @@ class Decoder(nnx.Module):
 
 
 class MaskedAutoencoder(nnx.Module):
-    """Encoder on kept patches, decoder on all; the keyword arguments are the fields of `config.model`."""
+    """Encoder on kept patches, decoder on all; the keyword arguments are the fields of `config.model`.
+
+    Those that encoder and decoder take alike are `shared`, with the hooks and the initial random numbers.
+    """
 
     def __init__(
         self,
@@ -212,39 +213,16 @@ class MaskedAutoencoder(nnx.Module):
         mask_file: str,
         cls_token: str,
         mask_token: str,
-        pos_embed: str,
-        layer_scale_init: float,
-        norm_eps: float,
         drop_path: float,
-        dropout: float,
-        qkv_bias: bool,
-        gelu: str,
         dtype: str,
-        scan: bool,
-        remat: str,
         final_norm: bool = True,  # False where a classifier normalises after pooling instead
-        hooks: Hooks = PLAIN,
-        rngs: nnx.Rngs,
+        **shared: Any,
     ):
         self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
         self.grid = patches.grid_size(image_size, patch_size)
         self.mask_ratio, self.masking, self.mask_file = mask_ratio, masking, mask_file
-        patch_dim = patch_size[0] * patch_size[1] * channels
-        shared: dict[str, Any] = {
-            "grid": self.grid,
-            "patch_dim": patch_dim,
-            "pos_embed": pos_embed,
-            "dtype": jnp.dtype(dtype),
-            "layer_scale_init": layer_scale_init,
-            "norm_eps": norm_eps,
-            "dropout": dropout,
-            "qkv_bias": qkv_bias,
-            "gelu": gelu,
-            "scan": scan,
-            "remat": remat,
-            "hooks": hooks,
-            "rngs": rngs,
-        }
+        shared["grid"], shared["dtype"] = self.grid, jnp.dtype(dtype)
+        shared["patch_dim"] = patch_size[0] * patch_size[1] * channels
         self.encoder = Encoder(
             patch_size=patch_size,
             embed_dim=embed_dim,
