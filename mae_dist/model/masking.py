@@ -116,25 +116,22 @@ def grid_mask(grid: tuple[int, int], mask_ratio: float) -> np.ndarray:
     )
 
 
-def _count_of_grid(grid: tuple[int, int], *, mask_ratio: float) -> int:
-    return int((1 - grid_mask(grid, mask_ratio)).sum())
-
-
-@register("grid", count=_count_of_grid)
+@register("grid", count=lambda grid, *, mask_ratio: int((1 - grid_mask(grid, mask_ratio)).sum()))
 def _grid(key: Key[Array, ""], grid: tuple[int, int], num_keep: int) -> Int[Array, "L"]:
     """Keeps the same regular pattern of patches in every image."""
     del key
     return _ids_of(grid_patterns(grid)[num_keep])
 
 
-def _block_removal_rank(key: Key[Array, ""], grid: tuple[int, int], num_removed: int) -> Float[Array, "L"]:
-    """Ranks the patches of one example for removal: rectangle after rectangle, as BEiT places its blocks.
+@register("block")
+def _block(key: Key[Array, ""], grid: tuple[int, int], num_keep: int) -> Int[Array, "L"]:
+    """Removes rectangle after rectangle, as BEiT places its blocks.
 
     Each of `_NUM_BLOCKS` rectangles has an area between 8 % of the image and the whole removal, and an aspect between
     0.3 and 1/0.3. Patches no rectangle covers come last, at random.
     """
     gh, gw = grid
-    length = gh * gw
+    length, num_removed = gh * gw, gh * gw - num_keep
     k_area, k_aspect, k_top, k_left, k_rest = jax.random.split(key, 5)
     low = max(1.0, length * 16 / 196)  # BEiT: at least 16 of 196 patches
     shape = (_NUM_BLOCKS,)
@@ -153,13 +150,7 @@ def _block_removal_rank(key: Key[Array, ""], grid: tuple[int, int], num_removed:
     # Raster order within a block keeps the last block connected if it is cut short.
     raster = jnp.arange(length, dtype=jnp.float32) / length
     within = jnp.where(block < _NUM_BLOCKS, raster, jax.random.uniform(k_rest, (length,)))
-    return block + within
-
-
-@register("block")
-def _block(key: Key[Array, ""], grid: tuple[int, int], num_keep: int) -> Int[Array, "L"]:
-    """Removes rectangles, as BEiT does."""
-    return jnp.argsort(-_block_removal_rank(key, grid, grid[0] * grid[1] - num_keep), stable=True)
+    return jnp.argsort(-(block + within), stable=True)
 
 
 def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
@@ -178,11 +169,7 @@ def load_user_mask(path: str, grid: tuple[int, int]) -> np.ndarray:
     return flat
 
 
-def _count_of_user(grid: tuple[int, int], *, mask_file: str) -> int:
-    return int((1 - load_user_mask(mask_file, grid)).sum())
-
-
-@register("user", count=_count_of_user)
+@register("user", count=lambda grid, *, mask_file: int((1 - load_user_mask(mask_file, grid)).sum()))
 def _user(key: Key[Array, ""], grid: tuple[int, int], num_keep: int, *, mask_file: str) -> Int[Array, "L"]:
     """Removes the same patches of every image, as a file says."""
     del key, num_keep
