@@ -7,7 +7,6 @@ Code that splits a batch must keep such pairs together.
 Shapes: B examples, H W C image, Y classes.
 """
 
-import functools
 import math
 
 import jax
@@ -77,31 +76,26 @@ def mix(
     Returns:
       The mixed images, and each example's own weight in its mixture: for cutmix the fraction of its pixels.
     """
-    _, height, width, _ = images.shape
+    size = images.shape[1:3]
     switch = switch_prob if mixup and cutmix else float(cutmix > 0)
-    draw = functools.partial(
-        _own_weight, size=(height, width), mixup=mixup, cutmix=cutmix, prob=prob, switch_prob=switch
-    )
-    own = jax.vmap(draw)(keys)[..., None]  # (B, H, W, 1)
+
+    def own_weight(key: Key[Array, ""]) -> Float[Array, "H W"]:
+        """Returns the weight of each of an example's own pixels in its mixture."""
+        whether, which, weight_key, place_key = jax.random.split(key, 4)
+        is_cutmix = jax.random.uniform(which) < switch
+        alpha = jnp.where(is_cutmix, cutmix or 1.0, mixup or 1.0)  # 1 for the one that is off, and so never chosen
+        weight = jax.random.beta(weight_key, alpha, alpha)
+        # A box of the other example's area around a random pixel, clipped at the borders.
+        sides = jnp.floor(jnp.sqrt(1 - weight) * jnp.array(size, jnp.float32)).astype(jnp.int32)
+        start = jax.random.randint(place_key, (2,), 0, jnp.array(size)) - sides // 2
+        top, left = jnp.maximum(start, 0)
+        # Even sides, as in timm up to 1.0.28, which the paper used; from 1.0.30 on a side may be odd.
+        bottom, right = start + sides // 2 * 2
+        own = jnp.where(is_cutmix, 1 - _box(size, top, left, bottom, right).astype(jnp.float32), weight)
+        return jnp.where(jax.random.uniform(whether) < prob, own, 1.0)
+
+    own = jax.vmap(own_weight)(keys)[..., None]  # (B, H, W, 1)
     return images * own + neighbour(images) * (1 - own), own.mean(axis=(1, 2, 3))
-
-
-def _own_weight(
-    key: Key[Array, ""], *, size: tuple[int, int], mixup: float, cutmix: float, prob: float, switch_prob: float
-) -> Float[Array, "H W"]:
-    """Returns the weight of each of an example's own pixels in its mixture."""
-    whether, which, weight_key, place_key = jax.random.split(key, 4)
-    is_cutmix = jax.random.uniform(which) < switch_prob
-    alpha = jnp.where(is_cutmix, cutmix or 1.0, mixup or 1.0)  # 1 for the one that is off, and so never chosen
-    weight = jax.random.beta(weight_key, alpha, alpha)
-    # A box of the other example's area around a random pixel, clipped at the borders.
-    sides = jnp.floor(jnp.sqrt(1 - weight) * jnp.array(size, jnp.float32)).astype(jnp.int32)
-    start = jax.random.randint(place_key, (2,), 0, jnp.array(size)) - sides // 2
-    top, left = jnp.maximum(start, 0)
-    # Even sides, as in timm up to 1.0.28, which the paper used; from 1.0.30 on a side may be odd.
-    bottom, right = start + sides // 2 * 2
-    own = jnp.where(is_cutmix, 1 - _box(size, top, left, bottom, right).astype(jnp.float32), weight)
-    return jnp.where(jax.random.uniform(whether) < prob, own, 1.0)
 
 
 def mix_labels(
