@@ -50,9 +50,12 @@ def begin(
 def state_shardings(
     mesh: Mesh, abstract: TrainState, tx: optax.GradientTransformation, frozen: tuple[str, ...]
 ) -> TrainState:
-    """Returns a NamedSharding for every array of the state."""
+    """Returns a NamedSharding for every array of the state: moments as their parameters, counters replicated."""
     params = shardings.param_shardings(mesh, abstract.params)
     trainable, _ = split_frozen(params, frozen)
-    opt_state = shardings.opt_state_shardings(mesh, tx, abstract.opt_state, trainable)
+    whole = shardings.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        tx, lambda _, sharding: sharding, abstract.opt_state, trainable, transform_non_params=lambda _: whole
+    )
     ema = trainable if abstract.ema is not None else None
-    return TrainState(step=shardings.replicated(mesh), params=params, opt_state=opt_state, ema=ema)
+    return TrainState(step=whole, params=params, opt_state=opt_state, ema=ema)

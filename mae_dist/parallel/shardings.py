@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mae_dist.errors import ConfigError
@@ -38,14 +37,6 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree.map(shard, params, parameter_rows(params))
-
-
-def opt_state_shardings(mesh: Mesh, tx: optax.GradientTransformation, opt_state: Any, shardings: Any) -> Any:
-    """Shards each moment like its parameter (`shardings`, a tree like the trainable ones); replicates counters."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return optax.tree.map_params(
-        tx, lambda _, sharding: sharding, opt_state, shardings, transform_non_params=lambda _: replicated
-    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
