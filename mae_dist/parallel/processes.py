@@ -59,25 +59,22 @@ def initialize(
     flags = f"--coordinator_address={coordinator_address} --num_processes={num_processes} --process_id={process_id}"
     if coordinator_address is None or num_processes is None or process_id is None:
         raise ConfigError(f"{flags}: give all three (the address is host:port of process 0), or none")
-    if not 0 <= process_id < num_processes or not coordinator_address.rpartition(":")[2].isdigit():
+    port = coordinator_address.rpartition(":")[2]
+    if not 0 <= process_id < num_processes or not port.isdigit():
         raise ConfigError(f"{flags}: the address is host:port, and process ids are 0 to num_processes - 1")
     if process_id == 0:
-        _check_port(coordinator_address)
+        try:
+            socket.create_server(("", int(port))).close()
+        except (OSError, OverflowError) as error:  # JAX would die of it by a signal
+            raise ConfigError(
+                f"--coordinator_address={coordinator_address}: port {port} cannot be used: {error}"
+            ) from error
     _join(secs, coordinator_address, num_processes, process_id)
 
 
 def _is_in_cluster() -> bool:
     """True if a launcher of several processes, of those that JAX knows, seems to have started this one."""
     return any(name in os.environ for name in _SET_BY_LAUNCHERS)
-
-
-def _check_port(address: str) -> None:
-    """Raises a `ConfigError` if process 0 cannot listen at host:port, for JAX dies of that by a signal."""
-    port = int(address.rpartition(":")[2])
-    try:
-        socket.create_server(("", port)).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"--coordinator_address={address}: port {port} cannot be used: {error}") from error
 
 
 def _join(secs: dict[str, Any], *where: Any) -> None:
