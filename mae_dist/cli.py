@@ -194,8 +194,8 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     """Runs a command: a fault of the user is one message and its exit code, anything else a traceback and code 1."""
     if "--help" in sys.argv[1:]:
         sys.exit(errors.exit_code_of(_show_help))
-    if hasattr(signal, "SIGUSR1"):  # asks a training for a trace of its steps; before and after them it would kill
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # It asks a training for a trace of its steps; before and after them it would kill.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     errors.open_closed_streams()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()

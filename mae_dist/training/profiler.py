@@ -37,7 +37,7 @@ class Profiler:
         self._asked = False
         self._tracing: range | None = None
         self._local = ""  # the profiler writes to local files only
-        self._takes_signal = on_signal and hasattr(signal, "SIGUSR1")
+        self._takes_signal = on_signal
         self._before: Any = None
 
     def __enter__(self) -> "Profiler":
