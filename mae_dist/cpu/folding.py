@@ -53,11 +53,12 @@ def unfold(folded: Params, like: Params) -> Params:
 
     Those are constants, which the compiler removes. It also removes the stacking of blocks where they are split again.
     """
-    flat = flatten_dict(folded)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(folded)
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(like)
 
     def restore(path: tuple[str, ...], shape: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
         if path in flat:
             return jnp.concatenate(flat[path]) if "blocks" in path else flat[path]
         return (jnp.zeros if path[-1] == "bias" else jnp.ones)(shape.shape, shape.dtype)
 
-    return unflatten_dict({path: restore(path, shape) for path, shape in flatten_dict(like).items()})
+    return unflatten_dict({path: restore(path, shape) for path, shape in shapes.items()})

@@ -4,7 +4,7 @@ Shapes: B batch, N queries, M keys and values, H heads, hd width of a head.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def attention(
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def fits_fused_kernel(dtype: Any, head_dim: int) -> bool:
+def fits_fused_kernel(dtype: jax.typing.DTypeLike, head_dim: int) -> bool:
     """True if JAX lets cuDNN's kernel compute this, forward and backward, for any sequence length."""
     half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
     return half and head_dim <= 128 and head_dim % 8 == 0

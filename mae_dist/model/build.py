@@ -14,13 +14,12 @@ from mae_dist.model.classifier import Classifier
 from mae_dist.model.hooks import PLAIN, Hooks
 from mae_dist.task_kinds import kind_of
 
+Params = dict[str, Any]
 
-def param_count(params: Any) -> int:
+
+def param_count(params: Params) -> int:
     """Counts the values in a parameter tree (arrays or their shapes)."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
-Params = dict[str, Any]
 
 
 class Functional(NamedTuple):
@@ -46,7 +45,7 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     return Functional(nnx.to_pure_dict(abstract), init, functools.partial(nnx.merge, graphdef))
 
 
-def make_model(config: ConfigDict, num_classes: int, hooks: Hooks, rngs: nnx.Rngs) -> Any:
+def make_model(config: ConfigDict, num_classes: int, hooks: Hooks, rngs: nnx.Rngs) -> MaskedAutoencoder | Classifier:
     """Makes the module that `config` describes: a `MaskedAutoencoder`, or a `Classifier` for `num_classes`."""
     fields, options = config.model.to_dict(), config.classify
     if kind_of(config).has_decoder:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
 
-def fold_in(keys: Key[Array, "B"] | None, data: Any) -> Key[Array, "B"] | None:
+def fold_in(keys: Key[Array, "B"] | None, data: ArrayLike) -> Key[Array, "B"] | None:
     """Returns keys for another purpose, which `data` numbers; None stays None."""
     return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
@@ -27,7 +28,7 @@ def dropout(x: Float[Array, "B *rest"], rate: float, keys: Key[Array, "B"] | Non
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
 
 
-def drop_path(x: Float[Array, "B N D"], rate: Any, keys: Key[Array, "B"] | None) -> Float[Array, "B N D"]:
+def drop_path(x: Float[Array, "B N D"], rate: ArrayLike, keys: Key[Array, "B"] | None) -> Float[Array, "B N D"]:
     """Zeroes whole examples of a residual branch with probability `rate`, which may be traced.
 
     Stochastic depth (Huang et al. 2016); the branches that are kept are scaled by 1 / (1 - rate).
@@ -51,7 +52,7 @@ def affine(
 def linear(
     module: nnx.Linear | nnx.LinearGeneral,
     x: Float[Array, "..."],
-    part: Any = None,
+    part: int | slice | None = None,
     *,
     affine: Callable[..., jax.Array] = affine,
 ) -> Float[Array, "..."]:

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 LogicalAxes = tuple[str | None, ...]
 # Places for layer decay: before the encoder's first block, in one of its blocks, after the last.
@@ -126,19 +127,19 @@ PARAMETERS = {row.path: row for row in _ROWS}
 assert len(PARAMETERS) == len(_ROWS), "two rows have one path"
 
 
-def path_name(path: Any) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """Returns a key path of a parameter tree as `encoder/stack/blocks/…`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def parameter_rows(params: Any) -> Any:
+def parameter_rows(params: PyTree) -> PyTree:
     """Returns the row of every parameter, a tree like `params` (arrays or shapes).
 
     Raises:
       ValueError: a parameter that has no row, or another number of axes than its row.
     """
 
-    def find(path: Any, leaf: Any) -> Parameter:
+    def find(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> Parameter:
         name = path_name(path)
         row = PARAMETERS.get(name)
         if row is None:

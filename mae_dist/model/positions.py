@@ -3,8 +3,6 @@
 Shapes: L patches, D width, (gh, gw) grid.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,7 +19,7 @@ class Positions(nnx.Module):
         if kind == "learned":
             self.embedding = nnx.Param(normal02(rngs.params(), (grid[0] * grid[1], dim), jnp.float32))
 
-    def __call__(self, dtype: Any) -> Float[Array, "1 L D"]:
+    def __call__(self, dtype: jnp.dtype) -> Float[Array, "1 L D"]:
         """Returns the embeddings in `dtype`."""
         if self.kind == "learned":
             table = self.embedding[...]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from mae_dist.model.parameters import BLOCK, EMBEDDING, Parameter
 from mae_dist.registry import Registry, named_arguments
@@ -46,22 +47,22 @@ def register(name: str) -> Callable[[Function], Function]:
     return add
 
 
-def decay_mask(rows: Any) -> Any:
+def decay_mask(rows: PyTree) -> PyTree:
     """Returns the parameters that weight decay applies to, a tree of bools like `rows`."""
     return jax.tree.map(lambda row: row.decays, rows)
 
 
-def _scale_by_trust_ratio(rows: Any, trust_coefficient: float) -> optax.GradientTransformation:
+def _scale_by_trust_ratio(rows: PyTree, trust_coefficient: float) -> optax.GradientTransformation:
     """Scales by LARS's trust_coefficient * |parameter| / |update| (You et al. 2017), where weight decay applies.
 
     A stack of blocks has one factor per block. Under jit the norms of sharded arrays are those of the whole arrays.
     """
     trust = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
 
-    def scale_one(update: jax.Array, param: jax.Array) -> Any:
+    def scale_one(update: jax.Array, param: jax.Array) -> PyTree:
         return trust.update(update, optax.EmptyState(), param)[0]
 
-    def scale(row: Parameter, update: jax.Array, param: jax.Array) -> Any:
+    def scale(row: Parameter, update: jax.Array, param: jax.Array) -> jax.Array:
         if not row.decays:
             return update
         return (jax.vmap(scale_one) if row.is_stacked else scale_one)(update, param)
@@ -69,7 +70,7 @@ def _scale_by_trust_ratio(rows: Any, trust_coefficient: float) -> optax.Gradient
     return optax.stateless(lambda updates, params: jax.tree.map(scale, rows, updates, params))
 
 
-def layer_scales(rows: Any, params: Any, layer_decay: float) -> Any:
+def layer_scales(rows: PyTree, params: PyTree, layer_decay: float) -> PyTree:
     """Returns learning-rate factors that shrink with the distance to the head (Clark et al. 2020; BEiT, MAE).
 
     layer_decay ** (depth + 1 - id) with id 0 for the encoder's embeddings, i + 1 for its block i and depth + 1 for the
@@ -77,7 +78,7 @@ def layer_scales(rows: Any, params: Any, layer_decay: float) -> Any:
     """
     depth = jax.tree.leaves(params["encoder"]["stack"]["blocks"])[0].shape[0]
 
-    def scale(row: Parameter, leaf: Any) -> np.ndarray:
+    def scale(row: Parameter, leaf: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
         if row.layer == BLOCK:
             ids = np.arange(1, depth + 1).reshape(depth, *[1] * (len(leaf.shape) - 1))
         else:
@@ -94,11 +95,11 @@ def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransf
     test and a branch for every array took a CPU seconds to compile and copied all moments once more.
     """
 
-    def init(params: Any) -> optax.ApplyIfFiniteState:
+    def init(params: PyTree) -> optax.ApplyIfFiniteState:
         zero = jnp.zeros((), jnp.int32)
         return optax.ApplyIfFiniteState(zero, jnp.array(True), zero, inner.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ApplyIfFiniteState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, optax.ApplyIfFiniteState]:
         finite = jnp.isfinite(optax.tree.norm(updates))
         bad = 1 - finite.astype(jnp.int32)
         new, inner_state = inner.update(updates, state.inner_state, params)
@@ -126,12 +127,12 @@ def _sgd(*, momentum: float, decay: list[optax.GradientTransformation]) -> list[
     """
     trace = optax.trace(momentum)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         for part in decay:
             updates, _ = part.update(updates, part.init(params), params)
         return trace.update(updates, state, params)
 
-    def unchanged(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def unchanged(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         del params
         return updates, state
 
@@ -141,13 +142,15 @@ def _sgd(*, momentum: float, decay: list[optax.GradientTransformation]) -> list[
 
 @register("lars")
 def _lars(
-    *, rows: Any, momentum: float, trust_coefficient: float, decay: list[optax.GradientTransformation]
+    *, rows: PyTree, momentum: float, trust_coefficient: float, decay: list[optax.GradientTransformation]
 ) -> list[optax.GradientTransformation]:
     """Adds decay to the gradient before its norm is taken; momentum comes last."""
     return [*decay, _scale_by_trust_ratio(rows, trust_coefficient), optax.trace(momentum)]
 
 
-def _direction(rows: Any, name: str, weight_decay: float, fields: Mapping[str, Any]) -> Sequence[Any]:
+def _direction(
+    rows: PyTree, name: str, weight_decay: float, fields: Mapping[str, float]
+) -> Sequence[optax.GradientTransformation]:
     """Returns the transformations of the optimizer `name`, followed by weight decay unless it applies that itself."""
     decay = [optax.add_decayed_weights(weight_decay, mask=decay_mask(rows))] if weight_decay > 0 else []
     offered = {**fields, "weight_decay": weight_decay, "rows": rows, "decay": decay}
@@ -165,10 +168,12 @@ def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
     Its state is that of `optax.scale_by_schedule`, which checkpoints have.
     """
 
-    def init(params: Any) -> optax.ScaleByScheduleState:
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: jax.Array
+    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
         scaled = jax.tree.map(lambda u: -extra["learning_rate"].astype(u.dtype) * u, updates)
         return scaled, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
@@ -176,7 +181,7 @@ def _scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
 
 
 def make_optimizer(
-    rows: Any,
+    rows: PyTree,
     *,
     name: str,
     b1: float,
@@ -210,7 +215,7 @@ def make_optimizer(
     return optax.chain(guarded, _scale_by_given_rate())
 
 
-def nonfinite_counts(opt_state: Any) -> tuple[jax.Array, jax.Array]:
+def nonfinite_counts(opt_state: PyTree) -> tuple[jax.Array, jax.Array]:
     """Returns the skipped steps (in a row, in total), int32 scalars, from the state of `make_optimizer`'s result."""
     guard = opt_state[0]
     assert isinstance(guard, optax.ApplyIfFiniteState), type(guard)

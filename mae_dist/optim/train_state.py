@@ -1,12 +1,12 @@
 """The training state: a step count, parameters and optimizer state, created in place on the mesh."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
+from mae_dist.model.build import Params
 from mae_dist.parallel import shardings
 
 
@@ -18,29 +18,27 @@ class TrainState:
     ema: their exponential moving average, a tree like them; None without one.
     """
 
-    step: Any
-    params: Any
-    opt_state: Any
-    ema: Any = None
+    step: PyTree
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree = None
 
     @property
-    def averaged(self) -> Any:
+    def averaged(self) -> Params:
         """Returns the parameters to evaluate and export: the moving averages if there are any."""
         return {**self.params, **(self.ema or {})}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, PyTree]:
         """Returns what a checkpoint stores, by name; no `ema` if there is none."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def split_frozen(params: dict[str, Any], frozen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_frozen(params: Params, frozen: tuple[str, ...]) -> tuple[Params, Params]:
     """Splits the groups of `params` into (trainable, frozen)."""
     return {k: v for k, v in params.items() if k not in frozen}, {k: v for k, v in params.items() if k in frozen}
 
 
-def begin(
-    params: dict[str, Any], tx: optax.GradientTransformation, frozen: tuple[str, ...], has_ema: bool
-) -> TrainState:
+def begin(params: Params, tx: optax.GradientTransformation, frozen: tuple[str, ...], has_ema: bool) -> TrainState:
     """Returns the state at step 0 with these parameters."""
     trainable, _ = split_frozen(params, frozen)
     ema = trainable if has_ema else None

@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from mae_dist.model.parameters import parameter_rows
 from mae_dist.parallel.mesh import num_slices
@@ -23,7 +23,7 @@ class _Row:
     bytes_per_device: int
 
 
-def overview(mesh: Mesh, state: Any, shardings: Any) -> str:
+def overview(mesh: Mesh, state: PyTree, shardings: PyTree) -> str:
     """Returns a table: mesh, every parameter with its spec and bytes per device, totals, what is replicated and why.
 
     Args:

@@ -10,22 +10,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from mae_dist.errors import ConfigError
 from mae_dist.model.parameters import LogicalAxes, Parameter, parameter_rows
 from mae_dist.parallel.rules import MESH_AXES, to_spec
 
 
-def _axis_size(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
+def _axis_size(mesh: Mesh | AbstractMesh, entry: str | tuple[str, ...] | None) -> int:
     names = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[name] for name in names)
 
 
-def param_shardings(mesh: Mesh, params: Any) -> Any:
+def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
     """Returns a NamedSharding per parameter; `ConfigError` if a mesh axis does not divide the dimension it shards."""
 
-    def shard(leaf: Any, row: Parameter) -> NamedSharding:
+    def shard(leaf: jax.Array | jax.ShapeDtypeStruct, row: Parameter) -> NamedSharding:
         spec = to_spec(row.axes, row.path)
         for axis, size, entry in zip(row.axes, leaf.shape, spec, strict=False):
             if size % _axis_size(mesh, entry):
@@ -49,11 +50,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts whole host arrays on every device of the mesh; all processes pass the same arrays."""
     sharding = replicated(mesh)
 
-    def place(value: Any) -> jax.Array:
+    def place(value: jax.typing.ArrayLike) -> jax.Array:
         host = np.asarray(value)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
@@ -61,7 +62,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         return jax.tree.map(place, tree)
 
 
-def num_batch_shards(mesh: Any) -> int:
+def num_batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Counts the parts into which the examples of a batch are split."""
     return _axis_size(mesh, MESH_AXES["batch"])
 
@@ -105,7 +106,7 @@ def on_each_device(
     return call
 
 
-def make_constrain(mesh: Mesh) -> Any:
+def make_constrain(mesh: Mesh) -> Callable[[jax.Array, LogicalAxes], jax.Array]:
     """Makes the hook (array, logical axes) -> array that constrains activations; models know no mesh."""
     if is_data_parallel(mesh):
         return lambda x, axes: x  # only the batch is sharded, and it is already
@@ -116,14 +117,14 @@ def make_constrain(mesh: Mesh) -> Any:
     return constrain
 
 
-def with_shardings(abstract: Any, shardings: Any) -> Any:
+def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
     """Returns a tree of shapes with their shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
 
 
-def bytes_per_device(tree: Any, shardings: Any) -> int:
+def bytes_per_device(tree: PyTree, shardings: PyTree) -> int:
     """Counts the bytes of `tree` (arrays or shapes) on one device under `shardings`."""
     sizes = jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, tree, shardings

@@ -76,7 +76,7 @@ def mix(
     Returns:
       The mixed images, and each example's own weight in its mixture: for cutmix the fraction of its pixels.
     """
-    size = images.shape[1:3]
+    size = (images.shape[1], images.shape[2])
     switch = switch_prob if mixup and cutmix else float(cutmix > 0)
 
     def own_weight(key: Key[Array, ""]) -> Float[Array, "H W"]:

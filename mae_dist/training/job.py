@@ -181,7 +181,7 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
             )
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device], data: Data) -> Job:
+def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     """Wires a validated config for `devices`, real or abstract.
 
     Raises:
