@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from etils import epath
 
@@ -41,7 +41,19 @@ def finish(job: Job, workdir: epath.Path, step: int) -> Result:
         return Result(step, "done")
     summary = history.finished_summary(workdir, step)
     if summary is None:
-        summary = _summary(job, workdir, step)
+        records = read_metrics(workdir)
+        rates = [rate for record in records if math.isfinite(rate := record.get("images_per_sec", math.nan))]
+        timing = ("step_secs", "eta_secs", "images_per_sec", "data_wait", "mfu")
+        summary = {
+            "name": job.config.name,
+            "task": job.config.task,
+            "step": step,
+            "total_steps": job.schedule.total_steps,
+            **{name: value for name, value in last_values(records).items() if name not in ("step", *timing)},
+            "images_per_sec": statistics.median(rates) if rates else None,
+            "goodput": goodput.summarize(goodput.read_starts(workdir)),
+            "environment": environment(),
+        }
         with storage_errors(workdir):
             set_aside(workdir / SUMMARY_FILE)
         write_summary(workdir, summary)
@@ -58,20 +70,3 @@ def line_of(name: str, result: Result, workdir: str) -> str:
         del known["images_per_sec"]
     values = ", ".join(f"{name} {known[name]:.4g}" for name in shown if name in known)
     return f"{name}: step {result.step} of {result.step}, {values} ({workdir})"
-
-
-def _summary(job: Job, workdir: epath.Path, step: int) -> dict[str, Any]:
-    """Returns the contents of summary.json."""
-    records = read_metrics(workdir)
-    rates = [record["images_per_sec"] for record in records if math.isfinite(record.get("images_per_sec", math.nan))]
-    timing = ("step_secs", "eta_secs", "images_per_sec", "data_wait", "mfu")
-    return {
-        "name": job.config.name,
-        "task": job.config.task,
-        "step": step,
-        "total_steps": job.schedule.total_steps,
-        **{name: value for name, value in last_values(records).items() if name not in ("step", *timing)},
-        "images_per_sec": statistics.median(rates) if rates else None,
-        "goodput": goodput.summarize(goodput.read_starts(workdir)),
-        "environment": environment(),
-    }
