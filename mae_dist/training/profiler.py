@@ -46,13 +46,13 @@ class Profiler:
             self._before = signal.signal(signal.SIGUSR1, self._ask)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._takes_signal:
             signal.signal(signal.SIGUSR1, self._before)
         if self._tracing is not None:
             self.stop()
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self, number: int, frame: object) -> None:
         self._asked = True
 
     def before(self, step: int) -> None:
@@ -96,7 +96,5 @@ class Profiler:
             yield
         except Exception as error:  # of whatever kind: XLA's, a disk's, a bucket's
             logging.warning("The profile could not be %s: %s", what, error)
+        if self._tracing is None:
             shutil.rmtree(self._local, ignore_errors=True)
-        else:
-            if self._tracing is None:
-                shutil.rmtree(self._local, ignore_errors=True)
