@@ -18,6 +18,9 @@ from mae_dist.config import named
 if TYPE_CHECKING:
     from etils import epath
 
+    from mae_dist.resilience.preemption import PreemptionSignals
+    from mae_dist.resilience.watchdog import Watchdog
+
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config: a name, as cifar_small, or a file.", lock_config=True
 )
@@ -63,7 +66,7 @@ def _fault_on_command_line(error: BaseException) -> str:
     return f"{error}".strip()
 
 
-def _said(error: BaseException) -> Any:
+def _said(error: BaseException) -> object:
     """Returns the message of an exception; ConfigDict puts it into a KeyError inside an AttributeError."""
     while isinstance(error, AttributeError | KeyError) and error.args:
         error = error.args[0]
@@ -91,7 +94,7 @@ def _is_users(file: str) -> bool:
     return not file.startswith(("<", os.path.dirname(os.path.abspath(__file__)), *libraries))
 
 
-def _check_fields(config: Any) -> None:
+def _check_fields(config: object) -> None:
     """Raises a `ConfigError` if --config has fields that do not exist, or lacks some."""
     from mae_dist import config as config_lib
 
@@ -115,14 +118,14 @@ def _line_with(words: str) -> str:
     return f"{_config_file()}, line {numbers[-1]}" if numbers else _config_file()
 
 
-def join_processes(watchdog: Any = None, preemption: Any = None) -> None:
+def join_processes(watchdog: "Watchdog | None" = None, preemption: "PreemptionSignals | None" = None) -> None:
     """Joins the processes of one command by the flags or the cluster's variables, before any device is used.
 
     A training's `Watchdog` and `PreemptionSignals` join them too.
     """
     from mae_dist.parallel import processes
 
-    if watchdog is None:
+    if watchdog is None or preemption is None:
         _initialize()
         processes.quiet_unless_primary()
     else:
@@ -219,7 +222,7 @@ def exit_on_signal() -> None:
     Before that there is nothing to save, and afterwards all is saved: a second signal must not change the code.
     """
 
-    def end(number: int, frame: Any) -> None:
+    def end(number: int, frame: object) -> None:
         del frame
         errors.say(f"preempted ({signal.Signals(number).name}): nothing is left to save")
         os._exit(errors.EXIT_PREEMPTED)

@@ -38,7 +38,7 @@ class Registry(Generic[T]):
             raise ConfigError(self.fault(name))
         return self._entries[name][0]
 
-    def fault(self, name: Any) -> str:
+    def fault(self, name: object) -> str:
         """Returns the message that nothing is called `name`, with the cure."""
         cure = nearest(str(name), self) or " If a module of yours registers it, name that module in imports."
         return f"{self.field}={name!r} is not one of {', '.join(self)}.{cure}"

@@ -4,13 +4,13 @@ Shapes: B images, H W C image, (gh, gw) grid of patches, N tokens, D width.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mae_dist import platforms
@@ -18,7 +18,7 @@ from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation.eval_step import make_eval_step
 from mae_dist.model import autoencoder
-from mae_dist.model.build import functional
+from mae_dist.model.build import Params, functional
 from mae_dist.model.flops import forward_flops
 from mae_dist.model.hooks import PLAIN, Hooks
 from mae_dist.task_kinds import kind_of
@@ -28,7 +28,7 @@ from mae_dist.weights import pretrained
 # Names of features -> names of what the encoder pools.
 _POOLS = {"mean": "gap", "cls": "cls", "patches": "patches"}
 KINDS = tuple(_POOLS)
-Encode = Callable[[Any, jax.Array], dict[str, jax.Array]]
+Encode = Callable[[Params, jax.Array], dict[str, jax.Array]]
 
 
 def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = None, hooks: Hooks = PLAIN) -> Encode:
@@ -61,7 +61,7 @@ def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = No
     bind = functional(lambda rngs: make(rngs=rngs).encoder).bind
     bind_norm = functional(lambda rngs: nnx.LayerNorm(model.embed_dim, epsilon=model.norm_eps, rngs=rngs)).bind
 
-    def encode(params: Mapping[str, Any], images: jax.Array) -> dict[str, jax.Array]:
+    def encode(params: Params, images: jax.Array) -> dict[str, jax.Array]:
         pools = [_POOLS[kind] for kind in kinds]
         values = bind(params["encoder"]).features(scale(images, config), pools, num_blocks=block)
         result = {kind: values[_POOLS[kind]].astype(jnp.float32) for kind in kinds}
@@ -74,8 +74,8 @@ def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = No
 
 
 def make_feature_step(
-    config: ConfigDict, mesh: Mesh, shardings: Any, batch_size: int, kinds: Sequence[str], block: int | None = None
-) -> Any:
+    config: ConfigDict, mesh: Mesh, shardings: PyTree, batch_size: int, kinds: Sequence[str], block: int | None = None
+) -> jax.stages.Wrapped:
     """Compiles (params, batch) -> features, split over examples like the batch; otherwise as `make_encode`.
 
     `shardings` are those of the parameters it is given, `batch_size` the images of all devices together.
@@ -91,7 +91,7 @@ def make_feature_step(
     )
 
 
-def check_kind(kind: Any) -> None:
+def check_kind(kind: object) -> None:
     """Raises a `ConfigError` if there are no such features."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"there are no {kind!r} features; choose of {', '.join(KINDS)}")

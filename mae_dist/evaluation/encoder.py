@@ -6,12 +6,13 @@ Shapes: B images, H W C image, (gh, gw) grid of patches, N tokens, D width.
 import functools
 import operator
 import os
-from typing import Any
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from numpy.typing import ArrayLike
 
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.evaluation.encode import check_kind, make_feature_step, needed_shapes
@@ -22,7 +23,7 @@ from mae_dist.storage import absolute
 from mae_dist.weights import pretrained
 
 
-def _whole(name: str, value: Any) -> int:
+def _whole(name: str, value: SupportsIndex) -> int:
     """Returns a whole number of any integer type as an int; raises a `ConfigError` for anything else, 1.0 included."""
     try:
         return operator.index(value)
@@ -53,7 +54,7 @@ class Encoder:
         mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
 
         @functools.cache
-        def make_step(kind: str, block: int | None, size: int) -> Any:
+        def make_step(kind: str, block: int | None, size: int) -> jax.stages.Wrapped:
             return make_feature_step(config, mesh, replicated(mesh), size, (kind,), block)
 
         self._make_step = make_step
@@ -63,7 +64,7 @@ class Encoder:
         return f"Encoder({self._origin}: {height}x{width}x{self.channels} -> {self.embed_dim}, {self.depth} blocks)"
 
     def features(
-        self, images: Any, kind: str = "mean", *, block: int | None = None, batch_size: int = 256
+        self, images: ArrayLike, kind: str = "mean", *, block: int | None = None, batch_size: int = 256
     ) -> np.ndarray:
         """Computes deterministic features of whole images, nothing masked.
 

@@ -2,23 +2,24 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
+from mae_dist.model.build import Params
 from mae_dist.parallel.shardings import batch_sharding, is_data_parallel, on_each_device, replicated
 from mae_dist.tasks.base import Batch
 
 
 def make_eval_step(
-    fn: Callable[[Any, Batch], Any],
+    fn: Callable[[Params, Batch], PyTree],
     *,
     mesh: Mesh,
-    params: Any,
+    params: PyTree,
     per_example: bool = False,
     pieces: int = 1,
-) -> Any:
+) -> jax.stages.Wrapped:
     """Compiles (params, batch) -> outputs: whole on every device, or split over examples like the batch.
 
     Args:
@@ -29,7 +30,7 @@ def make_eval_step(
       pieces: microbatches in which each device computes its examples one after another; needs a data-parallel mesh.
     """
 
-    def in_pieces(params: Any, batch: Batch) -> Any:
+    def in_pieces(params: Params, batch: Batch) -> PyTree:
         if pieces == 1:
             return fn(params, batch)
         split = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), batch)

@@ -1,13 +1,15 @@
 """Full passes over a split: every example exactly once, on any number of hosts."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from clu import metrics as clu_metrics
 from jax.experimental import multihost_utils
 
 from mae_dist.data import Dataset, eval_batches, local_rows, to_global
+from mae_dist.model.build import Params
+from mae_dist.tasks.base import Batch
 
 Columns = dict[str, np.ndarray]
 MOST_CLASSES = 20  # whose accuracies are recorded one by one
@@ -29,8 +31,8 @@ def global_batches(
 
 
 def evaluate(
-    eval_step: Any,
-    params: Any,
+    eval_step: Callable[[Params, Batch], dict[str, clu_metrics.Metric]],
+    params: Params,
     batches: Iterable[dict[str, jax.Array]],
     prefix: str,
     class_names: Sequence[str],
@@ -71,8 +73,8 @@ def _by_class(accuracies: np.ndarray, name: str, class_names: Sequence[str]) -> 
 
 
 def columns(
-    step: Callable[[Any, Any], dict[str, jax.Array]],
-    params: Any,
+    step: Callable[[Params, Batch], dict[str, jax.Array]],
+    params: Params,
     dataset: Dataset,
     sharding: jax.sharding.Sharding,
     global_batch_size: int,
@@ -84,7 +86,7 @@ def columns(
     each. Padding and unreadable images are left out. `seed` is as in `global_batches`.
     """
 
-    def fetch(part: Any) -> Columns:
+    def fetch(part: dict[str, jax.Array]) -> Columns:
         fetched = multihost_utils.process_allgather(part, tiled=True)
         real = fetched.pop("weight") > 0
         return {name: column[real] for name, column in fetched.items()}

@@ -3,10 +3,10 @@
 import functools
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from mae_dist.data import Dataset
@@ -14,6 +14,7 @@ from mae_dist.errors import ConfigError
 from mae_dist.evaluation import evaluate
 from mae_dist.evaluation.encode import make_feature_step, needed_shapes
 from mae_dist.evaluation.evaluate import Columns
+from mae_dist.model.build import Params
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.weights import pretrained
@@ -58,14 +59,18 @@ def prepare(
     """Returns a function of a dataset to the columns `kinds` (see `encode.make_encode`) of batch after batch."""
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())
 
-    def make_step(shardings: Any, batch_size: int) -> Any:
+    def make_step(shardings: PyTree, batch_size: int) -> jax.stages.Wrapped:
         return make_feature_step(config, mesh, shardings, batch_size, kinds, block)
 
     return with_step(source, needed_shapes(source), mesh, config.eval.batch_size, make_step)
 
 
 def with_step(
-    source: pretrained.Pretrained, shapes: Any, mesh: Mesh, batch_size: int, make_step: Callable[[Any, int], Any]
+    source: pretrained.Pretrained,
+    shapes: Params,
+    mesh: Mesh,
+    batch_size: int,
+    make_step: Callable[[PyTree, int], jax.stages.Wrapped],
 ) -> Compute:
     """Returns a function of a dataset to the columns (see `evaluate.columns`) that a step computes over all devices.
 

@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -13,16 +12,18 @@ from ml_collections import ConfigDict
 from mae_dist.data import Dataset, FirstExamples
 from mae_dist.errors import DataFault
 from mae_dist.evaluation.evaluate import columns, first_rows
+from mae_dist.model.build import Params
 from mae_dist.parallel.shardings import num_batch_shards
 from mae_dist.storage import storage_errors, write_bytes_atomically
+from mae_dist.tasks.base import Batch
 
 COLUMNS = ("original", "masked", "reconstruction", "with_visible")
 _TITLES = ("original", "masked", "reconstruction", "reconstruction\nwith visible patches")
 
 
 def reconstruct(
-    reconstruct_step: Any,
-    params: Any,
+    reconstruct_step: Callable[[Params, Batch], dict[str, jax.Array]],
+    params: Params,
     dataset: Dataset,
     sharding: jax.sharding.NamedSharding,
     num_images: int,

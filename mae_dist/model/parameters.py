@@ -139,7 +139,7 @@ def parameter_rows(params: PyTree) -> PyTree:
       ValueError: a parameter that has no row, or another number of axes than its row.
     """
 
-    def find(path: tuple[Any, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> Parameter:
+    def find(path: Any, leaf: Any) -> Parameter:
         name = path_name(path)
         row = PARAMETERS.get(name)
         if row is None:

@@ -78,7 +78,7 @@ def layer_scales(rows: PyTree, params: PyTree, layer_decay: float) -> PyTree:
     """
     depth = jax.tree.leaves(params["encoder"]["stack"]["blocks"])[0].shape[0]
 
-    def scale(row: Parameter, leaf: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
+    def scale(row: Parameter, leaf: Any) -> np.ndarray:
         if row.layer == BLOCK:
             ids = np.arange(1, depth + 1).reshape(depth, *[1] * (len(leaf.shape) - 1))
         else:

@@ -26,7 +26,7 @@ def _axis_size(mesh: Mesh | AbstractMesh, entry: str | tuple[str, ...] | None) -
 def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
     """Returns a NamedSharding per parameter; `ConfigError` if a mesh axis does not divide the dimension it shards."""
 
-    def shard(leaf: jax.Array | jax.ShapeDtypeStruct, row: Parameter) -> NamedSharding:
+    def shard(leaf: Any, row: Parameter) -> NamedSharding:
         spec = to_spec(row.axes, row.path)
         for axis, size, entry in zip(row.axes, leaf.shape, spec, strict=False):
             if size % _axis_size(mesh, entry):

@@ -34,15 +34,8 @@ def train(
 ) -> Result:
     """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
 
-    Args:
-      job: what to train.
-      workdir: where the run lives.
-      watchdog: accounts for the run's time by phase.
-      preemption: preemption signals, after which the state is saved and the run ends.
-      profile_on_signal: SIGUSR1 requests a profiler trace while the loop runs.
-
-    Returns:
-      The result, without metrics if the run was preempted.
+    `watchdog` accounts for the run's time by phase. After a signal of `preemption` the state is saved and the run ends,
+    its result without metrics. With `profile_on_signal` SIGUSR1 requests a profiler trace while the loop runs.
 
     Raises:
       StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from numpy.typing import ArrayLike
 
 from mae_dist import errors, storage
 from mae_dist.checkpoint import reader
@@ -25,6 +26,7 @@ from mae_dist.evaluation import evaluate, pictures
 from mae_dist.evaluation.encoder import Encoder, check_images, load_encoder
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import read_summary
+from mae_dist.model.build import Params
 from mae_dist.task_kinds import kind_of
 from mae_dist.training import job
 from mae_dist.training.run import with_features
@@ -81,7 +83,7 @@ class Run:
         """
         return read_summary(self.workdir)
 
-    def load_params(self, step: int | None = None) -> dict[str, Any]:
+    def load_params(self, step: int | None = None) -> Params:
         """Returns the parameters: nested dicts of NumPy arrays, by group (`encoder`, `decoder`, `head`).
 
         Of a run with `ema_decay` they are the moving averages, which are what is evaluated.
@@ -94,7 +96,7 @@ class Run:
         """
         return pretrained.open_workdir(self.workdir, step).load_whole()
 
-    def reconstruct(self, images: Any) -> dict[str, np.ndarray]:
+    def reconstruct(self, images: ArrayLike) -> dict[str, np.ndarray]:
         """Removes patches of images and restores them, as the command `reconstruct` does.
 
         All images are computed at once. The mask of an image depends on its place among them and the run's seed alone.
@@ -161,7 +163,7 @@ class Run:
         """Returns the trained encoder, as `mae_dist.load_encoder`."""
         return load_encoder(self.workdir)
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> Params:
         """Returns the parameters of the newest good checkpoint, sharded for the run's job."""
         return reader.load_params(self.workdir, self._job.abstract_state.params, self._job.shardings.params)[1]
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Num, Shaped
+from jaxtyping import Array, Num, PyTree, Shaped
 
 from mae_dist.cpu import cores, folding
+from mae_dist.model.build import Params
 from mae_dist.optim.hyperparams import Hyperparams
 from mae_dist.optim.optimizer import nonfinite_counts
 from mae_dist.optim.train_state import TrainState, split_frozen
@@ -27,7 +28,7 @@ from mae_dist.parallel.shardings import (
 )
 from mae_dist.tasks.base import Batch, Task
 
-Gradient = Callable[..., tuple[Any, dict[str, jax.Array]]]
+Gradient = Callable[..., tuple[PyTree, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +49,15 @@ class TrainStep:
         """Puts the hyperparameters on the devices, once."""
         return replicate(self.hyperparams, self.mesh)
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         return self.program(state, batch, self._placed)
 
-    def trace(self, state: TrainState, batch: Any) -> jax.stages.Traced:
+    def trace(self, state: TrainState, batch: PyTree) -> jax.stages.Traced:
         """Traces the program for arguments like these; their shapes and shardings suffice."""
         assert isinstance(self.program, jax.stages.Wrapped), "compiled ahead"
         return self.program.trace(state, batch, self.hyperparams)
 
-    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """Lowers the program for arguments like these."""
         return self.trace(state, batch).lower()
 
@@ -64,7 +65,7 @@ class TrainStep:
         """Returns the same step with `lowered` compiled; `options` go to its `compile`."""
         return dataclasses.replace(self, program=lowered.compile(**options))
 
-    def compile_in_thread(self, state: TrainState, batch: Any) -> "Future[TrainStep]":
+    def compile_in_thread(self, state: TrainState, batch: PyTree) -> "Future[TrainStep]":
         """Traces the program here, and compiles it in a daemon thread, for which no early end of the process waits."""
         lowered = self.lower(state, batch)
         compiled: Future[TrainStep] = Future()
@@ -79,7 +80,7 @@ class TrainStep:
         return compiled
 
 
-def _split_microbatches(batch: Any, accum_steps: int, rows_together: int) -> Any:
+def _split_microbatches(batch: PyTree, accum_steps: int, rows_together: int) -> PyTree:
     """Splits (B, ...) into (A, B / A, ...) by every A-th row, so that each device splits its own rows and none move.
 
     Where rows must stay together (`Task.rows_together`) it takes every A-th group of them.
@@ -109,12 +110,12 @@ def _reduce(x: Num[Array, "B"]) -> Num[Array, ""]:
     return x.sum(dtype=x.dtype) if _is_integer(x) else x.mean()
 
 
-def _divide(sums: Any, count: int) -> Any:
+def _divide(sums: PyTree, count: int) -> PyTree:
     """Divides sums over `count` equal parts of a batch into means; integers stay sums."""
     return sums if count == 1 else jax.tree.map(lambda x: x if _is_integer(x) else x / count, sums)
 
 
-def _average(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
+def _average(ema: PyTree, new: PyTree, step: jax.Array, decay: float) -> PyTree:
     """Returns the exponential moving average of parameters after step `step` (from 0), which made them `new`.
 
     The decay is at most (1 + step) / (10 + step): with the full decay the initial weights would dominate early on.
@@ -124,10 +125,10 @@ def _average(ema: Any, new: Any, step: jax.Array, decay: float) -> Any:
     return jax.tree.map(lambda average, value: average + rate * (value - average), ema, new)
 
 
-def _make_to_features(task: Task, mesh: Mesh, accum_steps: int) -> Callable[[Any, Batch], Batch]:
+def _make_to_features(task: Task, mesh: Mesh, accum_steps: int) -> Callable[[Params, Batch], Batch]:
     """Makes (params, batch) -> batch that replaces images by the frozen encoder's features, in microbatches."""
 
-    def compute(params: Any, images: Batch) -> jax.Array:
+    def compute(params: Params, images: Batch) -> jax.Array:
         assert task.features is not None
         split = _split_microbatches(images, accum_steps, task.rows_together)
         return _join_microbatches(jax.lax.map(functools.partial(task.features, params), split), task.rows_together)
@@ -135,7 +136,7 @@ def _make_to_features(task: Task, mesh: Mesh, accum_steps: int) -> Callable[[Any
     if is_data_parallel(mesh):
         compute = on_each_device(compute, mesh, num_whole=1, combine=None)
 
-    def to_features(params: Any, batch: Batch) -> Batch:
+    def to_features(params: Params, batch: Batch) -> Batch:
         if "features" in batch:  # computed once before the run
             return batch
         rest = {name: value for name, value in batch.items() if name != "image"}
@@ -147,7 +148,7 @@ def _make_to_features(task: Task, mesh: Mesh, accum_steps: int) -> Callable[[Any
 def _through_folded(gradient: Gradient) -> Gradient:
     """Makes the gradient for parameters from that for folded ones: folds once and pulls back once per step."""
 
-    def compute(trainable: Any, *rest: Any) -> tuple[Any, dict[str, jax.Array]]:
+    def compute(trainable: Params, *rest: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
         folded, pull_back = jax.vjp(folding.fold, trainable)
         grads, metrics = gradient(folded, *rest)
         return pull_back(grads)[0], metrics
@@ -159,7 +160,9 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Grad
     """Makes (trainable, frozen, batch, keys (B,)) -> (gradient of the mean loss, metrics), over all devices."""
     shapes, _ = split_frozen(task.abstract_params, task.frozen)
 
-    def loss_fn(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(
+        trainable: Params, frozen: Params, batch: Batch, keys: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         if fold:
             trainable = folding.unfold(trainable, shapes)
         loss, metrics = task.loss({**trainable, **frozen}, batch, keys)
@@ -169,10 +172,12 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Grad
     # With a jit of its own it is traced once for `eval_shape` and the scan below; a trace takes seconds.
     grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True), inline=True)
 
-    def accumulated(trainable: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+    def accumulated(
+        trainable: Params, frozen: Params, batch: Batch, keys: jax.Array
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
         """Sums gradients and metrics over `accum_steps` microbatches, one at a time in memory."""
 
-        def add(total: Any, micro: Any) -> tuple[Any, None]:
+        def add(total: PyTree, micro: PyTree) -> tuple[PyTree, None]:
             return jax.tree.map(jnp.add, total, grad_fn(trainable, frozen, *micro)), None
 
         micros = _split_microbatches((batch, keys), accum_steps, task.rows_together)
