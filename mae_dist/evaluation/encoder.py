@@ -52,12 +52,8 @@ class Encoder:
         self._origin = source.origin
         self._params = source.load_here(needed_shapes(source))
         mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.local_devices()[:1])
-
-        @functools.cache
-        def make_step(kind: str, block: int | None, size: int) -> jax.stages.Wrapped:
-            return make_feature_step(config, mesh, replicated(mesh), size, (kind,), block)
-
-        self._make_step = make_step
+        make_step = functools.partial(make_feature_step, config, mesh, replicated(mesh))
+        self._make_step = functools.cache(make_step)  # compiles once for each size, kind and block
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -91,7 +87,7 @@ class Encoder:
         images = check_images(np.asarray(images), (*self.image_size, self.channels))
         # Few different sizes, for each is compiled: powers of two up to the batch's.
         size = min(batch_size, 1 << max(0, len(images) - 1).bit_length())
-        step = self._make_step(kind, block, size)
+        step = self._make_step(size, (kind,), block)
         width = (*self.grid, self.embed_dim) if kind == "patches" else (self.embed_dim,)
         result = np.empty((len(images), *width), np.float32)
         for start in range(0, len(images), size):

@@ -58,10 +58,7 @@ def prepare(
 ) -> Compute:
     """Returns a function of a dataset to the columns `kinds` (see `encode.make_encode`) of batch after batch."""
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())
-
-    def make_step(shardings: PyTree, batch_size: int) -> jax.stages.Wrapped:
-        return make_feature_step(config, mesh, shardings, batch_size, kinds, block)
-
+    make_step = functools.partial(make_feature_step, config, mesh, kinds=kinds, block=block)
     return with_step(source, needed_shapes(source), mesh, config.eval.batch_size, make_step)
 
 
