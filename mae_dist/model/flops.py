@@ -49,16 +49,13 @@ def _decoder_forward_flops(model: ConfigDict, num_kept: int) -> float:
     num_patches, width = _count_patches(model), model.decoder_embed_dim
     embed = 2 * (num_kept + _has_cls(model)) * model.embed_dim * width
     pred = 2 * num_patches * width * math.prod(model.patch_size) * model.channels
-    return (
-        embed
-        + pred
-        + stack_forward_flops(
-            num_tokens=num_patches + _has_cls(model),
-            embed_dim=width,
-            depth=model.decoder_depth,
-            mlp_ratio=model.decoder_mlp_ratio,
-        )
+    blocks = stack_forward_flops(
+        num_tokens=num_patches + _has_cls(model),
+        embed_dim=width,
+        depth=model.decoder_depth,
+        mlp_ratio=model.decoder_mlp_ratio,
     )
+    return embed + pred + blocks
 
 
 def _has_cls(model: ConfigDict) -> int:
