@@ -274,12 +274,8 @@ class Run:
         """Writes pictures of the first test images to pictures/ and TensorBoard, if they are due."""
         job = self.job
         dataset = job.data.test or job.data.val
-        every = job.schedule.pictures_every_steps
-        if (
-            job.reconstruct_step is None
-            or dataset is None
-            or not config_lib.is_time(step, every, job.schedule.total_steps)
-        ):
+        due = config_lib.is_time(step, job.schedule.pictures_every_steps, job.schedule.total_steps)
+        if job.reconstruct_step is None or dataset is None or not due:
             return
         with self._pause(state, "evaluate"):
             grid = draw_reconstructions(job, state.averaged, dataset, step, job.config.pictures.num_images)

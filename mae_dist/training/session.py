@@ -101,10 +101,8 @@ def run(
     Args:
       config: checked.
       workdir: an absolute path or `gs://…`.
-      watchdog: accounts for time by phase; without its thread it enforces no deadline.
-      preemption: preemption signals; without handlers there are none.
+      watchdog, preemption, profile_on_signal: as for `loop.train`.
       when_built: called after building and before training.
-      profile_on_signal: as for `loop.train`.
 
     Raises:
       UserError: as `train`.
