@@ -6,7 +6,7 @@ which batch or device holds it.
 """
 
 from collections.abc import Callable
-from typing import Any
+from types import EllipsisType
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def affine(
 def linear(
     module: nnx.Linear | nnx.LinearGeneral,
     x: Float[Array, "..."],
-    part: int | slice | None = None,
+    part: int | slice | EllipsisType = ...,
     *,
     affine: Callable[..., jax.Array] = affine,
 ) -> Float[Array, "..."]:
@@ -61,16 +61,13 @@ def linear(
     Args:
       module: its kernel and bias.
       x: inputs.
-      part: an index into the first output axis; only that part is computed.
+      part: an index into the first output axis; only that part is computed, by default all.
       affine: computes it, see `hooks`.
     """
     inputs = len(module.axis) if isinstance(module, nnx.LinearGeneral) else 1
-    kernel: Any = module.kernel[...]
-    bias: Any = None if module.bias is None else module.bias[...]
-    if part is not None:
-        kernel, bias = kernel[(slice(None),) * inputs + (part,)], None if bias is None else bias[part]
-    bias = None if bias is None else bias.astype(module.dtype)
-    return affine(x.astype(module.dtype), kernel.astype(module.dtype), bias, inputs)
+    kernel = module.kernel[(slice(None),) * inputs + (part,)].astype(module.dtype)
+    bias = None if module.bias is None else module.bias[part].astype(module.dtype)
+    return affine(x.astype(module.dtype), kernel, bias, inputs)
 
 
 def layer_norm(norm: nnx.LayerNorm, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
