@@ -10,7 +10,7 @@ from flax import struct
 
 @struct.dataclass
 class Hyperparams:
-    """Arguments of the compiled update, not constants in it: a sweep over them compiles nothing new.
+    """Arguments of the compiled step, not constants in it: a sweep over them compiles nothing new.
 
     No part of a checkpoint: the config has them. seed: uint32. peak_lr, final_lr: float32. warmup_steps, total_steps:
     int32. schedule: `cosine` or `constant`, which is part of the program.
@@ -24,7 +24,7 @@ class Hyperparams:
     schedule: str = struct.field(pytree_node=False)
 
     def learning_rate(self, step: jax.Array) -> jax.Array:
-        """Returns the rate of the update after `step` others, float32: linear warm-up from 0, then the schedule.
+        """Returns the rate of the step after `step` others, float32: linear warm-up from 0, then the schedule.
 
         The formulas are those of `optax.linear_schedule` and `optax.cosine_decay_schedule`, operation by operation;
         theirs take the numbers of steps as Python numbers only.
