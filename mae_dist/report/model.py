@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +108,7 @@ def _classifier(source: pretrained.Pretrained) -> extract.Compute:
         features = model.features(scale_pixels(batch["image"], config.data.mean, config.data.std), None)
         return {"mean": features.astype(jnp.float32), "logits": model.logits(features)}
 
-    def make_step(shardings: PyTree, batch_size: int) -> Callable[[PyTree, Batch], dict[str, jax.Array]]:
+    def make_step(shardings: PyTree, batch_size: int) -> jax.stages.Wrapped:
         pieces = num_pieces(config, mesh, batch_size)
         return make_eval_step(forward, mesh=mesh, params=shardings, per_example=True, pieces=pieces)
 
