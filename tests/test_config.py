@@ -247,7 +247,20 @@ def test_choices(field):
         ({"model__patch_size": (4,)}, "model.patch_size=(4,) must be two positive whole numbers, (height, width)"),
         ({"model__patch_size": (4, 4.5)}, "model.patch_size=(4, 4.5) must be two positive whole numbers"),
         ({"model__image_size": (32, 0)}, "model.image_size=(32, 0) must be two positive whole numbers"),
-        ({"model__channels": 2}, "model.channels=2 must be 1 (gray), 3 (RGB) or 4 (RGBA)"),
+        ({"model__channels": 0}, "model.channels=0 must be at least 1; 1 is gray, 3 RGB, 4 RGBA"),
+        ({"model__channels": 6, "pictures__channels": (3, 2, 6)}, "pictures.channels=(3, 2, 6) must be three numbers"),
+        (
+            {"data__labels": "csv"},
+            "data.labels='csv' with data.source='tfds' is not one of none, folders, csv:FILE, cls",
+        ),
+        (
+            {"data__source": "tar", "data__labels": "folders"},
+            "data.labels='folders' with data.source='tar' is not one of none, cls",
+        ),
+        (
+            {"data__source": "parquet", "data__labels": "column:"},
+            "data.labels='column:' with data.source='parquet' is not one of none, column:NAME",
+        ),
         ({"model__mask_ratio": 0.999}, "model.mask_ratio=0.999 keeps 0 of 64 patches; at least one must be kept"),
         ({"model__mask_ratio": 0.0}, "model.mask_ratio=0.0 keeps 64 of 64 patches"),
         ({"model__mask_ratio": float("nan")}, "model.mask_ratio=nan keeps 0 of 64 patches"),

@@ -32,9 +32,9 @@ from mae_dist.data import (
     open_split,
     train_batches,
 )
+from mae_dist.data.decode import Decoder
 from mae_dist.data.sources import cifar
 from mae_dist.data.sources.tfds import TfdsDataset
-from mae_dist.data.transforms import decode_image
 from mae_dist.errors import ConfigError, DataFault
 from tests.test_resample import pillows
 
@@ -138,7 +138,7 @@ def test_images_of_one_size_are_kept_in_memory_and_equal_the_stream(fixed: Path)
         assert columns["image"].dtype == np.uint8
         np.testing.assert_array_equal(columns["label"], memory.columns["label"])
         np.testing.assert_array_equal(columns["image"], memory.columns["image"])
-    decoded = {decode_image(_jpeg((16, 16), seed), 3).tobytes() for seed in range(12)}
+    decoded = {Decoder(3).decode(_jpeg((16, 16), seed)).tobytes() for seed in range(12)}
     assert {image.tobytes() for image in memory.columns["image"]} == decoded
 
 
@@ -308,8 +308,9 @@ def test_a_damaged_record_counts_as_undecodable(tmp_path: Path) -> None:
 
 def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
     prepare_shapes(tmp_path, sizes=[(16, 16)] * 4, fixed=True, labels=[0, 1, -1, 2])  # -1 is TFDS's "unknown"
+    assert _open(tmp_path).num_examples == 4  # enough for a pretraining
     with pytest.raises(DataFault, match=r"split 'train' example \d \(record .* has label -1.*0 \.\. 2"):
-        _open(tmp_path)
+        _open(tmp_path).require_labels()
 
 
 def test_what_cannot_be_opened_is_said(fixed: Path) -> None:

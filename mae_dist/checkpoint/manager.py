@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from typing import Any
 
 import jax
@@ -211,11 +211,18 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(
-        self, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str
-    ) -> tuple[TrainState, int, dict[str, float] | None] | None:
-        """Returns the newest good state, its step and the `unfinished` of its meta; None before any save.
+        self,
+        abstract: TrainState,
+        shardings: TrainState,
+        config: ConfigDict,
+        fingerprint: str,
+        changes: Callable[[str], str] = lambda fingerprint: "",
+    ) -> tuple[TrainState, int, dict[str, Any]] | None:
+        """Returns the newest good state, its step and its meta; None before any save.
 
         The state is laid out by `shardings`, whatever mesh saved it.
+
+        `changes` says how the training data differ from those of another fingerprint, where that is known.
 
         Corrupted checkpoints go to quarantine, for all processes alike. Fields that `config` has and the checkpoint
         lacks count as their defaults.
@@ -226,8 +233,8 @@ class Checkpoints:
         """
         while (step := self.latest_step()) is not None:
             try:
-                state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint)
-                return state, step, meta.get("unfinished")
+                state, meta = self._restore_verified(step, abstract, shardings, config, fingerprint, changes)
+                return state, step, meta
             except reader.Corrupted as fault:
                 if processes.is_primary():
                     with storage_errors(self._directory / str(step)):
@@ -248,18 +255,26 @@ class Checkpoints:
         return None
 
     def _restore_verified(
-        self, step: int, abstract: TrainState, shardings: TrainState, config: ConfigDict, fingerprint: str
+        self,
+        step: int,
+        abstract: TrainState,
+        shardings: TrainState,
+        config: ConfigDict,
+        fingerprint: str,
+        changes: Callable[[str], str],
     ) -> tuple[TrainState, dict[str, Any]]:
         is_intact = self._check_files(step)
         with self._reading(step, is_intact):
             meta = reader.read_meta(self._directory / str(step))
-            self._check_same_run(step, meta, config, fingerprint)
+            self._check_same_run(step, meta, config, fingerprint, changes)
             target = with_shardings(abstract.to_dict(), shardings.to_dict())
             arrays = reader.restore(self._manager, step, target)
         reader.check_values(meta, arrays)
         return TrainState(**arrays), meta
 
-    def _check_same_run(self, step: int, meta: dict[str, Any], config: ConfigDict, fingerprint: str) -> None:
+    def _check_same_run(
+        self, step: int, meta: dict[str, Any], config: ConfigDict, fingerprint: str, changes: Callable[[str], str]
+    ) -> None:
         path = self._directory / str(step)
         if reader.WEIGHTS_ONLY in meta:
             raise StorageFault(
@@ -269,8 +284,15 @@ class Checkpoints:
             )
         stored = config_lib.from_json(meta["config"], for_use=False)
         lines = config_lib.differences(stored, config)
-        if meta["data_fingerprint"] != fingerprint:
-            lines.append(f"training data (fingerprint): {meta['data_fingerprint']} -> {fingerprint}")
+        if (old := meta["data_fingerprint"]) != fingerprint:
+            named = changes(old) or f"{old} -> {fingerprint}"
+            if config.data.accept_changes:
+                logging.warning("The training data have changed, and are accepted: %s", named)
+            else:
+                lines.append(
+                    f"training data (fingerprint): {named}; --config.data.accept_changes=True goes on with these, from "
+                    "the next epoch"
+                )
         if lines:
             raise StorageFault(
                 f"{path} was saved by another configuration:\n  - " + "\n  - ".join(lines) + "\n"

@@ -3,7 +3,9 @@
 Fields and their defaults are in `mae_dist/config/default.py`; there are none here.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator
 
 from ml_collections import ConfigDict
@@ -12,6 +14,7 @@ from mae_dist.config import default
 from mae_dist.config.imports import import_modules
 from mae_dist.config.stored import flatten, get
 from mae_dist.data import AUGMENTATIONS, SOURCES, randaugment
+from mae_dist.data.decode import DTYPES
 from mae_dist.errors import ConfigError, nearest
 from mae_dist.model import layers, masking, patches, positions
 from mae_dist.optim.optimizer import OPTIMIZERS
@@ -36,12 +39,13 @@ CHOICES: dict[str, Collection[str]] = {
     "optim.schedule": ("cosine", "constant"),
     "data.source": SOURCES,
     "data.augment": AUGMENTATIONS,
+    "data.dtype": ("auto", *DTYPES),
     "data.cache": ("auto", "memory", "stream"),
     "pictures.pix_stats": ("true", "visible"),
+    "pictures.stretch": ("auto", "none", "percentile"),
 }
 POSITIVE = (
     "global_batch_size",
-    "accum_steps",
     "log_every_steps",
     "max_skipped_steps",
     "model.embed_dim",
@@ -71,6 +75,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "total_steps",
+    "accum_steps",
     "cpu.devices",
     "cpu.pieces",
     "model.layer_scale_init",
@@ -84,6 +89,7 @@ NOT_NEGATIVE = (
     "data.randaug_magnitude",
     "data.randaug_std",
     "data.num_workers",
+    "data.max_value",
     "eval.every_epochs",
     "eval.every_steps",
     "eval.batch_size",
@@ -106,10 +112,17 @@ FRACTIONS = (  # in [0, 1)
     "optim.b2",
     "optim.momentum",
     "data.max_bad_share",
+    "data.val_fraction",
 )
 
 # Each in [0, 1].
-PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob")
+PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob", "data.background")
+# What data.labels may be, for the sources that read it; others may be a user's.
+LABELS = {
+    "folder": ("none", "folders", "csv:FILE"),
+    "tar": ("none", "cls"),
+    "parquet": ("none", "column:NAME"),
+}
 # Metrics of `online`.
 ONLINE = ("val_knn_top1", "val_ridge_top1")
 
@@ -219,8 +232,8 @@ def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
         if len(model[field]) != 2 or any(not isinstance(v, int) or v < 1 for v in model[field]):
             yield f"model.{field}={model[field]} must be two positive whole numbers, (height, width)"
             return
-    if model.channels not in (1, 3, 4):
-        yield f"model.channels={model.channels} must be 1 (gray), 3 (RGB) or 4 (RGBA)"
+    if model.channels < 1:
+        yield f"model.channels={model.channels} must be at least 1; 1 is gray, 3 RGB, 4 RGBA, more are bands"
     try:
         grid = patches.grid_size(model.image_size, model.patch_size)
         if masked and model.masking in masking.STRATEGIES:
@@ -256,11 +269,13 @@ def _mask_faults(model: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
 def _scaling_faults(config: ConfigDict) -> Iterator[str]:
     for field in ("mean", "std"):
         value = config.data[field]
-        if len(value) not in (1, config.model.channels):
+        if len(value) not in (0, 1, config.model.channels):
             yield (
                 f"data.{field}={value} has {len(value)} values; needed: 1, or one for each of "
-                f"model.channels={config.model.channels}"
+                f"model.channels={config.model.channels}, or () to measure them"
             )
+    if bool(config.data.mean) != bool(config.data.std):
+        yield f"data.mean={config.data.mean} and data.std={config.data.std}: both are () to be measured, or neither"
     if not all(math.isfinite(v) for v in config.data.mean):
         yield f"data.mean={config.data.mean} must be finite"
     if not all(0 < v < math.inf for v in config.data.std):
@@ -368,10 +383,19 @@ def _augment_faults(config: ConfigDict) -> Iterator[str]:
             f"data.randaug_magnitude={data.randaug_magnitude} and data.augment='none'; RandAugment follows 'flip' or "
             "'crop_flip': choose one, or data.randaug_magnitude=0"
         )
-    if data.randaug_magnitude and config.model.channels == 4:
+    if data.randaug_magnitude and config.model.channels not in (1, 3):
         yield (
-            f"data.randaug_magnitude={data.randaug_magnitude} and model.channels=4: RandAugment's colours have no "
-            "meaning with transparency; use 1 or 3 channels, or data.randaug_magnitude=0"
+            f"data.randaug_magnitude={data.randaug_magnitude} and model.channels={config.model.channels}: "
+            "RandAugment's colours have no meaning there; use 1 or 3 channels, or data.randaug_magnitude=0"
+        )
+    known = LABELS.get(data.source, tuple(dict.fromkeys(itertools.chain(*LABELS.values()))))
+    if not any(re.fullmatch(re.sub("FILE|NAME", ".+", kind), data.labels) for kind in known):
+        yield f"data.labels={data.labels!r} with data.source={data.source!r} is not one of {', '.join(known)}"
+    shown = config.pictures.channels
+    if len(shown) not in (0, 1, 3) or any(not isinstance(i, int) or not 0 <= i < config.model.channels for i in shown):
+        yield (
+            f"pictures.channels={shown} must be three numbers from 0 to {config.model.channels - 1}, shown as red, "
+            "green and blue, or one number, or ()"
         )
     if data.repeats > 0 and batch > 0 and batch % data.repeats:
         yield (

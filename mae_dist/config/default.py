@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.total_epochs = 100.0  # passes over the training split
     config.total_steps = 0  # > 0: train for this many steps instead; the warm-up is scaled in proportion
     config.global_batch_size = 256  # examples per step, over all devices and processes
-    config.accum_steps = 1  # microbatches per step, computed one after another
+    config.accum_steps = 1  # microbatches per step, computed one after another; 0: as an accelerator's memory needs
     config.ema_decay = 0.0  # > 0: evaluate and export a moving average of the parameters
     config.log_every_steps = 50  # fetch metrics from the device and write them this often
     config.trace = False  # record a checksum of each step's images and masks, to compare runs
@@ -98,12 +98,25 @@ def get_config() -> ConfigDict:
     config.optim.clip_value = 0.0  # > 0: clip each value of the gradient to +- this
 
     config.data = ConfigDict()
-    config.data.source = "tfds"  # tfds | digits (8x8, comes with scikit-learn) | synthetic (procedural shapes)
-    config.data.name = "cifar10"  # TFDS data set; needs the features image and label
-    config.data.data_dir = ""  # where TFDS keeps data sets, may be gs://…; "": $TFDS_DATA_DIR or ~/tensorflow_datasets
+    # tfds | folder (image files where they are) | tar (WebDataset's) | parquet (Hugging Face's) | digits (8x8, come
+    # with scikit-learn) | synthetic (procedural shapes)
+    config.data.source = "tfds"
+    config.data.name = "cifar10"  # TFDS data set; needs the feature image, and label to classify
+    # Where TFDS keeps data sets, may be gs://…; "": $TFDS_DATA_DIR or ~/tensorflow_datasets. For folder, tar and
+    # parquet the directory of the files; or several, separated by commas; a text file of paths; or a glob.
+    config.data.data_dir = ""
     config.data.train_split = "train[:80%]"
     config.data.val_split = "train[80%:]"
     config.data.test_split = "test"
+    # folder: none | folders (a directory per class) | csv:FILE (path,label[,split]); tar: none | cls (a member .cls, or
+    # "label" in .json); parquet: none | column:NAME
+    config.data.labels = "none"
+    config.data.val_fraction = 0.1  # folder, tar, parquet without val: fraction for "val", by a hash of the names
+    config.data.dtype = "auto"  # of images: auto (as stored) | uint8 | uint16 | float32
+    config.data.max_value = 0.0  # value that stands for 1 in files of more than 8 bits; 0: 65535, or 1 of float32
+    config.data.background = 1.0  # not tfds: what transparent images are put over, 0 (black) to 1 (white)
+    config.data.exif = True  # not tfds: turn photographs upright; TFDS sets are read as TensorFlow reads them
+    config.data.accept_changes = False  # continue a run whose files have changed, from its next epoch on
     config.data.augment = "none"  # none | flip | crop_flip (random resized crop, bicubic, and flip)
     config.data.crop_scale = (0.2, 1.0)  # area of the random crop, as a fraction of the image
     config.data.randaug_magnitude = 0.0  # RandAugment after crop and flip: mean magnitude, up to 10 (paper: 9); 0: none
@@ -111,8 +124,8 @@ def get_config() -> ConfigDict:
     config.data.randaug_layers = 2  # operations per image, each applied with probability 0.5
     config.data.repeats = 1  # copies of each image in a batch, augmented differently (repeated augmentation; DeiT: 3).
     # An epoch keeps its number of steps, so all images are seen once in `repeats` epochs.
-    config.data.mean = (0.0,)  # model input = (pixel / 255 - mean) / std; one value, or one per channel
-    config.data.std = (1.0,)
+    config.data.mean = (0.0,)  # model input = (pixel / 255 - mean) / std, or pixel / max_value; one per channel, or one
+    config.data.std = (1.0,)  # mean and std () are measured on 2,000 training images at the first start
     config.data.cache = "auto"  # auto | memory (decode once) | stream (decode when read)
     config.data.cache_dir = ""  # decoded images and copies of records; "": mae_dist in $XDG_CACHE_HOME or ~/.cache
     config.data.stage = False  # copy the record files to cache_dir first and read them there; always done for a bucket
@@ -143,6 +156,8 @@ def get_config() -> ConfigDict:
     # With norm_pix_loss the model does not predict the mean and standard deviation of removed patches. Pictures take
     # them from the removed patches themselves ("true", which flatters the model) or from visible ones ("visible").
     config.pictures.pix_stats = "true"
+    config.pictures.channels = ()  # three, from 0, to show as red, green and blue; (): the first three, or one
+    config.pictures.stretch = "auto"  # auto (not for uint8) | none | percentile: 2 % to 98 % of each image's values
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500  # and always at the end; 0: by minutes only

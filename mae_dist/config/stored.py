@@ -29,6 +29,7 @@ FREE = (
     "data.cache",
     "data.cache_dir",
     "data.stage",
+    "data.accept_changes",
     "data.num_workers",
     "eval",
     "online",

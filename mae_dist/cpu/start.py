@@ -42,7 +42,7 @@ def choose_devices(config: ConfigDict, workdir: str | None) -> int:
         config.cpu.fold = config.cpu.fold and stored.get("fold", True)
         share_of_update = config_lib.rows_together(config) * max(1, config.cpu.pieces)
         batches = (
-            (config.global_batch_size // config.accum_steps, share_of_update),
+            (config.global_batch_size // max(1, config.accum_steps), share_of_update),
             (config.eval.batch_size or config.global_batch_size, 1),
         )
         if config.cpu.devices > cores.num_cores():

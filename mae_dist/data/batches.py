@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -35,6 +35,21 @@ _LOG = logging.getLogger(__name__)
 HostBatch = dict[str, np.ndarray]
 
 
+class Stream(NamedTuple):
+    """Where a run took up its current examples: at step 0 in epoch 0, unless they changed between two starts."""
+
+    first_step: int = 0
+    first_epoch: int = 0
+
+    def after(self, step: int, num_unique: int, num_examples: int) -> "Stream":
+        """Returns the stream of other examples from `step` on: their next epoch, all of it."""
+        epochs = -(-(step - self.first_step) * num_unique // num_examples)  # begun
+        return Stream(step, self.first_epoch + epochs)
+
+
+UNCHANGED = Stream()
+
+
 @dataclass(frozen=True)
 class _TrainBatch:
     """Makes the host batch of a step. Picklable: workers are spawned."""
@@ -47,10 +62,13 @@ class _TrainBatch:
     seed: int
     global_batch_size: int
     rows: np.ndarray  # (b,)
+    stream: Stream
 
     def __call__(self, step: int) -> HostBatch:
         num_unique = self.global_batch_size // self.repeats
-        indices = stream_indices(self.seed, step, num_unique, self.rows % num_unique, self.dataset.num_examples)
+        indices = stream_indices(
+            self.seed, step, num_unique, self.rows % num_unique, self.dataset.num_examples, self.stream
+        )
         augmentation, flip, crops = self.augmentation, None, None
         if augmentation.flip or augmentation.crop:
             numbers = self._uniforms(draws.AUGMENT, step, 1 + CROP_UNIFORMS)
@@ -77,7 +95,7 @@ class _TrainBatch:
         wanted = indices.copy()
         while bad.any():
             if len(found_bad) > _REPLACEMENTS or self.dataset.max_bad_share == 0:
-                names = ", ".join(self.dataset.record_name(int(index)) for index in found_bad[0][:10])
+                names = ", ".join(self.dataset.fault(int(index)) for index in found_bad[0][:10])
                 raise DataFault(
                     f"records that do not decode: {names}; data.max_bad_share is {self.dataset.max_bad_share:g}, and "
                     f"at most {_REPLACEMENTS} in a row are passed over. Restore the files, or raise data.max_bad_share"
@@ -152,12 +170,12 @@ class Batches:
 
     def _count(self, bad: np.ndarray) -> None:
         self._num_bad += len(bad)
-        names = [self._dataset.record_name(int(index)) for index in np.unique(bad)]
+        names = [self._dataset.fault(int(index)) for index in np.unique(bad)]
         new = [name for name in names if name not in self.bad_records]
         if new:
             _LOG.warning("passed over %d records that do not decode: %s", len(new), ", ".join(new))
             self.bad_records += new
-        allowed = self._dataset.max_bad_share * max(self._num_read, min(_FRACTION_OVER, self._dataset.num_examples))
+        allowed = self._dataset.max_bad_share * max(self._num_read, min(_FRACTION_OVER, self._dataset.total_examples))
         if self._num_bad > allowed:
             raise DataFault(
                 f"{self._num_bad} of {self._num_read} records read do not decode, and data.max_bad_share is "
@@ -197,6 +215,7 @@ def train_batches(
     total_steps: int,
     rows: np.ndarray,
     num_workers: int,
+    stream: Stream = UNCHANGED,
 ) -> Batches:
     """Iterates over this process's rows of the training batches of steps start_step .. total_steps - 1.
 
@@ -213,9 +232,10 @@ def train_batches(
       total_steps: where to stop.
       rows: global row numbers this process computes, from `local_rows`. # (b,)
       num_workers: reading processes; 0 reads in threads, one for a dataset in memory and one per core otherwise.
+      stream: the step and epoch at which these examples begin.
 
     Returns:
-      Host batches {"image": uint8 (b, H, W, C), "label": int32 (b,)}, or the dataset's own columns.
+      Host batches {"image": (b, H, W, C), "label": int32 (b,)}, or the dataset's own columns.
 
     Raises:
       ConfigError: too little shared memory for the workers.
@@ -232,6 +252,7 @@ def train_batches(
         seed,
         global_batch_size,
         np.asarray(rows, np.int64),
+        stream,
     )
     return _iterate(dataset, make_batch, start_step, total_steps, num_workers)
 
@@ -245,7 +266,7 @@ def eval_batches(dataset: Dataset, *, global_batch_size: int, rows: np.ndarray) 
       rows: global row numbers this process computes, from `local_rows`. # (b,)
 
     Returns:
-      Host batches {"image": uint8 (b, H, W, C), "label": int32 (b,), "index": int32 (b,), "weight": float32 (b,)}, or
+      Host batches {"image": (b, H, W, C), "label": int32 (b,), "index": int32 (b,), "weight": float32 (b,)}, or
       the dataset's own columns with index and weight. index is the position in the dataset, -1 for padding; weight is
       1, or 0 for padding and for unreadable records.
 
@@ -256,9 +277,12 @@ def eval_batches(dataset: Dataset, *, global_batch_size: int, rows: np.ndarray) 
     return _iterate(dataset, make_batch, 0, -(-dataset.num_examples // global_batch_size), num_workers=0)
 
 
-def stream_indices(seed: int, step: int, num_unique: int, rows: np.ndarray, num_examples: int) -> np.ndarray:
+def stream_indices(
+    seed: int, step: int, num_unique: int, rows: np.ndarray, num_examples: int, stream: Stream = UNCHANGED
+) -> np.ndarray:
     """Returns the examples at `rows` of the `num_unique` different ones that `step` takes. # (b,) -> (b,) int64"""
-    epochs, positions = np.divmod(step * num_unique + rows, num_examples)
+    epochs, positions = np.divmod((step - stream.first_step) * num_unique + rows, num_examples)
+    epochs += stream.first_epoch
     indices = np.empty(len(rows), np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch

@@ -1,12 +1,14 @@
 """The splits and batches that a config describes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_dist.data import Dataset, RandAugment, batches, open_split
+from mae_dist.data import Dataset, RandAugment, batches, open_split, statistics
+from mae_dist.data.batches import Stream
 from mae_dist.errors import ConfigError
 
 
@@ -19,7 +21,9 @@ class Data:
     test: Dataset | None
 
 
-def train_batches(config: ConfigDict, dataset: Dataset, *, start_step: int, total_steps: int, rows: Any) -> Any:
+def train_batches(
+    config: ConfigDict, dataset: Dataset, *, start_step: int, total_steps: int, rows: Any, stream: Stream
+) -> Any:
     """Iterates over `rows` of the batches of steps start_step .. total_steps - 1, as a config has them made."""
     options = config.data
     fill = tuple(min(255, max(0, round(255 * value))) for value in options.mean)  # as timm
@@ -37,7 +41,19 @@ def train_batches(config: ConfigDict, dataset: Dataset, *, start_step: int, tota
         total_steps=total_steps,
         rows=rows,
         num_workers=options.num_workers,
+        stream=stream,
     )
+
+
+def complete(config: ConfigDict, data: Data) -> ConfigDict:
+    """Returns a copy of a config in which the data's type, mean and standard deviation are filled in if left open."""
+    config = config.copy_and_resolve_references().unlock()
+    if data.train.dtype != "uint8":
+        config.data.dtype = data.train.dtype
+    if not config.data.mean:
+        mean, std = statistics.measured(data.train, config.data.cache_dir)
+        config.data.update(mean=mean, std=std)
+    return config
 
 
 def open_data(config: ConfigDict, open_one: Callable[[ConfigDict, str], Dataset] | None = None) -> Data:
@@ -45,13 +61,17 @@ def open_data(config: ConfigDict, open_one: Callable[[ConfigDict, str], Dataset]
     if not config.data.train_split:
         raise ConfigError("data.train_split is empty; name a split, as 'train' or 'train[:80%]'")
     splits = [config.data[f"{name}_split"] for name in ("train", "val", "test")]
-    train, val, test = ((open_one or open_dataset)(config, split) if split else None for split in splits)
+    open_one = open_one or functools.partial(open_dataset, shared={})
+    train, val, test = (open_one(config, split) if split else None for split in splits)
     assert train is not None
     return Data(train, val, test)
 
 
-def open_dataset(config: ConfigDict, split: str) -> Dataset:
-    """Opens a split expression of the source that `config.data` names, for the images that `config.model` takes."""
-    return open_split(
-        split, image_size=config.model.image_size, channels=config.model.channels, **config.data.to_dict()
-    )
+def open_dataset(config: ConfigDict, split: str, shared: dict[str, Any] | None = None) -> Dataset:
+    """Opens a split expression of the source that `config.data` names, for the images that `config.model` takes.
+
+    `shared` is as for `open_split`: one dict for the splits of a run.
+    """
+    model = config.model
+    fields = config.data.to_dict()
+    return open_split(split, image_size=model.image_size, channels=model.channels, shared=shared, **fields)

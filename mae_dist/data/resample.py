@@ -1,9 +1,9 @@
 """Bicubic resampling, antialiased along each axis by itself: the pixels of Pillow's `Image.resize`, in half the time.
 
 Where an axis shrinks, the kernel (Keys 1981, a = -1/2) is as much wider; where it grows, the kernel is itself. As in
-Pillow, the width is resampled first, and the result rounded to whole grey levels before the height is. Both are
-matmuls: the rows of weights are nearly all zero, so a matmul computes a few neighbouring rows of the result from the
-rows of the image that these need.
+Pillow, the width is resampled first, and the result of integers rounded before the height is. Both are matmuls: the
+rows of weights are nearly all zero, so a matmul computes a few neighbouring rows of the result from the rows of the
+image that these need.
 
 Legend: H, W size of the image, H', W' of the result, C channels, n a length along one axis, N values beside each other.
 """
@@ -37,7 +37,7 @@ class _Rows(NamedTuple):
 
 
 def resize_box(image: np.ndarray, box: Box, out: np.ndarray, *, margin: bool = False) -> None:
-    """Resizes `box` of an image into `out`. # (H, W, C) uint8 -> out (H', W', C) uint8, C-contiguous
+    """Resizes `box` of an image into `out`. # (H, W, C) -> out (H', W', C) of the same type, C-contiguous
 
     Args:
       image: where the box is cut from.
@@ -55,10 +55,10 @@ def resize_box(image: np.ndarray, box: Box, out: np.ndarray, *, margin: bool = F
     if (box_height, box_width, num_rows, num_columns) == (height, width, height, width):
         out[...] = cut
         return
-    turned = cv2.transpose(cut).reshape(num_columns, num_rows * channels)
-    narrow = np.empty((width, num_rows * channels), np.uint8)
+    turned = _transpose(cut).reshape(num_columns, num_rows * channels)
+    narrow = np.empty((width, num_rows * channels), image.dtype)
     _resample(turned, left - columns.start, box_width, narrow)
-    upright = cv2.transpose(narrow.reshape(width, num_rows, channels)).reshape(num_rows, width * channels)
+    upright = _transpose(narrow.reshape(width, num_rows, channels)).reshape(num_rows, width * channels)
     _resample(upright, top - rows.start, box_height, out.reshape(height, width * channels))
 
 
@@ -68,9 +68,9 @@ def resize_boxes(images: np.ndarray, boxes: np.ndarray, out: np.ndarray) -> None
     Boxes of one width are resampled together, then those of one height: for 32 pixels a call costs more than its work.
 
     Args:
-      images: uint8. # (N, H, W, C)
+      images: uint8, uint16 or float32. # (N, H, W, C)
       boxes: whole numbers. # (N, 4)
-      out: the results. # (N, H', W', C) uint8
+      out: the results, of the same type. # (N, H', W', C)
     """
     _, height, width, channels = out.shape
     narrow: list[np.ndarray] = [out] * len(out)  # of each image, turned: (W', box height * C)
@@ -79,18 +79,18 @@ def resize_boxes(images: np.ndarray, boxes: np.ndarray, out: np.ndarray) -> None
         parts = []
         for row, (top, left, box_height, _) in zip(rows.tolist(), boxes[rows].tolist(), strict=True):
             cut = images[row, top : top + box_height, left : left + box_width]
-            parts.append(cv2.transpose(cut).reshape(box_width, box_height * channels))
+            parts.append(_transpose(cut).reshape(box_width, box_height * channels))
         turned = np.concatenate(parts, axis=1)
-        result = np.empty((width, turned.shape[1]), np.uint8)
+        result = np.empty((width, turned.shape[1]), out.dtype)
         _resample(turned, 0, box_width, result)
         ends = np.cumsum([part.shape[1] for part in parts]).tolist()
         for row, part, end in zip(rows.tolist(), parts, ends, strict=True):
             narrow[row] = result[:, end - part.shape[1] : end]
     for box_height in np.unique(boxes[:, 2]).tolist():
         rows = np.flatnonzero(boxes[:, 2] == box_height)
-        upright = [cv2.transpose(narrow[row].reshape(width, box_height, channels)) for row in rows.tolist()]
+        upright = [_transpose(narrow[row].reshape(width, box_height, channels)) for row in rows.tolist()]
         stacked = np.concatenate([part.reshape(box_height, width * channels) for part in upright], axis=1)
-        result = np.empty((height, stacked.shape[1]), np.uint8)
+        result = np.empty((height, stacked.shape[1]), out.dtype)
         _resample(stacked, 0, box_height, result)
         out[rows] = result.reshape(height, len(rows), width, channels).swapaxes(0, 1)
 
@@ -102,7 +102,7 @@ def _needed(start: float, length: float, size: int, out: int, margin: bool) -> s
 
 
 def _resample(image: np.ndarray, start: float, length: float, out: np.ndarray) -> None:
-    """Resamples start .. start + length of the first axis. # (n, N) uint8 -> out (n', N) uint8"""
+    """Resamples start .. start + length of the first axis. # (n, N) -> out (n', N)"""
     chunk = min(image.shape[1], max(1, _CHUNK // max(len(image), len(out))))
     # More rows in a matmul are more weights that are zero, fewer are more calls.
     cost_of_row = chunk * max(1.0, length / len(out))
@@ -114,8 +114,20 @@ def _resample(image: np.ndarray, start: float, length: float, out: np.ndarray) -
         result = np.empty((len(out), source.shape[1]), np.float32)
         for first, low, high, weights in blocks:
             np.matmul(weights, source[low:high], out=result[first : first + rows])
-        np.maximum(result, 0, out=result)  # the conversion takes the absolute value
-        cv2.convertScaleAbs(result, dst=out[:, left : left + chunk])
+        if out.dtype == np.uint8:
+            np.maximum(result, 0, out=result)  # the conversion takes the absolute value
+            cv2.convertScaleAbs(result, dst=out[:, left : left + chunk])
+        elif out.dtype == np.uint16:
+            out[:, left : left + chunk] = np.rint(np.clip(result, 0, 65535))
+        else:
+            out[:, left : left + chunk] = result
+
+
+def _transpose(image: np.ndarray) -> np.ndarray:
+    """Swaps the first two axes. # (H, W, C) -> (W, H, C), C-contiguous"""
+    if image.dtype == np.uint8 and image.shape[-1] in (1, 3, 4):
+        return cv2.transpose(image)
+    return np.ascontiguousarray(image.swapaxes(0, 1))
 
 
 @functools.lru_cache(512)  # crops of photographs have a few hundred lengths

@@ -1,4 +1,4 @@
-"""Decoding of image files, centre crop, random resized crop (Szegedy et al. 2015), flip.
+"""Centre crop, random resized crop (Szegedy et al. 2015), flip.
 
 Nothing here draws random numbers. The caller passes uniforms that it derives from (seed, step, row), so the same row
 gets the same crop on whichever host or worker computes it.
@@ -6,37 +6,18 @@ gets the same crop on whichever host or worker computes it.
 Legend: N rows, H height, W width, C channels (1 grey, 3 RGB, 4 RGBA); a box is (top, left, height, width) in pixels.
 """
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
-from PIL import Image
 
-from mae_dist.data.resample import Box, resize_box, resize_boxes
+from mae_dist.data.resample import resize_box, resize_boxes
 from mae_dist.errors import ConfigError
 from mae_dist.registry import Registry
 
-# The data pipeline already runs one image per thread or process; OpenCV's own pool would only fight XLA for the cores.
-cv2.setNumThreads(0)
-
 CROP_TRIES = 10  # as torchvision.transforms.RandomResizedCrop
 CROP_UNIFORMS = 2 * CROP_TRIES + 2  # per try an area and an aspect ratio, then one position (top, left)
-
-# From this many pixels a side on, a JPEG is decoded at a fraction of its size where that is enough. Smaller ones cost
-# too little to be worth it.
-PHOTOGRAPH_FROM = 64
-_ROUNDING = 1e-6  # of a box's edges, in pixels
-
-# Added to the flag of the colours, which replaces the "GRAYSCALE" of their names.
-_REDUCTIONS = {
-    1: 0,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
 
 ImageFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -55,10 +36,10 @@ class Augmentation:
         assert self.function is not None
         for image, numbers in zip(images, uniforms, strict=True):
             changed = self.function(image, numbers)
-            if changed.shape != image.shape or changed.dtype != np.uint8:
+            if changed.shape != image.shape or changed.dtype != image.dtype:
                 raise ConfigError(
                     f"the function of data.augment returns {changed.dtype} of shape {changed.shape} for an image of "
-                    f"shape {image.shape}; needed: uint8 of the same shape"
+                    f"shape {image.shape}; needed: {image.dtype} of the same shape"
                 )
             image[:] = changed
         return images
@@ -75,10 +56,10 @@ def register_augmentation(
 ) -> Callable[[ImageFunction], ImageFunction]:
     """Adds an augmentation, for `config.data.augment` to name: a decorator of the function that changes one image.
 
-    The function takes an image uint8 (H, W, C) and `num_uniforms` numbers float64 in [0, 1), drawn for this image of
-    this step, and returns an image like the one given. All that is random in it must come from these numbers: then the
-    batch of a step is the same on any number of hosts and workers, and after a resume. It stands at the top level of
-    its module, which worker processes import.
+    The function takes an image (H, W, C), uint8 unless `data.dtype` says otherwise, and `num_uniforms` numbers float64
+    in [0, 1), drawn for this image of this step, and returns an image like the one given. All that is random in it must
+    come from these numbers: then the batch of a step is the same on any number of hosts and workers, and after a
+    resume. It stands at the top level of its module, which worker processes import.
 
     Args:
       name: of the augmentation.
@@ -95,10 +76,6 @@ def register_augmentation(
         return function
 
     return add
-
-
-class UndecodableImage(ValueError):
-    """Bytes that are not a whole image with the channels asked for."""
 
 
 @dataclass(frozen=True)
@@ -143,73 +120,6 @@ class RandomCrops:
         return boxes
 
 
-def header_size(data: bytes) -> tuple[int, int]:
-    """Reads (height, width) from the header of an image file; (0, 0) if it has none."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return 0, 0
-
-
-def decode_image(data: bytes, channels: int, reduction: int = 1) -> np.ndarray:
-    """Decodes whatever OpenCV reads to uint8 in RGB order. # -> (H, W, C), or rounded up (H / reduction, …)
-
-    EXIF orientation is ignored, as TensorFlow and therefore published results do.
-
-    Args:
-      data: the file.
-      channels: 1 grey, 3 RGB, 4 RGBA.
-      reduction: 1, 2, 4 or 8; a JPEG is then decoded at that fraction of its size, which is faster.
-
-    Raises:
-      UndecodableImage: the bytes are not a whole image, or have no alpha channel where channels == 4.
-    """
-    flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB, 4: cv2.IMREAD_UNCHANGED}[channels]
-    flags |= _REDUCTIONS[reduction]
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UndecodableImage(f"{len(data)} bytes starting {data[:8]!r} are not a whole image")
-    if channels == 4:
-        if image.ndim != 3 or image.shape[2] != 4 or image.dtype != np.uint8:
-            raise UndecodableImage(
-                f"an image of shape {image.shape}, {image.dtype}, where 4 channels of uint8 were asked"
-            )
-        image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA)
-    return image.reshape(*image.shape[:2], channels)
-
-
-def decode_box(data: bytes, box: Box, out: np.ndarray, *, margin: bool = False) -> None:
-    """Decodes a file and resizes `box` of it into `out`. # -> out (H', W', C) uint8, C-contiguous
-
-    A JPEG of whose box no more than every second, fourth or eighth pixel is needed is decoded at that fraction of its
-    size.
-
-    Args:
-      data: the file.
-      box: in pixels of the file's image.
-      out: the result.
-      margin: as for `resize_box`.
-
-    Raises:
-      UndecodableImage: as `decode_image`.
-    """
-    top, left, height, width = box
-    reduction = 1
-    if min(out.shape[:2]) >= PHOTOGRAPH_FROM and out.shape[2] != 4 and data.startswith(b"\xff\xd8\xff"):
-        shrink = min(height / out.shape[0], width / out.shape[1])
-        reduction = next((known for known in (8, 4, 2) if shrink >= known), 1)
-    image = decode_image(data, out.shape[2], reduction)
-    if reduction > 1:
-        top, left, height, width = (edge / reduction for edge in (top, left, height, width))
-    if top + height > image.shape[0] + _ROUNDING or left + width > image.shape[1] + _ROUNDING:
-        raise UndecodableImage(f"an image of {image.shape[0]} x {image.shape[1]} pixels, where its header says more")
-    resize_box(image, (top, left, height, width), out, margin=margin)
-
-
 def center_box(height: int, width: int, size: tuple[int, int], zoom: float = 1.0) -> tuple[float, float, float, float]:
     """Returns the box that "resize the short side to zoom * size, crop the centre" leaves, its edges within pixels.
 
@@ -246,21 +156,21 @@ def _fallback_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[
 
 
 def resize_images(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes the short side, crops the centre. # uint8 (N, H, W, C) -> (N, *size, C)"""
+    """Resizes the short side, crops the centre. # (N, H, W, C) -> (N, *size, C)"""
     if images.shape[1:3] == size:
         return images
     box = center_box(images.shape[1], images.shape[2], size)
-    out = np.empty((len(images), *size, images.shape[3]), np.uint8)
+    out = np.empty((len(images), *size, images.shape[3]), images.dtype)
     for image, target in zip(images, out, strict=True):
         resize_box(image, box, target, margin=True)
     return out
 
 
 def crop_images(images: np.ndarray, crops: RandomCrops) -> np.ndarray:
-    """Crops images of one size at random and resizes them back to that size. # (N, H, W, C) uint8 -> the same"""
+    """Crops images of one size at random and resizes them back to that size. # (N, H, W, C) -> the same"""
     count, height, width = images.shape[:3]
     boxes = crops.boxes(np.full(count, height), np.full(count, width))
-    out = np.empty(images.shape, np.uint8)
+    out = np.empty_like(images)
     resize_boxes(images, boxes, out)
     return out
 

@@ -103,9 +103,7 @@ def _norm_in_head(config: ConfigDict) -> bool:
 
 def scale(images: jax.Array, config: ConfigDict) -> jax.Array:
     """Scales images, uint8 in 0..255 or floating-point in 0..1 (B, H, W, C), as the model expects them: float32."""
-    if jnp.issubdtype(images.dtype, jnp.floating):
-        images = images.astype(jnp.float32) * 255
-    return scale_pixels(images, config.data.mean, config.data.std)
+    return scale_pixels(images, config.data)
 
 
 def needed_shapes(source: pretrained.Pretrained) -> pretrained.Params:

@@ -65,8 +65,9 @@ class Encoder:
         """Computes deterministic features of whole images, nothing masked.
 
         Args:
-          images: (B, H, W, C), any B: uint8 in 0..255, or floating-point in 0..1. H, W and C are `image_size` and
-            `channels`; mean and standard deviation of the training are applied here.
+          images: (B, H, W, C), any B: uint8 in 0..255, or floating-point in 0..1; or uint16, for a model that was
+            trained on such. H, W and C are `image_size` and `channels`; mean and standard deviation of the training
+            are applied here.
           kind: `mean` over the patches, `cls` for the class token, `patches` for one vector per patch.
           block: of which block's output, from 1, before any norm; 0 is what enters the first; None is the output of the
             last one, normalised.
@@ -84,7 +85,7 @@ class Encoder:
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size}: at least one image has to be computed at once")
         check_kind(kind)
-        images = check_images(np.asarray(images), (*self.image_size, self.channels))
+        images = check_images(np.asarray(images), (*self.image_size, self.channels), self.config.data.dtype)
         # Few different sizes, for each is compiled: powers of two up to the batch's.
         size = min(batch_size, 1 << max(0, len(images) - 1).bit_length())
         step = self._make_step(size, (kind,), block)
@@ -97,24 +98,26 @@ class Encoder:
         return result
 
 
-def check_images(images: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
+def check_images(images: np.ndarray, expected: tuple[int, ...], dtype: str) -> np.ndarray:
     """Returns the images, floating-point ones as float32; raises a `DataFault` for what a model cannot take.
 
     Args:
-      images: uint8 in 0..255 or floating-point in 0..1.
+      images: uint8 in 0..255 or floating-point in 0..1; also uint16 for a model that was trained on such.
       expected: (H, W, C) of the model.
+      dtype: `data.dtype` of the model; "auto" is uint8.
     """
     if images.ndim != 4 or images.shape[1:] != expected:
         raise DataFault(
             f"images have shape {images.shape}, needed: (B, {', '.join(map(str, expected))}); resize them first, "
             "or convert the encoder to their size"
         )
-    if images.dtype == np.uint8:
+    if images.dtype == np.uint8 or images.dtype == dtype == "uint16":
         return images
     if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 is of JAX's, not of NumPy's types
-        raise DataFault(f"images are {images.dtype}; needed: uint8 in 0..255 or floating-point in 0..1")
+        needed = "uint8 in 0..255" if dtype in ("auto", "uint8") else dtype
+        raise DataFault(f"images are {images.dtype}; needed: {needed} or floating-point in 0..1")
     # A little beyond is what resizing leaves; 0..255 in floats, or pixels normalised already, is not.
-    if images.size and not (images.min() >= -0.1 and images.max() <= 1.1):
+    if dtype != "float32" and images.size and not (images.min() >= -0.1 and images.max() <= 1.1):
         raise DataFault(
             f"floating-point images reach from {images.min():g} to {images.max():g}; needed: 0..1, not normalised"
         )

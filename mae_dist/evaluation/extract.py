@@ -35,7 +35,7 @@ def with_data(source: pretrained.Pretrained, given: ConfigDict | None, data_dir:
         if given is None:
             config.mesh.update(data=-1, fsdp=1, tensor=1)
         else:
-            scaling = {name: config.data[name] for name in ("mean", "std")}
+            scaling = {name: config.data[name] for name in ("mean", "std", "dtype", "max_value")}
             config.update(data={**given.data.to_dict(), **scaling}, mesh=given.mesh, eval=given.eval)
             config.global_batch_size = given.global_batch_size
         config.data.data_dir = data_dir or config.data.data_dir

@@ -76,16 +76,24 @@ def top1(
     temperature: float,
     ridge: float,
 ) -> dict[str, float]:
-    """Returns accuracies of `test` by both, 0 to 1: `knn_top1` and `ridge_top1`.
+    """Returns accuracies of `test` by both, 0 to 1: `knn_top1` and `ridge_top1`; nothing where either has no labels.
 
-    `train` and `test` hold `features` float32 (N, D) and `label` int32 (N,).
+    `train` and `test` hold `features` float32 (N, D) and `label` int32 (N,); a label of -1 leaves its example out.
     """
+    train, test = (_labelled(columns) for columns in (train, test))
+    if not len(train["label"]) or not len(test["label"]):
+        return {}
     arrays = (train["features"], train["label"], test["features"])
     predicted = {
         "knn_top1": knn_predict(*arrays, num_classes=num_classes, k=k, temperature=temperature),
         "ridge_top1": ridge_predict(*arrays, num_classes=num_classes, ridge=ridge),
     }
     return {name: float(np.mean(classes == test["label"])) for name, classes in predicted.items()}
+
+
+def _labelled(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    known = columns["label"] >= 0
+    return columns if known.all() else {name: column[known] for name, column in columns.items()}
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

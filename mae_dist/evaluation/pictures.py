@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -32,7 +33,7 @@ def reconstruct(
     """Reconstructs the first `num_images` of a split under its fixed masks, which `seed` decides.
 
     Returns:
-      For each of `COLUMNS` float32 (n, H, W, C) in 0..1, on every host; and the class names of the images.
+      For each of `COLUMNS` float32 (n, H, W, C), on every host; and the images' classes, or the names of their files.
     """
     shards = num_batch_shards(sharding.mesh)
     size = math.ceil(min(num_images, dataset.num_examples) / shards) * shards
@@ -42,7 +43,11 @@ def reconstruct(
         found = first_rows(batches, num_images)
     if not len(found["label"]):
         raise DataFault(f"none of the first {candidates.num_examples} images of the split decodes")
-    return {name: found[name] for name in COLUMNS}, [dataset.class_names[label] for label in found["label"]]
+    names = [
+        dataset.class_names[label] if label >= 0 else os.path.basename(dataset.file_name(int(index)))
+        for label, index in zip(found["label"], found["index"], strict=True)
+    ]
+    return {name: found[name] for name in COLUMNS}, names
 
 
 def note_on_moments(config: ConfigDict) -> str:
@@ -52,6 +57,25 @@ def note_on_moments(config: ConfigDict) -> str:
     if config.pictures.pix_stats == "visible":
         return "with the mean and deviation of removed patches estimated from the visible ones"
     return "with the true mean and deviation of removed patches, which the model does not predict"
+
+
+def as_shown(images: dict[str, np.ndarray], config: ConfigDict) -> dict[str, np.ndarray]:
+    """Turns the columns that `reconstruct` returns into pictures that a person can see.
+
+    By `config.pictures`: `channels` chooses three bands, or one; `stretch` maps 2 % to 98 % of each original's values,
+    band by band, to black and white, in all of its columns alike.
+
+    Returns:
+      float32 (n, H, W, 3) or (n, H, W, 1) in 0..1.
+    """
+    options, count = config.pictures, config.model.channels
+    bands = list(options.channels or (range(3) if count >= 3 else range(1)))
+    shown = {name: column[..., bands] for name, column in images.items()}
+    if options.stretch == "percentile" or (options.stretch == "auto" and config.data.dtype in ("uint16", "float32")):
+        low, high = np.percentile(shown["original"], (2, 98), axis=(1, 2), keepdims=True)  # (n, 1, 1, c)
+        span = np.where(high > low, high - low, 1)
+        shown = {name: (column - low) / span for name, column in shown.items()}
+    return {name: np.clip(column, 0, 1).astype(np.float32) for name, column in shown.items()}
 
 
 def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -> np.ndarray:
@@ -72,7 +96,7 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
         row, left = i % rows, 4 * (i // rows)
         for column, kind in enumerate(COLUMNS):
             axis = axes[row, left + column]
-            image = images[kind][i][..., :3]
+            image = images[kind][i]
             axis.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), vmin=0, vmax=1, interpolation="nearest")
             if row == 0:
                 axis.set_title(_TITLES[column], fontsize=8)

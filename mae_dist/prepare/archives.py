@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 
 from mae_dist import names
+from mae_dist.data.decode import Decoder, UndecodableImage
 from mae_dist.data.files import Progress
-from mae_dist.data.transforms import UndecodableImage, decode_image
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.prepare.tfds_writer import Image
 
@@ -125,7 +125,7 @@ def to_rgb_jpeg(name: str, data: bytes) -> bytes:
     if name not in (*tfds_imagenet.CMYK_IMAGES, *tfds_imagenet.PNG_IMAGES):
         return data
     try:
-        image = decode_image(data, 3)
+        image = Decoder(3).decode(data)
     except UndecodableImage as error:
         raise DataFault(f"{name} does not decode: {error}; download the archive again") from error
     return cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 100])[1].tobytes()
@@ -226,6 +226,6 @@ def _folder_split(folder: Path, labels: dict[str, int], skip_undecodable: bool) 
 
 def _decodes(path: Path) -> bool:
     with contextlib.suppress(UndecodableImage, OSError):
-        decode_image(path.read_bytes(), 3)
+        Decoder(3).decode(path.read_bytes())
         return True
     return False

@@ -105,7 +105,7 @@ def _classifier(source: pretrained.Pretrained) -> extract.Compute:
 
     def forward(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         model = bind(params)
-        features = model.features(scale_pixels(batch["image"], config.data.mean, config.data.std), None)
+        features = model.features(scale_pixels(batch["image"], config.data), None)
         return {"mean": features.astype(jnp.float32), "logits": model.logits(features)}
 
     def make_step(shardings: PyTree, batch_size: int) -> jax.stages.Wrapped:

@@ -1,10 +1,10 @@
 """The `Task` value: model, loss and metrics of one kind of training, for the one loop.
 
-Shapes: B batch, H W C image, L patches, P values of one patch, D encoder width, Y classes. A batch holds `image` uint8
-(B, H, W, C) or, for a probe on cached features, `features` float32 (B, D); `label` int32 (B,); in evaluation also
-`index` int32 (B,), the example's position in its split, `weight` float32 (B,), 0 for padding, and optionally `seed`
-uint32 (B,), the same in every row: the seed of the fixed masks, by default the config's. It is data, so that another
-seed compiles nothing.
+Shapes: B batch, H W C image, L patches, P values of one patch, D encoder width, Y classes. A batch holds `image`
+(B, H, W, C) uint8, uint16 or float32 or, for a probe on cached features, `features` float32 (B, D); `label` int32
+(B,), -1 for none; in evaluation also `index` int32 (B,), the example's position in its split, `weight` float32 (B,), 0
+for padding, and optionally `seed` uint32 (B,), the same in every row: the seed of the fixed masks, by default the
+config's. It is data, so that another seed compiles nothing.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 from jaxtyping import Array, Float, Num
+from ml_collections import ConfigDict
 
 from mae_dist.model.build import Params
 
@@ -49,15 +50,21 @@ class Task:
     statistics: Callable[[Params, Batch], Params] | None = None
 
 
-def scale_pixels(
-    images: Num[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Array, "B H W C"]:
-    """Returns (pixel / 255 - mean) / std in float32; mean and std have one value, or one per channel."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+def scale_pixels(images: Num[Array, "B H W C"], data: ConfigDict) -> Float[Array, "B H W C"]:
+    """Scales pixels as a model takes them: (fraction - mean) / std in float32.
+
+    Args:
+      images: uint8, uint16, or floating-point fractions of the range.
+      data: `config.data`: `max_value` is the top of uint16's range; `mean` and `std` have one value or C.
+    """
+    fraction = images.astype(jnp.float32)
+    if images.dtype == jnp.uint8:
+        fraction = fraction / 255
+    elif images.dtype == jnp.uint16:
+        fraction = fraction / (data.max_value or 65535)
+    return (fraction - jnp.asarray(data.mean, jnp.float32)) / jnp.asarray(data.std, jnp.float32)
 
 
-def unscale_pixels(
-    x: Float[Array, "B H W C"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Array, "B H W C"]:
-    """Inverts `scale_pixels`, to values in 0..1 (clipped)."""
-    return jnp.clip(x * jnp.asarray(std, jnp.float32) + jnp.asarray(mean, jnp.float32), 0, 1)
+def unscale_pixels(x: Float[Array, "B H W C"], data: ConfigDict) -> Float[Array, "B H W C"]:
+    """Inverts `scale_pixels`, to fractions of the range; not clipped."""
+    return x * jnp.asarray(data.std, jnp.float32) + jnp.asarray(data.mean, jnp.float32)

@@ -44,7 +44,7 @@ def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[j
         return None
 
     def augment(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        images, label = scale_pixels(batch["image"], config.data.mean, config.data.std), batch["label"]
+        images, label = scale_pixels(batch["image"], config.data), batch["label"]
         # Numbers of purposes beyond those of the encoder and the decoder.
         erase_keys, mix_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, (1 << 17) + i) for i in range(2))
         if options.erase_prob > 0:
@@ -66,13 +66,13 @@ def _make_augment(config: ConfigDict, num_classes: int) -> Callable[..., tuple[j
 
 def make_classify(config: ConfigDict, num_classes: int, hooks: Hooks) -> Task:
     """Returns the task of a classifier, whose encoder a probe freezes and fine-tuning trains."""
-    mean, std, options = config.data.mean, config.data.std, config.classify
+    options = config.classify
     probe = not kind_of(config).trains_encoder
 
     abstract, init, bind = functional(functools.partial(make_model, config, num_classes, hooks))
 
     def features(params: Params, batch: Batch, keys: jax.Array | None = None) -> jax.Array:
-        return bind(params).features(scale_pixels(batch["image"], mean, std), keys)
+        return bind(params).features(scale_pixels(batch["image"], config.data), keys)
 
     def logits(params: Params, batch: Batch, keys: jax.Array | None, whole_batch: bool = False) -> jax.Array:
         pooled = batch["features"] if "features" in batch else features(params, batch, keys)

@@ -28,13 +28,13 @@ def make_pretrain(
     error: Callable[[jax.Array, jax.Array], jax.Array] = optax.squared_error,
 ) -> Task:
     """Returns the task of a masked autoencoder; `error` is (pred, target) (…, P) -> (…, P), averaged to the loss."""
-    mean, std, norm_pix_loss = config.data.mean, config.data.std, config.pretrain.norm_pix_loss
+    norm_pix_loss = config.pretrain.norm_pix_loss
     abstract, init, bind = functional(functools.partial(make_model, config, 0, hooks))
 
     def forward(params: Params, batch: Batch, mask_keys: jax.Array) -> Any:
         model = bind(params)
         ids_shuffle, kept = model.draw_ids_shuffle(mask_keys)
-        return model(scale_pixels(batch["image"], mean, std), ids_shuffle, kept, None)
+        return model(scale_pixels(batch["image"], config.data), ids_shuffle, kept, None)
 
     def target(true: jax.Array) -> jax.Array:
         return losses.normalize_patches(true) if norm_pix_loss else true
@@ -42,7 +42,7 @@ def make_pretrain(
     def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = bind(params)
         ids_shuffle, kept = model.draw_ids_shuffle(keys)
-        images = scale_pixels(batch["image"], mean, std)
+        images = scale_pixels(batch["image"], config.data)
         pred, true = model.removed_patches(images, ids_shuffle, kept, keys)  # (B, L - K, P)
         traced = {"trace": _trace(batch["image"], ids_shuffle)} if config.trace else {}
         return error(pred, target(true)).mean(axis=(1, 2)), traced
@@ -60,7 +60,7 @@ def make_pretrain(
 
     def features(params: Params, batch: Batch) -> jax.Array:
         pool = config.classify.pool
-        return bind(params).encoder.features(scale_pixels(batch["image"], mean, std), (pool,))[pool]
+        return bind(params).encoder.features(scale_pixels(batch["image"], config.data), (pool,))[pool]
 
     def reconstruct(params: Params, batch: Batch) -> dict[str, jax.Array]:
         return make_pictures(config, *forward(params, batch, fixed_keys(batch)))
@@ -93,9 +93,10 @@ def make_pictures(
       mask: 1 where a patch was removed.
 
     Returns:
-      `original`, `masked`, `reconstruction`, `with_visible`: float32 in 0..1.
+      `original`, `masked`, `reconstruction`, `with_visible`: float32 in 0..1, of `data.dtype` float32 as
+      they are.
     """
-    mean, std, model = config.data.mean, config.data.std, config.model
+    model = config.model
     pixels = pred
     if config.pretrain.norm_pix_loss:  # the model does not predict the moments of patches
         if config.pictures.pix_stats == "visible":
@@ -107,10 +108,11 @@ def make_pictures(
     removed = mask[:, :, None]  # (B, L, 1)
 
     def picture(x: jax.Array) -> jax.Array:
-        return unscale_pixels(patches.unpatchify(x, model.image_size, model.patch_size), mean, std)
+        pixels = unscale_pixels(patches.unpatchify(x, model.image_size, model.patch_size), config.data)
+        return pixels if config.data.dtype == "float32" else jnp.clip(pixels, 0, 1)
 
-    gray = (0.5 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-    blank = patches.patchify(jnp.broadcast_to(gray, (1, *model.image_size, model.channels)), model.patch_size)
+    half = jnp.full((1, *model.image_size, model.channels), 0.5, jnp.float32)
+    blank = patches.patchify(scale_pixels(half, config.data), model.patch_size)  # gray
     return {
         "original": picture(true),
         "masked": picture(jnp.where(removed > 0, blank, true)),

@@ -19,11 +19,12 @@ from mae_dist import platforms
 from mae_dist.cpu import cores
 from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import Batches, Dataset, local_rows, to_global
-from mae_dist.data.from_config import Data, train_batches
+from mae_dist.data.batches import UNCHANGED, Stream
+from mae_dist.data.from_config import Data, complete, train_batches
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation import evaluate
 from mae_dist.evaluation.eval_step import make_eval_step
-from mae_dist.model.build import Params
+from mae_dist.model.build import Params, abstract_params, param_count
 from mae_dist.model.flops import count_kept_patches, encoder_passes_of, train_flops_per_image
 from mae_dist.model.parameters import parameter_rows
 from mae_dist.optim import train_state as state
@@ -37,6 +38,7 @@ from mae_dist.storage import absolute
 from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import Batch, Task
 from mae_dist.tasks.make import make_task
+from mae_dist.training.accumulation import choose_accum_steps
 from mae_dist.training.train_step import TrainStep, make_train_step
 from mae_dist.weights import pretrained
 from mae_dist.weights.compatible import check_fits
@@ -63,6 +65,7 @@ class Job:
     encoder_passes: int  # of a step, in forward passes: 3 with gradients, 1 frozen, 0 where features are cached
     num_kept: int  # patches of an image that the encoder sees in a step
     flops_per_image: float
+    stream: Stream = UNCHANGED
 
     @property
     def caches_features(self) -> bool:
@@ -75,15 +78,32 @@ class Job:
         return self.data.train.fingerprint
 
     @property
-    def meta(self) -> dict[str, str]:
+    def meta(self) -> dict[str, Any]:
         """Returns what a checkpoint stores besides the state."""
-        return {"config": config_lib.to_json(self.config), "data_fingerprint": self.fingerprint}
+        return {
+            "config": config_lib.to_json(self.config),
+            "data_fingerprint": self.fingerprint,
+            "num_examples": self.data.train.num_examples,
+            "stream": list(self.stream),
+        }
+
+    def continuing(self, step: int, meta: dict[str, Any]) -> "Job":
+        """Returns the job that continues a checkpoint of `step`, whose examples may have been others."""
+        stream = Stream(*meta.get("stream", ()))
+        if meta["data_fingerprint"] != self.fingerprint:
+            num_unique = self.config.global_batch_size // self.config.data.repeats
+            stream = stream.after(step, num_unique, meta.get("num_examples", self.data.train.num_examples))
+            logging.info("The examples of now begin with epoch %d", stream.first_epoch + 1)
+        return dataclasses.replace(self, stream=stream)
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of one global training batch, with its sharding."""
         model = self.config.model
-        rows = {"label": ((), jnp.int32), "image": ((*model.image_size, model.channels), jnp.uint8)}
+        rows = {
+            "label": ((), jnp.int32),
+            "image": ((*model.image_size, model.channels), jnp.dtype(self.data.train.dtype)),
+        }
         if self.caches_features:
             rows = {"label": rows["label"], "features": ((model.embed_dim,), jnp.float32)}
         return {
@@ -136,7 +156,7 @@ class Job:
           start: steps done already; the first batch is that of step `start` + 1 as metrics count.
 
         Yields:
-          `image` uint8 (B, H, W, C) and `label` int32 (B,), sharded by `batch_sharding`; B is
+          `image` (B, H, W, C), uint8 as a rule, and `label` int32 (B,), sharded by `batch_sharding`; B is
           `config.global_batch_size`.
         """
         rows = local_rows(self.batch_sharding, self.config.global_batch_size)
@@ -147,7 +167,12 @@ class Job:
     def train_batches(self, dataset: Dataset, start_step: int, rows: np.ndarray) -> Batches:
         """Opens this process's rows of the batches of steps `start_step`, `start_step` + 1, …"""
         return train_batches(
-            self.config, dataset, start_step=start_step, total_steps=self.schedule.total_steps, rows=rows
+            self.config,
+            dataset,
+            start_step=start_step,
+            total_steps=self.schedule.total_steps,
+            rows=rows,
+            stream=self.stream,
         )
 
 
@@ -155,7 +180,7 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
     """Raises `ConfigError` if the mesh, a batch or the heads cannot be split over the devices."""
     shape = dict(zip(AXES, mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
     split = (("mesh.data", shape["data"]), ("mesh.fsdp", shape["fsdp"]))
-    divisors = [("accum_steps", config.accum_steps)]
+    divisors = [("accum_steps", max(1, config.accum_steps))]
     if config.cpu.pieces > 1:
         divisors.append(("cpu.pieces", config.cpu.pieces))
     if config_lib.rows_together(config) > 1:
@@ -181,12 +206,35 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
             )
 
 
+def _check_data(config: ConfigDict, data: Data) -> None:
+    """Raises `ConfigError` if the splits lack what the config asks of them."""
+    for name, dataset in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if dataset is None:
+            continue
+        if not kind_of(config).has_decoder:
+            dataset.require_labels()
+        if dataset.dtype != data.train.dtype:
+            raise ConfigError(
+                f"the {name} images are {dataset.dtype} and the training images {data.train.dtype}; set data.dtype"
+            )
+    if data.train.dtype != "uint8" and config.data.randaug_magnitude:
+        raise ConfigError(
+            f"data.randaug_magnitude={config.data.randaug_magnitude} and images of {data.train.dtype}: RandAugment is "
+            "for 8-bit images; set it to 0, or data.dtype='uint8'"
+        )
+    if config.checkpoint.keep_best in config_lib.ONLINE and data.train.num_classes < 2:
+        raise ConfigError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best!r} needs labels of two classes; use 'val_loss'"
+        )
+
+
 def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     """Wires a validated config for `devices`, real or abstract.
 
     Raises:
       ConfigError: the config cannot run on this mesh; the message gives both numbers and the cure.
     """
+    config = complete(config, data)
     check_mesh(config, len(devices))
     mesh = make_mesh(config.mesh.to_dict(), devices)
     schedule = config_lib.schedule(config, data.train.num_examples)
@@ -195,10 +243,14 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
     kind = kind_of(config)
+    _check_data(config, data)
     encoder_passes = encoder_passes_of(config)
     num_kept = count_kept_patches(config)
     flops_per_image = train_flops_per_image(config, data.train.num_classes, num_kept, encoder_passes)
-    config = config.copy_and_resolve_references()
+    if not config.accum_steps:
+        state_bytes = 16 * param_count(abstract_params(config, data.train.num_classes)) // mesh.size
+        shards = sharding.num_batch_shards(mesh)
+        config.accum_steps = choose_accum_steps(config, num_kept, state_bytes, shards, mesh.devices.flat[0])
     by_cores, matmul = sharding.is_by_cores(mesh), platforms.choose_matmul(config, mesh, flops_per_image)
     task = eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(mesh, matmul))
     if matmul == "onednn":  # programs that call it cannot be cached on disk: not worth it for an evaluation

@@ -53,7 +53,7 @@ def train(
     ):
         compilation = _compile_ahead(job, checkpoints, watchdog)
         with watchdog.during("restore"), preemption.interrupting():
-            state, start, unfinished = _restore_or_begin(job, checkpoints)
+            job, state, start, unfinished = _restore_or_begin(job, checkpoints)
         logging.info("%s", job.overview())
         if processes.is_primary():
             history.check_start(workdir, job.config, start, total_steps)
@@ -111,15 +111,17 @@ def _checkpoints(job: Job, workdir: epath.Path) -> Checkpoints:
     )
 
 
-def _restore_or_begin(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int, dict[str, float] | None]:
-    """Restores the newest good checkpoint, or begins: (state, steps done, record left `unfinished`)."""
+def _restore_or_begin(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainState, int, dict[str, float] | None]:
+    """Restores the newest good checkpoint, or begins: (job, state, steps done, record left `unfinished`)."""
     began = time.monotonic()
-    restored = checkpoints.restore(job.abstract_state, job.shardings, job.config, job.fingerprint)
+    restored = checkpoints.restore(
+        job.abstract_state, job.shardings, job.config, job.fingerprint, job.data.train.changes
+    )
     if restored is None:
-        return job.init_state(), 0, None
-    state, step, unfinished = restored
+        return job, job.init_state(), 0, None
+    state, step, meta = restored
     logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
-    return state, step, unfinished
+    return job.continuing(step, meta), state, step, meta.get("unfinished")
 
 
 def _write_config(job: Job, workdir: epath.Path) -> None:

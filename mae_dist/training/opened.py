@@ -102,7 +102,8 @@ class Run:
         All images are computed at once. The mask of an image depends on its place among them and the run's seed alone.
 
         Args:
-          images: (B, H, W, C), any B above 0: uint8 in 0..255, or floating-point in 0..1, of the model's size.
+          images: (B, H, W, C), any B above 0: of the type that the model was trained on, as uint8 in 0..255, or
+            floating-point in 0..1, of the model's size.
 
         Returns:
           `original`, `masked`, `reconstruction` and `with_visible` (the reconstruction with the patches that were
@@ -118,10 +119,8 @@ class Run:
                 f"{self.workdir} is a {self.config.task}: it has no decoder; open the workdir of its pretraining"
             )
         model = self.config.model
-        images = check_images(np.asarray(images), (*model.image_size, model.channels))
-        if images.dtype != np.uint8:
-            images = images * np.float32(255)  # as pixels are scaled
-        dataset = ArrayDataset({"image": images, "label": np.zeros(len(images), np.int32)}, num_classes=1)
+        images = check_images(np.asarray(images), (*model.image_size, model.channels), self.config.data.dtype)
+        dataset = ArrayDataset({"image": images, "label": np.full(len(images), -1, np.int32)}, num_classes=0)
         params = self._load()
         return pictures.reconstruct(
             self._job.reconstruct_step,

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 
 import jax
@@ -18,6 +18,7 @@ from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
 from mae_dist.data.from_config import Data
 from mae_dist.evaluation import evaluate, knn_ridge, pictures
+from mae_dist.evaluation.health import health
 from mae_dist.metrics.goodput import Ledger
 from mae_dist.metrics.recorder import Recorder
 from mae_dist.metrics.tensorboard import periodic_actions
@@ -27,11 +28,14 @@ from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
 from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
+from mae_dist.storage import read_text, storage_errors, write_text_atomically
 from mae_dist.tasks.base import Batch
 from mae_dist.training.job import Job
 from mae_dist.training.profiler import Profiler
 from mae_dist.training.summary import Result
 from mae_dist.training.train_step import TrainStep
+
+BAD_FILES = "bad_files.txt"  # names of what did not decode, with the reason
 
 
 def shows_bar() -> bool:
@@ -191,11 +195,21 @@ class Run:
         self.ledger.note(step, self.watchdog.account())
         self.longest_skipped_run, self.skipped_runs = int(max(runs)), []
         values = {name: value.item() for name, value in fetched.items()}
-        bad_records = len(self.job.data.train.bad_records) + len(self.host_batches.bad_records)
+        bad_records = [*self.job.data.train.bad_records, *self.host_batches.bad_records]
         if bad_records:
-            values["bad_records"] = bad_records
+            values["bad_records"] = len(bad_records)
+            self._name_bad_files(bad_records)
         self.recorder.write_scalars(step, {**values, **self.throughput.log(step)})
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+
+    def _name_bad_files(self, names: Sequence[str]) -> None:
+        """Adds to bad_files.txt the names that it does not hold yet, of earlier starts too; a file per process."""
+        number = jax.process_index()
+        path = self.workdir / (f"bad_files_{number}.txt" if number else BAD_FILES)
+        with storage_errors(path):
+            known = read_text(path).splitlines()
+            if new := [line for name in names if (line := " ".join(name.splitlines())) not in known]:
+                write_text_atomically(path, "\n".join((*known, *new, "")))
 
     def stop_if_diverged(self, step: int) -> None:
         """Raises `Diverged` after a run of non-finite updates, even one that ended before this log step."""
@@ -234,7 +248,7 @@ class Run:
             )
 
     def _read_out(self, state: TrainState, splits: dict[str, Dataset | None]) -> None:
-        """Measures kNN and ridge accuracy on these splits with the encoder's current features."""
+        """Measures the encoder's current features on these splits: health, and with labels kNN and ridge accuracy."""
         job, options = self.job, self.job.config.online
 
         def features(dataset: Dataset) -> evaluate.Columns:
@@ -244,16 +258,20 @@ class Run:
         if not present:
             return
         with self._pause(state, "evaluate"):
-            train = features(FirstExamples(job.data.train, options.num_train))
+            has_classes = job.data.train.num_classes > 1
+            train = features(FirstExamples(job.data.train, options.num_train)) if has_classes else None
             for prefix, dataset in present.items():
-                found = knn_ridge.top1(
-                    train,
-                    features(dataset),
-                    num_classes=job.data.train.num_classes,
-                    k=options.k,
-                    temperature=options.temperature,
-                    ridge=options.ridge,
-                )
+                seen = features(dataset)
+                found = health(seen["features"])
+                if train is not None:
+                    found |= knn_ridge.top1(
+                        train,
+                        seen,
+                        num_classes=job.data.train.num_classes,
+                        k=options.k,
+                        temperature=options.temperature,
+                        ridge=options.ridge,
+                    )
                 self.evaluated |= {f"{prefix}{name}": value for name, value in found.items()}
 
     def _after_batch(self) -> None:
@@ -292,7 +310,8 @@ def draw_reconstructions(job: Job, params: Params, dataset: Dataset, step: int, 
     model = job.config.model
     title = f"{job.config.name}, step {step}: {model.masking} masking, ratio {model.mask_ratio:g}"
     note = pictures.note_on_moments(job.config)
-    return pictures.draw_grid(images, names, f"{title}\n{note}" if note else title)
+    shown = pictures.as_shown(images, job.config)
+    return pictures.draw_grid(shown, names, f"{title}\n{note}" if note else title)
 
 
 def with_features(job: Job, params: Params, dataset: Dataset) -> Dataset:

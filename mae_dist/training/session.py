@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist import errors, storage
+from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
 from mae_dist.data.from_config import open_data
 from mae_dist.resilience.preemption import Preempted, PreemptionSignals
@@ -112,6 +114,7 @@ def run(
             path = storage.absolute(workdir)
             kind = jax.devices()[0].device_kind
             logging.info("workdir %s, %d devices of kind %s", path, jax.device_count(), kind)
+            config = _as_begun(config, path)
             built = _build(config, jax.devices())
         when_built()
         return loop.train(built, path, watchdog, preemption, profile_on_signal=profile_on_signal)
@@ -122,6 +125,19 @@ def run(
         if _may_be_a_broken_connection(error):  # then the lost peer is what to report
             watchdog.end_if_peers_are_gone()
         raise
+
+
+def _as_begun(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
+    """Returns a config whose mean and deviation, if they are to be measured, are those that its run measured before."""
+    if config.data.mean or not (workdir / "config.json").exists():
+        return config
+    try:
+        stored = reader.read_config(workdir)
+    except errors.StorageFault:  # reported where the run continues
+        return config
+    config = config.copy_and_resolve_references().unlock()
+    config.data.update(mean=stored.data.mean, std=stored.data.std)
+    return config.lock()
 
 
 def _may_be_a_broken_connection(error: BaseException | None) -> bool:

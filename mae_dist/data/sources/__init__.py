@@ -1,4 +1,4 @@
-"""Sources of examples: TFDS, CIFAR-10 archives, digits, procedural shapes, and those that users register.
+"""Sources of examples: TFDS, CIFAR-10 archives, files of images, digits, procedural shapes, and those users register.
 
 A source is one function, here or in a module of yours that `config.imports` names:
 

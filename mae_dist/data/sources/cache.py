@@ -1,4 +1,4 @@
-"""Datasets decoded once: uint8 images kept in memory, and mapped from a file the next time.
+"""Datasets decoded once: images kept in memory, and mapped from a file the next time.
 
 An entry is a directory <cache_dir>/<name>-<key>/ with image.npy, label.npy and meta.json. It is written under another
 name and renamed, so that it is whole or absent whichever process dies; its checksums are compared before it is used.
@@ -38,7 +38,7 @@ def cached(dataset: EncodedDataset, *, cache: str, cache_dir: str, max_bad_share
 
     Args:
       dataset: what to decode.
-      cache: "memory" decodes once and keeps uint8 images, for images of varying size the short side resized and the
+      cache: "memory" decodes once and keeps the images, for images of varying size the short side resized and the
         centre cropped, so that random crops see no more than that. "stream" decodes on every read. "auto" is "memory"
         for images of one size, up to 2 GiB decoded, of which evaluation sees no smaller crop; else "stream".
       cache_dir: where decoded images are kept for the next start; "" is $XDG_CACHE_HOME/mae_dist or ~/.cache/mae_dist.
@@ -48,7 +48,7 @@ def cached(dataset: EncodedDataset, *, cache: str, cache_dir: str, max_bad_share
       ConfigError: "memory", and the evaluation crop is another than the training one: only one can be kept.
       DataFault: more records than that do not decode, or as `EncodedDataset.read`.
     """
-    size = dataset.num_examples * dataset.image_size[0] * dataset.image_size[1] * dataset.channels
+    size = dataset.num_examples * dataset.image_size[0] * dataset.image_size[1] * dataset.decoder.channels
     fits = dataset.native_size is not None and not dataset.crops_evaluation and size <= _AUTO_BYTES
     if cache == "memory" or (cache == "auto" and fits):
         return _decode_once(dataset, cache_dir, max_bad_share)
@@ -92,9 +92,8 @@ def _decode_once(dataset: EncodedDataset, cache_dir: str, max_bad_share: float) 
 
 
 def _entry_path(dataset: EncodedDataset, identity: dict[str, Any], cache_dir: str) -> Path:
-    stats = [(Path(name).name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in dataset.files]
     version = _RESIZED_VERSION if "resized" in identity else 1
-    key = digest(identity | {"files": stats, "entry_version": version})
+    key = digest(identity | {"files": dataset.stats, "entry_version": version})
     title = re.sub(r"[^\w.-]+", "_", dataset.title.replace(" split ", "-")).strip("_")
     return cache_root(cache_dir) / f"{title}-{key[:16]}"
 
@@ -122,7 +121,7 @@ def _open_entry(entry: Path) -> tuple[_Columns, _Meta] | None:
 
 
 def _decode(dataset: EncodedDataset, max_bad_share: float) -> tuple[_Columns, _Meta]:
-    images = np.empty((dataset.num_examples, *dataset.image_size, dataset.channels), np.uint8)
+    images = np.empty((dataset.num_examples, *dataset.image_size, dataset.decoder.channels), dataset.dtype)
     labels = np.empty(dataset.num_examples, np.int32)
     bad = np.zeros(dataset.num_examples, bool)
 
@@ -135,7 +134,7 @@ def _decode(dataset: EncodedDataset, max_bad_share: float) -> tuple[_Columns, _M
         for _ in pool.map(decode, range(0, dataset.num_examples, _CHUNK)):
             pass
     positions = np.flatnonzero(bad).tolist()
-    names = [dataset.record_name(position) for position in positions]
+    names = [dataset.fault(position) for position in positions]
     _check_fraction(names, dataset.num_examples, max_bad_share)
     columns = {"image": images, "label": labels}
     if positions:

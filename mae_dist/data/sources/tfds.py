@@ -1,6 +1,8 @@
 """Image classification data sets that TFDS prepared as array_record files, read without TensorFlow."""
 
+import io
 import json
+import os
 import resource
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_dist.data.dataset import Dataset
+from mae_dist.data.decode import DTYPES, Decoder
 from mae_dist.data.sources import register_source
 from mae_dist.data.sources.cache import cache_root, cached
 from mae_dist.data.sources.encoded import EncodedDataset
@@ -35,10 +38,10 @@ class TfdsDataset(EncodedDataset):
       shards: which records of which files, in order.
     """
 
-    def __init__(self, shards: list[Shard], **description: Any):
-        """Opens the files; `description` is for `EncodedDataset`."""
+    def __init__(self, shards: list[Shard], array: tuple[tuple[int, ...], str] | None = None, **description: Any):
+        """Opens the files; `array` is shape and type of images stored as numbers, the rest for `EncodedDataset`."""
         super().__init__(num_examples=sum(shard.take for shard in shards), **description)
-        self.shards = shards
+        self.shards, self._array = shards, array
         self._open_records()
 
     def _open_records(self) -> None:
@@ -56,8 +59,9 @@ class TfdsDataset(EncodedDataset):
         self._open_records()
 
     @property
-    def files(self) -> list[str]:
-        return sorted({shard.filename for shard in self.shards})
+    def stats(self) -> list[Any]:
+        files = sorted({shard.filename for shard in self.shards})
+        return [(Path(name).name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
 
     def record_name(self, index: int) -> str:
         position = index
@@ -73,8 +77,11 @@ class TfdsDataset(EncodedDataset):
             records = list(self._records.__getitems__(keys))
         except RuntimeError:  # of one of them
             records = [self._read_record(key) for key in keys]
-        images, labels = zip(*map(_parse, records), strict=True)
-        return list(images), np.array(labels, np.int32)
+        images, labels, _ = zip(*(_parse(record, self._array) for record in records), strict=True)
+        return list(images), np.array(labels if self.num_classes else [-1] * len(labels), np.int32)
+
+    def file_name(self, index: int) -> str:
+        return _parse(self._read_record(index), self._array)[2]
 
     def _read_record(self, key: int) -> bytes | None:
         """Returns a record, None where the file is corrupted: array_record keeps a hash of every chunk."""
@@ -89,20 +96,31 @@ class TfdsDataset(EncodedDataset):
             ) from error
 
 
-def _parse(record: bytes | None) -> tuple[bytes | None, int]:
-    """Returns the image's file, None if the record has none, and the label."""
+def _parse(record: bytes | None, array: tuple[tuple[int, ...], str] | None) -> tuple[bytes | None, int, str]:
+    """Returns the image's file, None if the record has none, the label, -1 without one, and the file's name."""
     from google.protobuf.message import DecodeError
     from tensorflow_datasets.proto import tf_example_pb2  # bytes to fields; no TensorFlow in it
 
     if record is None:
-        return None, 0
+        return None, -1, ""
     # Parsed here because TFDS's general deserializer, for features of any kind, takes five times as long.
     try:
         example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
-        features = example.features.feature
-        return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
-    except (DecodeError, IndexError):  # no Example, or one without image and label
-        return None, 0
+    except DecodeError:
+        return None, -1, ""
+    features = example.features.feature
+    image, label, name = (features[key] if key in features else None for key in ("image", "label", "file_name"))  # noqa: SIM401
+    content = None
+    if image is not None and array is not None:
+        values = image.float_list.value or image.int64_list.value
+        file = io.BytesIO()
+        np.save(file, np.array(values, array[1]).reshape(array[0]))
+        content = file.getvalue()
+    elif image is not None and image.bytes_list.value:
+        content = image.bytes_list.value[0]
+    number = label.int64_list.value[0] if label is not None and label.int64_list.value else -1
+    stored = name.bytes_list.value[0] if name is not None and name.bytes_list.value else b""
+    return content, number, stored.decode(errors="replace")
 
 
 @register_source("tfds")
@@ -117,14 +135,18 @@ def open_tfds(
     cache_dir: str,
     stage: bool,
     max_bad_share: float,
+    dtype: str = "auto",
+    max_value: float = 0.0,
 ) -> Dataset:
-    """Opens a TFDS dataset whose features have an "image" and a "label", preparing it first if need be.
+    """Opens a TFDS dataset whose features have an "image", and a "label" or none, preparing it first if need be.
 
     Args:
       split: a TFDS split expression.
       name: as TFDS writes it, e.g. "cifar10", "imagenet2012", "imagenet_resized/64x64:0.1.0".
       data_dir: TFDS data directory, may be gs://…; "" is TFDS's default.
-      image_size: (height, width) of the images given out; they have 1, 3 or 4 `channels`.
+      image_size: (height, width) of the images given out; and their `channels`.
+      dtype: of the images given out; "auto" is the type of those stored.
+      max_value: as for `Decoder`.
       cache: as for `cached`, like max_bad_share.
       cache_dir: where decoded images and copied record files are kept for the next start; "" is ~/.cache/mae_dist.
       stage: true to copy the record files that the split needs there; those in a bucket always are.
@@ -142,7 +164,7 @@ def open_tfds(
         staging.copy_info(name)
         data_dir = str(staging.data_dir)
     builder = _open_builder(name, data_dir)
-    native_size, class_names = _check_features(builder, channels)
+    features = _check_features(builder, channels)
     instructions = _file_instructions(builder, name, split)
     if staging is not None:
         staging.copy_records([Path(i.filename) for i in instructions])
@@ -150,12 +172,13 @@ def open_tfds(
     full_name = builder.info.full_name
     dataset = TfdsDataset(
         [Shard(str(i.filename), i.skip, i.take) for i in instructions],
+        features.array,
         title=f"{full_name} split {split!r}",
         identity={"source": "tfds", "name": full_name, "split": split},
         image_size=image_size,
-        channels=channels,
-        native_size=native_size,
-        class_names=class_names,
+        decoder=Decoder(channels, features.dtype if dtype == "auto" else dtype, max_value),
+        native_size=features.native_size,
+        class_names=features.class_names,
     )
     return cached(dataset, cache=cache, cache_dir=cache_dir, max_bad_share=max_bad_share)
 
@@ -236,26 +259,39 @@ def _open_builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def _check_features(builder: Any, channels: int) -> tuple[tuple[int, int] | None, tuple[str, ...]]:
-    """Returns the images' common size, if there is one, and the class names."""
+class _Features(NamedTuple):
+    native_size: tuple[int, int] | None  # of all images, if they have one
+    class_names: tuple[str, ...]  # () without labels
+    dtype: str
+    array: tuple[tuple[int, ...], str] | None  # shape and type of images that are stored as numbers, not as files
+
+
+def _check_features(builder: Any, channels: int) -> _Features:
+    """Returns what the features of a data set say of its images and labels."""
     import tensorflow_datasets as tfds
 
     features = dict(builder.info.features.items())
     image: Any = features.get("image")
     label: Any = features.get("label")
-    if not issubclass(type(image), tfds.features.Image) or not issubclass(type(label), tfds.features.ClassLabel):
+    is_file = issubclass(type(image), tfds.features.Image)
+    if not is_file and not (issubclass(type(image), tfds.features.Tensor) and len(image.shape) == 3):
         raise ConfigError(
-            f"{builder.name} has the features {list(features)}; image classification needs an 'image' of type Image "
-            "and a 'label' of type ClassLabel"
+            f"{builder.name} has the features {list(features)}; needed is an 'image' of type Image, or a Tensor of "
+            "shape (height, width, channels)"
         )
-    if image.np_dtype != np.uint8:
-        raise ConfigError(f"{builder.name} has images of {np.dtype(image.np_dtype)}; only uint8 images are supported")
-    if channels == 4 and image.shape[-1] not in (4, None):
+    dtype = str(np.dtype(image.np_dtype))
+    if dtype not in (DTYPES if not is_file else ("uint8", "uint16")):
+        raise ConfigError(f"{builder.name} has images of {dtype}; needed: uint8 or uint16, as a Tensor also float32")
+    if channels not in (1, 3) and image.shape[-1] not in (channels, None):
         raise ConfigError(
-            f"model.channels=4, and the images of {builder.name} have {image.shape[-1]}; use 1 (grey) or 3 (RGB)"
+            f"model.channels={channels}, and the images of {builder.name} have {image.shape[-1]}; use that, or for "
+            "images of 1 or 3 channels 1 (grey) or 3 (RGB)"
         )
-    names = label.names or [str(number) for number in range(label.num_classes or 0)]
-    return None if None in image.shape[:2] else image.shape[:2], tuple(names)
+    names: list[str] = []
+    if issubclass(type(label), tfds.features.ClassLabel):
+        names = label.names or [str(number) for number in range(label.num_classes or 0)]
+    size = None if None in image.shape[:2] else image.shape[:2]
+    return _Features(size, tuple(names), dtype, None if is_file else (image.shape, dtype))
 
 
 def num_records(path: Path) -> int:
