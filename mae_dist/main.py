@@ -20,6 +20,7 @@ _METADATA_SERVER = flags.DEFINE_string(
 _SIMULATE_PREEMPTION = flags.DEFINE_integer(
     "simulate_preemption_at_step", 0, "Get a preemption signal after this step, to see what happens."
 )
+_CHECK = flags.DEFINE_bool("check", False, "Decodes every image first, and names those that do not decode.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,7 +46,13 @@ def main(argv: Sequence[str]) -> int:
         join_processes(watchdog, preemption)
         session.keep_compilations(workdir)
         result = session.run(
-            config, workdir, watchdog, preemption, when_built=_start_collecting_garbage, profile_on_signal=True
+            config,
+            workdir,
+            watchdog,
+            preemption,
+            when_built=_start_collecting_garbage,
+            profile_on_signal=True,
+            check_images=_CHECK.value,
         )
         if result.status == "preempted":
             return errors.EXIT_PREEMPTED

@@ -304,7 +304,7 @@ def test_choices(field):
             {"data__mean": (0.5, 0.5)},
             "data.mean=(0.5, 0.5) has 2 values; needed: 1, or one for each of model.channels=3",
         ),
-        ({"data__std": ()}, "data.std=() has 0 values"),
+        ({"data__std": ()}, "data.mean=(0.0,) and data.std=(): both are () to be measured, or neither"),
         ({"data__std": (1.0, 0.0, 1.0)}, "data.std=(1.0, 0.0, 1.0) must be above 0"),
         ({"data__std": (float("nan"),)}, "data.std=(nan,) must be above 0"),
         ({"data__mean": (float("nan"),)}, "data.mean=(nan,) must be finite"),

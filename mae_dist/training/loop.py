@@ -44,6 +44,11 @@ def train(
       Preempted: a signal came before there was anything to save.
     """
     _warn_of_bad_records(job.data)
+    if job.schedule.online_every_steps and job.data.train.num_classes < 2:
+        logging.info(
+            "There are no labels of two classes: kNN and ridge accuracy are off; val_rank, val_feature_std and "
+            "val_dead_share say whether the features tell images apart"
+        )
     total_steps = job.schedule.total_steps
     with (
         workdir_lock(workdir) if processes.is_primary() else contextlib.nullcontext(Held()) as held,

@@ -198,18 +198,9 @@ class Run:
         bad_records = [*self.job.data.train.bad_records, *self.host_batches.bad_records]
         if bad_records:
             values["bad_records"] = len(bad_records)
-            self._name_bad_files(bad_records)
+            name_bad_files(self.workdir, bad_records)
         self.recorder.write_scalars(step, {**values, **self.throughput.log(step)})
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
-
-    def _name_bad_files(self, names: Sequence[str]) -> None:
-        """Adds to bad_files.txt the names that it does not hold yet, of earlier starts too; a file per process."""
-        number = jax.process_index()
-        path = self.workdir / (f"bad_files_{number}.txt" if number else BAD_FILES)
-        with storage_errors(path):
-            known = read_text(path).splitlines()
-            if new := [line for name in names if (line := " ".join(name.splitlines())) not in known]:
-                write_text_atomically(path, "\n".join((*known, *new, "")))
 
     def stop_if_diverged(self, step: int) -> None:
         """Raises `Diverged` after a run of non-finite updates, even one that ended before this log step."""
@@ -300,6 +291,16 @@ class Run:
             if processes.is_primary():
                 pictures.write_png(self.workdir / "pictures" / f"step_{step:08d}.png", grid)
             self.recorder.write_images(step, {"reconstruction": grid[None]})
+
+
+def name_bad_files(workdir: epath.Path, names: Sequence[str]) -> None:
+    """Adds to bad_files.txt the names that it does not hold yet, of earlier starts too; each process has a file."""
+    number = jax.process_index()
+    path = workdir / (f"bad_files_{number}.txt" if number else BAD_FILES)
+    with storage_errors(path):
+        known = read_text(path).splitlines()
+        if new := [line for name in names if (line := " ".join(name.splitlines())) not in known]:
+            write_text_atomically(path, "\n".join((*known, *new, "")))
 
 
 def draw_reconstructions(job: Job, params: Params, dataset: Dataset, step: int, num_images: int) -> np.ndarray:

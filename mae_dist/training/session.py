@@ -3,6 +3,7 @@
 The command adds what only a process of its own may do: flags, signal handlers, the watchdog, exit codes.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,10 +18,13 @@ from mae_dist import config as config_lib
 from mae_dist import errors, storage
 from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
-from mae_dist.data.from_config import open_data
+from mae_dist.data.check import check
+from mae_dist.data.from_config import Data, open_data
+from mae_dist.parallel import processes
 from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.training import job, loop
+from mae_dist.training.run import name_bad_files
 from mae_dist.training.summary import Result
 
 
@@ -84,9 +88,13 @@ def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> job.Job:
     return _build(config, devices)
 
 
-def _build(config: ConfigDict, devices: Sequence[Any]) -> job.Job:
+def _build(
+    config: ConfigDict, devices: Sequence[Any], when_opened: Callable[[Data], None] = lambda data: None
+) -> job.Job:
     job.check_mesh(config, len(devices))  # before any data is fetched
-    return job.build(config, devices, open_data(config))
+    data = open_data(config)
+    when_opened(data)
+    return job.build(config, devices, data)
 
 
 def run(
@@ -97,6 +105,7 @@ def run(
     *,
     when_built: Callable[[], None] = lambda: None,
     profile_on_signal: bool = False,
+    check_images: bool = False,
 ) -> Result:
     """Builds what `config` describes for all of JAX's devices and trains it.
 
@@ -115,7 +124,8 @@ def run(
             kind = jax.devices()[0].device_kind
             logging.info("workdir %s, %d devices of kind %s", path, jax.device_count(), kind)
             config = _as_begun(config, path)
-            built = _build(config, jax.devices())
+            checked = functools.partial(_check_images, path, config.data.max_bad_share, watchdog)
+            built = _build(config, jax.devices(), checked if check_images else lambda data: None)
         when_built()
         return loop.train(built, path, watchdog, preemption, profile_on_signal=profile_on_signal)
     except Preempted:
@@ -125,6 +135,34 @@ def run(
         if _may_be_a_broken_connection(error):  # then the lost peer is what to report
             watchdog.end_if_peers_are_gone()
         raise
+
+
+def _check_images(workdir: epath.Path, max_bad_share: float, watchdog: Watchdog, data: Data) -> None:
+    """Names the images that do not decode, in the log and in bad_files.txt; the first process does it for all."""
+    if not processes.is_primary():
+        return
+    for name, dataset in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if dataset is None:
+            continue
+        found = check(dataset, f"checking {name}", watchdog.progress)
+        lines = [*dataset.bad_records, *found.bad]
+        for line in lines:
+            logging.warning("%s: does not decode: %s", name, line)
+        for line in found.warned:
+            logging.warning("%s: decoded with warnings: %s", name, line)
+        logging.info(
+            "%s: %d images, %d do not decode, %d decoded with warnings",
+            *(name, dataset.num_examples, len(lines), len(found.warned)),
+        )
+        with storage.storage_errors(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+        name_bad_files(workdir, lines)
+        if len(found.bad) > max_bad_share * dataset.total_examples:
+            raise errors.DataFault(
+                f"{len(found.bad)} of {dataset.num_examples} {name} images do not decode, and data.max_bad_share is "
+                f"{max_bad_share:g}: {', '.join(found.bad[:10])}; restore or remove the files, or raise "
+                "data.max_bad_share to skip them"
+            )
 
 
 def _as_begun(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
