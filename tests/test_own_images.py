@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 import mae_dist
 from mae_dist.data.batches import Stream, stream_indices
 from mae_dist.errors import EXIT_PREEMPTED, ConfigError, StorageFault
+from tests import trained
 from tests.runs import (
     ONLY_UPDATES,
     checkpoint_arrays,
@@ -169,6 +170,26 @@ def test_many_bands_of_many_bits(tmp_path: Path) -> None:
     drawn = opened.reconstruct(images)
     np.testing.assert_allclose(drawn["original"][0], images[0] / 65535, atol=1e-5)
     assert drawn["reconstruction"].shape == (1, 16, 16, 13)
+
+
+def test_weights_of_rgb_begin_a_model_of_other_channels(tmp_path: Path) -> None:
+    """Asked for: an image of equal channels gives the tokens of before; not asked for: refused with that cure."""
+    source = trained.save(tmp_path / "rgb", trained.in_memory())
+    root = write_images(tmp_path / "images", 10, shape=(20, 18, 6), dtype=np.uint16)
+    rgb = mae_dist.open_run(source).config
+    config = folder_config(root, model__channels=6, init_from=str(source))
+    with config.unlocked():
+        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
+            config.model[name] = rgb.model[name]
+    with pytest.raises(StorageFault, match=r"(?s)channels: \d -> 6.*init_inflate=True"):
+        mae_dist.build(config).init_state()
+    config.init_inflate = True
+    kernel = np.asarray(mae_dist.build(config).init_state().params["encoder"]["patch_embed"]["kernel"])
+    old = np.asarray(mae_dist.open_run(source).load_params()["encoder"]["patch_embed"]["kernel"])
+    width, channels = old.shape[1], rgb.model.channels
+    np.testing.assert_allclose(
+        kernel.reshape(-1, 6, width).sum(axis=1), old.reshape(-1, channels, width).sum(axis=1), atol=1e-5
+    )
 
 
 ARGS = (

@@ -430,3 +430,46 @@ def test_nothing_here_imports_tensorflow() -> None:
     code = "import sys, mae_dist.data.sources.tfds, mae_dist.data.sources.cifar; sys.exit('tensorflow' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_images_alone_and_arrays_are_read(tmp_path: Path) -> None:
+    """Without a label, as Images of 16 bits, and as Tensors of whole and of floating-point numbers."""
+    rng = np.random.default_rng(0)
+    kinds: dict[str, tuple[Any, np.ndarray]] = {
+        "deep": (
+            tfds.features.Image(shape=(8, 8, 1), dtype=np.uint16),
+            rng.integers(0, 65536, (4, 8, 8, 1), np.uint16),
+        ),
+        "bands": (
+            tfds.features.Tensor(shape=(8, 8, 13), dtype=np.uint16),
+            rng.integers(0, 9000, (4, 8, 8, 13), np.uint16),
+        ),
+        "floats": (tfds.features.Tensor(shape=(8, 8, 2), dtype=np.float32), rng.random((4, 8, 8, 2), np.float32)),
+    }
+    for name, (feature, arrays) in kinds.items():
+        is_file = isinstance(feature, tfds.features.Image)
+        examples = [cv2.imencode(".png", array)[1].tobytes() if is_file else array for array in arrays]
+        features = tfds.features.FeaturesDict({"image": feature})
+
+        class Alone(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+            VERSION = tfds.core.Version("1.0.0")
+            content = features, examples
+
+            def _info(self) -> tfds.core.DatasetInfo:
+                return tfds.core.DatasetInfo(builder=self, features=self.content[0])
+
+            def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self) -> Iterator[Any]:
+                yield from ((index, {"image": example}) for index, example in enumerate(self.content[1]))
+
+        Alone.name = name
+        Alone(data_dir=tmp_path).download_and_prepare(file_format="array_record")
+        dataset = _open(tmp_path, name=name, image_size=(8, 8), channels=arrays.shape[-1])
+        columns = dataset.examples(np.arange(4))
+        assert dataset.num_classes == 0
+        assert columns["label"].tolist() == [-1] * 4
+        assert columns["image"].dtype == arrays.dtype
+        found = {image.tobytes() for image in columns["image"]}
+        assert found == {array.tobytes() for array in arrays}

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.task = "pretrain"  # pretrain | probe (frozen encoder) | finetune (all weights; no init_from: from scratch)
     config.imports = ()  # your modules that register tasks, masking strategies, sources, optimizers, augmentations
     config.init_from = ""  # start from these weights: a workdir, a converted model, Hugging Face's or timm's layout
+    config.init_inflate = False  # init_from: spread its patch embedding over other model.channels; the decoder is new
     config.seed = 0  # of everything random: initial weights, data order, augmentation, masks, dropout
 
     config.total_epochs = 100.0  # passes over the training split

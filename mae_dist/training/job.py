@@ -139,6 +139,12 @@ class Job:
         if self.config.model.layer_scale_init and not source.config.model.layer_scale_init:
             logging.info("%s has no LayerScale: it begins as 1 in every block, the same function", source.origin)
             source = pretrained.with_unit_layer_scale(source)
+        channels = self.config.model.channels
+        if self.config.init_inflate and source.config.model.channels != channels:
+            logging.info("The patch embedding of %s is spread over %d channels", source.origin, channels)
+            source = pretrained.inflated(source, channels)
+            with source.config.unlocked():
+                source.config.data.update(mean=self.config.data.mean, std=self.config.data.std)
         groups = [group for group in ("encoder", "decoder") if group in new.params and group in source.abstract]
         check_fits(source.config, self.config, groups)
         loaded = source.load({group: self.shardings.params[group] for group in groups})

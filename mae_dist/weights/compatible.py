@@ -39,14 +39,22 @@ def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) ->
         raise StorageFault(
             f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
             + "\n  - ".join(lines)
-            + f"\nSet these as they were{_conversion(config, lines)}."
+            + f"\nSet these as they were{_conversion(config, lines)}{_inflation(config, lines)}."
         )
+
+
+def _inflation(config: ConfigDict, lines: Sequence[str]) -> str:
+    """Returns how weights begin a model that differs only in the channels and their scaling, or ""."""
+    fields = {line.partition(":")[0] for line in lines}
+    if "model.channels" not in fields or not fields <= {"model.channels", "data.mean", "data.std"}:
+        return ""
+    return "; or begin with the encoder's patch embedding spread over the new channels: --config.init_inflate=True"
 
 
 def _conversion(config: ConfigDict, lines: Sequence[str]) -> str:
     """Returns how `convert` makes weights fit that differ only in the images' size and channels, or ""."""
     model, fields = config.model, {line.partition(":")[0] for line in lines}
-    if not fields <= {"model.image_size", "model.channels"}:
+    if not fields <= {"model.image_size", "model.channels"} or model.channels not in (1, 3, 4):
         return ""
     flags = [f"--image_size={model.image_size[0]},{model.image_size[1]}"] if "model.image_size" in fields else []
     flags += [f"--channels={model.channels}"] if "model.channels" in fields else []

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -221,6 +222,35 @@ def _settle_constants(described: foreign.Description, tensors: layouts.Tensors, 
         tensors, constant = layouts.without_zero_tokens(tensors, zero, layout)
         described.update("model", **dict.fromkeys(constant, "zero"))
     return tensors
+
+
+def inflated(source: Pretrained, channels: int) -> Pretrained:
+    """Returns an encoder whose patch embedding takes other channels, each by the mean of the old weights.
+
+    An image whose channels are all equal gives the tokens of before. The decoder, which predicts the old ones, is left
+    out; so is how pixels are scaled, which is the new channels' own.
+    """
+    old = source.config.model.channels
+    abstract = {"encoder": {**source.abstract["encoder"]}}
+    embed = abstract["encoder"]["patch_embed"]
+    rows, width = embed["kernel"].shape
+    shape = jax.ShapeDtypeStruct((rows // old * channels, width), embed["kernel"].dtype)
+    abstract["encoder"]["patch_embed"] = {**embed, "kernel": shape}
+
+    def inflate(kernel: jax.Array) -> jax.Array:  # (ph * pw * old, D) -> (ph * pw * channels, D)
+        mean = kernel.reshape(-1, old, width).mean(axis=1, keepdims=True) * (old / channels)
+        return jnp.broadcast_to(mean, (rows // old, channels, width)).reshape(-1, width)
+
+    def load(shardings: Params) -> Params:
+        loaded = source.load(shardings)
+        embed = loaded["encoder"]["patch_embed"]
+        sharding = shardings["encoder"]["patch_embed"]["kernel"]
+        embed["kernel"] = jax.jit(inflate, out_shardings=sharding)(embed["kernel"])
+        return loaded
+
+    config = source.config.copy_and_resolve_references().unlock()
+    config.model.channels = channels
+    return dataclasses.replace(source, config=config.lock(), abstract=abstract, load=load)
 
 
 def with_unit_layer_scale(source: Pretrained) -> Pretrained:
