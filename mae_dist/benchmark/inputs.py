@@ -14,6 +14,7 @@ from mae_dist.benchmark.turns import Child, Result, comparator, compare, num_bat
 from mae_dist.cpu.cores import num_cores
 from mae_dist.data import Dataset, num_readers
 from mae_dist.data.from_config import open_dataset, train_batches
+from mae_dist.data.sources.folder import FolderDataset
 from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.errors import ConfigError
 
@@ -34,16 +35,20 @@ def pipelines(config: ConfigDict, against_torch: bool) -> Generator[list[Child]]
 def _torch_options(config: ConfigDict, dataset: Dataset) -> Result:
     data = config.data
     crops_only = data.augment == "crop_flip" and not data.randaug_magnitude and data.repeats == 1
-    if not isinstance(dataset, TfdsDataset) or not crops_only:
+    if not isinstance(dataset, TfdsDataset | FolderDataset) or not crops_only:
         fields = ("source", "augment", "randaug_magnitude", "repeats", "cache")
         raise ConfigError(
             "--against torch compares decoding and random crops of files, and "
-            f"{', '.join(f'data.{name}={data[name]!r}' for name in fields)} is not that; use a data.name of "
-            "TFDS and --config.data.source=tfds --config.data.augment=crop_flip --config.data.randaug_magnitude=0 "
+            f"{', '.join(f'data.{name}={data[name]!r}' for name in fields)} is not that; use a folder, or a "
+            "data.name of TFDS and --config.data.source=tfds --config.data.augment=crop_flip --config.data.randaug_magnitude=0 "
             "--config.data.repeats=1 --config.data.cache=stream"
         )
+    if isinstance(dataset, TfdsDataset):
+        place = {"spans": [f"{shard.filename}[{shard.skip}:{shard.skip + shard.take}]" for shard in dataset.shards]}
+    else:
+        place = {"files": [dataset.record_name(index) for index in range(dataset.num_examples)]}
     return {
-        "spans": [f"{shard.filename}[{shard.skip}:{shard.skip + shard.take}]" for shard in dataset.shards],
+        **place,
         "image_size": list(config.model.image_size),
         "mode": {1: "L", 3: "RGB", 4: "RGBA"}[config.model.channels],
         "scale": list(config.data.crop_scale),

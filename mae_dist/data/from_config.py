@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mae_dist.data import Dataset, RandAugment, batches, open_split, statistics
-from mae_dist.data.batches import Stream
+from mae_dist.data.batches import UNCHANGED, Stream
 from mae_dist.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ class Data:
 
 
 def train_batches(
-    config: ConfigDict, dataset: Dataset, *, start_step: int, total_steps: int, rows: Any, stream: Stream
+    config: ConfigDict, dataset: Dataset, *, start_step: int, total_steps: int, rows: Any, stream: Stream = UNCHANGED
 ) -> Any:
     """Iterates over `rows` of the batches of steps start_step .. total_steps - 1, as a config has them made."""
     options = config.data

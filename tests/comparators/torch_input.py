@@ -1,7 +1,7 @@
 """The usual input pipeline in PyTorch, with Pillow and a DataLoader, for `mae_dist.benchmark --against torch`.
 
-It reads its options as the line `{"spans": […], …}` and prints `ready`; for each further line `<n>` it prints the
-seconds that n batches took. Random resized crop and flip are torchvision's, written out.
+It reads its options as the line `{"spans": […], …}`, or `{"files": […], …}`, and prints `ready`; for each further line
+`<n>` it prints the seconds that n batches took. Random resized crop and flip are torchvision's, written out.
 """
 
 import io
@@ -29,34 +29,54 @@ def crop_box(width: int, height: int, scale: list[float], ratio: tuple[float, fl
     return 0, 0, width, height
 
 
-class Records:
-    """A map-style dataset of array_record files; an example is (uint8 tensor (C, H, W), label)."""
+class Images:
+    """A map-style dataset of image files; an example is (uint8 tensor (C, H, W), label)."""
 
-    def __init__(self, spans: list[str], image_size: list[int], mode: str, scale: list[float]):
-        self._spans, self._image_size, self._mode, self._scale = spans, image_size, mode, scale
+    def __init__(self, files: list[str], image_size: list[int], mode: str, scale: list[float]):
+        self._files, self._image_size, self._mode, self._scale = files, image_size, mode, scale
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int) -> tuple[Any, int]:
+        """Returns the file, open, and the label."""
+        return open(self._files[index], "rb"), 0
+
+    def __getitem__(self, index: int) -> Any:
+        import torch
+        from PIL import Image
+
+        file, label = self.read(index)
+        image = Image.open(file).convert(self._mode)
+        image = image.crop(crop_box(*image.size, self._scale))
+        image = image.resize(self._image_size[::-1], Image.Resampling.BICUBIC)
+        if torch.rand(1).item() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.array(image).reshape(*self._image_size, -1)
+        return torch.from_numpy(pixels).permute(2, 0, 1), label
+
+
+class Records(Images):
+    """The same of array_record files."""
+
+    def __init__(self, spans: list[str], *options: Any):
+        super().__init__([], *options)
+        self._spans = spans
         self._source: Any = None  # opened by each worker for itself
         self._length = sum(int(stop) - int(start) for start, stop in (_span(span) for span in spans))
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Any:
-        import torch
+    def read(self, index: int) -> tuple[Any, int]:
         from array_record.python import array_record_data_source
-        from PIL import Image
         from tensorflow_datasets.proto import tf_example_pb2
 
         if self._source is None:
             self._source = array_record_data_source.ArrayRecordDataSource(self._spans)
         example: Any = tf_example_pb2.Example.FromString(self._source[index])  # pyright: ignore[reportAttributeAccessIssue]
         feature = example.features.feature
-        image = Image.open(io.BytesIO(feature["image"].bytes_list.value[0])).convert(self._mode)
-        image = image.crop(crop_box(*image.size, self._scale))
-        image = image.resize(self._image_size[::-1], Image.Resampling.BICUBIC)
-        if torch.rand(1).item() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = np.array(image).reshape(*self._image_size, -1)
-        return torch.from_numpy(pixels).permute(2, 0, 1), feature["label"].int64_list.value[0]
+        return io.BytesIO(feature["image"].bytes_list.value[0]), feature["label"].int64_list.value[0]
 
 
 def _span(span: str) -> list[str]:
@@ -69,7 +89,8 @@ def serve(options: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)  # of one process; the workers are the parallelism
-    dataset: Any = Records(options["spans"], options["image_size"], options["mode"], options["scale"])
+    kind, place = (Images, options["files"]) if "files" in options else (Records, options["spans"])
+    dataset: Any = kind(place, options["image_size"], options["mode"], options["scale"])
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size=options["batch_size"],
