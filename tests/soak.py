@@ -1,4 +1,4 @@
-"""The long trial of `tests/soak.sh`: a run of two processes under random preemptions, kills and damaged checkpoints."""
+"""The long trial of `tests/soak.sh`: a run of two processes under preemptions, kills and corrupted checkpoints."""
 
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ ARGS = (
 )
 STEPS_PER_ROUND = 12
 HANG_SECS = 120
-DAMAGES = ("flip", "truncate", "missing", "empty", "no meta", "foreign")
+CORRUPTIONS = ("flip", "truncate", "missing", "empty", "no meta", "foreign")
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -42,9 +42,9 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit())
 
 
-def damage(draw: random.Random, checkpoint: Path) -> str:
+def corrupt(draw: random.Random, checkpoint: Path) -> str:
     """Does to a checkpoint what a fault does; which."""
-    kind = draw.choice(DAMAGES)
+    kind = draw.choice(CORRUPTIONS)
     victim = draw.choice([path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size])
     if kind == "flip":
         content = bytearray(victim.read_bytes())
@@ -127,14 +127,14 @@ class Trial:
         self.count[kind] += 1
         print(f"{kind}: at step {last_step(self.workdir)}, saved {self.good[-3:]}", flush=True)
 
-    def damage_newest(self) -> None:
-        """Damages one or two of the newest checkpoints; the one before is what goes on."""
+    def corrupt_newest(self) -> None:
+        """Corrupts one or two of the newest checkpoints; the one before is what goes on."""
         for _ in range(self.draw.randint(1, 2)):
             if len(self.good) > 1:
                 step = self.good.pop()
-                kind = damage(self.draw, self.workdir / "checkpoints" / str(step))
-                self.count["damage"] += 1
-                print(f"damage: {kind} of step {step}, to go on from {self.good[-1]}", flush=True)
+                kind = corrupt(self.draw, self.workdir / "checkpoints" / str(step))
+                self.count["corruption"] += 1
+                print(f"corruption: {kind} of step {step}, to go on from {self.good[-1]}", flush=True)
 
 
 def run_to_the_end(env: dict[str, str], *args: str) -> None:
@@ -148,7 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bash tests/soak.sh")
     parser.add_argument("--preemptions", type=int, default=20)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--damages", type=int, default=10, help="at least so many checkpoints")
+    parser.add_argument("--corruptions", type=int, default=10, help="at least so many checkpoints")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--workdir", type=Path, default=None)
     given = parser.parse_args()
@@ -167,8 +167,8 @@ def main() -> int:
     for index, kind in enumerate(kinds):
         trial.round(kind)
         left = len(kinds) - index
-        if trial.count["damage"] < given.damages and trial.draw.random() < given.damages / left:
-            trial.damage_newest()
+        if trial.count["corruption"] < given.corruptions and trial.draw.random() < given.corruptions / left:
+            trial.corrupt_newest()
     run_to_the_end(env, *trial.args)
     run_to_the_end(env, *(arg for arg in trial.args if "--workdir" not in arg), f"--workdir={base / 'undisturbed'}")
     if records(trial.workdir) != records(base / "undisturbed"):
@@ -179,7 +179,7 @@ def main() -> int:
         trial.fault("wrong restores", "the final parameters differ from those of the undisturbed run")
     faults = {name: trial.count[name] for name in ("lost steps", "wrong restores", "hangs", "wrong codes")}
     print(
-        f"{trial.count['preemption']} preemptions, {trial.count['kill']} kills, {trial.count['damage']} damaged "
+        f"{trial.count['preemption']} preemptions, {trial.count['kill']} kills, {trial.count['corruption']} corrupted "
         f"checkpoints over {total_steps} updates: {', '.join(f'{name} {count}' for name, count in faults.items())}; "
         f"final state {'equal to' if equal else 'DIFFERENT from'} the undisturbed run's"
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A long trial: two processes of one run are preempted, killed and their checkpoints damaged, at random, many times.
+# A long trial: two processes of one run are preempted, killed and their checkpoints corrupted, at random, many times.
 #
-#   bash tests/soak.sh                              20 preemptions, 20 kills, 10 damaged checkpoints: about 15 minutes
-#   bash tests/soak.sh --preemptions 2 --kills 2 --damages 1 [--seed 7] [--workdir W]
+#   bash tests/soak.sh                              20 preemptions, 20 kills, 10 corrupted checkpoints: about 15 minutes
+#   bash tests/soak.sh --preemptions 2 --kills 2 --corruptions 1 [--seed 7] [--workdir W]
 #
 # Ends with a line of figures, and with 0 if nothing was lost, wrong or stuck.
 set -euo pipefail

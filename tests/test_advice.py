@@ -519,7 +519,7 @@ def line_in(text: str) -> str:
 
 
 @pytest.mark.long
-def test_damaged_config_and_summary_are_written_again(place, child_env):
+def test_corruptiond_config_and_summary_are_written_again(place, child_env):
     """By the cure that the message gives: the run's own command, after the summary was deleted."""
     (line,) = scripts_of("configs/smoke.py")
     workdir = epath.Path(place / "runs/smoke")

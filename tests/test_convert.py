@@ -378,7 +378,7 @@ def test_channels(old, new):
 # --- what cannot be believed
 
 
-def damage(tensors: dict[str, np.ndarray], kind: str) -> None:
+def corrupt(tensors: dict[str, np.ndarray], kind: str) -> None:
     """Changes a good state dict in one way."""
     if kind == "missing":
         del tensors["blocks.1.norm2.bias"], tensors["decoder_pred.weight"]
@@ -413,7 +413,7 @@ def test_state_dict_that_does_not_fit(tmp_path, kind, words):
     """Everything that is wrong is listed, in one error."""
     config = config_of()
     tensors = layouts.to_layout(random_params(config), config.model, "timm")
-    damage(tensors, kind)
+    corrupt(tensors, kind)
     safetensors.numpy.save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(DataFault) as caught:
         opened(tmp_path / "a.safetensors", config)

@@ -192,18 +192,20 @@ def test_what_exists_is_not_touched(classifier, tmp_path, monkeypatch):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("damage", ["other weights", "cut off"])
-def test_a_damaged_file_is_not_left(classifier, tmp_path, monkeypatch, damage):
+@pytest.mark.parametrize("corruption", ["other weights", "cut off"])
+def test_a_corrupted_file_is_not_left(classifier, tmp_path, monkeypatch, corruption):
     """It is read back and run before it gets its name."""
     weight = np.asarray(jax.tree.leaves(in_memory(**SCALING, task="finetune").load_whole()["encoder"])[0]).tobytes()
     write = export.write_bytes_atomically
 
-    def write_damaged(path, data):
+    def write_corrupted(path, data):
         assert weight in data
-        write(path, data.replace(weight, bytes(len(weight))) if damage == "other weights" else data[: len(data) // 2])
+        write(
+            path, data.replace(weight, bytes(len(weight))) if corruption == "other weights" else data[: len(data) // 2]
+        )
 
-    monkeypatch.setattr(export, "write_bytes_atomically", write_damaged)
+    monkeypatch.setattr(export, "write_bytes_atomically", write_corrupted)
     with pytest.raises(Exception) as error:  # noqa: PT011 (what reading raises is not ours)
         run_here(monkeypatch, classifier, tmp_path / "out")
-    assert damage != "other weights" or "differs by" in str(error.value)
+    assert corruption != "other weights" or "differs by" in str(error.value)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Runs whose workdir is in a bucket: killed, preempted, damaged, read. Real processes, an emulated Cloud Storage."""
+"""Runs whose workdir is in a bucket: killed, preempted, corrupted, read. Real processes, an emulated Cloud Storage."""
 
 import dataclasses
 import json
@@ -150,11 +150,13 @@ def events(path):
 
 
 @pytest.mark.long
-def test_damaged_checkpoint(emulator, env, interrupted):
+def test_corruptiond_checkpoint(emulator, env, interrupted):
     """One flipped byte: `verify` tells, the run puts it in quarantine and goes on from the checkpoint before."""
     objects = emulator.buckets[BUCKET]
-    damaged = f"{RUN}/checkpoints/20/"
-    victim = max((blob for name, blob in objects.items() if name.startswith(damaged)), key=lambda blob: len(blob.data))
+    corrupted = f"{RUN}/checkpoints/20/"
+    victim = max(
+        (blob for name, blob in objects.items() if name.startswith(corrupted)), key=lambda blob: len(blob.data)
+    )
     objects[victim.name] = dataclasses.replace(victim, data=bytes([victim.data[0] ^ 1]) + victim.data[1:])
     code, output = run(env, "verify", WORKDIR, module="checkpoint")
     assert (code, output.count("good"), output.count("CORRUPTED")) == (EXIT_STORAGE, 1, 1), output

@@ -73,7 +73,7 @@ def test_clocks_may_jump(tmp_path_factory, starts):
 
 
 def test_a_line_cut_short_is_dropped(workdir):
-    """A kill in the middle of a line costs that line; damage elsewhere is told."""
+    """A kill in the middle of a line costs that line; corruption elsewhere is told."""
     start(workdir, 0, 0.0, [5.0]).note(3, {"step": 5.0}, "killed")
     path = workdir / GOODPUT_FILE
     path.write_text(path.read_text() + '{"run": 1, "beg')

@@ -135,7 +135,7 @@ def test_last_line_without_its_end(workdir: epath.Path, tail: str):
 
 
 @pytest.mark.parametrize("broken", ["", "42", '{"loss": 1.0}', "not json"])
-def test_damage_elsewhere_names_file_and_line(workdir: epath.Path, broken: str):
+def test_corruption_elsewhere_names_file_and_line(workdir: epath.Path, broken: str):
     workdir.mkdir()
     (workdir / "metrics.jsonl").write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
     with pytest.raises(StorageFault, match=r"metrics\.jsonl, line 2 is no record"):

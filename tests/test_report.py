@@ -412,17 +412,17 @@ def test_data_that_are_not_there(trained, tmp_path):
     assert "Accuracy of each class" in text
 
 
-def test_damaged_checkpoints(trained, tmp_path):
+def test_corruptiond_checkpoints(trained, tmp_path):
     """A flipped byte is found, an entry of the quarantine shown; and a picture that is none."""
-    damaged = copy(trained / "mae", tmp_path / "damaged")
-    path = max((damaged / "checkpoints" / "8" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    corrupted = copy(trained / "mae", tmp_path / "corrupted")
+    path = max((corrupted / "checkpoints" / "8" / "state").rglob("*"), key=lambda path: path.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    (damaged / "quarantine").mkdir()
-    (damaged / "quarantine" / "4_20260101T000000.txt").write_text("a <b>bad</b> day\n")
-    (damaged / "pictures" / "step_00000004.png").write_bytes(b"no picture")
-    text = make(tmp_path / "r.html", damaged, quick=True)
+    (corrupted / "quarantine").mkdir()
+    (corrupted / "quarantine" / "4_20260101T000000.txt").write_text("a <b>bad</b> day\n")
+    (corrupted / "pictures" / "step_00000004.png").write_bytes(b"no picture")
+    text = make(tmp_path / "r.html", corrupted, quick=True)
     check(text)
     assert "CORRUPTED: " in text
     assert "in quarantine: a &lt;b&gt;bad&lt;/b&gt; day" in text

@@ -89,8 +89,8 @@ def test_a_bucket_is_copied_once_and_as_far_as_needed(
         bucket.buckets[_BUCKET] |= {o.name: Known(o.name, _BUCKET, o.data, metadata=known) for o in objects.values()}
 
     (test_data,) = (blob.data for name, blob in objects.items() if "test" in name)
-    for damaged in ({"md5Hash": bytes(16)}, {"crc32c": bytes(4)}):
-        put(**damaged)
+    for corrupted in ({"md5Hash": bytes(16)}, {"crc32c": bytes(4)}):
+        put(**corrupted)
         with pytest.raises(
             DataFault, match=r"copy of gs://datasets/.*test.* is not what is there \(its checksum differs\)"
         ):

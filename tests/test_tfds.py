@@ -1,4 +1,4 @@
-"""TFDS data without TensorFlow: prepared sets, CIFAR from its archive, the decoded copy, and files that are damaged."""
+"""TFDS data without TensorFlow: prepared sets, CIFAR from its archive, the decoded copy, and corrupted files."""
 
 import hashlib
 import io
@@ -223,8 +223,8 @@ def test_the_decoded_copy_is_used_again_and_made_again(fixed: Path, caplog: pyte
     assert len(pickle.dumps(_open(fixed))) < 2000  # mapped: workers get the path
     assert file.stat().st_ino == inode
     content = file.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", content[:-1] + bytes([content[-1] ^ 1])):
-        file.write_bytes(damaged)
+    for corrupted in (content[: len(content) // 2], b"", content[:-1] + bytes([content[-1] ^ 1])):
+        file.write_bytes(corrupted)
         with caplog.at_level(logging.WARNING):
             again = _open(fixed).examples(np.arange(12))
         assert "corrupted" in caplog.text
@@ -288,8 +288,8 @@ def _record_file(directory: Path, split: str = "train") -> Path:
 def test_a_missing_or_cut_file_is_named_at_start(tmp_path: Path) -> None:
     file = _record_file(prepare_shapes(tmp_path, sizes=[(16, 16)] * 12, fixed=True))
     content = file.read_bytes()
-    for damaged in (content[: len(content) // 2], content[:-1000], b""):
-        file.write_bytes(damaged)
+    for corrupted in (content[: len(content) // 2], content[:-1000], b""):
+        file.write_bytes(corrupted)
         with pytest.raises(DataFault, match=rf"{file.name}.*truncated or corrupted.*Restore"):
             _open(tmp_path)
     file.unlink()
@@ -297,7 +297,7 @@ def test_a_missing_or_cut_file_is_named_at_start(tmp_path: Path) -> None:
         _open(tmp_path)
 
 
-def test_a_damaged_record_counts_as_undecodable(tmp_path: Path) -> None:
+def test_a_corrupted_record_counts_as_undecodable(tmp_path: Path) -> None:
     file = _record_file(prepare_shapes(tmp_path, sizes=[(16, 16)] * 12, fixed=True))
     content = bytearray(file.read_bytes())
     content[300] ^= 255  # in the first chunk of records; array_record keeps a hash of each

@@ -117,9 +117,9 @@ def test_odd_files_have_pillows_colours(name: str) -> None:
 
 
 @given(st.sampled_from(sorted(_ODD)), st.integers(0, 400), st.binary(max_size=4))
-def test_a_damaged_header_tells_a_size_or_none(name: str, position: int, damage: bytes) -> None:
+def test_a_corrupted_header_tells_a_size_or_none(name: str, position: int, corruption: bytes) -> None:
     data = _ODD[name][:position]
-    for content in (data, data + damage, data + damage + _ODD[name][position + len(damage) :]):
+    for content in (data, data + corruption, data + corruption + _ODD[name][position + len(corruption) :]):
         size = Decoder(3).header(content)[:2]
         assert size == (0, 0) or min(size) > 0
 

@@ -1,4 +1,4 @@
-"""Files of named tensors: against PyTorch and safetensors themselves, damaged at every byte, and meant to do harm."""
+"""Files of named tensors: against PyTorch and safetensors themselves, corrupted at every byte, and meant to do harm."""
 
 import argparse
 import json
@@ -440,7 +440,7 @@ def test_nothing_is_called(tmp_path, function, arguments, name):
     assert {entry.name for entry in tmp_path.iterdir()} == {"a.pth"}
 
 
-# --- damage
+# --- corruption
 
 
 def small(path: Path) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -40,8 +40,8 @@ def _torch_options(config: ConfigDict, dataset: Dataset) -> Result:
         raise ConfigError(
             "--against torch compares decoding and random crops of files, and "
             f"{', '.join(f'data.{name}={data[name]!r}' for name in fields)} is not that; use a folder, or a "
-            "data.name of TFDS and --config.data.source=tfds --config.data.augment=crop_flip --config.data.randaug_magnitude=0 "
-            "--config.data.repeats=1 --config.data.cache=stream"
+            "data.name of TFDS and --config.data.source=tfds --config.data.augment=crop_flip "
+            "--config.data.randaug_magnitude=0 --config.data.repeats=1 --config.data.cache=stream"
         )
     if isinstance(dataset, TfdsDataset):
         place = {"spans": [f"{shard.filename}[{shard.skip}:{shard.skip + shard.take}]" for shard in dataset.shards]}

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: always noticed, put away, and the newest good one goes on."""
+"""Corrupted checkpoints: always noticed, put away, and the newest good one goes on."""
 
 import gc
 import shutil
@@ -71,7 +71,7 @@ def assert_holds(found, held):
         np.testing.assert_array_equal(a, b)
 
 
-def damage_one(path, kind, data):
+def corrupt_one(path, kind, data):
     """Does to one file of a checkpoint, or to the whole, what a fault does."""
     written = list(digests.files(path))
     victim = written[data.draw(st.integers(0, len(written) - 1))]
@@ -105,10 +105,10 @@ RARELY = settings(deadline=None, suppress_health_check=[HealthCheck.function_sco
 
 @settings(RARELY, max_examples=settings().max_examples // 5)
 @given(kind=st.sampled_from(KINDS), data=st.data())
-def test_any_damage_is_noticed(saved, tmp_path_factory, kind, data):
-    """A byte, a file or all of it: the step before goes on, and the damaged one is put away with a reason."""
+def test_any_corruption_is_noticed(saved, tmp_path_factory, kind, data):
+    """A byte, a file or all of it: the step before goes on, and the corrupted one is put away with a reason."""
     workdir = copy_of(saved, tmp_path_factory)
-    damage_one(workdir / "checkpoints" / "2", kind, data)
+    corrupt_one(workdir / "checkpoints" / "2", kind, data)
     found = restore(workdir)
     assert found is not None
     assert found[0] == 1
@@ -121,11 +121,11 @@ def test_any_damage_is_noticed(saved, tmp_path_factory, kind, data):
 
 @settings(RARELY, max_examples=settings().max_examples // 8)
 @given(kind=st.sampled_from(KINDS), data=st.data())
-def test_damage_without_a_seal(saved, tmp_path_factory, kind, data):
+def test_corruption_without_a_seal(saved, tmp_path_factory, kind, data):
     """Killed before the manifest, the arrays' own digests decide: what goes on is exactly what was saved."""
     workdir = copy_of(saved, tmp_path_factory)
     shutil.rmtree(workdir / "seals")
-    damage_one(workdir / "checkpoints" / "2", kind, data)
+    corrupt_one(workdir / "checkpoints" / "2", kind, data)
     found = restore(workdir)
     assert found is not None
     assert_holds(found, saved[1])
@@ -219,7 +219,7 @@ def test_nothing_good_left(saved, tmp_path_factory):
     assert restore(workdir) is None
 
 
-def test_intact_but_unreadable_is_no_damage(saved, tmp_path_factory, monkeypatch):
+def test_intact_but_unreadable_is_not_corrupted(saved, tmp_path_factory, monkeypatch):
     """Files as they were written that this version cannot read are not thrown away."""
     workdir = copy_of(saved, tmp_path_factory)
 
