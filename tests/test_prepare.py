@@ -28,7 +28,7 @@ from mae_dist.data.from_config import open_data
 from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, DataFault
 from mae_dist.prepare import __main__ as prepare_module
-from mae_dist.prepare import archives, tfds_writer
+from mae_dist.prepare import archives, folders, tfds_writer
 from tests import commands
 from tests.conftest import ROOT
 
@@ -90,9 +90,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Runs the command in this process; returns what it prints."""
 
     def run(*names: str, **given: object) -> str:
-        for name in ("manual_dir", "data_dir", "from_folder", "name", "limit", "allow_incomplete", "skip_undecodable"):
-            flag = SimpleNamespace(name=name, value=given.get(name) and str(given[name]))
-            monkeypatch.setattr(prepare_module, f"_{name.upper()}", flag)
+        places = ("manual_dir", "data_dir", "from_folder", "name")
+        options = ("limit", "allow_incomplete", "skip_undecodable", "labels", "val_fraction", "short_side", "quality")
+        for name in (*places, *options, "stats"):
+            value = given.get(name) and (str(given[name]) if name in places else given[name])
+            monkeypatch.setattr(prepare_module, f"_{name.upper()}", SimpleNamespace(name=name, value=value))
         assert prepare_module.prepare(["prepare", *names]) == EXIT_DONE
         return capsys.readouterr().out
 
@@ -100,9 +102,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def _config_of(printed: str) -> ConfigDict:
-    """configs/smoke.py with the flags that the command printed."""
-    line = shlex.split(printed.splitlines()[-1].removeprefix("use it with "))
-    config = commands.parse("main", ["--config", "configs/smoke.py", *line])
+    """The config of the command that was printed."""
+    python, _, module, *arguments = shlex.split(printed.splitlines()[-1])
+    assert (python, module) == ("python", "mae_dist.main")
+    config = commands.parse("main", arguments)
     assert config is not None
     return config
 
@@ -255,9 +258,9 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_becomes_a_data_set(
     folder: Path, tmp_path: Path, prepare: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    (folder / "train" / "cat" / "notes.txt").write_text("no image")
-    with pytest.raises(DataFault, match=r"1 of 5 files .*notes\.txt"):
-        archives.folder_images(folder, skip_undecodable=False)
+    (folder / "train" / "cat" / "notes.jpg").write_text("no image")
+    with pytest.raises(DataFault, match=r"1 of 6 files .*train/cat/notes\.jpg \(8 bytes .*not a whole image"):
+        examined(folder)
     done = prepare(f"--from_folder={folder}", "--name=my_set", f"--data_dir={tmp_path}", "--skip_undecodable")
     assert done.returncode == EXIT_DONE, done.stderr
     opened = open_data(_config_of(done.stdout))
@@ -323,17 +326,17 @@ def test_a_folder_is_checked_in_parts(
 ) -> None:
     given = []
 
-    class Pool(archives.ThreadPoolExecutor):
+    class Pool(folders.ThreadPoolExecutor):
         def map(self, fn: Any, *items: Any, **options: Any) -> Any:
             given.append(len(items[0]))
             return super().map(fn, *items, **options)
 
-    monkeypatch.setattr(archives, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(archives, "_CHUNK", 3)
+    monkeypatch.setattr(folders, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(folders, "_CHUNK", 3)
     with caplog.at_level("INFO"):
-        splits, _ = archives.folder_images(folder, skip_undecodable=False)
-    assert given == [3, 1, 1]
-    assert "4 of 4 files" in caplog.text
+        splits = examined(folder)
+    assert given == [3, 2]
+    assert "5 of 5 files" in caplog.text
     assert [Path(image.path).stat().st_size for image in splits["train"]] == [image.size for image in splits["train"]]
 
 
@@ -365,6 +368,12 @@ begin(Path(sys.argv[1]), Path(sys.argv[2]), pytest.MonkeyPatch())
 """
 
 
+def examined(root: Path) -> dict[str, list[tfds_writer.Image]]:
+    """The images of a directory, of which none may be undecodable."""
+    folder = folders.find_folder(str(root), None, 0.0)
+    return folders.examine(folder, skip_undecodable=False, short_side=0, quality=90)[0]
+
+
 def begin(folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepares a folder in shards of three images."""
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
@@ -373,8 +382,8 @@ def begin(folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     in_threes = staticmethod(lambda size, count: -(-count // 3))
     monkeypatch.setattr(shard_utils.ShardConfig, "calculate_number_shards", in_threes)
     monkeypatch.setattr(tfds_writer, "_THREADS", 1)
-    splits, classes = archives.folder_images(folder, False)
-    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=classes)}
+    splits = examined(folder)
+    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
     features["file_name"] = tfds.features.Text()
     identity = DatasetIdentity("many", tfds.core.Version("1.0.0"), str(directory), "")
     info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
@@ -415,7 +424,7 @@ def test_a_killed_preparation_goes_on(
 def test_a_preparation_from_other_images_begins_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    splits, _ = archives.folder_images(folder, False)
+    splits = examined(folder)
     incomplete = tmp_path / ".1.0.0.incomplete"
     tfds_writer._begin(incomplete, splits)
     (incomplete / "shard").touch()

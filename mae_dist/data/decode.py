@@ -193,6 +193,20 @@ class Decoder:
         return 255.0 if dtype == np.uint8 else self.max_value or (65535.0 if dtype == np.uint16 else 1.0)
 
 
+def load_upright(data: bytes) -> tuple[np.ndarray, bool]:
+    """Decodes what a file holds, whatever it is, turned by its EXIF orientation; and whether a fourth channel is alpha.
+
+    Of three axes the first one holds the channels if it is shorter than the others.
+
+    # -> (H, W, c) uint8, uint16 or float32, colours as RGB
+
+    Raises:
+      UndecodableImage: the bytes are not a whole image, or of another type.
+    """
+    image, has_alpha = _load(data, None)
+    return _upright(image, Decoder(3, exif=True).header(data).orientation), has_alpha
+
+
 def stored_dtype(data: bytes, channels: int) -> str | None:
     """Returns the type of the values in a file, one of `DTYPES`; None if it does not decode."""
     if data.startswith(_PNG):
@@ -202,7 +216,7 @@ def stored_dtype(data: bytes, channels: int) -> str | None:
     return None
 
 
-def _load(data: bytes, channels: int) -> tuple[np.ndarray, bool]:
+def _load(data: bytes, channels: int | None) -> tuple[np.ndarray, bool]:
     """Decodes what a file holds, with colours in RGB order; and whether a fourth channel is alpha.
 
     # -> (H, W, c) uint8, uint16 or float32
@@ -239,14 +253,14 @@ def _imdecode(data: bytes, flags: int) -> np.ndarray:
     return image
 
 
-def _load_npy(data: bytes, channels: int) -> np.ndarray:
+def _load_npy(data: bytes, channels: int | None) -> np.ndarray:
     try:
         return _planes_last(np.load(io.BytesIO(data), allow_pickle=False), channels)
     except (ValueError, EOFError, OSError) as error:
         raise UndecodableImage(f"no whole .npy file: {error}") from error
 
 
-def _load_tiff(data: bytes, channels: int) -> tuple[np.ndarray, bool]:
+def _load_tiff(data: bytes, channels: int | None) -> tuple[np.ndarray, bool]:
     """Decodes a TIFF file of any bands; and whether a fourth one is alpha.
 
     Several images of one size are its bands; of several sizes the first one is taken.
@@ -260,7 +274,7 @@ def _load_tiff(data: bytes, channels: int) -> tuple[np.ndarray, bool]:
             plain = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
             if len(file.pages) == 1 and page.samplesperpixel <= 4 and not (plain and page.compression == 1):
                 return _load_colours(data), bool(page.extrasamples) or not plain
-            whole = len(shape) == 3 and channels in (shape[0], shape[2])
+            whole = len(shape) == 3 and channels in (None, shape[0], shape[2])
             count = len(file.series[0].pages)
             if count > 1 and not whole:
                 raise UndecodableImage(
@@ -275,10 +289,12 @@ def _load_tiff(data: bytes, channels: int) -> tuple[np.ndarray, bool]:
         raise UndecodableImage(f"a TIFF file that cannot be read: {error}") from error
 
 
-def _planes_last(array: np.ndarray, channels: int) -> np.ndarray:
-    """Returns an image of (H, W), (H, W, c) or (C, H, W) as (H, W, c)."""
+def _planes_last(array: np.ndarray, channels: int | None) -> np.ndarray:
+    """Returns an image of (H, W), (H, W, c) or (C, H, W) as (H, W, c); C is `channels` or, of None, the fewest."""
     if array.ndim == 2:
         return array[..., None]
+    if channels is None and array.ndim == 3 and array.shape[0] < min(array.shape[1:]):
+        channels = array.shape[0]
     if array.ndim == 3 and array.shape[0] == channels != array.shape[2]:
         return np.ascontiguousarray(np.moveaxis(array, 0, -1))
     if array.ndim == 3:

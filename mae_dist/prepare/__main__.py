@@ -1,9 +1,11 @@
 """Prepares a data set once: `python -m mae_dist.prepare imagenet2012 --manual_dir D`, `… cifar10`, or
 `python -m mae_dist.prepare --from_folder DIR --name my_set`.
 
-It becomes array_record files in --data_dir as TFDS has them, without TensorFlow, for `--config.data.name` and
-`--config.data.data_dir`. Killed, the same line goes on where it stopped, after it has looked through the archives, or
-decoded the folder's files, once more.
+It becomes array_record files in --data_dir as TFDS has them, without TensorFlow, and the command prints how to train on
+them. Killed, the same line goes on where it stopped, after it has looked through the archives, or decoded the folder's
+files, once more.
+
+With --stats and --config it measures the mean and standard deviation of the training images.
 """
 
 import os
@@ -17,22 +19,52 @@ from absl import flags, logging
 
 from mae_dist import cli, errors
 from mae_dist.data.sources import cifar
-from mae_dist.prepare import archives
+from mae_dist.data.sources import listing as listings
+from mae_dist.prepare import archives, folders
 from mae_dist.prepare.tfds_writer import Image, is_prepared, stored_order, write_dataset
 from mae_dist.storage import local
 
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", None, "Where the archives of ImageNet are.")
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "Where TFDS keeps data sets (default $TFDS_DATA_DIR or its own).")
-_FROM_FOLDER = flags.DEFINE_string("from_folder", None, "A tree train/<class>/<images>; also validation/, val/, test/.")
+_FROM_FOLDER = flags.DEFINE_string(
+    "from_folder", None, "A directory of images in any layout; train/, val/ (validation/) and test/ are its splits."
+)
 _NAME = flags.DEFINE_string("name", None, "With --from_folder: the data set's name.")
-_LIMIT = flags.DEFINE_integer("limit", 0, "Only so many images of each split.", lower_bound=0)
+_LABELS = flags.DEFINE_string(
+    "labels",
+    None,
+    "With --from_folder: none, folders (the directories, in train/ if there is one) or csv:FILE of path,label[,split] "
+    "(default: folders if most images of train/ are in directories there, else none).",
+)
+_VAL_FRACTION = flags.DEFINE_float(
+    "val_fraction",
+    0.0,
+    "With --from_folder without val/: the fraction of the images that becomes the split validation.",
+    lower_bound=0.0,
+    upper_bound=0.99,
+)
+_SHORT_SIDE = flags.DEFINE_integer(
+    "short_side", 0, "With --from_folder: shrink larger images to this short side; 0: store files as they are.", 0
+)
+_QUALITY = flags.DEFINE_integer("quality", 90, "With --short_side: of the JPEGs.", 1, 100)
+_STATS = flags.DEFINE_bool("stats", False, "Measure data.mean and data.std of the training split of --config.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", 0, "Only so many images of each split; with --stats of the training split (default 10000).", lower_bound=0
+)
 _ALLOW_INCOMPLETE = flags.DEFINE_bool("allow_incomplete", False, "Accept archives that hold not all of ImageNet.")
-_SKIP_UNDECODABLE = flags.DEFINE_bool("skip_undecodable", False, "With --from_folder: leave out what does not decode.")
+_SKIP_UNDECODABLE = flags.DEFINE_bool(
+    "skip_undecodable", False, "With --from_folder: leave out what does not decode, or is of another type than most."
+)
+
+_CONFIG = "cifar_medium"  # in the command that is printed
+_FILES = "files.npz"  # beside a data set: the listing of the folder
 
 
 def prepare(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     names = argv[1:]
+    if _STATS.value:
+        return _print_stats()
     if (len(names) == 1) == bool(_FROM_FOLDER.value) or len(names) > 1:
         raise errors.ConfigError(
             f"got {names}; name one data set (imagenet2012, cifar10, cifar100), or give --from_folder and --name"
@@ -41,7 +73,7 @@ def prepare(argv: Sequence[str]) -> int:
     if _DATA_DIR.value:
         root = os.fspath(local(_DATA_DIR.value, "--data_dir", "prepare on a disk, then copy the directory there"))
     if _FROM_FOLDER.value:
-        builder = _prepare_folder(_source(_FROM_FOLDER), cli.required(_NAME), root)
+        builder = _prepare_folder(os.fspath(_source(_FROM_FOLDER)), cli.required(_NAME), root)
     elif names[0] == "imagenet2012":
         builder = _prepare_imagenet(root)
     elif names[0] in cifar.BUILDERS:
@@ -57,23 +89,42 @@ def prepare(argv: Sequence[str]) -> int:
         )
     counts = ", ".join(f"{name} {split.num_examples}" for name, split in builder.info.splits.items())
     print(f"{builder.data_path}: {counts}")
-    print(f"use it with {shlex.join(_flags_of(builder))}")
+    print(shlex.join(["python", "-m", "mae_dist.main", "--config", _CONFIG, *_flags_of(builder)]))
     return errors.EXIT_DONE
 
 
 def _flags_of(builder: Any) -> list[str]:
     """Returns the flags by which a config trains on this data set, with the splits that it has."""
-    splits = builder.info.splits
+    splits, features = builder.info.splits, builder.info.features
     has_validation = "validation" in splits
     fields = {
-        "source": "tfds",
-        "name": builder.name,
-        "data_dir": Path(builder.data_path).parent.parent,  # of name and version
-        "train_split": "train" if has_validation else "train[:80%]",
-        "val_split": "validation" if has_validation else "train[80%:]",
-        "test_split": "test" if "test" in splits else "",
+        "data.source": "tfds",
+        "data.name": builder.name,
+        "data.data_dir": Path(builder.data_path).parent.parent,  # of name and version
+        "data.train_split": "train" if has_validation else "train[:80%]",
+        "data.val_split": "validation" if has_validation else "train[80%:]",
+        "data.test_split": "test" if "test" in splits else "",
     }
-    return [f"--config.data.{field}={value}" for field, value in fields.items()]
+    if features["image"].shape[-1] not in (3, 4):  # of four channels the first three are colours
+        fields["model.channels"] = features["image"].shape[-1]
+    if "label" not in features:
+        fields["online.every_epochs"] = 0  # it compares labels
+    return [f"--config.{field}={value}" for field, value in fields.items()]
+
+
+def _print_stats() -> int:
+    """Measures the pixels of a config's training split; prints and stores the result."""
+    from mae_dist.data import statistics
+    from mae_dist.data.from_config import open_dataset
+
+    config = cli.needed_config()
+    dataset = open_dataset(config, config.data.train_split)
+    stats = statistics.measure(dataset, limit=_LIMIT.value or 10_000, max_value=config.data.max_value)
+    statistics.store_stats(dataset.fingerprint, stats, config.data.cache_dir)
+    fields = (f"{value:.4g}" for value in stats[0]), (f"{value:.4g}" for value in stats[1])
+    mean, std = (f"({','.join(values)},)" for values in fields)
+    print(shlex.join([f"--config.data.mean={mean}", f"--config.data.std={std}"]))
+    return errors.EXIT_DONE
 
 
 def _source(flag: flags.FlagHolder[str | None]) -> Path:
@@ -103,7 +154,7 @@ def _prepare_imagenet(root: str | None) -> Any:
     return tfds.builder("imagenet2012", data_dir=root, try_gcs=False)
 
 
-def _prepare_folder(folder: Path, name: str, root: str | None) -> Any:
+def _prepare_folder(root: str, name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import constants, dataset_info
 
@@ -111,36 +162,53 @@ def _prepare_folder(folder: Path, name: str, root: str | None) -> Any:
         raise errors.ConfigError(
             f"--name={name!r} must be lower case letters, digits and _, and no name that TFDS has already"
         )
-    data_dir = Path(root or constants.DATA_DIR)
-    directory = data_dir / name / "1.0.0"
-    limit = f", at most {_LIMIT.value} of a split" if _LIMIT.value else ""
-    of_older = f"Images of {folder.absolute()}{limit}."  # versions that did not record the files
-    description = f"Images of {folder.absolute()}{limit}: {archives.folder_contents(folder)}."
+    if _LABELS.value and not re.fullmatch("none|folders|csv:.+", _LABELS.value):
+        raise errors.ConfigError(f"--labels={_LABELS.value!r} is not one of none, folders, csv:FILE")
+    directory = Path(data_dir or constants.DATA_DIR) / name / "1.0.0"
+    folder = folders.find_folder(root, _LABELS.value, _VAL_FRACTION.value or 0.0)
+    short_side, quality = _SHORT_SIDE.value or 0, _QUALITY.value or 90
+    changes = f", at most {_LIMIT.value} of a split" if _LIMIT.value else ""
+    if short_side:
+        changes += f", short side {short_side}, quality {quality}"
+    of_older = f"Images of {Path(root).absolute()}{changes}."  # versions that did not record the files
+    description = f"Images of {Path(root).absolute()}{changes}: {folder.contents()}."
     if is_prepared(directory):
         builder = tfds.builder_from_directory(str(directory))
         stored = builder.info.description
         if stored not in (description, of_older):
+            changed = listings.changes_since(directory / _FILES, folder.listing)
             raise errors.DataFault(
-                f"{directory} was prepared from something else: {stored!r}, which is now {description!r}; delete it "
-                "and repeat the command to prepare that, or choose another --name"
+                f"{directory} was prepared from something else: {stored!r}, which is now {description!r}"
+                f"{f' ({changed})' if changed else ''}; delete it and repeat the command to prepare that, or choose "
+                "another --name"
             )
         if stored == of_older:
             logging.warning("%s does not record its files: if they have changed since, delete it", directory)
         logging.info("%s is prepared already, from the same files", directory)
         return builder
-    splits, classes = archives.folder_images(folder, _SKIP_UNDECODABLE.value)
+    splits, storage = folders.examine(
+        folder, skip_undecodable=bool(_SKIP_UNDECODABLE.value), short_side=short_side, quality=quality
+    )
     identity = dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""
     )
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(names=classes),
-            "file_name": tfds.features.Text(),
-        }
+    features = {"image": storage.feature(), "file_name": tfds.features.Text()}
+    if folder.class_names:
+        features["label"] = tfds.features.ClassLabel(names=list(folder.class_names))
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=tfds.features.FeaturesDict(features), description=description
     )
-    info = tfds.core.DatasetInfo(builder=identity, features=features, description=description)
-    write_dataset(info, directory, _limited(splits))
+    if storage.num_turned:
+        logging.info("%d images are turned by their EXIF orientation and stored anew", storage.num_turned)
+    write_dataset(
+        info,
+        directory,
+        _limited(splits),
+        storage,
+        conversion=repr(storage),
+        shrinks=bool(short_side),
+        write_beside=lambda incomplete: listings.save(folder.listing, incomplete / _FILES),
+    )
     return tfds.builder_from_directory(str(directory))
 
 

@@ -37,7 +37,7 @@ class Image(NamedTuple):
 
     Attributes:
       name: of the image, unique in its split.
-      label: number of its class.
+      label: number of its class, -1 without one.
       path: its own file, or an archive that holds many.
       offset: first byte.
       size: in bytes.
@@ -62,7 +62,7 @@ def stored_order(count: int) -> np.ndarray:
     return draws.permutation(0, 0, count)
 
 
-Convert = Callable[[str, bytes], bytes]  # name and content of an image -> content to be stored
+Convert = Callable[[str, bytes], bytes | np.ndarray]  # name and content of an image -> what is stored
 
 
 class _Shard(NamedTuple):
@@ -88,7 +88,9 @@ class _Shard(NamedTuple):
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # each can be read alone
             for image in self.images:
                 data = convert(image.name, image.read())
-                example = {"image": data, "label": image.label, "file_name": image.name}
+                example = {"image": data, "file_name": image.name}
+                if "label" in features:
+                    example["label"] = image.label
                 writer.write(features.serialize_example(features.encode_example(example)))
             writer.close()
         except RuntimeError as error:  # what the writer says of a full disk
@@ -99,15 +101,25 @@ class _Shard(NamedTuple):
 
 
 def write_dataset(
-    info: Any, directory: Path, splits: Mapping[str, list[Image]], convert: Convert = lambda name, data: data
+    info: Any,
+    directory: Path,
+    splits: Mapping[str, list[Image]],
+    convert: Convert = lambda name, data: data,
+    *,
+    conversion: str = "",
+    shrinks: bool = False,
+    write_beside: Callable[[Path], None] = lambda directory: None,
 ) -> None:
     """Writes what is missing of a data set and gives it its place; does nothing if that exists.
 
     Args:
-      info: a TFDS DatasetInfo with the features image, label and file_name; gets the splits.
+      info: a TFDS DatasetInfo with the features image, file_name and perhaps label; gets the splits.
       directory: the data set's place: <data_dir>/<name>/<version>.
       splits: name of the split -> its images.
       convert: name and content of an image -> the content to be stored.
+      conversion: describes `convert`: what was begun with another one is begun again.
+      shrinks: true if `convert` makes files much smaller, so that the space they take is not known before.
+      write_beside: adds further files to the directory that it gets.
 
     Raises:
       DataFault: too little space, a place that cannot be written, a source that changed.
@@ -119,10 +131,12 @@ def write_dataset(
                 return
             if alone:
                 remove_temporaries(incomplete)
-            _begin(incomplete, splits)
+            _begin(incomplete, splits, conversion)
             shards = {name: _shards(info.name, incomplete, name, images) for name, images in splits.items()}
-            _write_missing([shard for of_split in shards.values() for shard in of_split], info.features, convert)
+            all_shards = [shard for of_split in shards.values() for shard in of_split]
+            _write_missing(all_shards, info.features, convert, shrinks)
             _write_info(info, incomplete, shards)
+            write_beside(incomplete)
             incomplete.rename(directory)
             (directory / _PLAN).unlink()  # not before: without it the shards would be made again
     except OSError as error:
@@ -146,9 +160,11 @@ def is_prepared(directory: Path) -> bool:
     return False
 
 
-def _begin(incomplete: Path, splits: Mapping[str, list[Image]]) -> None:
-    """Makes the hidden directory, empty unless it was begun from the same images."""
+def _begin(incomplete: Path, splits: Mapping[str, list[Image]], conversion: str = "") -> None:
+    """Makes the hidden directory, empty unless it was begun from the same images in the same way."""
     plan = {name: _digest(images) for name, images in splits.items()}
+    if conversion:
+        plan["conversion"] = conversion
     path = incomplete / _PLAN
     if incomplete.exists() and (not path.exists() or json.loads(path.read_text()) != plan):
         _LOG.warning("%s was begun from other images and is made again", incomplete)
@@ -184,14 +200,15 @@ def _template(name: str, directory: Path, split: str) -> Any:
     )
 
 
-def _write_missing(shards: list[_Shard], features: Any, convert: Convert) -> None:
+def _write_missing(shards: list[_Shard], features: Any, convert: Convert, shrinks: bool) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         done = list(pool.map(_Shard.is_done, shards))
         missing = [shard for shard, is_done in zip(shards, done, strict=True) if not is_done]
         if not missing:
             return
         size = sum(shard.size for shard in missing)
-        check_space(missing[0].path.parent, int(size * _OVERHEAD))
+        if not shrinks:
+            check_space(missing[0].path.parent, int(size * _OVERHEAD))
         _LOG.info("%d of %d shards are to be written in %s", len(missing), len(shards), missing[0].path.parent)
         progress = Progress("shards", len(missing), size)
         for shard in run_all(pool, lambda shard: shard.write(features, convert), missing):
