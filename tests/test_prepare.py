@@ -1,6 +1,7 @@
 """Data sets prepared from ImageNet's archives and from directories, whole, killed, damaged; read by TFDS and by us."""
 
 import io
+import json
 import os
 import re
 import resource
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tifffile
 from ml_collections import ConfigDict
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
@@ -26,7 +28,7 @@ from mae_dist.data import open_split
 from mae_dist.data.files import check_space
 from mae_dist.data.from_config import open_data
 from mae_dist.data.sources.tfds import TfdsDataset
-from mae_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, DataFault
+from mae_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataFault
 from mae_dist.prepare import __main__ as prepare_module
 from mae_dist.prepare import archives, folders, tfds_writer
 from tests import commands
@@ -110,11 +112,11 @@ def _config_of(printed: str) -> ConfigDict:
     return config
 
 
-def _open(data_dir: Path, name: str, split: str) -> Any:
+def _open(data_dir: Path, name: str, split: str, *, image_size: tuple[int, int] = (24, 24), channels: int = 3) -> Any:
     return open_split(
         split,
-        image_size=(24, 24),
-        channels=3,
+        image_size=image_size,
+        channels=channels,
         source="tfds",
         name=name,
         data_dir=str(data_dir),
@@ -283,6 +285,310 @@ def test_a_folder_becomes_a_data_set(
     assert names == {"cat/a.jpg", "cat/b.PNG", "dog/deep/c.webp", "dog/d.bmp"}
 
 
+def _save(path: Path, image: np.ndarray, **options: Any) -> None:
+    """Writes an image by its suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, image)
+    elif path.suffix == ".tif":
+        tifffile.imwrite(path, image, photometric="minisblack")
+    else:
+        Image.fromarray(image).save(path, **options)
+
+
+def _stored(data_dir: Path, split: str = "train") -> dict[str, tuple[bytes, int]]:
+    """File name -> what is stored of it, label."""
+    dataset = _open(data_dir, "my_set", split)
+    files, labels = dataset.encoded(np.arange(dataset.num_examples))
+    return {dataset.file_name(i): (files[i], int(labels[i])) for i in range(dataset.num_examples)}
+
+
+LAYOUTS: dict[str, tuple[list[str], dict[str, object], dict[str, dict[str, int]]]] = {
+    "flat": (["a.png", "b.JPG"], {}, {"train": {"a.png": -1, "b.JPG": -1}}),
+    "deep": (["x/y/a.png", "z/a.png"], {}, {"train": {"x/y/a.png": -1, "z/a.png": -1}}),
+    "classes without train": (["dog/a.png", "cat/b.png"], {}, {"train": {"dog/a.png": -1, "cat/b.png": -1}}),
+    "classes asked for": (
+        ["dog/a.png", "cat/b.png", "loose.png"],
+        {"labels": "folders"},
+        {"train": {"dog/a.png": 1, "cat/b.png": 0}},
+    ),
+    "splits without classes": (
+        ["train/a.png", "valid/b.png", "test/c.png"],
+        {},
+        {"train": {"a.png": -1}, "validation": {"b.png": -1}, "test": {"c.png": -1}},
+    ),
+    "splits and classes": (
+        ["train/dog/a.png", "train/cat/b.png", "train/loose.png", "Validation/cat/c.png", "docs/d.png"],
+        {},
+        {"train": {"dog/a.png": 1, "cat/b.png": 0}, "validation": {"cat/c.png": 0}},
+    ),
+    "train and others": (
+        ["train/dog/a.png", "train/cat/b.png", "docs/d.png"],
+        {},
+        {"train": {"dog/a.png": 1, "cat/b.png": 0}},
+    ),
+    "classes not asked for": (["train/dog/a.png"], {"labels": "none"}, {"train": {"dog/a.png": -1}}),
+    "a table": (
+        ["a.png", "b.png", "c.png", "d.png"],
+        {"labels": "a.png,x,train\nb.png,,train\nc.png,w,test\n"},
+        {"train": {"a.png": 1, "b.png": -1}, "test": {"c.png": 0}},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_any_layout_becomes_a_data_set(
+    tmp_path: Path, command: Callable[..., str], layout: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths, given, expected = LAYOUTS[layout]
+    for path in paths:
+        _save(tmp_path / "images" / path, np.zeros((9, 8, 3), np.uint8))
+    if "," in str(given.get("labels")):
+        (tmp_path / "table.csv").write_text(str(given["labels"]))
+        given = {"labels": f"csv:{tmp_path / 'table.csv'}"}
+    with caplog.at_level("INFO"):
+        printed = command(from_folder=tmp_path / "images", name="my_set", data_dir=tmp_path, **given)
+    builder: Any = tfds.builder("my_set", data_dir=tmp_path)
+    assert set(builder.info.splits) == set(expected)
+    for split, files in expected.items():
+        found = _stored(tmp_path, split)
+        assert {name: label for name, (_, label) in found.items()} == files
+    assert ("label" in builder.info.features) == any(label >= 0 for label in expected["train"].values())
+    chosen = "folders, the directories in train/" if "train/dog/a.png" in paths else "none"
+    assert (f"labels: {chosen} (" in caplog.text) == (not given)
+    assert sum(map(len, expected.values())) == len(paths) or "left out" in caplog.text
+    assert printed.splitlines()[-1].endswith("--config.online.every_epochs=0") == ("label" not in builder.info.features)
+    config = _config_of(printed)
+    assert config.data.val_split == ("validation" if "validation" in expected else "train[80%:]")
+    assert config.data.test_split == ("test" if "test" in expected else "")
+    assert command(from_folder=tmp_path / "images", name="my_set", data_dir=tmp_path, **given) == printed
+
+
+def test_a_part_becomes_the_validation(tmp_path: Path, command: Callable[..., str]) -> None:
+    for number in range(40):
+        _save(tmp_path / "images" / f"{number}.png", np.zeros((9, 8, 3), np.uint8))
+    printed = command(from_folder=tmp_path / "images", name="my_set", data_dir=tmp_path, val_fraction=0.25)
+    train, validation = (set(_stored(tmp_path, split)) for split in ("train", "validation"))
+    assert len(train | validation) == 40
+    assert not train & validation
+    assert 0 < len(validation) < 20
+    assert _config_of(printed).data.train_split == "train"
+
+
+_RNG = np.random.default_rng(0)
+_DEEP = _RNG.integers(0, 65536, (6, 5), np.uint16)
+_BANDS = _RNG.integers(0, 65536, (6, 5, 7), np.uint16)
+_FLOATS = _RNG.random((6, 5, 2), np.float32)
+_RGBA = _RNG.integers(0, 256, (6, 5, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "dtype", "expected"),
+    [
+        ("a.png", _DEEP, "uint16", _DEEP[..., None]),
+        ("a.tif", _DEEP, "uint16", _DEEP[..., None]),  # stored as PNG
+        ("a.npy", _DEEP[..., None].repeat(3, 2), "uint16", _DEEP[..., None].repeat(3, 2)),
+        ("a.npy", _BANDS, "uint16", _BANDS),
+        ("a.npy", np.moveaxis(_BANDS[..., :4], 2, 0), "uint16", _BANDS[..., :4]),
+        ("a.tif", _BANDS, "uint16", _BANDS),
+        ("a.npy", _FLOATS, "float32", _FLOATS),
+        ("a.npy", _RGBA[..., :3], "uint8", _RGBA[..., :3]),
+        ("a.png", _RGBA, "uint8", _RGBA),
+    ],
+)
+def test_images_of_other_types(
+    tmp_path: Path, command: Callable[..., str], name: str, image: np.ndarray, dtype: str, expected: np.ndarray
+) -> None:
+    """They keep their values, read by us and, where it needs no TensorFlow, by TFDS."""
+    for number in range(2):
+        _save(tmp_path / "images" / f"{number}{name}", image)
+    printed = command(from_folder=tmp_path / "images", name="my_set", data_dir=tmp_path)
+    channels = expected.shape[-1]
+    dataset = _open(tmp_path, "my_set", "train", image_size=(6, 5), channels=channels)
+    assert dataset.dtype == dtype
+    for stored in dataset.examples(np.arange(2))["image"]:
+        np.testing.assert_array_equal(stored, expected)
+    builder: Any = tfds.builder("my_set", data_dir=tmp_path)
+    feature = builder.info.features["image"]
+    assert (feature.np_dtype, feature.shape[-1]) == (dtype, channels)
+    assert _config_of(printed).model.channels == (channels if channels not in (3, 4) or name != "a.png" else 3)
+    if dtype != "float32":
+        for example in builder.as_data_source(split="train"):
+            np.testing.assert_array_equal(example["image"].reshape(expected.shape), expected)
+
+
+def test_arrays_need_one_shape_and_all_files_one_type(tmp_path: Path, command: Callable[..., str]) -> None:
+    given = {"from_folder": tmp_path / "images", "name": "my_set", "data_dir": tmp_path}
+    _save(tmp_path / "images" / "a.npy", _BANDS)
+    _save(tmp_path / "images" / "b.npy", _BANDS[:5])
+    with pytest.raises(ConfigError, match=r"all have one shape.*\(6, 5, 7\), b\.npy: .*data\.source=folder"):
+        command(**given)
+    (tmp_path / "images" / "b.npy").unlink()
+    _save(tmp_path / "images" / "b.png", _RGBA)
+    _save(tmp_path / "images" / "c.png", _RGBA)
+    with pytest.raises(DataFault, match=r"1 of 3 files .*a\.npy \(an image of uint16 in a set of uint8\)"):
+        command(**given)
+    command(**given, skip_undecodable=True)
+    assert set(_stored(tmp_path)) == {"b.png", "c.png"}
+
+
+def test_smaller_copies(tmp_path: Path, command: Callable[..., str]) -> None:
+    """As Pillow resizes them; alpha and 16 bits are kept; what is small enough is stored as it is."""
+    root = tmp_path / "images"
+    smooth = (np.add.outer(np.arange(300), np.arange(200)[:, None] * [1, 0.5, 0.2]) / 2).astype(
+        np.uint8
+    )  # (300, 200, 3)
+    _save(root / "large.jpg", smooth, quality=98, subsampling=0)
+    _save(root / "large.png", smooth)
+    _save(root / "gray.jpg", smooth[..., 0], quality=98)
+    _save(root / "small.jpg", smooth[:90, :64])
+    _save(root / "alpha.png", np.dstack([smooth, np.full((300, 200), 99, np.uint8)]))
+    given = {"name": "my_set", "short_side": 64}
+    command(from_folder=root, data_dir=tmp_path, **given, quality=97)
+    stored = {name: data for name, (data, _) in _stored(tmp_path).items()}
+    assert stored["small.jpg"] == (root / "small.jpg").read_bytes()
+    right = Image.fromarray(smooth).resize((64, 96), Image.Resampling.BICUBIC)
+    for name, kind, mode in (("large.jpg", "JPEG", "RGB"), ("large.png", "JPEG", "RGB"), ("gray.jpg", "JPEG", "L")):
+        with Image.open(io.BytesIO(stored[name])) as image:
+            assert (image.format, image.mode, image.size) == (kind, mode, (64, 96)), name
+            expected = np.asarray(right, float)[..., 0] if mode == "L" else np.asarray(right, float)
+            assert np.abs(np.asarray(image, float) - expected).mean() < 2, name
+    with Image.open(io.BytesIO(stored["alpha.png"])) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGBA", (64, 96))
+        assert np.abs(np.asarray(image, float)[..., :3] - np.asarray(right, float)).max() < 4
+        assert (np.asarray(image)[..., 3] == 99).all()
+    again = command(from_folder=root, data_dir=tmp_path, **given, quality=97)
+    assert "train 5" in again
+    with pytest.raises(DataFault, match=r"short side 64, quality 97: .*which is now .*quality 90"):
+        command(from_folder=root, data_dir=tmp_path, **given)
+    command(from_folder=root, data_dir=tmp_path / "other", **given, quality=10)
+    assert len(_stored(tmp_path / "other")["large.jpg"][0]) < len(stored["large.jpg"])
+
+
+def test_smaller_copies_of_other_types(tmp_path: Path, command: Callable[..., str]) -> None:
+    deep = np.add.outer(np.arange(40) * 1000, np.arange(60) * 300).astype(np.uint16)
+    for name, image in (
+        ("deep/a.png", deep),
+        ("bands/a.npy", np.stack([deep] * 5, axis=-1).astype(np.float32) / 65535),
+    ):
+        _save(tmp_path / name, image)
+        data_dir = tmp_path / "data" / name
+        command(from_folder=(tmp_path / name).parent, name="my_set", data_dir=data_dir, short_side=20)
+        channels = 1 if image.ndim == 2 else 5
+        got = _open(data_dir, "my_set", "train", image_size=(20, 30), channels=channels).examples(np.arange(1))["image"]
+        top = 65535 if image.ndim == 2 else 1
+        assert got.shape == (1, 20, 30, channels)
+        assert np.abs(got[0, ..., 0] / top - deep[::2, ::2] / 65535).max() < 0.02
+
+
+def test_photographs_are_stored_upright(
+    tmp_path: Path, command: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """TFDS sets are read without EXIF. Only what has to be turned is encoded anew."""
+    left = np.zeros((40, 60, 3), np.uint8)
+    left[:, :20] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned right to be upright
+    _save(tmp_path / "images" / "turned.jpg", left, exif=exif)
+    _save(tmp_path / "images" / "turned.png", left, exif=exif)
+    _save(tmp_path / "images" / "upright.jpg", left)
+    with caplog.at_level("INFO"):
+        command(from_folder=tmp_path / "images", name="my_set", data_dir=tmp_path)
+    assert "2 images are turned by their EXIF orientation" in caplog.text
+    stored = {name: data for name, (data, _) in _stored(tmp_path).items()}
+    assert stored["upright.jpg"] == (tmp_path / "images" / "upright.jpg").read_bytes()
+    for name, kind in (("turned.jpg", "JPEG"), ("turned.png", "PNG")):
+        with Image.open(io.BytesIO(stored[name])) as image:
+            assert (image.format, image.size) == (kind, (40, 60))
+            assert image.getexif().get(0x0112, 1) == 1
+            np.testing.assert_allclose(np.asarray(image, float), np.rot90(left, -1), atol=12)
+
+
+def test_changed_files_are_named(tmp_path: Path, command: Callable[..., str]) -> None:
+    given = {"from_folder": tmp_path / "images", "name": "my_set", "data_dir": tmp_path}
+    for name in "abc":
+        _save(tmp_path / "images" / f"{name}.png", np.zeros((9, 8, 3), np.uint8))
+    command(**given)
+    _save(tmp_path / "images" / "d.png", np.zeros((9, 8, 3), np.uint8))
+    (tmp_path / "images" / "a.png").unlink()
+    _save(tmp_path / "images" / "b.png", _RGBA)
+    with pytest.raises(DataFault, match=r"\(1 added: d\.png; 1 gone: a\.png; 1 of another size: b\.png\); delete it"):
+        command(**given)
+    command(**given | {"name": "another"})
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"from_folder": "nowhere"}, DataFault, "--from_folder=nowhere does not exist"),
+        ({"from_folder": "empty"}, DataFault, r"--from_folder=empty holds no image .*left out 1 files"),
+        ({"labels": "csv:nowhere.csv"}, ConfigError, "--labels='csv:nowhere.csv' cannot be read"),
+        ({"labels": "csv"}, ConfigError, "--labels='csv' is not one of none, folders, csv:FILE"),
+        ({"labels": "folders"}, DataFault, "no directories of classes"),
+        ({"labels": "csv:test.csv"}, DataFault, "no image for training, only of test"),
+        ({"skip_undecodable": True, "from_folder": "broken"}, DataFault, "1 of 1 files in broken do not decode"),
+    ],
+)
+def test_folders_that_cannot_be_prepared(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., str],
+    given: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _save(Path("images/a.png"), np.zeros((9, 8, 3), np.uint8))
+    Path("empty").mkdir()
+    Path("empty/readme.txt").touch()
+    Path("broken").mkdir()
+    Path("broken/a.png").touch()
+    Path("test.csv").write_text("a.png,1,test\n")
+    with pytest.raises(error, match=message):
+        command(**{"from_folder": "images", "name": "my_set", "data_dir": tmp_path / "data", **given})
+
+
+@pytest.mark.long
+def test_the_line_that_is_printed_trains(
+    tmp_path: Path, prepare: Callable[..., subprocess.CompletedProcess[str]], child_env: Callable[..., dict[str, str]]
+) -> None:
+    """On photographs of any size without labels, after their statistics were measured."""
+    for number in range(40):
+        image = np.full((20 + number, 30, 3), number * 6, np.uint8)
+        _save(tmp_path / "images" / f"{number % 3}" / f"{number}.jpg", image)
+    done = prepare(f"--from_folder={tmp_path / 'images'}", "--name=my_set", f"--data_dir={tmp_path}", "--short_side=24")
+    assert done.returncode == EXIT_DONE, done.stderr
+    python, *line = shlex.split(done.stdout.splitlines()[-1])
+    assert python == "python"
+    data = [argument for argument in line if argument.startswith("--config.data")]
+    cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
+    stats = prepare("--stats", "--config=cifar_small", *data, cache)
+    assert stats.returncode == EXIT_DONE, stats.stderr
+    small = (
+        "model.depth=1",
+        "model.embed_dim=32",
+        "model.decoder_embed_dim=32",
+        "global_batch_size=8",
+        "total_steps=4",
+    )
+    command = [sys.executable, *line, *shlex.split(stats.stdout.strip()), cache, f"--workdir={tmp_path / 'run'}"]
+    trained = subprocess.run(
+        [*command, *(f"--config.{field}" for field in small)],
+        env=child_env(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert trained.returncode == EXIT_DONE, trained.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    pixels = np.concatenate([np.full((30,), number * 6 / 255) for number in range(40)])
+    assert abs(config["data"]["mean"][0] - pixels.mean()) < 0.1
+    assert len(config["data"]["std"]) == 3
+    assert len(list((tmp_path / "cache" / "statistics").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "now"),
     [
@@ -430,6 +736,9 @@ def test_a_preparation_from_other_images_begins_again(
     (incomplete / "shard").touch()
     tfds_writer._begin(incomplete, splits)
     assert (incomplete / "shard").exists()
+    tfds_writer._begin(incomplete, splits, "smaller")
+    assert not (incomplete / "shard").exists()
+    (incomplete / "shard").touch()
     tfds_writer._begin(incomplete, {"train": splits["train"][:2]})
     assert "begun from other images" in caplog.text
     assert not (incomplete / "shard").exists()

@@ -95,6 +95,8 @@ def prepare(argv: Sequence[str]) -> int:
 
 def _flags_of(builder: Any) -> list[str]:
     """Returns the flags by which a config trains on this data set, with the splits that it has."""
+    import tensorflow_datasets as tfds
+
     splits, features = builder.info.splits, builder.info.features
     has_validation = "validation" in splits
     fields = {
@@ -105,8 +107,9 @@ def _flags_of(builder: Any) -> list[str]:
         "data.val_split": "validation" if has_validation else "train[80%:]",
         "data.test_split": "test" if "test" in splits else "",
     }
-    if features["image"].shape[-1] not in (3, 4):  # of four channels the first three are colours
-        fields["model.channels"] = features["image"].shape[-1]
+    channels = features["image"].shape[-1]
+    if channels != 3 and not (channels == 4 and isinstance(features["image"], tfds.features.Image)):  # that is RGBA
+        fields["model.channels"] = channels
     if "label" not in features:
         fields["online.every_epochs"] = 0  # it compares labels
     return [f"--config.{field}={value}" for field, value in fields.items()]
@@ -192,9 +195,8 @@ def _prepare_folder(root: str, name: str, data_dir: str | None) -> Any:
     identity = dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""
     )
-    features = {"image": storage.feature(), "file_name": tfds.features.Text()}
-    if folder.class_names:
-        features["label"] = tfds.features.ClassLabel(names=list(folder.class_names))
+    label = {"label": tfds.features.ClassLabel(names=list(folder.class_names))} if folder.class_names else {}
+    features = {"image": storage.feature(), **label, "file_name": tfds.features.Text()}
     info = tfds.core.DatasetInfo(
         builder=identity, features=tfds.features.FeaturesDict(features), description=description
     )

@@ -88,9 +88,8 @@ class _Shard(NamedTuple):
             writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")  # each can be read alone
             for image in self.images:
                 data = convert(image.name, image.read())
-                example = {"image": data, "file_name": image.name}
-                if "label" in features:
-                    example["label"] = image.label
+                label = {"label": image.label} if "label" in features else {}
+                example = {"image": data, **label, "file_name": image.name}
                 writer.write(features.serialize_example(features.encode_example(example)))
             writer.close()
         except RuntimeError as error:  # what the writer says of a full disk
