@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mae_dist.data import ArrayDataset, open_split, statistics
+from mae_dist import get_config
+from mae_dist.data import ArrayDataset, from_config, open_split, statistics
 from mae_dist.errors import DataFault
 from tests.test_folder import write
 
@@ -84,3 +85,14 @@ def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path) -> None:
         path.write_text("no image")
     with pytest.raises(DataFault, match="none can be read"):
         statistics.measure(broken)
+
+
+def test_a_config_without_them_gets_those_of_its_range() -> None:
+    """As fractions of data.max_value, which the model divides by too."""
+    config = get_config("smoke")
+    config.data.update(mean=(), std=(), max_value=4095.0)
+    images = np.full((4, 4, 4, 1), 4095, np.uint16)
+    images[::2] = 0
+    train = ArrayDataset({"image": images}, num_classes=0, fingerprint="as it is")
+    completed = from_config.complete(config, from_config.Data(train, None, None))
+    assert (completed.data.mean, completed.data.std) == ((0.5,), (0.5,))

@@ -51,7 +51,7 @@ def complete(config: ConfigDict, data: Data) -> ConfigDict:
     if data.train.dtype != "uint8":
         config.data.dtype = data.train.dtype
     if not config.data.mean:
-        mean, std = statistics.measured(data.train, config.data.cache_dir)
+        mean, std = statistics.measured(data.train, config.data.cache_dir, max_value=config.data.max_value)
         config.data.update(mean=mean, std=std)
     return config
 

@@ -56,7 +56,7 @@ _SKIP_UNDECODABLE = flags.DEFINE_bool(
     "skip_undecodable", False, "With --from_folder: leave out what does not decode, or is of another type than most."
 )
 
-_CONFIG = "cifar_medium"  # in the command that is printed
+_CONFIG = "configs/folder.py"  # in the command that is printed
 _FILES = "files.npz"  # beside a data set: the listing of the folder
 
 
@@ -89,7 +89,8 @@ def prepare(argv: Sequence[str]) -> int:
         )
     counts = ", ".join(f"{name} {split.num_examples}" for name, split in builder.info.splits.items())
     print(f"{builder.data_path}: {counts}")
-    print(shlex.join(["python", "-m", "mae_dist.main", "--config", _CONFIG, *_flags_of(builder)]))
+    config = _CONFIG if os.path.exists(_CONFIG) else Path(_CONFIG).stem  # outside a clone its name finds it too
+    print(shlex.join(["python", "-m", "mae_dist.main", "--config", config, *_flags_of(builder)]))
     return errors.EXIT_DONE
 
 
@@ -110,8 +111,6 @@ def _flags_of(builder: Any) -> list[str]:
     channels = features["image"].shape[-1]
     if channels != 3 and not (channels == 4 and isinstance(features["image"], tfds.features.Image)):  # that is RGBA
         fields["model.channels"] = channels
-    if "label" not in features:
-        fields["online.every_epochs"] = 0  # it compares labels
     return [f"--config.{field}={value}" for field, value in fields.items()]
 
 
