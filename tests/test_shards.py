@@ -6,7 +6,7 @@ import pickle
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ def png(number: int, dtype: Any = np.uint8) -> bytes:
     return cv2.imencode(".png", np.full((*SIZE, 3), number, dtype))[1].tobytes()
 
 
-def write_tar(path: Path, members: Mapping[str, bytes], mode: str = "w") -> None:
+def write_tar(path: Path, members: Mapping[str, bytes], mode: Literal["w", "w:gz"] = "w") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, data in members.items():

@@ -318,9 +318,10 @@ def _examine(path: bytes) -> _Kind | str:
     try:
         with open(path, "rb") as file:
             data = file.read()
-        image, has_alpha = load_upright(data)
     except OSError as error:
         return str(error)
+    try:
+        image, has_alpha = load_upright(data)
     except UndecodableImage as error:
         return str(error) if data else "it is empty"
     channels = image.shape[-1]

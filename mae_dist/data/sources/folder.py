@@ -20,11 +20,10 @@ from mae_dist.data.sources.listed import (
     SPLITS,
     ListedDataset,
     Table,
-    choose_decoder,
     make_table,
     number_labels,
     open_listed,
-    report,
+    survey,
 )
 from mae_dist.data.sources.listing import Listing, readable
 from mae_dist.errors import ConfigError, DataFault
@@ -88,27 +87,20 @@ def open_folder(
       ConfigError: an argument that cannot work.
       DataFault: no image is there, or none that decodes.
     """
-    if "table" not in shared:
+    if "opened" not in shared:
         listing = listings.find_images(data_dir)
-        table = tabulate(listing, labels, val_fraction)
-        listings.keep(listing, cache_dir)
-        report(listing, table)
-        shared["table"] = listing, table
-    listing, table = shared["table"]
-    if "decoder" not in shared:
-        shared["decoder"] = choose_decoder(
+        shared["opened"] = survey(
+            FolderDataset,
             listing,
-            table.rows["all"],
+            tabulate(listing, labels, val_fraction),
             lambda row: _read(listing.root, listing.names[row]),
             Decoder(channels, "float32", max_value, background, exif),
             dtype,
+            cache_dir=cache_dir,
         )
     return open_listed(
         split,
-        FolderDataset,
-        listing,
-        table,
-        shared["decoder"],
+        shared["opened"],
         source="folder",
         image_size=image_size,
         cache=cache,

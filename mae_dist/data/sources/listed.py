@@ -100,6 +100,22 @@ def split_of_file(name: bytes) -> str:
     return "train"
 
 
+class Opened(NamedTuple):
+    """What the splits of a source have in common.
+
+    Attributes:
+      make: takes the listing, rows and the rest as `ListedDataset`.
+      listing: what the table's rows are of.
+      table: splits and labels.
+      decoder: what `choose_decoder` returned.
+    """
+
+    make: Callable[..., ListedDataset]
+    listing: Listing
+    table: Table
+    decoder: tuple[Decoder, tuple[int, int] | None]
+
+
 def name_hash(name: bytes) -> int:
     """Returns 64 bits that depend on a name alone, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
@@ -151,20 +167,41 @@ def _by_number(name: str) -> tuple[int, float, str]:
         return 1, 0.0, name
 
 
-def report(listing: Listing, table: Table) -> None:
-    """Logs the sizes of the splits and what was left out."""
+def survey(
+    make: Callable[..., ListedDataset],
+    listing: Listing,
+    table: Table,
+    read: Callable[[int], bytes | None],
+    decoder: Decoder,
+    dtype: str,
+    *,
+    cache_dir: str,
+    sample: np.ndarray | None = None,
+) -> Opened:
+    """Keeps the listing, logs the sizes of the splits and what was left out, and chooses the decoder.
+
+    Args:
+      make: as in `Opened`, like listing and table.
+      read: row of the listing -> file.
+      decoder: as for `choose_decoder`, like dtype.
+      cache_dir: where lists of files are kept.
+      sample: rows that may be looked at; None: all.
+
+    Raises:
+      DataFault: none of the images looked at decodes.
+    """
+    listings.keep(listing, cache_dir)
     counts = ", ".join(f"{name} {len(rows)}" for name, rows in table.rows.items() if name != "all")
     _LOG.info("%s: %s; %d classes", readable(listing.root), counts, len(table.class_names))
     if str(listing.left_out):
         _LOG.warning("%s: %s", readable(listing.root), listing.left_out)
+    rows = table.rows["all"] if sample is None else sample
+    return Opened(make, listing, table, choose_decoder(listing, rows, read, decoder, dtype))
 
 
 def open_listed(
     split: str,
-    make: Callable[..., ListedDataset],
-    listing: Listing,
-    table: Table,
-    decoder: tuple[Decoder, tuple[int, int] | None],
+    opened: Opened,
     *,
     source: str,
     image_size: tuple[int, int],
@@ -176,10 +213,7 @@ def open_listed(
 
     Args:
       split: a split expression over "train", "val" (or "validation"), "test" and "all".
-      make: takes listing, rows and the rest as `ListedDataset`.
-      listing: what the table's rows are of.
-      table: splits and labels.
-      decoder: what `choose_decoder` returned.
+      opened: what all splits have in common.
       source: the name of the source.
       image_size: (height, width) of the images given out.
       cache: "memory" decodes once; "auto" and "stream" decode when read.
@@ -189,6 +223,7 @@ def open_listed(
     Raises:
       ConfigError: a split that is empty or none.
     """
+    listing, table = opened.listing, opened.table
     sizes = {name: len(rows) for name, rows in table.rows.items()}
     try:
         spans = parse_split(split, {**sizes, "validation": sizes["val"]})
@@ -198,7 +233,7 @@ def open_listed(
         ) from error
     base = {**table.rows, "validation": table.rows["val"]}
     rows = np.concatenate([base[span.name][span.start : span.stop] for span in spans])
-    dataset = make(
+    dataset = opened.make(
         listing,
         rows,
         table.labels,
@@ -214,8 +249,8 @@ def open_listed(
             "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         },
         image_size=image_size,
-        decoder=decoder[0],
-        native_size=decoder[1],
+        decoder=opened.decoder[0],
+        native_size=opened.decoder[1],
         class_names=table.class_names,
     )
     return cached(

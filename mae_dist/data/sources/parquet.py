@@ -22,12 +22,11 @@ from mae_dist.data.sources import register_source
 from mae_dist.data.sources.listed import (
     SPLIT_TYPE,
     ListedDataset,
-    choose_decoder,
     make_table,
     number_labels,
     open_listed,
-    report,
     split_of_file,
+    survey,
 )
 from mae_dist.data.sources.listing import Listing
 from mae_dist.errors import ConfigError, DataFault
@@ -166,7 +165,7 @@ def open_parquet(
       ConfigError: an argument that cannot work, as a column that is not there.
       DataFault: a file is corrupted, or there is no image, or none that decodes.
     """
-    if "table" not in shared:
+    if "opened" not in shared:
         shards = listings.find_files(data_dir, (b".parquet",), "parquet", "Parquet file")
         files = _index(shards)
         counts = np.array([_metadata(path).num_rows for path in files.paths])
@@ -180,20 +179,20 @@ def open_parquet(
         if labels != "none":
             numbered = _labels(files, labels.removeprefix("column:"), len(names))
         table = make_table(names, splits, *numbered, val_fraction)
-        listings.keep(listing, cache_dir)
-        report(listing, table)
         _warn_if_slow(files, len(names))
-        decoder = choose_decoder(
+        shared["opened"] = survey(
+            functools.partial(ParquetDataset, files),
             listing,
-            _sample(files, len(names)),
+            table,
             functools.partial(_read, files),
             Decoder(channels, "float32", max_value, background, exif),
             dtype,
+            cache_dir=cache_dir,
+            sample=_sample(files, len(names)),
         )
-        shared["table"] = functools.partial(ParquetDataset, files), listing, table, decoder
     return open_listed(
         split,
-        *shared["table"],
+        shared["opened"],
         source="parquet",
         image_size=image_size,
         cache=cache,
@@ -255,7 +254,8 @@ def _labels(files: _Files, column: str, count: int) -> tuple[np.ndarray, list[st
         schema = _metadata(path).schema.to_arrow_schema()
         if column not in schema.names:
             raise ConfigError(f"data.labels='column:{column}': {path} has the columns {', '.join(schema.names)}")
-        return parquet.read_table(path, columns=[column], partitioning=None).column(0).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            return file.read(columns=[column]).column(0).to_pylist()
 
     with ThreadPoolExecutor(_THREADS) as pool:
         values = [value for of_file in pool.map(read, files.paths) for value in of_file]

@@ -24,12 +24,11 @@ from mae_dist.data.sources.cache import cache_root
 from mae_dist.data.sources.listed import (
     SPLIT_TYPE,
     ListedDataset,
-    choose_decoder,
     make_table,
     number_labels,
     open_listed,
-    report,
     split_of_file,
+    survey,
 )
 from mae_dist.data.sources.listing import SUFFIXES, LeftOut, Listing, readable
 from mae_dist.errors import DataFault
@@ -118,7 +117,7 @@ def open_tar(
       ConfigError: an argument that cannot work.
       DataFault: a shard is corrupted or compressed, or there is no image, or none that decodes.
     """
-    if "table" not in shared:
+    if "opened" not in shared:
         shards = listings.find_files(data_dir, (b".tar",), "tar", "tar file")
         index = _load_index(shards, cache_dir)
         left_out = LeftOut()
@@ -137,21 +136,20 @@ def open_tar(
             )
         keys = [_split_name(name)[0] for name in index.names]
         table = make_table(keys, of_shard[index.shard], *number_labels(texts, len(names)), val_fraction)
-        listings.keep(listing, cache_dir)
-        report(listing, table)
-        decoder = choose_decoder(
+        shared["opened"] = survey(
+            functools.partial(TarDataset, shards, index),
             listing,
-            table.rows["all"],
+            table,
             lambda row: _read(
                 os.path.join(shards.root, shards.names[index.shard[row]]), int(index.offset[row]), int(index.size[row])
             ),
             Decoder(channels, "float32", max_value, background, exif),
             dtype,
+            cache_dir=cache_dir,
         )
-        shared["table"] = functools.partial(TarDataset, shards, index), listing, table, decoder
     return open_listed(
         split,
-        *shared["table"],
+        shared["opened"],
         source="tar",
         image_size=image_size,
         cache=cache,
@@ -170,7 +168,8 @@ def _load_index(shards: Listing, cache_dir: str) -> _Index:
             texts = {name: _unjoin(stored[name]) for name in ("names", "labels", "left_out", "reasons")}
             arrays = [stored[name] for name in ("shard", "offset", "size")]
         labels, reasons = ([text.decode() for text in texts[name]] for name in ("labels", "reasons"))
-        return _Index(texts["names"], *arrays, labels, list(zip(texts["left_out"], reasons, strict=True)))
+        shard, offset, size = arrays
+        return _Index(texts["names"], shard, offset, size, labels, list(zip(texts["left_out"], reasons, strict=True)))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         index = _make_index(shards)
     try:
