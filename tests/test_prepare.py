@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as tfds_imagenet
 
-from mae_dist.data import open_split
+from mae_dist import get_config
+from mae_dist.data import open_split, statistics
 from mae_dist.data.files import check_space
 from mae_dist.data.from_config import open_data
 from mae_dist.data.sources.tfds import TfdsDataset
@@ -547,6 +548,23 @@ def test_folders_that_cannot_be_prepared(
         command(**{"from_folder": "images", "name": "my_set", "data_dir": tmp_path / "data", **given})
 
 
+def test_statistics_are_printed_as_flags_and_stored(
+    tmp_path: Path, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a limited number of images, evenly spaced, as fractions of what data.max_value says."""
+    config = get_config("smoke")
+    config.data.update(source="folder", data_dir=str(tmp_path / "images"), train_split="all", max_value=4000.0)
+    config.data.cache_dir = str(tmp_path / "cache")
+    config.model.image_size, config.model.channels = (4, 4), 1
+    for number in range(4):
+        _save(tmp_path / "images" / f"{number}.png", np.full((4, 4), number * 1000, np.uint16))
+    monkeypatch.setattr(prepare_module.cli, "needed_config", lambda: config)
+    assert command(stats=True) == "'--config.data.mean=(0.375,)' '--config.data.std=(0.2795,)'\n"
+    (stored,) = (tmp_path / "cache" / "statistics").iterdir()
+    assert statistics.load_stats(stored.stem, str(tmp_path / "cache")) == ((0.375,), (0.2795084971874737,))
+    assert "std=(1,)" in command(stats=True, limit=1)  # one image does not vary
+
+
 @pytest.mark.long
 def test_the_line_that_is_printed_trains(
     tmp_path: Path, prepare: Callable[..., subprocess.CompletedProcess[str]], child_env: Callable[..., dict[str, str]]
@@ -672,24 +690,28 @@ begin(Path(sys.argv[1]), Path(sys.argv[2]), pytest.MonkeyPatch())
 
 def examined(root: Path) -> dict[str, list[tfds_writer.Image]]:
     """The images of a directory, of which none may be undecodable."""
+    return _examine(root)[0]
+
+
+def _examine(root: Path) -> tuple[dict[str, list[tfds_writer.Image]], folders.Storage]:
     folder = folders.find_folder(str(root), None, 0.0)
-    return folders.examine(folder, skip_undecodable=False, short_side=0, quality=90)[0]
+    return folders.examine(folder, skip_undecodable=False, short_side=20, quality=90)
 
 
 def begin(folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepares a folder in shards of three images."""
+    """Prepares smaller copies of a folder's images in shards of three."""
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
     from tensorflow_datasets.core.utils import shard_utils
 
     in_threes = staticmethod(lambda size, count: -(-count // 3))
     monkeypatch.setattr(shard_utils.ShardConfig, "calculate_number_shards", in_threes)
     monkeypatch.setattr(tfds_writer, "_THREADS", 1)
-    splits = examined(folder)
+    splits, storage = _examine(folder)
     features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["cat", "dog"])}
     features["file_name"] = tfds.features.Text()
     identity = DatasetIdentity("many", tfds.core.Version("1.0.0"), str(directory), "")
     info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-    tfds_writer.write_dataset(info, directory, splits)
+    tfds_writer.write_dataset(info, directory, splits, storage, conversion=repr(storage), shrinks=True)
 
 
 @pytest.mark.long
@@ -719,8 +741,10 @@ def test_a_killed_preparation_goes_on(
     assert {name for name in done if times[name] == done[name]} == set(done) - {cut}
     assert not list(directory.glob(".*"))
     builder: Any = tfds.builder("many", data_dir=tmp_path)
-    names = [example["file_name"].decode() for example in builder.as_data_source(split="train")]
-    assert sorted(names) == sorted(f"one/{number}.jpg" for number in range(12))
+    examples = list(builder.as_data_source(split="train"))
+    assert {example["file_name"].decode() for example in examples} == {f"one/{number}.jpg" for number in range(12)}
+    assert len(examples) == 12
+    assert {min(example["image"].shape[:2]) for example in examples} == {20}
 
 
 def test_a_preparation_from_other_images_begins_again(

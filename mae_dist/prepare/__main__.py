@@ -47,7 +47,7 @@ _SHORT_SIDE = flags.DEFINE_integer(
     "short_side", 0, "With --from_folder: shrink larger images to this short side; 0: store files as they are.", 0
 )
 _QUALITY = flags.DEFINE_integer("quality", 90, "With --short_side: of the JPEGs.", 1, 100)
-_STATS = flags.DEFINE_bool("stats", False, "Measure data.mean and data.std of the training split of --config.")
+_STATS = flags.DEFINE_bool("stats", False, "Measure data.mean and data.std, of the training split of the config.")
 _LIMIT = flags.DEFINE_integer(
     "limit", 0, "Only so many images of each split; with --stats of the training split (default 10000).", lower_bound=0
 )
@@ -63,12 +63,13 @@ _FILES = "files.npz"  # beside a data set: the listing of the folder
 def prepare(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     names = argv[1:]
+    if len(names) + bool(_FROM_FOLDER.value) + bool(_STATS.value) != 1:
+        raise errors.ConfigError(
+            f"got {names}; name one data set (imagenet2012, cifar10, cifar100), or give --from_folder and --name, or "
+            "--stats and --config"
+        )
     if _STATS.value:
         return _print_stats()
-    if (len(names) == 1) == bool(_FROM_FOLDER.value) or len(names) > 1:
-        raise errors.ConfigError(
-            f"got {names}; name one data set (imagenet2012, cifar10, cifar100), or give --from_folder and --name"
-        )
     root = None
     if _DATA_DIR.value:
         root = os.fspath(local(_DATA_DIR.value, "--data_dir", "prepare on a disk, then copy the directory there"))

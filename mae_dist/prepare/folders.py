@@ -178,24 +178,23 @@ class Storage:
             raise DataFault(f"{name} does not decode any more: {error}; it was changed meanwhile") from error
 
     def _convert(self, data: bytes) -> bytes | np.ndarray:
-        header = Decoder(3, exif=True).header(data)
+        header = Decoder(3, exif=True).header(data)  # without a size where the image is too large for Pillow
         is_file = not data.startswith(_NPY) and (self.dtype == "uint8" or data.startswith(_PNG))
-        size = _shrunk(header[:2], self.short_side)
-        if self.size is None and is_file and header.orientation == 1 and size == header[:2]:
+        is_small = header.height > 0 and _shrunk(header[:2], self.short_side) == header[:2]
+        if self.size is None and is_file and header.orientation == 1 and (is_small or not self.short_side):
             return data
-        if data.startswith(_JPEG):
-            image, has_alpha = np.empty((*size, 1 if _is_gray(data) else 3), np.uint8), False
-            Decoder(image.shape[-1], exif=True).decode_box(data, header, (0, 0, *header[:2]), image)
+        if data.startswith(_JPEG) and header.height:
+            out = np.empty((*_shrunk(header[:2], self.short_side), 1 if _is_gray(data) else 3), np.uint8)
+            Decoder(out.shape[-1], exif=True).decode_box(data, header, (0, 0, *header[:2]), out)
         else:
-            whole, has_alpha = load_upright(data)
-            size = _shrunk(whole.shape[:2], self.short_side)
-            image = _resize(whole, size, has_alpha and whole.shape[-1] == 4)
+            image, has_alpha = load_upright(data)
+            out = _resize(image, _shrunk(image.shape[:2], self.short_side), has_alpha and image.shape[-1] == 4)
+            is_small = out.shape == image.shape
         if self.size is not None:
-            return image
-        is_shrunk = size != header[:2]
-        if image.shape[-1] == 4 or image.dtype == np.uint16 or not (is_shrunk or data.startswith(_JPEG)):
-            return _encode(".png", image)
-        return _encode(".jpg", image, cv2.IMWRITE_JPEG_QUALITY, self.quality if is_shrunk else _UPRIGHT_QUALITY)
+            return out
+        if out.shape[-1] == 4 or out.dtype == np.uint16 or (is_small and not data.startswith(_JPEG)):
+            return _encode(".png", out)
+        return _encode(".jpg", out, cv2.IMWRITE_JPEG_QUALITY, _UPRIGHT_QUALITY if is_small else self.quality)
 
 
 def _is_gray(jpeg: bytes) -> bool:

@@ -163,7 +163,8 @@ def _given_paths(data_dir: str, suffixes: tuple[bytes, ...], source: str, what: 
     parts = [data_dir] if os.path.exists(whole) else [part.strip() for part in data_dir.split(",") if part.strip()]
     paths: list[bytes] = []
     for part in parts:
-        advice = f"data.source={source!r} reads a disk; copy the {what}s there, or write them with mae_dist.prepare"
+        advice = f"data.source={source!r} reads a disk; copy the {what}s there"
+        advice += ", or write them with mae_dist.prepare" if source == "folder" else ""
         full = os.path.abspath(os.path.expanduser(part)) if os.path.exists(part) else str(_local_glob(part, advice))
         if os.path.isdir(full):
             paths.append(os.fsencode(full))

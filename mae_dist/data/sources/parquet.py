@@ -296,6 +296,6 @@ def _warn_if_slow(files: _Files, count: int) -> None:
     if size > _KEPT_BYTES and count > len(files.starts):
         _LOG.warning(
             "%.1f GB in %d row groups of about %d images: each image read costs a row group of %.0f MB; smaller row "
-            "groups, tar files (data.source='tar') or mae_dist.prepare are faster",
+            "groups, or tar files with data.source='tar', are faster",
             *(size / 1e9, len(files.starts), count // len(files.starts), size / len(files.starts) / 1e6),
         )
