@@ -319,13 +319,17 @@ def _examine(path: bytes) -> _Kind | str:
             data = file.read()
     except OSError as error:
         return str(error)
+    header = Decoder(3, exif=True).header(data)
+    turned = header.orientation != 1
     try:
+        if data.startswith(_JPEG) and header.height:
+            Decoder(3).decode(data, reduction=8)  # reads as much of the file as without, in a seventh of the time
+            return _Kind("uint8", (*header[:2], 1 if _is_gray(data) else 3), False, turned)
         image, has_alpha = load_upright(data)
     except UndecodableImage as error:
         return str(error) if data else "it is empty"
     channels = image.shape[-1]
     is_array = image.dtype.kind == "f" or not (channels in (1, 3) or (channels == 4 and has_alpha))
-    turned = Decoder(3, exif=True).header(data).orientation != 1
     return _Kind(str(image.dtype), (*image.shape[:2], channels), is_array, turned)
 
 
