@@ -24,7 +24,7 @@ from mae_dist.checkpoint.manifests import Manifests
 from mae_dist.data import open_split
 from mae_dist.errors import EXIT_CONFIG, EXIT_DONE, EXIT_PREEMPTED, EXIT_STORAGE, ConfigError, DataFault, StorageFault
 from mae_dist.metrics.summary import write_summary
-from mae_dist.prepare import folders
+from mae_dist.prepare import examine, folders
 from mae_dist.report import pictures
 from mae_dist.report.runs import collect, find_workdirs
 from tests.runs import ONLY_UPDATES, ROOT, run, smoke_config, start, wait_for_step
@@ -222,7 +222,7 @@ def test_names_in_a_folder(tmp_path, name, image, said):
     """A class or a file that TFDS could not name."""
     root = str(make_tree(tmp_path / "tree", name, image))
     with pytest.raises(DataFault, match=said):
-        folders.examine(folders.find_folder(root, None, 0.0), skip_undecodable=False, short_side=0, quality=90)
+        examine.examine(folders.find_folder(root, None, 0.0), skip_undecodable=False, short_side=0, quality=90)
 
 
 def test_report_of_a_folder(tmp_path):

@@ -31,7 +31,7 @@ from mae_dist.data.from_config import open_data
 from mae_dist.data.sources.tfds import TfdsDataset
 from mae_dist.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataFault
 from mae_dist.prepare import __main__ as prepare_module
-from mae_dist.prepare import archives, folders, tfds_writer
+from mae_dist.prepare import archives, examine, folders, tfds_writer
 from tests import commands
 from tests.conftest import ROOT
 
@@ -646,13 +646,13 @@ def test_a_folder_is_checked_in_parts(
 ) -> None:
     given = []
 
-    class Pool(folders.ThreadPoolExecutor):
+    class Pool(examine.ThreadPoolExecutor):
         def map(self, fn: Any, *items: Any, **options: Any) -> Any:
             given.append(len(items[0]))
             return super().map(fn, *items, **options)
 
-    monkeypatch.setattr(folders, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(folders, "_CHUNK", 3)
+    monkeypatch.setattr(examine, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(examine, "_CHUNK", 3)
     with caplog.at_level("INFO"):
         splits = examined(folder)
     assert given == [3, 2]
@@ -693,9 +693,9 @@ def examined(root: Path) -> dict[str, list[tfds_writer.Image]]:
     return _examine(root)[0]
 
 
-def _examine(root: Path) -> tuple[dict[str, list[tfds_writer.Image]], folders.Storage]:
+def _examine(root: Path) -> tuple[dict[str, list[tfds_writer.Image]], examine.Storage]:
     folder = folders.find_folder(str(root), None, 0.0)
-    return folders.examine(folder, skip_undecodable=False, short_side=20, quality=90)
+    return examine.examine(folder, skip_undecodable=False, short_side=20, quality=90)
 
 
 def begin(folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

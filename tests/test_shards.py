@@ -65,25 +65,28 @@ def test_tar_files(tmp_path: Path) -> None:
             "x/1.PNG": png(1),
             "x/1.cls": b"7\n",
             "2.json": json.dumps({"label": 10}).encode(),
+            "2.depth.png": png(99),
             "2.png": png(2),
             "2.second.png": png(99),
+            f"{'long/' * 40}3.png": png(3),
             ".hidden.png": png(99),
             "no_suffix": b"",
         },
     )
     write_tar(root / "a-001.tar", {"4.seg.png": png(4), "lonely.cls": b"7", "5.png": png(5), "5.json": b"{"})
     dataset = opened("tar", root, labels="cls")
-    assert numbers(dataset) == {1: 0, 2: 1, 4: -1, 5: -1}
+    assert numbers(dataset) == {1: 0, 2: 1, 3: -1, 4: -1, 5: -1}
     assert dataset.class_names == ("7", "10")
-    assert {dataset.file_name(i) for i in range(4)} == {
-        *("a-000.tar/x/1.PNG", "a-000.tar/2.png", "a-001.tar/4.seg.png", "a-001.tar/5.png")
+    assert {dataset.file_name(i) for i in range(5)} == {
+        *("a-000.tar/x/1.PNG", "a-000.tar/2.png", f"a-000.tar/{'long/' * 40}3.png"),
+        *("a-001.tar/4.seg.png", "a-001.tar/5.png"),
     }
     copy = pickle.loads(pickle.dumps(dataset))
     order = np.array([3, 0, 2, 2, 1])
-    np.testing.assert_array_equal(copy.examples(order)["image"], dataset.examples(np.arange(4))["image"][order])
+    np.testing.assert_array_equal(copy.examples(order)["image"], dataset.examples(np.arange(5))["image"][order])
     assert set(numbers(opened("tar", root)).values()) == {-1}
     assert opened("tar", f"{root}/*-001.tar").num_examples == 2
-    assert opened("tar", f"{root}/a-000.tar,{root}/a-001.tar").num_examples == 4
+    assert opened("tar", f"{root}/a-000.tar,{root}/a-001.tar").num_examples == 5
 
 
 def test_left_out_members_are_named_from_the_cache_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,7 +157,14 @@ def test_tar_files_that_cannot_be_read_at_random(tmp_path: Path) -> None:
     with pytest.raises(DataFault, match="corrupted"):
         opened("tar", shard)
     shard.write_bytes(whole[:1024] + b"x" * 512 + whole[1536:])
-    with pytest.raises(DataFault, match="is corrupted at byte 1024"):
+    with pytest.raises(DataFault, match="is corrupted after byte 1024"):
+        opened("tar", shard)
+    shard.write_bytes(whole + whole)
+    with pytest.raises(DataFault, match="several tar files in one"):
+        opened("tar", shard)
+    with tarfile.open(shard, "w") as tar:
+        tar.add(shard.parent, "directory", recursive=False)
+    with pytest.raises(DataFault, match="hold no image"):
         opened("tar", shard)
     write_tar(shard, {"1.txt": b"x"})
     with pytest.raises(DataFault, match=r"hold no image; left out 1 files .*1\.txt"):

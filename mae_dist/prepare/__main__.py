@@ -20,7 +20,7 @@ from absl import flags, logging
 from mae_dist import cli, errors
 from mae_dist.data.sources import cifar
 from mae_dist.data.sources import listing as listings
-from mae_dist.prepare import archives, folders
+from mae_dist.prepare import archives, examine, folders
 from mae_dist.prepare.tfds_writer import Image, is_prepared, stored_order, write_dataset
 from mae_dist.storage import local
 
@@ -189,7 +189,7 @@ def _prepare_folder(root: str, name: str, data_dir: str | None) -> Any:
             logging.warning("%s does not record its files: if they have changed since, delete it", directory)
         logging.info("%s is prepared already, from the same files", directory)
         return builder
-    splits, storage = folders.examine(
+    splits, storage = examine.examine(
         folder, skip_undecodable=bool(_SKIP_UNDECODABLE.value), short_side=short_side, quality=quality
     )
     identity = dataset_info.DatasetIdentity(

@@ -6,6 +6,7 @@ stays in its split when others are added.
 Legend: N images of a listing.
 """
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -280,14 +281,7 @@ def choose_decoder(
         data = read(row)
         found.add(stored_dtype(data, decoder.channels) if data else None)
     known = [name for name in DTYPES if name in found] or ["uint8"]
-    result = Decoder(
-        decoder.channels,
-        known[-1] if dtype == "auto" else dtype,
-        decoder.max_value,
-        decoder.background,
-        decoder.exif,
-        deeper=dtype != "auto",
-    )
+    result = dataclasses.replace(decoder, dtype=known[-1] if dtype == "auto" else dtype, deeper=dtype != "auto")
     sizes, faults = set(), []
     for row in chosen:
         data = read(row) or b""

@@ -288,11 +288,8 @@ def _sample(files: _Files, count: int) -> np.ndarray:
 
 def _warn_if_slow(files: _Files, count: int) -> None:
     """Says what random access costs where the row groups are not kept."""
-    size = sum(
-        _metadata(path).row_group(g).total_byte_size
-        for path in files.paths
-        for g in range(_metadata(path).num_row_groups)
-    )
+    found = [_metadata(path) for path in files.paths]
+    size = sum(file.row_group(group).total_byte_size for file in found for group in range(file.num_row_groups))
     if size > _KEPT_BYTES and count > len(files.starts):
         _LOG.warning(
             "%.1f GB in %d row groups of about %d images: each image read costs a row group of %.0f MB; smaller row "

@@ -227,26 +227,22 @@ def _make_index(shards: Listing) -> _Index:
 
 def _images_of(path: bytes) -> tuple[list[_Member], list[tuple[bytes, str]]]:
     """Returns the images of a shard, and what is left out with the reason."""
-    images: dict[bytes, _Member] = {}
+    images: dict[bytes, list[_Member]] = {}
     labels: dict[bytes, str] = {}
     keys: dict[bytes, bytes] = {}  # -> name of a member
-    left_out: list[tuple[bytes, str]] = []
     end = 0
     with open(path, "rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else end
+                    end = member.offset_data + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)
                     name = os.fsencode(member.name)
                     key, suffix = _split_name(name)
                     if not member.isreg() or not suffix:
                         continue
                     keys.setdefault(key, name)
                     if b"." + suffix.rpartition(b".")[2] in SUFFIXES:
-                        if key in images:
-                            left_out.append((name, _SECOND_IMAGE))
-                        else:
-                            images[key] = _Member(name, member.offset_data, member.size, "")
+                        images.setdefault(key, []).append(_Member(name, member.offset_data, member.size, ""))
                     elif suffix in (b"cls", b"json") and not (suffix == b"json" and key in labels):
                         content = tar.extractfile(member)
                         text = _label_of(suffix, content.read() if content else b"")
@@ -256,11 +252,18 @@ def _images_of(path: bytes) -> tuple[list[_Member], list[tuple[bytes, str]]]:
             raise DataFault(
                 f"{readable(path)} is no plain tar file, or corrupted ({error}); uncompress it, or restore it"
             ) from error
-        file.seek(end)
-        if file.read(_BLOCK).strip(b"\0"):  # a header that tarfile took for the end
-            raise DataFault(f"{readable(path)} is corrupted at byte {end}; restore it")
-    left_out += [(name, _NO_IMAGE) for key, name in keys.items() if key not in images]
-    return [image._replace(label=labels.get(key, "")) for key, image in images.items()], left_out
+        file.seek(end)  # zeros follow, but for a header that tarfile took for the end, or another archive
+        if any(chunk.strip(b"\0") for chunk in iter(lambda: file.read(2**20), b"")):
+            raise DataFault(f"{readable(path)} is corrupted after byte {end}, or several tar files in one; restore it")
+    left_out = [(name, _NO_IMAGE) for key, name in keys.items() if key not in images]
+    chosen = []
+    for key, members in images.items():
+        first, *others = sorted(
+            members, key=lambda member: b"." in _split_name(member.name)[1]
+        )  # 1.png, then 1.mask.png
+        chosen.append(first._replace(label=labels.get(key, "")))
+        left_out += [(other.name, _SECOND_IMAGE) for other in others]
+    return chosen, left_out
 
 
 def _split_name(name: bytes) -> tuple[bytes, bytes]:
