@@ -527,6 +527,7 @@ def test_changed_files_are_named(tmp_path: Path, command: Callable[..., str]) ->
         ({"labels": "folders"}, DataFault, "no directories of classes"),
         ({"labels": "csv:test.csv"}, DataFault, "no image for training, only of test"),
         ({"skip_undecodable": True, "from_folder": "broken"}, DataFault, "1 of 1 files in broken do not decode"),
+        ({"from_folder": "infinite"}, DataFault, r"a\.npy \(it holds values that are not finite\)"),
     ],
 )
 def test_folders_that_cannot_be_prepared(
@@ -539,6 +540,7 @@ def test_folders_that_cannot_be_prepared(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     _save(Path("images/a.png"), np.zeros((9, 8, 3), np.uint8))
+    _save(Path("infinite/a.npy"), np.full((9, 8, 3), np.inf, np.float32))
     Path("empty").mkdir()
     Path("empty/readme.txt").touch()
     Path("broken").mkdir()

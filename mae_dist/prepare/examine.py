@@ -229,6 +229,8 @@ def _examine(path: bytes) -> _Kind | str:
         image, has_alpha = load_upright(data)
     except UndecodableImage as error:
         return str(error) if data else "it is empty"
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        return "it holds values that are not finite"
     channels = image.shape[-1]
     is_array = image.dtype.kind == "f" or not (channels in (1, 3) or (channels == 4 and has_alpha))
     return _Kind(str(image.dtype), (*image.shape[:2], channels), is_array, turned)
