@@ -325,8 +325,3 @@ def changes_since(path: Path, listing: Listing) -> str:
         for what, names in groups.items()
         if names
     )
-
-
-def local_file(root: bytes, name: bytes) -> Path:
-    """Returns the path of a file of a listing."""
-    return Path(os.fsdecode(os.path.join(root, name)))
