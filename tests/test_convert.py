@@ -468,7 +468,7 @@ def test_another_architecture(tmp_path):
         ({"image_size": {}}, "does not describe a model"),
         ({"patch_size": 5}, "does not divide"),
         ({"patch_size": 0}, "cannot be"),
-        ({"num_channels": 2}, "model.channels=2"),
+        ({"num_channels": 2}, "the tensors do not fit the model"),
         ({"num_attention_heads": 5}, "does not divide"),
         ({"mask_ratio": 2}, "mask_ratio"),
         ({"layer_norm_eps": "nan"}, "norm_eps"),

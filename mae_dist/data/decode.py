@@ -81,7 +81,8 @@ class Decoder:
                 return Header(*_load_npy(data, self.channels).shape[:2])
             with Image.open(io.BytesIO(data)) as image:
                 turned = image.getexif().get(_ORIENTATION, 1) if self.exif else 1
-                return Header(*(image.size if turned >= 5 else image.size[::-1]), turned)
+                width, height = image.size[::-1] if turned >= 5 else image.size
+                return Header(height, width, turned)
         if data.startswith(_TIFF):  # of bands that Pillow does not know
             with contextlib.suppress(UndecodableImage):
                 return Header(*_load_tiff(data, self.channels)[0].shape[:2])
@@ -230,7 +231,7 @@ def _load(data: bytes, channels: int | None) -> tuple[np.ndarray, bool]:
         image = _load_colours(data)
     if image.dtype.kind == "f":
         image = image.astype(np.float32)
-    elif image.dtype not in (np.uint8, np.uint16):
+    elif image.dtype.name not in DTYPES:
         raise UndecodableImage(f"values of type {image.dtype}; write them as uint8, uint16 or float32")
     return image, has_alpha
 

@@ -6,7 +6,6 @@ stays in its split when others are added.
 
 import csv
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -202,7 +201,7 @@ def _csv_labels(listing: Listing, splits: np.ndarray, path: str) -> tuple[np.nda
     return found, *number_labels(texts, len(splits))
 
 
-def _csv_rows(path: str) -> list[Sequence[str]]:
+def _csv_rows(path: str) -> list[list[str]]:
     """Reads the lines of a table without its header."""
     try:
         with open(os.path.expanduser(path), newline="", encoding="utf-8-sig", errors="surrogateescape") as file:

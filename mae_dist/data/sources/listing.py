@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -209,7 +209,7 @@ def _stat(path: bytes) -> os.stat_result | None:
 
 
 def _walk(
-    root: bytes, tops: list[bytes], suffixes: tuple[bytes, ...], left_out: LeftOut, bar: tqdm
+    root: bytes, tops: list[bytes], suffixes: tuple[bytes, ...], left_out: LeftOut, bar: "tqdm[Any]"
 ) -> Iterator[tuple[bytes, int, int]]:
     """Yields (name, size, time) of the files below `tops`; real directories first, then links to others."""
     seen: set[tuple[int, int]] = set()
