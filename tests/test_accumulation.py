@@ -1,0 +1,48 @@
+"""Microbatches by the memory of a device."""
+
+from typing import Any
+
+import pytest
+
+from mae_dist.errors import ConfigError
+from mae_dist.training.accumulation import activation_bytes, choose_accum_steps
+from tests.runs import smoke_config
+
+
+class Device:
+    """What an accelerator tells of itself."""
+
+    device_kind = "a chip"
+
+    def __init__(self, memory: int | None):
+        self.memory = memory
+
+    def memory_stats(self) -> dict[str, Any] | None:
+        return self.memory and {"bytes_limit": self.memory}
+
+
+def test_the_fewest_microbatches_that_fit() -> None:
+    """Half the room means twice as many, on more devices fewer; a device that tells nothing, as a CPU, means one."""
+    config = smoke_config(global_batch_size=64, accum_steps=0)
+    image = activation_bytes(config, num_kept=4)
+    room = int(64 * image / 0.8) + 1
+    assert choose_accum_steps(config, 4, 0, 1, Device(room)) == 1
+    assert choose_accum_steps(config, 4, 0, 1, Device(room // 2 + 1)) == 2
+    assert choose_accum_steps(config, 4, 0, 2, Device(room // 2 + 1)) == 1
+    assert choose_accum_steps(config, 4, 0, 1, Device(int(room / 2.9))) == 4  # 3 does not divide the batch
+    assert choose_accum_steps(config, 4, int(image), 1, Device(room)) == 2
+    assert choose_accum_steps(config, 4, 0, 1, Device(None)) == 1
+    with pytest.raises(ConfigError, match=r"accum_steps=0: one image.*a chip has"):
+        choose_accum_steps(config, 4, 0, 1, Device(int(image)))
+
+
+def test_what_blocks_keep_grows_with_their_number_and_the_type() -> None:
+    """By hand for one block of each: 34 bytes per token and width and 5 per score in 16 bits, threefold."""
+    config = smoke_config(model__depth=1, model__decoder_depth=1, model__dtype="bfloat16")
+    model, length = config.model, 16
+    tokens = (4 + 1, length + 1)
+    heads = (model.num_heads, model.decoder_num_heads)
+    widths = (model.embed_dim, model.decoder_embed_dim)
+    expected = sum(34 * t * w + 5 * h * t**2 for t, w, h in zip(tokens, widths, heads, strict=True))
+    assert activation_bytes(config, 4) == 3 * expected
+    assert activation_bytes(smoke_config(model__depth=1, model__decoder_depth=1), 4) == 6 * expected
