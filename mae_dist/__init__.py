@@ -4,6 +4,7 @@
     result = mae_dist.train(config, "runs/smoke")     # the same call again continues, or returns at once
     run = mae_dist.open_run("runs/smoke")             # its records, weights, reconstructions, evaluations
     features = run.encoder().features(images)         # load_encoder(path): other weights too
+    features = run.encoder().features(mae_dist.find_images("photos"))  # files of any size
 
 `build(config)` gives the parts of a training to a loop of one's own. User faults raise the exceptions of
 `mae_dist.errors`.
@@ -18,6 +19,7 @@ from mae_dist.config.named import get_config
 
 if TYPE_CHECKING:
     from mae_dist.evaluation.encoder import Encoder, load_encoder
+    from mae_dist.evaluation.own_images import find_images
     from mae_dist.model import masking
     from mae_dist.training.job import Job
     from mae_dist.training.opened import Run, open_run
@@ -35,6 +37,7 @@ __all__ = [
     "build",
     "default_config",
     "errors",
+    "find_images",
     "get_config",
     "load_encoder",
     "masking",
@@ -50,6 +53,7 @@ _LAZY = {
     "Result": "mae_dist.training.summary:Result",
     "Run": "mae_dist.training.opened:Run",
     "build": "mae_dist.training.session:build",
+    "find_images": "mae_dist.evaluation.own_images:find_images",
     "load_encoder": "mae_dist.evaluation.encoder:load_encoder",
     "masking": "mae_dist.model.masking",
     "open_run": "mae_dist.training.opened:open_run",

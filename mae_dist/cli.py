@@ -167,6 +167,15 @@ def required(flag: flags.FlagHolder[Any]) -> str:
     return flag.value
 
 
+def refuse_arguments(argv: Sequence[str]) -> None:
+    """Raises a `ConfigError` for words that belong to no flag, as those of a glob that a shell wrote out."""
+    if len(argv) > 1:
+        raise errors.ConfigError(
+            f"{argv[1]!r} belongs to no flag; if it comes of a glob or a list, put that in quotes, with commas between "
+            "several: 'photos/*.jpg,more'"
+        )
+
+
 def new_local_path(value: str) -> "epath.Path":
     """Returns --out as a path; raises a `ConfigError` for a bucket, or if it exists already."""
     from mae_dist import storage

@@ -9,13 +9,13 @@ import os
 from typing import SupportsIndex
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from mae_dist.errors import ConfigError, DataFault
+from mae_dist.errors import ConfigError
 from mae_dist.evaluation.encode import check_kind, make_feature_step, needed_shapes
+from mae_dist.evaluation.own_images import Paths, are_paths, check_images, open_given
 from mae_dist.model import patches
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.parallel.shardings import replicated
@@ -60,14 +60,15 @@ class Encoder:
         return f"Encoder({self._origin}: {height}x{width}x{self.channels} -> {self.embed_dim}, {self.depth} blocks)"
 
     def features(
-        self, images: ArrayLike, kind: str = "mean", *, block: int | None = None, batch_size: int = 256
+        self, images: ArrayLike | Paths, kind: str = "mean", *, block: int | None = None, batch_size: int = 256
     ) -> np.ndarray:
         """Computes deterministic features of whole images, nothing masked.
 
         Args:
           images: (B, H, W, C), any B: uint8 in 0..255, or floating-point in 0..1; or uint16, for a model that was
             trained on such. H, W and C are `image_size` and `channels`; mean and standard deviation of the training
-            are applied here.
+            are applied here. Or a list of paths of image files, as from `mae_dist.find_images`, of any size and format
+            that `data.source="folder"` reads; a batch of them is in memory at a time.
           kind: `mean` over the patches, `cls` for the class token, `patches` for one vector per patch.
           block: of which block's output, from 1, before any norm; 0 is what enters the first; None is the output of the
             last one, normalised.
@@ -77,51 +78,30 @@ class Encoder:
           float32, (B, D) or for `patches` (B, gh, gw, D), on the host.
 
         Raises:
-          ConfigError: a kind or block that the model does not have, or a batch size that is no whole number above 0.
-          DataFault: images of another shape, type or range.
+          ConfigError: a kind or block that the model does not have, a batch size that is no whole number above 0, or
+            one path instead of a list.
+          DataFault: images of another shape, type or range, or files that do not decode; it names them.
         """
         # Before they name a compiled step: 1.0 and 1 are the same key there.
         batch_size, block = _whole("batch_size", batch_size), block if block is None else _whole("block", block)
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size}: at least one image has to be computed at once")
         check_kind(kind)
-        images = check_images(np.asarray(images), (*self.image_size, self.channels), self.config.data.dtype)
+        files = open_given(images, self.config) if are_paths(images) else None
+        if files is None:
+            images = check_images(np.asarray(images), (*self.image_size, self.channels), self.config.data.dtype)
+        count = len(images)
         # Few different sizes, for each is compiled: powers of two up to the batch's.
-        size = min(batch_size, 1 << max(0, len(images) - 1).bit_length())
+        size = min(batch_size, 1 << max(0, count - 1).bit_length())
         step = self._make_step(size, (kind,), block)
         width = (*self.grid, self.embed_dim) if kind == "patches" else (self.embed_dim,)
-        result = np.empty((len(images), *width), np.float32)
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
+        result = np.empty((count, *width), np.float32)
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            part = files.examples(np.arange(start, stop))["image"] if files is not None else images[start:stop]
             padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
-            result[start : start + size] = np.asarray(step(self._params, {"image": padded})[kind])[: len(part)]
+            result[start:stop] = np.asarray(step(self._params, {"image": padded})[kind])[: len(part)]
         return result
-
-
-def check_images(images: np.ndarray, expected: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Returns the images, floating-point ones as float32; raises a `DataFault` for what a model cannot take.
-
-    Args:
-      images: uint8 in 0..255 or floating-point in 0..1; also uint16 for a model that was trained on such.
-      expected: (H, W, C) of the model.
-      dtype: `data.dtype` of the model; "auto" is uint8.
-    """
-    if images.ndim != 4 or images.shape[1:] != expected:
-        raise DataFault(
-            f"images have shape {images.shape}, needed: (B, {', '.join(map(str, expected))}); resize them first, "
-            "or convert the encoder to their size"
-        )
-    if images.dtype == np.uint8 or images.dtype == dtype == "uint16":
-        return images
-    if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 is of JAX's, not of NumPy's types
-        needed = "uint8 in 0..255" if dtype in ("auto", "uint8") else dtype
-        raise DataFault(f"images are {images.dtype}; needed: {needed} or floating-point in 0..1")
-    # A little beyond is what resizing leaves; 0..255 in floats, or pixels normalised already, is not.
-    if dtype != "float32" and images.size and not (images.min() >= -0.1 and images.max() <= 1.1):
-        raise DataFault(
-            f"floating-point images reach from {images.min():g} to {images.max():g}; needed: 0..1, not normalised"
-        )
-    return images.astype(np.float32)
 
 
 def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None) -> Encoder:

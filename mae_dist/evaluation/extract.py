@@ -29,17 +29,31 @@ def with_data(source: pretrained.Pretrained, given: ConfigDict | None, data_dir:
       ConfigError: nothing says which images to take, or how many at once.
     """
     if not source.names_data:
-        raise ConfigError(f"{source.origin} does not say which images to take; give --config with their data")
+        raise ConfigError(
+            f"{source.origin} does not say which images to take; give --config with their data, or --images"
+        )
+    config = with_devices(source, given)
+    with config.unlocked():
+        if given is not None:
+            scaling = {name: config.data[name] for name in ("mean", "std", "dtype", "max_value")}
+            config.data.update({**given.data.to_dict(), **scaling})
+        config.data.data_dir = data_dir or config.data.data_dir
+    return config
+
+
+def with_devices(source: pretrained.Pretrained, given: ConfigDict | None, num_images: int = 0) -> ConfigDict:
+    """Returns the model's config with mesh and batch size of the one given, or a whole model on each device.
+
+    `num_images`, if known, are all there will be: a batch is no larger.
+    """
     config = source.config
     with config.unlocked():
         if given is None:
             config.mesh.update(data=-1, fsdp=1, tensor=1)
         else:
-            scaling = {name: config.data[name] for name in ("mean", "std", "dtype", "max_value")}
-            config.update(data={**given.data.to_dict(), **scaling}, mesh=given.mesh, eval=given.eval)
-            config.global_batch_size = given.global_batch_size
-        config.data.data_dir = data_dir or config.data.data_dir
+            config.update(mesh=given.mesh, eval=given.eval, global_batch_size=given.global_batch_size)
         config.eval.batch_size = config.eval.batch_size or config.global_batch_size
+        config.eval.batch_size = min(config.eval.batch_size, num_images or config.eval.batch_size)
     if config.eval.batch_size < 1:
         raise ConfigError(f"a batch of {config.eval.batch_size} images; raise eval.batch_size to at least 1")
     return config

@@ -23,7 +23,8 @@ from mae_dist.cpu.start import use_cores
 from mae_dist.data import ArrayDataset
 from mae_dist.data.from_config import Data, open_dataset
 from mae_dist.evaluation import evaluate, pictures
-from mae_dist.evaluation.encoder import Encoder, check_images, load_encoder
+from mae_dist.evaluation.encoder import Encoder, load_encoder
+from mae_dist.evaluation.own_images import check_images
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import read_summary
 from mae_dist.model.build import Params

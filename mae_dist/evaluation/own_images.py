@@ -1,0 +1,146 @@
+"""Images of a user's own as a trained model takes them: arrays, or files by name.
+
+Shapes: B images, H W C image.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from typing import TypeGuard
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from numpy.typing import ArrayLike
+
+from mae_dist.data import ArrayDataset, Dataset, open_split
+from mae_dist.data.sources import listing as listings
+from mae_dist.data.sources.listed import Table
+from mae_dist.data.sources.listing import LeftOut, Listing
+from mae_dist.errors import ConfigError, DataFault
+
+Paths = Sequence[str | os.PathLike[str]]
+
+HELP = (
+    "Images of your own, instead of the config's: a directory, files, or several of these, separated by commas; a "
+    "quoted glob; or a text file with a path in each line."
+)
+
+
+def find_images(images: str | os.PathLike[str]) -> list[str]:
+    """Returns the paths of the image files that `images` names, in the order of their names.
+
+    Args:
+      images: a directory, which is searched to any depth; a file; several of these, separated by commas; a glob; or a
+        text file with a path in each line.
+
+    Raises:
+      ConfigError: a bucket, or a glob that matches nothing.
+      DataFault: something is not there or cannot be read, or there is no image.
+    """
+    listing = listings.find_images(os.fspath(images))
+    return [os.fsdecode(os.path.join(listing.root, name)) for name in listing.names]
+
+
+def open_images(images: str, config: ConfigDict) -> Dataset:
+    """Opens the images that --images names, for the model of `config`, in the order of their names.
+
+    Those that do not decode are passed over; see `skipped`.
+
+    Raises:
+      ConfigError, DataFault: as `find_images`; or of a sample of the files none decodes.
+    """
+    listing = listings.find_images(images)
+    if str(listing.left_out):
+        logging.warning("%s", listing.left_out)
+    return _open(listing, config)
+
+
+def open_given(images: ArrayLike | Paths, config: ConfigDict) -> Dataset:
+    """Opens arrays, or files by their paths, in the order given. Those that do not decode are passed over.
+
+    Raises:
+      ConfigError: one path instead of a list of them.
+      DataFault: as `check_images`; a file does not exist, or of a sample of the files none decodes.
+    """
+    if are_paths(images):
+        paths = [os.fsencode(os.path.abspath(os.path.expanduser(path))) for path in images]
+        if missing := [os.fsdecode(path) for path in paths if not os.path.isfile(path)]:
+            raise DataFault(f"{len(missing)} of {len(paths)} files do not exist: {', '.join(missing[:10])}")
+        unknown = np.zeros(len(paths), np.int64)
+        return _open(Listing(b"/", [path.removeprefix(b"/") for path in paths], unknown, unknown, LeftOut()), config)
+    array = check_images(np.asarray(images), (*config.model.image_size, config.model.channels), config.data.dtype)
+    return ArrayDataset({"image": array, "label": np.full(len(array), -1, np.int32)}, num_classes=0)
+
+
+def are_paths(images: ArrayLike | Paths) -> TypeGuard[Paths]:
+    """True for a sequence of paths; raises `ConfigError` for a single one."""
+    if isinstance(images, str | os.PathLike):
+        raise ConfigError(
+            f"images={os.fspath(images)!r} is one path; give a list of them: [path], or those of a directory: "
+            "mae_dist.find_images(directory)"
+        )
+    if isinstance(images, np.ndarray):
+        return images.dtype.kind == "U" and images.ndim == 1
+    return isinstance(images, Sequence) and bool(images) and isinstance(images[0], str | os.PathLike)
+
+
+def _open(listing: Listing, config: ConfigDict) -> Dataset:
+    rows, data = np.arange(len(listing.names)), config.data
+    splits = {**dict.fromkeys(("train", "val", "test"), rows[:0]), "all": rows}
+    table = Table(splits, np.full(len(rows), -1, np.int32), ())
+    return open_split(
+        "all",
+        source="folder",
+        shared={"table": (listing, table)},  # in this order, where the source would find one of its own
+        data_dir="",
+        image_size=config.model.image_size,
+        channels=config.model.channels,
+        dtype="uint8" if data.dtype == "auto" else data.dtype,
+        max_value=data.max_value,
+        background=data.background,
+        exif=True,
+        cache="stream",
+        cache_dir="",
+        max_bad_share=1.0,
+    )
+
+
+def skipped(dataset: Dataset, found: Iterable[int]) -> list[str]:
+    """Returns the name of each image that is not among the numbers `found`, and why it does not decode."""
+    return [dataset.fault(index) for index in sorted(set(range(dataset.num_examples)) - set(found))]
+
+
+def report_skipped(dataset: Dataset, found: Collection[int]) -> None:
+    """Logs the names of the images that are not among the numbers `found`; raises `DataFault` if these are none."""
+    faults = skipped(dataset, found)
+    if not len(found):
+        raise DataFault(f"of {dataset.num_examples} images none decodes: {'; '.join(faults[:10])}")
+    if faults:
+        logging.warning("skipped %d of %d files:\n  %s", len(faults), dataset.num_examples, "\n  ".join(faults))
+
+
+def check_images(images: np.ndarray, expected: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Returns the images, floating-point ones as float32; raises a `DataFault` for what a model cannot take.
+
+    Args:
+      images: uint8 in 0..255 or floating-point in 0..1; also uint16 for a model that was trained on such.
+      expected: (H, W, C) of the model.
+      dtype: `data.dtype` of the model; "auto" is uint8.
+    """
+    if images.ndim != 4 or images.shape[1:] != expected:
+        raise DataFault(
+            f"images have shape {images.shape}, needed: (B, {', '.join(map(str, expected))}); resize them first, "
+            "or convert the encoder to their size"
+        )
+    if images.dtype == np.uint8 or images.dtype == dtype == "uint16":
+        return images
+    if not jnp.issubdtype(images.dtype, jnp.floating):  # bfloat16 is of JAX's, not of NumPy's types
+        needed = "uint8 in 0..255" if dtype in ("auto", "uint8") else dtype
+        raise DataFault(f"images are {images.dtype}; needed: {needed} or floating-point in 0..1")
+    # A little beyond is what resizing leaves; 0..255 in floats, or pixels normalised already, is not.
+    if dtype != "float32" and images.size and not (images.min() >= -0.1 and images.max() <= 1.1):
+        raise DataFault(
+            f"floating-point images reach from {images.min():g} to {images.max():g}; needed: 0..1, not normalised"
+        )
+    return images.astype(np.float32)
