@@ -46,7 +46,7 @@ from tests.commands import ROOT
 
 COMMANDS = (
     *("main", "reconstruct", "report", "convert", "features", "knn", "sweep", "benchmark", "plan", "prepare"),
-    *("export", "checkpoint"),
+    *("export", "checkpoint", "predict"),
 )
 FIELDS = dict(config_lib.flatten(configs.default.get_config()))
 SECTIONS = sorted({field.partition(".")[0] for field in FIELDS if "." in field})

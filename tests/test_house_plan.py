@@ -61,6 +61,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "export",
         "features",
         "knn",
+        "predict",
         "report",
         "training",
     ),

@@ -5,26 +5,16 @@ Shapes: N images, H W C image, D width, Y classes.
 
 import contextlib
 import dataclasses
-import functools
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
-from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import Dataset
 from mae_dist.data.from_config import open_dataset
 from mae_dist.errors import DataFault
-from mae_dist.evaluation import evaluate, extract
-from mae_dist.evaluation.eval_step import make_eval_step
-from mae_dist.model.build import functional, make_model
-from mae_dist.model.hooks import PLAIN
-from mae_dist.parallel.mesh import make_mesh
+from mae_dist.evaluation import evaluate, extract, predictions
 from mae_dist.report.runs import Run
 from mae_dist.task_kinds import kind_of
-from mae_dist.tasks.base import Batch, scale_pixels
 from mae_dist.weights import pretrained
 
 _BATCH_SIZE = 256
@@ -81,7 +71,7 @@ class Viewer:
             self._splits[key] = open_dataset(config, split)
         dataset = self._splits[key]
         is_encoder = kind_of(config).has_decoder
-        compute = extract.prepare(source, config, ("mean",)) if is_encoder else _classifier(source)
+        compute = extract.prepare(source, config, ("mean",)) if is_encoder else predictions.prepare(source, config)
         with contextlib.closing(compute(dataset)) as batches:
             columns = evaluate.first_rows(batches, self._max_images)
         count = len(columns["label"])
@@ -95,24 +85,6 @@ class Viewer:
             labels=columns["label"],
             predictions=columns["logits"].argmax(axis=1) if "logits" in columns else None,
         )
-
-
-def _classifier(source: pretrained.Pretrained) -> extract.Compute:
-    """Returns a function of a dataset to float32 `mean` (B, D), the features, and `logits` (B, Y) of its batches."""
-    config = source.config
-    mesh = make_mesh(config.mesh.to_dict(), jax.devices())
-    bind = functional(functools.partial(make_model, config, source.num_classes, PLAIN)).bind
-
-    def forward(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        model = bind(params)
-        features = model.features(scale_pixels(batch["image"], config.data), None)
-        return {"mean": features.astype(jnp.float32), "logits": model.logits(features)}
-
-    def make_step(shardings: PyTree, batch_size: int) -> jax.stages.Wrapped:
-        pieces = num_pieces(config, mesh, batch_size)
-        return make_eval_step(forward, mesh=mesh, params=shardings, per_example=True, pieces=pieces)
-
-    return extract.with_step(source, source.abstract, mesh, _BATCH_SIZE, make_step)
 
 
 def embed(seen: Seen, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

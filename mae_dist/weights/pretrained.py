@@ -35,6 +35,7 @@ class Pretrained:
     abstract: the shapes of the parameters there are, by group: `encoder` and maybe `decoder`, `head`.
     names_data: True if the config says which images it was trained on; foreign weights do not, without a template.
     load: a tree of shardings, of some of the parameters -> those; a `StorageFault` names what is missing.
+    class_names: of the head's outputs, () where they are not stored with the weights.
     """
 
     config: ConfigDict
@@ -42,6 +43,7 @@ class Pretrained:
     abstract: Params
     names_data: bool
     load: Callable[[Params], Params]
+    class_names: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -122,10 +124,12 @@ def _from_hugging_face(path: epath.Path, stored: dict[str, Any], template: Confi
     tensors = aliases.with_standard_names(_unwrapped(path))
     try:
         foreign.describe_hugging_face(described, stored, tensors)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        names = {int(number): str(name) for number, name in (stored.get("id2label") or {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise DataFault(f"{path / 'config.json'} does not describe a model: {error!r}") from error
     foreign.describe_scaling(described, path)
-    return _from_tensors(described, tensors, "hf")
+    found = _from_tensors(described, tensors, "hf")
+    return dataclasses.replace(found, class_names=tuple(names[number] for number in sorted(names)))
 
 
 def _from_timm(path: epath.Path, template: ConfigDict | None) -> Pretrained:

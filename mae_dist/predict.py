@@ -1,0 +1,68 @@
+"""Classifies images by a fine-tuned model or a probe: `python -m mae_dist.predict --workdir S --images D --out F.csv`.
+
+S is the workdir of a run, a classifier of `mae_dist.convert` or in Hugging Face's layout, or a file in timm's. F.csv
+has a row `file,class,probability` for each image, in the order of their names; with --top k the k most likely classes
+of each, in k rows. Files that do not decode are left out and named.
+"""
+
+import contextlib
+import csv
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from absl import flags, logging
+
+from mae_dist import cli, errors
+from mae_dist.cpu import start
+from mae_dist.evaluation import extract, own_images, predictions
+from mae_dist.parallel import processes
+from mae_dist.storage import absolute, appearing, storage_errors
+from mae_dist.weights import pretrained
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the classifier is.", allow_override=True)
+_IMAGES = flags.DEFINE_string("images", None, own_images.HELP, allow_override=True)
+_OUT = flags.DEFINE_string("out", None, "The CSV file to write.", allow_override=True)
+_TOP = flags.DEFINE_integer("top", 1, "The number of classes to write of each image.", lower_bound=1)
+
+_COUNTED = 20  # classes, in the line at the end
+
+
+def predict(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    cli.refuse_arguments(argv)
+    workdir, images, out_value = (cli.required(flag) for flag in (_WORKDIR, _IMAGES, _OUT))
+    start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
+    cli.join_processes()
+    out = cli.new_local_path(out_value)
+    source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
+    dataset = own_images.open_images(images, source.config)
+    compute = predictions.prepare(source, extract.with_devices(source, cli.given_config(), dataset.num_examples))
+    class_names = predictions.class_names(source)
+    logging.info("%s; %d images of %s", source.origin, dataset.num_examples, images)
+    found: list[int] = []
+    first: Counter[str] = Counter()
+    # Only the first process writes: on another machine, a process may have the same process id.
+    with appearing(out) if processes.is_primary() else contextlib.nullcontext(out) as temporary:
+        rows = []
+        for columns in compute(dataset):
+            likely = predictions.probabilities(columns["logits"])
+            order = np.argsort(-likely, axis=1, kind="stable")[:, : _TOP.value]  # (n, k)
+            for index, probability, classes in zip(columns["index"].tolist(), likely, order.tolist(), strict=True):
+                found.append(index)
+                first[class_names[classes[0]]] += 1
+                name = dataset.file_name(index)
+                rows += [(name, class_names[number], f"{probability[number]:.6g}") for number in classes]
+        own_images.report_skipped(dataset, found)
+        if processes.is_primary():
+            with storage_errors(out), open(temporary, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("file", "class", "probability"), *rows])
+    if processes.is_primary():
+        counts = [f"{name}: {count}" for name, count in first.most_common(_COUNTED)]
+        more = f" and {len(first) - _COUNTED} more classes" if len(first) > _COUNTED else ""
+        print(f"{source.origin}: {len(found)} images in {out}; {', '.join(counts)}{more}")
+    return errors.EXIT_DONE
+
+
+if __name__ == "__main__":
+    cli.run(predict)
