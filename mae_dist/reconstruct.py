@@ -1,29 +1,41 @@
 """Draws reconstructions of a pretraining: `python -m mae_dist.reconstruct --workdir runs/cifar_small`.
 
-Each row of the picture is an image: original, masked, reconstruction, reconstruction with visible patches.
+Each row of the picture is an image: original, masked, reconstruction, reconstruction with visible patches; with --pca
+also its patches, coloured by the first three principal components of their features. The images are the first of a
+split of the run, or your own:
+
+python -m mae_dist.reconstruct --workdir W --images photos --pca --out F.png
+
+With --images or --pca, W may be whatever `features` takes; without a decoder there are the images and their patches.
 """
 
+import contextlib
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 
 from mae_dist import cli, errors
 from mae_dist import config as config_lib
-from mae_dist.checkpoint import reader
-from mae_dist.data.from_config import open_data
-from mae_dist.evaluation import pictures
+from mae_dist.data import FirstExamples
+from mae_dist.data.from_config import open_dataset
+from mae_dist.evaluation import evaluate, extract, own_images, pictures
+from mae_dist.evaluation.encoder import Encoder
+from mae_dist.evaluation.patch_colours import patch_colours
 from mae_dist.parallel import processes
 from mae_dist.storage import absolute
 from mae_dist.task_kinds import kind_of
-from mae_dist.training import job
-from mae_dist.training.run import draw_reconstructions
+from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", allow_override=True)
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "The number of images, the first of the split.", lower_bound=1)
+_IMAGES = flags.DEFINE_string("images", None, own_images.HELP, allow_override=True)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "The number of images, the first of all.", lower_bound=1)
+_PCA = flags.DEFINE_bool("pca", False, "Also draw the principal components of the patches' features.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "val", "test"], "A split of the run.", allow_override=True)
 _OUT = flags.DEFINE_string(
-    "out", None, "Where to write the PNG (default <workdir>/pictures/<split>_<step>.png).", allow_override=True
+    "out",
+    None,
+    "Where to write the PNG (default, of a split: <workdir>/pictures/<split>_<step>.png).",
+    allow_override=True,
 )
 _PIX_STATS = flags.DEFINE_enum(
     "pix_stats",
@@ -40,32 +52,49 @@ _DATA_DIR = flags.DEFINE_string(
 
 def reconstruct(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    del argv
+    cli.refuse_arguments(argv)
     workdir = absolute(cli.required(_WORKDIR))
     processes.quiet_unless_primary()
-    config = reader.read_config(workdir)
-    with config.unlocked():
-        config.mesh.update(data=-1, fsdp=1, tensor=1)
-        config.accum_steps = config.cpu.pieces = 1
-        # Only the pictures are computed: any batch size that splits over the devices will do.
-        config.global_batch_size = config.eval.batch_size = jax.device_count()
-        config.data.data_dir = _DATA_DIR.value or config.data.data_dir
-        config.pictures.pix_stats = _PIX_STATS.value or config.pictures.pix_stats
-    if not kind_of(config).has_decoder:
+    source = pretrained.open_pretrained(workdir, cli.given_config())
+    has_decoder = kind_of(source.config).has_decoder and "decoder" in source.abstract
+    if not (has_decoder or _PCA.value):
+        what = f"is a {source.config.task}: it has" if not kind_of(source.config).has_decoder else "has"
         raise errors.ConfigError(
-            f"{workdir} is a {config.task}: it has no decoder; give the workdir of its pretraining"
+            f"{workdir} {what} no decoder; give the workdir of its pretraining, or draw its features, by --pca"
         )
-    config_lib.validate(config)
-    built = job.build(config, jax.devices(), open_data(config))
-    dataset = getattr(built.data, _SPLIT.value)
-    if dataset is None:
-        raise errors.ConfigError(f"--split={_SPLIT.value}: the run has no such split (data.{_SPLIT.value}_split is '')")
-    step, params = reader.load_params(workdir, built.abstract_state.params, built.shardings.params)
-    with jax.set_mesh(built.mesh):
-        grid = draw_reconstructions(built, params, dataset, step, _NUM_IMAGES.value)
-    out = absolute(_OUT.value) if _OUT.value else workdir / "pictures" / f"{_SPLIT.value}_{step:08d}.png"
-    pictures.write_png(out, grid)
-    print(f"{config.name}: step {step}, {min(_NUM_IMAGES.value, dataset.num_examples)} {_SPLIT.value} images in {out}")
+    place = _IMAGES.value or _SPLIT.value
+    if _IMAGES.value:
+        out = absolute(cli.required(_OUT))
+        config = extract.with_devices(source, cli.given_config())
+        dataset = own_images.open_images(_IMAGES.value, config)
+    else:
+        out = absolute(_OUT.value) if _OUT.value else workdir / "pictures" / f"{place}_{source.step:08d}.png"
+        config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
+        if not (split := config.data[f"{place}_split"]):
+            raise errors.ConfigError(f"--split={place}: the run has no such split (data.{place}_split is '')")
+        dataset = open_dataset(config, split)
+    count = min(_NUM_IMAGES.value, dataset.num_examples)
+    with config.unlocked():
+        config.eval.batch_size = count
+        config.pictures.pix_stats = _PIX_STATS.value or config.pictures.pix_stats
+
+    compute = pictures.prepare(source, config) if has_decoder else extract.prepare(source, config, ("patches",))
+    with contextlib.closing(compute(dataset)) as batches:
+        found = evaluate.first_rows(batches, count)
+    index = found["index"].tolist()
+    looked_at = FirstExamples(dataset, index[-1] + 1) if len(index) == count else dataset
+    own_images.report_skipped(looked_at, index)
+    images = dataset.examples(found["index"])["image"]
+    drawn = {"original": pictures.fractions(images, config)}
+    if has_decoder:
+        drawn = {name: found[name] for name in pictures.COLUMNS}
+    shown = pictures.as_shown(drawn, config)
+    if _PCA.value:
+        features = found["patches"] if "patches" in found else Encoder(source).features(images, "patches")
+        shown["patches"] = patch_colours(features, config.model.patch_size)
+    title = pictures.title(config, source.step) if has_decoder else source.origin
+    pictures.write_png(out, pictures.draw_grid(shown, pictures.names_of(dataset, found), title))
+    print(f"{source.origin}: {len(index)} of {dataset.num_examples} images of {place} in {out}")
     return errors.EXIT_DONE
 
 

@@ -62,6 +62,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "features",
         "knn",
         "predict",
+        "reconstruct",
         "report",
         "training",
     ),
@@ -69,7 +70,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "benchmark",
         "main",
         "plan",
-        "reconstruct",
     ),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

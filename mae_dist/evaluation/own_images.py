@@ -45,7 +45,7 @@ def find_images(images: str | os.PathLike[str]) -> list[str]:
 def open_images(images: str, config: ConfigDict) -> Dataset:
     """Opens the images that --images names, for the model of `config`, in the order of their names.
 
-    Those that do not decode are passed over; see `skipped`.
+    Those that do not decode are passed over; see `report_skipped`.
 
     Raises:
       ConfigError, DataFault: as `find_images`; or of a sample of the files none decodes.
@@ -106,18 +106,20 @@ def _open(listing: Listing, config: ConfigDict) -> Dataset:
     )
 
 
-def skipped(dataset: Dataset, found: Iterable[int]) -> list[str]:
-    """Returns the name of each image that is not among the numbers `found`, and why it does not decode."""
-    return [dataset.fault(index) for index in sorted(set(range(dataset.num_examples)) - set(found))]
+def missing(dataset: Dataset, found: Iterable[int]) -> list[int]:
+    """Returns the numbers of the images that are not among those `found`."""
+    return sorted(set(range(dataset.num_examples)) - set(found))
 
 
 def report_skipped(dataset: Dataset, found: Collection[int]) -> None:
     """Logs the names of the images that are not among the numbers `found`; raises `DataFault` if these are none."""
-    faults = skipped(dataset, found)
+    numbers = missing(dataset, found)
     if not len(found):
-        raise DataFault(f"of {dataset.num_examples} images none decodes: {'; '.join(faults[:10])}")
-    if faults:
-        logging.warning("skipped %d of %d files:\n  %s", len(faults), dataset.num_examples, "\n  ".join(faults))
+        faults = "; ".join(map(dataset.fault, numbers[:10]))
+        raise DataFault(f"of {dataset.num_examples} images none decodes: {faults}")
+    if numbers:
+        faults = "\n  ".join(map(dataset.fault, numbers))
+        logging.warning("skipped %d of %d files:\n  %s", len(numbers), dataset.num_examples, faults)
 
 
 def check_images(images: np.ndarray, expected: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -1,25 +1,37 @@
 """Pictures of a masked autoencoder: original, masked, reconstruction, reconstruction with visible patches."""
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_dist import platforms
 from mae_dist.data import Dataset, FirstExamples
 from mae_dist.errors import DataFault
-from mae_dist.evaluation.evaluate import columns, first_rows
+from mae_dist.evaluation import extract
+from mae_dist.evaluation.eval_step import make_eval_step
+from mae_dist.evaluation.evaluate import Columns, columns, first_rows
 from mae_dist.model.build import Params
+from mae_dist.parallel.mesh import make_mesh
 from mae_dist.parallel.shardings import num_batch_shards
 from mae_dist.storage import storage_errors, write_bytes_atomically
 from mae_dist.tasks.base import Batch
+from mae_dist.tasks.make import make_task
+from mae_dist.weights import pretrained
 
 COLUMNS = ("original", "masked", "reconstruction", "with_visible")
-_TITLES = ("original", "masked", "reconstruction", "reconstruction\nwith visible patches")
+_TITLES = {
+    **dict(zip(COLUMNS, ("original", "masked", "reconstruction", "reconstruction\nwith visible patches"), strict=True)),
+    "patches": "patch features",
+}
+_LONGEST_NAME = 20  # characters that fit beside an image
 
 
 def reconstruct(
@@ -43,11 +55,38 @@ def reconstruct(
         found = first_rows(batches, num_images)
     if not len(found["label"]):
         raise DataFault(f"none of the first {candidates.num_examples} images of the split decodes")
-    names = [
+    return {name: found[name] for name in COLUMNS}, names_of(dataset, found)
+
+
+def names_of(dataset: Dataset, columns: Columns) -> list[str]:
+    """Returns the class of each image of a batch, or the name of its file where it has no label."""
+    return [
         dataset.class_names[label] if label >= 0 else os.path.basename(dataset.file_name(int(index)))
-        for label, index in zip(found["label"], found["index"], strict=True)
+        for label, index in zip(columns["label"], columns["index"], strict=True)
     ]
-    return {name: found[name] for name in COLUMNS}, names
+
+
+def title(config: ConfigDict, step: int) -> str:
+    """Returns what reconstructions are of."""
+    model, note = config.model, note_on_moments(config)
+    text = f"{config.name}, step {step}: {model.masking} masking, ratio {model.mask_ratio:g}"
+    return f"{text}\n{note}" if note else text
+
+
+def prepare(source: pretrained.Pretrained, config: ConfigDict) -> extract.Compute:
+    """Returns a function of a dataset to `COLUMNS` of its batches, float32 (n, H, W, C), as `reconstruct`.
+
+    Args:
+      source: a pretraining with its decoder.
+      config: the source's, with mesh and `eval.batch_size`.
+    """
+    mesh = make_mesh(config.mesh.to_dict(), jax.devices())
+    task = make_task(config, 1, platforms.make_hooks(mesh))
+    assert task.reconstruct is not None, config.task
+    step = functools.partial(make_eval_step, task.reconstruct, mesh=mesh, per_example=True)
+    return extract.with_step(
+        source, source.abstract, mesh, config.eval.batch_size, lambda shardings, _: step(params=shardings)
+    )
 
 
 def note_on_moments(config: ConfigDict) -> str:
@@ -78,32 +117,54 @@ def as_shown(images: dict[str, np.ndarray], config: ConfigDict) -> dict[str, np.
     return {name: np.clip(column, 0, 1).astype(np.float32) for name, column in shown.items()}
 
 
+def fractions(images: np.ndarray, config: ConfigDict) -> np.ndarray:
+    """Returns the images of a dataset as fractions of their range. # (n, H, W, C) -> float32"""
+    top = {"uint8": 255, "uint16": config.data.max_value or 65535}.get(str(images.dtype), 1)
+    return images.astype(np.float32) / np.float32(top)
+
+
 def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -> np.ndarray:
-    """Draws one row per image with its class name, one column per kind: uint8 (height, width, 3)."""
+    """Draws one row per image with its name, one column per kind of picture: uint8 (height, width, 3).
+
+    Args:
+      images: of `COLUMNS` and "patches", float32 (n, H, W, 1 or 3) in 0..1.
+      names: of the images.
+      title: above all.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kinds = [kind for kind in _TITLES if kind in images]
     count = len(names)
     pairs = 2 if count > 1 else 1  # two images side by side keep the grid near square
     rows = math.ceil(count / pairs)
-    figure = Figure(figsize=(1.35 * 4 * pairs, 1.35 * rows + 0.8), dpi=100, layout="constrained")
+    figure = Figure(figsize=(1.35 * len(kinds) * pairs, 1.35 * rows + 0.8), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    axes = np.asarray(figure.subplots(rows, 4 * pairs, squeeze=False))
+    axes = np.asarray(figure.subplots(rows, len(kinds) * pairs, squeeze=False))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
     for i, name in enumerate(names):
-        row, left = i % rows, 4 * (i // rows)
-        for column, kind in enumerate(COLUMNS):
+        row, left = i % rows, len(kinds) * (i // rows)
+        for column, kind in enumerate(kinds):
             axis = axes[row, left + column]
-            image = images[kind][i]
-            axis.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), vmin=0, vmax=1, interpolation="nearest")
+            show(axis, images[kind][i])
             if row == 0:
-                axis.set_title(_TITLES[column], fontsize=8)
-        axes[row, left].set_ylabel(name, fontsize=9)
+                axis.set_title(_TITLES[kind], fontsize=8)
+        axes[row, left].set_ylabel(shorten(name), fontsize=9, parse_math=False)
     figure.suptitle(title, fontsize=10)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def show(axis: Any, image: np.ndarray) -> None:
+    """Draws an image (H, W, 1 or 3) in 0..1 into a matplotlib axis."""
+    axis.imshow(np.broadcast_to(image, (*image.shape[:2], 3)), vmin=0, vmax=1, interpolation="nearest")
+
+
+def shorten(name: str) -> str:
+    """Returns the end of a name, in which files differ."""
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
 
 
 def write_png(path: epath.Path, image: np.ndarray) -> None:

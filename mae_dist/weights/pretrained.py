@@ -36,6 +36,7 @@ class Pretrained:
     names_data: True if the config says which images it was trained on; foreign weights do not, without a template.
     load: a tree of shardings, of some of the parameters -> those; a `StorageFault` names what is missing.
     class_names: of the head's outputs, () where they are not stored with the weights.
+    step: of the checkpoint of a run, else 0.
     """
 
     config: ConfigDict
@@ -44,6 +45,7 @@ class Pretrained:
     names_data: bool
     load: Callable[[Params], Params]
     class_names: tuple[str, ...] = ()
+    step: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -97,7 +99,7 @@ def open_workdir(path: epath.Path, step: int | None = None) -> Pretrained:
     def load(shardings: Params) -> Params:
         return reader.load_params(path, _select(abstract, shardings, path), shardings, step)[1]
 
-    return Pretrained(config, f"{path}, step {found}", abstract, True, load)
+    return Pretrained(config, f"{path}, step {found}", abstract, True, load, step=found)
 
 
 def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:
