@@ -9,6 +9,36 @@ import numpy as np
 _CHUNK = 1024  # rows of similarities that exist at once
 
 
+def nearest(
+    features: np.ndarray, queries: np.ndarray, k: int, *, among_themselves: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k features most similar to each query.
+
+    Args:
+      features: (N, D).
+      queries: (M, D).
+      k: all N if there are fewer.
+      among_themselves: the queries are the features, and none is its own neighbour.
+
+    Returns:
+      Which, int (M, k), the most similar first, and their cosine similarities, float32 (M, k).
+    """
+    features, queries = _unit(features), _unit(queries)
+    k = min(k, len(features) - among_themselves)
+    found = np.empty((len(queries), k), np.int64)
+    similarity = np.empty((len(queries), k), np.float32)
+    for start in range(0, len(queries), _CHUNK):
+        similar = queries[start : start + _CHUNK] @ features.T  # (m, N)
+        rows = np.arange(len(similar))
+        if among_themselves:
+            similar[rows, start + rows] = -np.inf
+        best = np.argpartition(similar, len(features) - k, axis=1)[:, len(features) - k :]  # (m, k)
+        order = np.argsort(-np.take_along_axis(similar, best, axis=1), axis=1, kind="stable")
+        found[start + rows] = best = np.take_along_axis(best, order, axis=1)
+        similarity[start + rows] = np.take_along_axis(similar, best, axis=1)
+    return found, similarity
+
+
 def knn_predict(
     train: np.ndarray,
     labels: np.ndarray,
@@ -31,16 +61,13 @@ def knn_predict(
     Returns:
       The class of each, int (M,); the lowest of those with equally many votes.
     """
-    train, test = _unit(train), _unit(test)
-    k = min(k, len(train))
+    found, similarity = nearest(train, test, k)
     predicted = np.empty(len(test), np.int64)
     for start in range(0, len(test), _CHUNK):
-        similar = test[start : start + _CHUNK] @ train.T  # (m, N)
-        nearest = np.argpartition(similar, len(train) - k, axis=1)[:, len(train) - k :]  # (m, k)
-        similar = np.take_along_axis(similar, nearest, axis=1).astype(np.float64)
+        similar = similarity[start : start + _CHUNK].astype(np.float64)  # (m, k)
         # Relative to the nearest: the same votes up to a factor, and none overflows.
-        weights = np.exp((similar - similar.max(axis=1, keepdims=True)) / temperature)
-        cells = np.arange(len(similar))[:, None] * num_classes + labels[nearest]
+        weights = np.exp((similar - similar[:, :1]) / temperature)
+        cells = np.arange(len(similar))[:, None] * num_classes + labels[found[start : start + _CHUNK]]
         votes = np.bincount(cells.ravel(), weights.ravel(), minlength=len(similar) * num_classes)
         predicted[start : start + _CHUNK] = votes.reshape(-1, num_classes).argmax(axis=1)
     return predicted

@@ -123,6 +123,12 @@ def fractions(images: np.ndarray, config: ConfigDict) -> np.ndarray:
     return images.astype(np.float32) / np.float32(top)
 
 
+def of_dataset(dataset: Dataset, numbers: np.ndarray, config: ConfigDict) -> np.ndarray:
+    """Returns some images of a dataset as a person can see them, float32 (n, H, W, 1 or 3) in 0..1."""
+    images = dataset.examples(numbers)["image"]
+    return as_shown({"original": fractions(images, config)}, config)["original"]
+
+
 def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -> np.ndarray:
     """Draws one row per image with its name, one column per kind of picture: uint8 (height, width, 3).
 
@@ -152,6 +158,39 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
             if row == 0:
                 axis.set_title(_TITLES[kind], fontsize=8)
         axes[row, left].set_ylabel(shorten(name), fontsize=9, parse_math=False)
+    figure.suptitle(title, fontsize=10)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def draw_neighbours(
+    queries: np.ndarray, names: Sequence[str], neighbours: np.ndarray, captions: Sequence[Sequence[str]], title: str
+) -> np.ndarray:
+    """Draws a row per query: its image and those most similar to it. # -> uint8 (height, width, 3)
+
+    Args:
+      queries: float32 (q, H, W, 1 or 3) in 0..1.
+      names: q.
+      neighbours: float32 (q, k, H, W, 1 or 3) in 0..1.
+      captions: q times k; a line each, or two.
+      title: above all.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count, k = neighbours.shape[:2]
+    figure = Figure(figsize=(1.35 * (k + 1) + 0.3, 1.65 * count + 0.6), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = np.asarray(figure.subplots(count, k + 1, squeeze=False))
+    for row in range(count):
+        for axis, image, caption in zip(
+            axes[row], [queries[row], *neighbours[row]], [names[row], *captions[row]], strict=True
+        ):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            show(axis, image)
+            axis.set_xlabel(caption, fontsize=7, parse_math=False)
+        axes[row, 0].spines[:].set(visible=True, color="#0072B2", linewidth=3)
     figure.suptitle(title, fontsize=10)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
