@@ -69,7 +69,8 @@ def _may_split_cores(config: ConfigDict | None) -> bool:
     if jax.distributed.is_initialized() or (config is not None and not config.mesh.fsdp == config.mesh.tensor == 1):
         return False
     given = jax.config.jax_num_cpu_devices  # pyright: ignore
-    try:  # refused, whatever the value, once JAX has its devices
+    try:  # another value is refused once JAX has its devices
+        jax.config.update("jax_num_cpu_devices", given + 2)
         jax.config.update("jax_num_cpu_devices", given)
     except RuntimeError:
         return False
