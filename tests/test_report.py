@@ -196,6 +196,7 @@ def test_figures_are_files_too(whole):
     directory = whole[1] / "figures"
     names = {path.stem for path in directory.iterdir()}
     assert {"time", "per_class", "pretrain_loss", "probe_val_top1", "confusion_mae_probe_s0", "embedding_mae"} <= names
+    assert "patch_features_mae" in names
     for name in names:
         with Image.open(directory / f"{name}.png") as picture:
             assert min(picture.size) > 200
@@ -347,7 +348,8 @@ def test_features_without_distances():
     ):
         features = features.astype(np.float32)
         labels = np.zeros(len(features), np.int64)
-        seen = model.Seen("a test", "none", ("x",), np.zeros((0, 4, 4, 3), np.uint8), features, labels, None)
+        nothing = np.zeros((0, 4, 4, 3), np.float32)
+        seen = model.Seen("a test", "none", ("x",), nothing, features, labels, None, nothing)
         with pytest.raises(DataFault, match=words):
             model.embed(seen)
 

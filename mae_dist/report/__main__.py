@@ -163,6 +163,7 @@ def _model(one: Group, groups: Sequence[Group], viewer: Viewer) -> Part:
     if not one.kind.trains_encoder and encoder is not None:
         note += f" The features are those of {encoder.label}: a probe leaves the encoder as it is."
     else:
+        plots.append(pictures.colours(seen, run.label))
         try:
             plots.append(pictures.embedding(*embed(seen), seen.class_names, run.label))
         except errors.DataFault as fault:

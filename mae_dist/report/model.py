@@ -13,12 +13,16 @@ from mae_dist.data import Dataset
 from mae_dist.data.from_config import open_dataset
 from mae_dist.errors import DataFault
 from mae_dist.evaluation import evaluate, extract, predictions
+from mae_dist.evaluation.encoder import Encoder
+from mae_dist.evaluation.patch_colours import patch_colours
+from mae_dist.evaluation.pictures import as_shown, fractions
 from mae_dist.report.runs import Run
 from mae_dist.task_kinds import kind_of
 from mae_dist.weights import pretrained
 
 _BATCH_SIZE = 256
 _NUM_SHOWN = 24  # images that the page shows with their predictions
+_NUM_COLOURED = 12  # images whose patches it shows in colours
 _NUM_EMBEDDED = 2000
 
 
@@ -27,8 +31,9 @@ class Seen:
     """Predictions and features of the first readable images of a split.
 
     origin: of the weights. split: its name and how many images of how many, in words.
-    images: the very first, uint8 (n, H, W, C). features: float32 (N, D). labels: int (N,).
-    predictions: int (N,), None for an encoder without a head.
+    images: the very first as a person can see them, float32 (n, H, W, 1 or 3) in 0..1. features: float32 (N, D).
+    labels: int (N,), -1 without one. predictions: int (N,), None for an encoder without a head. patches: of the very
+    first, by the colours of their features, float32 (m, H, W, 3) in 0..1.
     """
 
     origin: str
@@ -38,6 +43,7 @@ class Seen:
     features: np.ndarray
     labels: np.ndarray
     predictions: np.ndarray | None
+    patches: np.ndarray
 
 
 class Viewer:
@@ -75,15 +81,18 @@ class Viewer:
         with contextlib.closing(compute(dataset)) as batches:
             columns = evaluate.first_rows(batches, self._max_images)
         count = len(columns["label"])
+        images = dataset.examples(columns["index"][:_NUM_SHOWN])["image"]
+        patches = Encoder(source).features(images[:_NUM_COLOURED], "patches")
         some = "all" if count == dataset.num_examples else f"the first {count:,} of the"
         return Seen(
             origin=source.origin,
             split=f"{some} {dataset.num_examples:,} {name} images",
             class_names=tuple(dataset.class_names),
-            images=dataset.examples(columns["index"][:_NUM_SHOWN])["image"],
+            images=as_shown({"original": fractions(images, config)}, config)["original"],
             features=columns["mean"],
             labels=columns["label"],
             predictions=columns["logits"].argmax(axis=1) if "logits" in columns else None,
+            patches=patch_colours(patches, config.model.patch_size),
         )
 
 

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mae_dist.evaluation.evaluate import NUM_LOWEST
+from mae_dist.evaluation.pictures import show
 from mae_dist.metrics.summary import last_values
 from mae_dist.report.groups import Group
 from mae_dist.report.model import Seen
@@ -66,7 +67,7 @@ def predictions(seen: Seen, label: str) -> Plot:
     for axes, (image, truth, guess) in zip(panels, found, strict=False):
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
-        axes.imshow(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)), interpolation="nearest")  # no alpha
+        show(axes, image)
         axes.spines[:].set(visible=True, color=_RIGHT if truth == guess else _WRONG, linewidth=2.2)
         true_name, name = (shorten(seen.class_names[i], 11) for i in (truth, guess))
         axes.set_title(f"✓ {name}" if truth == guess else f"✗ {name}", fontsize=7.5, pad=3)
@@ -74,6 +75,23 @@ def predictions(seen: Seen, label: str) -> Plot:
 
     alt = f"{right} of the first {len(found)} images are predicted right"
     return Plot(f"predictions_{label}", "The first images and their predictions", label, alt, figure)
+
+
+def colours(seen: Seen, label: str) -> Plot:
+    """Returns the first images of the split, each beside its patches in the colours of their features."""
+    columns = 3
+    rows = math.ceil(len(seen.patches) / columns)
+
+    figure = new_figure(0.1 + 0.75 * rows)
+    panels = np.asarray(figure.subplots(rows, 2 * columns, squeeze=False)).reshape(-1, 2)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for pair, *images in zip(panels, seen.images, seen.patches, strict=False):
+        for axes, image in zip(pair, images, strict=True):
+            show(axes, image)
+
+    alt = f"{len(seen.patches)} images, each beside its patches, coloured by three principal components of the features"
+    return Plot(f"patch_features_{label}", "Patch features in colours (PCA)", label, alt, figure)
 
 
 def confusion(seen: Seen, label: str) -> Plot:
@@ -165,7 +183,7 @@ def embedding(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
     """Returns features in a plane, coloured by class; with too many classes for a legend, by their order.
 
     Args:
-      points: (n, 2). labels: int (n,).
+      points: (n, 2). labels: int (n,), -1 without one, which is drawn gray.
       label: of the run.
     """
     many = len(class_names) > _MOST_CLASSES
@@ -177,8 +195,9 @@ def embedding(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
     axes.spines[:].set_visible(False)
     size = min(24, max(7, 10_000 / len(points)))
     options: dict[str, Any] = {"s": size, "alpha": 0.85, "linewidths": 0, "rasterized": True}
+    axes.scatter(*points[labels < 0].T, color="#8A8F98", **options)
     if many:
-        axes.scatter(*points.T, c=labels, cmap="viridis", **options)
+        axes.scatter(*points[labels >= 0].T, c=labels[labels >= 0], cmap="viridis", **options)
     handles = []
     for number, name in () if many else enumerate(class_names):
         color = _CLASS_COLORS[number % len(_CLASS_COLORS)]
@@ -188,6 +207,8 @@ def embedding(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=4, handletextpad=0.1, columnspacing=1)
 
-    coloured = "colours follow the order of the classes" if many else "coloured by class"
+    coloured = (
+        "colours follow the order of the classes" if many else "coloured by class" if class_names else "no labels"
+    )
     alt = f"t-SNE of the features of {len(points):,} images, {coloured}"
     return Plot(f"embedding_{label}", "Features in a plane (t-SNE)", label, alt, figure, on_white=True)
