@@ -22,9 +22,9 @@ from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
 from mae_dist.data import ArrayDataset
 from mae_dist.data.from_config import Data, open_dataset
-from mae_dist.evaluation import evaluate, pictures
+from mae_dist.evaluation import evaluate, extract, pictures, predictions
 from mae_dist.evaluation.encoder import Encoder, load_encoder
-from mae_dist.evaluation.own_images import check_images
+from mae_dist.evaluation.own_images import Paths, are_paths, missing, open_given
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import read_summary
 from mae_dist.model.build import Params
@@ -97,14 +97,14 @@ class Run:
         """
         return pretrained.open_workdir(self.workdir, step).load_whole()
 
-    def reconstruct(self, images: ArrayLike) -> dict[str, np.ndarray]:
+    def reconstruct(self, images: ArrayLike | Paths) -> dict[str, np.ndarray]:
         """Removes patches of images and restores them, as the command `reconstruct` does.
 
         All images are computed at once. The mask of an image depends on its place among them and the run's seed alone.
 
         Args:
           images: (B, H, W, C), any B above 0: of the type that the model was trained on, as uint8 in 0..255, or
-            floating-point in 0..1, of the model's size.
+            floating-point in 0..1, of the model's size. Or a list of paths of image files, of any size.
 
         Returns:
           `original`, `masked`, `reconstruction` and `with_visible` (the reconstruction with the patches that were
@@ -112,16 +112,17 @@ class Run:
 
         Raises:
           ConfigError: the run is no pretraining, so that it has no decoder.
-          DataFault: images of another shape, type or range.
+          DataFault: images of another shape, type or range, or files that do not decode; it names them.
           StorageFault: there is no good checkpoint.
         """
         if not kind_of(self.config).has_decoder:
             raise errors.ConfigError(
                 f"{self.workdir} is a {self.config.task}: it has no decoder; open the workdir of its pretraining"
             )
-        model = self.config.model
-        images = check_images(np.asarray(images), (*model.image_size, model.channels), self.config.data.dtype)
-        dataset = ArrayDataset({"image": images, "label": np.full(len(images), -1, np.int32)}, num_classes=0)
+        dataset = open_given(images, self.config)
+        if are_paths(images):
+            columns = dataset.examples(np.arange(dataset.num_examples))  # raises for a file that does not decode
+            dataset = ArrayDataset(columns, num_classes=0)
         params = self._load()
         return pictures.reconstruct(
             self._job.reconstruct_step,
@@ -131,6 +132,37 @@ class Run:
             dataset.num_examples,
             self.config.seed,
         )[0]
+
+    def predict(self, images: ArrayLike | Paths) -> np.ndarray:
+        """Classifies images by the newest checkpoint of a probe or a fine-tuning.
+
+        A call compiles the model for its number of images, up to the batch size of the run's evaluations.
+
+        Args:
+          images: as for `reconstruct`; of files, a batch is in memory at a time.
+
+        Returns:
+          The probability of each of `class_names`, float32 (B, Y).
+
+        Raises:
+          ConfigError: the run is a pretraining, which has no classes.
+          DataFault: as `reconstruct`.
+          StorageFault: there is no good checkpoint.
+        """
+        source = pretrained.open_workdir(self.workdir)
+        dataset = open_given(images, source.config)
+        compute = predictions.prepare(source, extract.with_devices(source, None, dataset.num_examples))
+        batches = list(compute(dataset))
+        if bad := missing(dataset, np.concatenate([batch["index"] for batch in batches]).tolist()):
+            names = ", ".join(map(dataset.fault, bad[:10]))
+            raise errors.DataFault(f"{len(bad)} of {dataset.num_examples} files do not decode: {names}")
+        return predictions.probabilities(np.concatenate([batch["logits"] for batch in batches]))
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Returns the names of a classifier's classes, () of a pretraining; numbers where its data are gone."""
+        source = pretrained.open_workdir(self.workdir)
+        return predictions.class_names(source) if source.num_classes else ()
 
     def evaluate(self, split: str = "val") -> dict[str, float]:
         """Evaluates the newest checkpoint on a whole split, as the run itself does.
