@@ -31,7 +31,10 @@ from mae_dist.weights import pretrained
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
 _IMAGES = flags.DEFINE_string("images", None, own_images.HELP, allow_override=True)
 _AGAINST = flags.DEFINE_string(
-    "against", None, "Where to search for the neighbours, named as --images; default: among these."
+    "against",
+    None,
+    "Where to search for the neighbours, named as --images; default: among these.",
+    allow_override=True,
 )
 _OUT = flags.DEFINE_string("out", None, "The PNG of the neighbours of --images.", allow_override=True)
 _K = flags.DEFINE_integer("k", None, "The number of neighbours: of each of --images (5), or that vote (20).")

@@ -38,7 +38,13 @@ def wanted(trained):
     examples = data_from_config.open_dataset(config, config.data.test_split).examples(np.arange(102))
     encoder = mae_dist.load_encoder(trained)
     computed = {"mean": encoder.features(examples["image"]), "patches": encoder.features(examples["image"], "patches")}
-    return {"index": np.arange(102, dtype=np.int32), "label": examples["label"], **computed}
+    return {"index": np.arange(102, dtype=np.int32), **labels(config, examples["label"]), **computed}
+
+
+def labels(config, numbers):
+    """The columns of labels: numbers and names."""
+    names = data_from_config.open_dataset(config, "train").class_names
+    return {"label": numbers, "class": np.array([names[number] for number in numbers])}
 
 
 @pytest.fixture
@@ -81,6 +87,9 @@ def assert_columns(found, wanted):
     """Exactly these columns, features to float tolerance."""
     assert found.keys() == wanted.keys()
     for name, column in wanted.items():
+        if name == "class":
+            assert found[name].tolist() == column.tolist()
+            continue
         np.testing.assert_allclose(found[name], column, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -94,7 +103,7 @@ def test_every_image_once_and_in_order(compute, trained, wanted, tmp_path, capsy
     assert capsys.readouterr().out == f"{trained}, step 0: features of 102 images of test in {out}\n"
     description, columns = read(out)
     assert_columns(columns, wanted)
-    assert {name: column.dtype for name, column in columns.items()} == {
+    assert {name: column.dtype for name, column in columns.items() if name != "class"} == {
         "index": np.int32,
         "label": np.int32,
         "mean": np.float32,
@@ -121,8 +130,6 @@ def test_parquet_and_a_split_model(compute, wanted, tmp_path):
     assert compute(tmp_path / "out", config, kinds=["mean", "patches"], format="parquet", shard_size=51) == 0
     description, columns = read(tmp_path / "out")
     assert [file["count"] for file in description["files"]] == [51, 51]
-    names = columns.pop("class")
-    assert names.tolist() == [description["class_names"][label] for label in columns["label"]]
     assert_columns(columns, wanted)
 
 
@@ -134,7 +141,7 @@ def test_less_than_a_batch_of_another_split(compute, trained, tmp_path):
     assert (description["block"], description["data"]["split"]) == (0, "train[5:12]")
     examples = data_from_config.open_dataset(config, "train[5:12]").examples(np.arange(7))
     wanted = mae_dist.load_encoder(trained).features(examples["image"], block=0)
-    assert_columns(columns, {"index": np.arange(7), "label": examples["label"], "mean": wanted})
+    assert_columns(columns, {"index": np.arange(7), **labels(config, examples["label"]), "mean": wanted})
 
 
 class SomeUnreadable(ArrayDataset):
@@ -169,14 +176,14 @@ def test_unreadable_images_are_left_out(compute, tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_nothing(compute, tmp_path, monkeypatch):
     """A fault in the middle takes away what was written before it."""
-    write = features._write_shard
+    write = features._write
 
     def fill_up(path, *args):
         if path.name != "00000.npz":
             raise OSError(28, "No space left on device")
         write(path, *args)
 
-    monkeypatch.setattr(features, "_write_shard", fill_up)
+    monkeypatch.setattr(features, "_write", fill_up)
     with pytest.raises(StorageFault, match=r"out.*No space left"):
         compute(tmp_path / "out", shard_size=20, block=0)
     assert os.listdir(tmp_path) == []

@@ -1,231 +1,296 @@
-"""A user's folder of images from beginning to end: pretrained without labels, killed, changed, shown."""
+"""Images of a user's own, by name: features, neighbours, predictions, pictures, by commands and in Python."""
 
+import csv
 import json
 import logging
-import shutil
-import signal
+import os
 from pathlib import Path
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from absl.testing import flagsaver
 
 import mae_dist
-from mae_dist.data.batches import Stream, stream_indices
-from mae_dist.errors import EXIT_PREEMPTED, ConfigError, StorageFault
-from tests import trained
-from tests.runs import (
-    ONLY_UPDATES,
-    checkpoint_arrays,
-    end_of,
-    kill_at_step,
-    records,
-    run,
-    smoke_config,
-    start,
-    start_processes,
-    wait_for_step,
-)
+from mae_dist import cli, features, knn, predict, reconstruct
+from mae_dist.cpu import start
+from mae_dist.errors import EXIT_DONE, ConfigError, DataFault
+from mae_dist.evaluation import knn_ridge
+from mae_dist.evaluation.patch_colours import patch_colours
+from tests.trained import NUM_CLASSES, in_memory, save
 
 RNG = np.random.default_rng(0)
+NAMES = [f"{'cat' if i % 2 else 'a dog'}/{i:02d}.png" for i in range(20)]
+BROKEN = ["cat/broken.jpg", "empty.png"]
+SMALL = {"model__depth": 1, "data__mean": (0.4, 0.5, 0.6)}
 
 
-def write_images(root: Path, count: int, *, shape: tuple[int, ...] = (20, 18, 3), dtype: Any = np.uint8) -> Path:
-    """Smooth images with noise: something to learn."""
-    (root / "holiday").mkdir(parents=True)
-    for i in range(count):
-        y, x = np.mgrid[: shape[0], : shape[1]]
-        level = (np.sin(x / (3 + i % 5)) + np.cos(y / (2 + i % 3)) + 2) / 4
-        bands = np.stack([level * (1 + band) / shape[-1] for band in range(shape[-1])], axis=-1)
-        image = (np.clip(bands + RNG.normal(0, 0.02, shape), 0, 1) * np.iinfo(dtype).max).astype(dtype)
-        path = root / ("holiday" if i % 2 else ".") / f"{i:03d}"
-        if shape[-1] == 3:
-            cv2.imwrite(f"{path}.png", image)
-        else:
-            np.save(f"{path}.npy", image)
+def write(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image[..., ::-1])
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """uint8 (20, 16, 16, 3): of the model's size, so that reading them changes nothing."""
+    return RNG.integers(0, 256, (len(NAMES), 16, 16, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> Path:
+    root = tmp_path_factory.mktemp("own") / "images"
+    for name, image in zip(NAMES, images, strict=True):
+        write(root / name, image)
+    for name in BROKEN:
+        (root / name).write_bytes(b"\xff\xd8\xff" if name.endswith("jpg") else b"")
+    (root / "notes.txt").write_text("no image")
     return root
 
 
-def folder_config(root: Path, **overrides: Any) -> ConfigDict:
-    """configs/smoke.py on a folder."""
-    fields = {
-        "data__source": "folder",
-        "data__data_dir": str(root),
-        "data__cache_dir": str(root.parent / "cache"),
-        "data__train_split": "train",
-        "data__val_split": "val",
-        "data__test_split": "",
-        "data__val_fraction": 0.2,
-        "total_steps": 6,
-        "global_batch_size": 16,
-        "log_every_steps": 1,
-        "eval__every_steps": 3,
-        "online__every_steps": 3,
-        "checkpoint__every_steps": 3,
-    }
-    return smoke_config(**{**fields, **overrides})
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its config names data that is not there: none is needed."""
+    fields = {"data__source": "folder", "data__data_dir": "/none", **SMALL}
+    return save(tmp_path_factory.mktemp("own") / "run", in_memory(**fields))
 
 
-def test_a_folder_pretrains_without_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Said once that accuracies are off; health instead; measured scaling; broken files named; the picture drawn."""
-    root = write_images(tmp_path / "images", 40)
-    for name in ("empty.png", "holiday/text.png", "nonsense.png", "wrong.png", "cut.png"):
-        (root / name).write_bytes(b"" if name == "empty.png" else b"no image")
-    config = folder_config(root, data__mean=(), data__std=(), data__max_bad_share=0.2)
-    with caplog.at_level(logging.INFO):
-        result = mae_dist.train(config, tmp_path / "run")
-    assert result.status == "done"
-    assert caplog.text.count("kNN and ridge accuracy are off") == 1
-    found = records(tmp_path / "run")[-1]
-    assert {"val_loss", "val_rank", "val_feature_std", "val_dead_share"} <= found.keys()
-    assert not {"val_knn_top1", "val_ridge_top1"} & found.keys()
-    assert 1 <= found["val_rank"] <= 32
-    bad = (tmp_path / "run" / "bad_files.txt").read_text().splitlines()
-    assert found["bad_records"] == len(bad)
-    assert all("are not a whole image" in line or "is empty or gone" in line for line in bad)
-    assert {Path(line.partition(" (")[0]).stem for line in bad} <= {"empty", "text", "nonsense", "wrong", "cut"}
-    assert list((tmp_path / "run" / "pictures").glob("*.png"))
-    stored = mae_dist.open_run(tmp_path / "run").config
-    assert len(stored.data.mean) == len(stored.data.std) == 3
-    assert mae_dist.train(config, tmp_path / "run").metrics["loss"] == result.metrics["loss"]  # the same line again
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray) -> Path:
+    root = tmp_path_factory.mktemp("own") / "classes"
+    for number in range(NUM_CLASSES):
+        write(root / f"class {number}" / "1.png", images[number])
+    return root
 
 
-def test_what_changed_is_refused_by_name_and_accepted_if_asked(tmp_path: Path) -> None:
-    """With what was measured before; the examples of now begin with a new epoch, and a third start goes on there."""
-    root = write_images(tmp_path / "images", 30)
-    config = folder_config(root, data__mean=(), data__std=(), trace=True)
-    mae_dist.train(config, tmp_path / "run")
-    before = mae_dist.open_run(tmp_path / "run").config.data.mean
-    cv2.imwrite(str(root / "new.png"), np.zeros((20, 18, 3), np.uint8))
-    (root / "004.png").unlink()
-    config.total_steps = 12
-    with pytest.raises(StorageFault, match=r"1 added: new\.png; 1 gone: 004\.png.*accept_changes"):
-        mae_dist.train(config, tmp_path / "run")
-    config.data.accept_changes = True
-    assert mae_dist.train(config, tmp_path / "run").step == 12
-    assert mae_dist.open_run(tmp_path / "run").config.data.mean == before
-    count = mae_dist.build(config).data.train.num_examples
-    meta = json.loads((tmp_path / "run" / "checkpoints" / "12" / "meta" / "metadata").read_text())
-    assert meta["num_examples"] == count
-    assert meta["stream"] == [6, 4]  # 6 steps of 16 images were four epochs of 24 or 25, the last one begun
-    # Interrupted in between, it sees the same.
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
-    mae_dist.train(config, tmp_path / "again")
-    assert records(tmp_path / "again") == records(tmp_path / "run")
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory: pytest.TempPathFactory, classes: Path) -> Path:
+    fields = {"data__source": "folder", "data__data_dir": str(classes), "data__labels": "folders", **SMALL}
+    source = in_memory(task="finetune", **fields, data__cache_dir=str(classes.parent / "cache"))
+    return save(tmp_path_factory.mktemp("own") / "finetuned", source)
 
 
-def test_other_examples_begin_with_their_next_epoch() -> None:
-    stream = Stream().after(10, 16, 50)  # 160 of 50: the fourth epoch was begun
-    assert stream == (10, 4)
-    seen = np.concatenate([stream_indices(0, step, 16, np.arange(16), 32, stream) for step in (10, 11)])
-    assert sorted(seen.tolist()) == list(range(32))
-    whole = np.concatenate([stream_indices(0, step, 16, np.arange(16), 32, Stream(0, 4)) for step in (0, 1)])
-    np.testing.assert_array_equal(seen, whole)
-    assert stream.after(12, 16, 32) == (12, 5)
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`command(module, **flags)`: what it prints, run in this process on its eight devices."""
+
+    def run_here(module: Any, **values: Any) -> str:
+        monkeypatch.setattr(cli, "join_processes", lambda: None)
+        monkeypatch.setattr(cli, "given_config", lambda: None)
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        with flagsaver.flagsaver(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()}):
+            assert getattr(module, module.__name__.rpartition(".")[2])([]) == EXIT_DONE
+        return capsys.readouterr().out
+
+    return run_here
 
 
-def test_labels_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
-    root = write_images(tmp_path / "images", 10)
-    with pytest.raises(ConfigError, match=r"the data has no labels, and a probe or a fine-tuning"):
-        mae_dist.build(folder_config(root, task="finetune"))
-    (root / "holiday").rename(tmp_path / "holiday")
-    (root / "one").mkdir()
-    for path in root.glob("*.png"):
-        path.rename(root / "one" / path.name)
-    with pytest.raises(ConfigError, match=r"one class only \(one\)"):
-        mae_dist.build(folder_config(root, task="finetune", data__labels="folders"))
-    with pytest.raises(ConfigError, match=r"keep_best='val_knn_top1' needs labels of two classes"):
-        mae_dist.build(folder_config(root, data__labels="folders", checkpoint__keep_best="val_knn_top1"))
-    result = mae_dist.train(folder_config(root, data__labels="folders"), tmp_path / "run")
-    assert "val_rank" in result.metrics
-    assert "val_knn_top1" not in result.metrics  # of one class it would be 1
+def order() -> list[int]:
+    """The numbers of the images in the order of their names."""
+    return sorted(range(len(NAMES)), key=lambda number: NAMES[number])
 
 
-def test_many_bands_of_many_bits(tmp_path: Path) -> None:
-    """13 channels of uint16: trained, interrupted and continued, drawn in the bands chosen, features taken."""
-    root = write_images(tmp_path / "images", 24, shape=(20, 18, 13), dtype=np.uint16)
-    config = folder_config(
-        root,
-        model__channels=13,
-        data__mean=(),
-        data__std=(),
-        data__augment="crop_flip",
-        data__num_workers=1,
-        pictures__channels=(3, 2, 1),
-    )
-    mae_dist.train(config, tmp_path / "whole")
-    config.total_steps = 3
-    mae_dist.train(config, tmp_path / "run")
-    config.total_steps = 6
-    mae_dist.train(config, tmp_path / "run")
-    opened = mae_dist.open_run(tmp_path / "whole")
-    assert opened.config.data.dtype == "uint16"
-    images = np.load(root / "000.npy")[None, :16, :16]
-    features = opened.encoder().features(images)
-    assert features.shape == (1, 32)
-    np.testing.assert_allclose(opened.encoder().features(images / np.float32(65535)), features, atol=1e-4)
-    drawn = opened.reconstruct(images)
-    np.testing.assert_allclose(drawn["original"][0], images[0] / 65535, atol=1e-5)
-    assert drawn["reconstruction"].shape == (1, 16, 16, 13)
+# --- features
 
 
-def test_weights_of_rgb_begin_a_model_of_other_channels(tmp_path: Path) -> None:
-    """Asked for: an image of equal channels gives the tokens of before; not asked for: refused with that cure."""
-    source = trained.save(tmp_path / "rgb", trained.in_memory())
-    root = write_images(tmp_path / "images", 10, shape=(20, 18, 6), dtype=np.uint16)
-    rgb = mae_dist.open_run(source).config
-    config = folder_config(root, model__channels=6, init_from=str(source))
-    with config.unlocked():
-        for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
-            config.model[name] = rgb.model[name]
-    with pytest.raises(StorageFault, match=r"(?s)channels: \d -> 6.*init_inflate=True"):
-        mae_dist.build(config).init_state()
-    config.init_inflate = True
-    kernel = np.asarray(mae_dist.build(config).init_state().params["encoder"]["patch_embed"]["kernel"])
-    old = np.asarray(mae_dist.open_run(source).load_params()["encoder"]["patch_embed"]["kernel"])
-    width, channels = old.shape[1], rgb.model.channels
-    np.testing.assert_allclose(
-        kernel.reshape(-1, 6, width).sum(axis=1), old.reshape(-1, channels, width).sum(axis=1), atol=1e-5
-    )
+@pytest.mark.parametrize("suffix", [".npz", ".parquet", ""])
+def test_features_by_name(
+    command: Any, pretrained: Path, folder: Path, images: np.ndarray, tmp_path: Path, suffix: str, caplog: Any
+) -> None:
+    """In the order of names, as of the arrays; what does not decode is named."""
+    out = tmp_path / f"features{suffix}"
+    with caplog.at_level(logging.WARNING):
+        said = command(features, workdir=pretrained, images=folder, out=out, kinds=["mean", "patches"], shard_size=8)
+    assert said == f"{pretrained}, step 0: features of 20 images of {folder} in {out}\n"
+    (skipped,) = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert skipped.startswith("skipped 2 of 22 files:")
+    assert all(name in skipped for name in BROKEN)
+    if suffix == ".parquet":
+        table = pq.read_table(out)
+        assert table.column_names == ["file", "mean", "patches"]
+        columns = {name: np.array(table[name].to_pylist()) for name in table.column_names}
+    else:
+        paths = [out] if suffix else sorted(out.glob("*.npz"))
+        parts = [dict(np.load(path, allow_pickle=False)) for path in paths]
+        assert [*parts[0]] == ["file", "mean", "patches"]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    assert columns["file"].tolist() == [NAMES[number] for number in order()]
+    encoder = mae_dist.load_encoder(pretrained)
+    for kind in ("mean", "patches"):
+        wanted = encoder.features(images[order()], kind)
+        np.testing.assert_allclose(columns[kind].reshape(wanted.shape), wanted, atol=1e-5)
 
 
-ARGS = (
-    "--config=configs/smoke.py",
-    *(f"--config.data.{field}" for field in ("source=folder", "train_split=train", "val_split=val", "test_split=")),
-    "--config.total_steps=40",
-    "--config.global_batch_size=16",
-    "--config.log_every_steps=1",
-    "--config.checkpoint.every_steps=7",
-    "--config.data.augment=crop_flip",
-    "--config.trace=True",
-    *ONLY_UPDATES,
-)
+def test_nothing_of_broken_files_alone(command: Any, pretrained: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(b"x")
+    with pytest.raises(DataFault, match=r"none decodes.*1\.png"):
+        command(features, workdir=pretrained, images=tmp_path / "images", out=tmp_path / "out.npz")
+    assert os.listdir(tmp_path) == ["images"]
 
 
-@pytest.mark.long
-def test_killed_and_on_other_topologies(child_env: Any, tmp_path: Path) -> None:
-    """SIGKILL with workers, then two processes, then one: every step saw the same examples under the same masks."""
-    root = write_images(tmp_path / "images", 60)
-    args = (*ARGS, f"--config.data.data_dir={root}", f"--config.data.cache_dir={tmp_path / 'cache'}")
-    whole, workdir = tmp_path / "whole", tmp_path / "run"
-    code, output = run(child_env(), *args, f"--workdir={whole}")
-    assert code == 0, output
-    kill_at_step(start(child_env(), *args, "--config.data.num_workers=2", f"--workdir={workdir}"), workdir, 16)
-    code, output = run(child_env(), *args, f"--workdir={workdir}")
-    assert code == 0, output
-    assert "Continuing from step" in output
-    assert records(workdir) == records(whole)
-    for a, b in zip(checkpoint_arrays(workdir), checkpoint_arrays(whole), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_a_glob_that_a_shell_wrote_out_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'b\.png' belongs to no flag; .*quotes"):
+        cli.refuse_arguments(["features", "b.png", "c.png"])
 
-    workdir = tmp_path / "moved"
-    processes = start_processes(child_env(), 2, *args, f"--workdir={workdir}")
-    wait_for_step(processes, workdir, 16)
-    processes[1].send_signal(signal.SIGTERM)
-    assert [code for code, _ in end_of(processes)] == [EXIT_PREEMPTED] * 2
-    code, output = run(child_env(), *args, f"--workdir={workdir}")
-    assert code == 0, output
-    assert [record["trace"] for record in records(workdir)] == [record["trace"] for record in records(whole)]
+
+def test_paths_in_python(pretrained: Path, folder: Path, images: np.ndarray) -> None:
+    """In the order given, as often as given."""
+    found = mae_dist.find_images(folder)
+    assert found == sorted(str(folder / name) for name in [*NAMES, *BROKEN])
+    assert mae_dist.find_images(f"{folder}/*dog,{folder / 'cat'}") == sorted(set(found) - {str(folder / "empty.png")})
+    encoder = mae_dist.load_encoder(pretrained)
+    chosen = [7, 3, 3, 12]
+    wanted = encoder.features(images[chosen])
+    np.testing.assert_array_equal(encoder.features([folder / NAMES[number] for number in chosen]), wanted)
+    paths = np.array([str(folder / NAMES[number]) for number in chosen])
+    np.testing.assert_allclose(encoder.features(paths, batch_size=3), wanted, atol=1e-6)
+    with pytest.raises(DataFault, match=r"cat/broken\.jpg"):
+        encoder.features(found)
+    with pytest.raises(DataFault, match="do not exist: /none"):
+        encoder.features(["/none"])
+    with pytest.raises(ConfigError, match="give a list of them"):
+        encoder.features(str(folder))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_range_of_the_model(tmp_path: Path) -> None:
+    """16-bit files by the largest value that the model was trained with."""
+    fields = {"data__dtype": "uint16", "data__max_value": 4095.0, "model__channels": 1, "data__mean": (0.5,)}
+    encoder = mae_dist.load_encoder(save(tmp_path / "run", in_memory(model__depth=1, **fields)))
+    image = RNG.integers(0, 4096, (16, 16, 1), np.uint16)
+    write(tmp_path / "1.png", image)
+    np.testing.assert_array_equal(encoder.features([tmp_path / "1.png"]), encoder.features(image[None]))
+
+
+# --- neighbours
+
+
+def test_nearest() -> None:
+    """Of all similarities, sorted; none its own neighbour where it is compared with itself."""
+    x, y = RNG.normal(size=(30, 8)), RNG.normal(size=(11, 8))
+    x, y = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
+    found, similarity = knn_ridge.nearest(x * 3, y, 4)
+    np.testing.assert_array_equal(found, np.argsort(-(y @ x.T), axis=1)[:, :4])
+    np.testing.assert_allclose(similarity, -np.sort(-(y @ x.T), axis=1)[:, :4], atol=1e-6)
+    found, _ = knn_ridge.nearest(x, x, 99, among_themselves=True)
+    assert [sorted({*row, i}) for i, row in enumerate(found.tolist())] == [list(range(30))] * 30
+
+
+def test_neighbours_by_name(command: Any, pretrained: Path, folder: Path, images: np.ndarray, tmp_path: Path) -> None:
+    said = command(knn, workdir=pretrained, images=folder, k=3, out=tmp_path / "n.png").splitlines()
+    lines = dict(line.split(": ", 1) for line in said[:20])
+    assert [*lines] == [NAMES[number] for number in order()]
+    computed = mae_dist.load_encoder(pretrained).features(images)
+    found, _ = knn_ridge.nearest(computed, computed, 3, among_themselves=True)
+    for number, near in enumerate(found):
+        assert [text.rpartition(" (")[0] for text in lines[NAMES[number]].split(", ")] == [NAMES[i] for i in near]
+    assert "12 of 22 queries" in said[20]
+    height, width = cv2.imread(str(tmp_path / "n.png")).shape[:2]
+    assert height > 12 * 100
+    assert width > 4 * 100
+    query = folder / NAMES[4]
+    one = json.loads(command(knn, workdir=pretrained, images=query, against=folder, json=True, kind="cls"))
+    assert next(iter(one["neighbours"]["04.png"].items())) == (NAMES[4], 1.0)
+    with pytest.raises(ConfigError, match="is one image; say by --against"):
+        command(knn, workdir=pretrained, images=query)
+    with pytest.raises(ConfigError, match="give these too"):
+        command(knn, workdir=pretrained, against=folder)
+
+
+def test_accuracy_needs_classes(command: Any, folder: Path, tmp_path: Path) -> None:
+    fields = {"data__source": "folder", "data__data_dir": str(folder), "data__test_split": "", **SMALL}
+    trained = save(tmp_path / "run", in_memory(**fields, data__cache_dir=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"labels of 0 classes.*--images"):
+        command(knn, workdir=trained)
+
+
+# --- predictions
+
+
+def test_predictions_by_name(
+    command: Any, finetuned: Path, folder: Path, images: np.ndarray, classes: Path, tmp_path: Path
+) -> None:
+    """A row for each, or several; the classes by the names of the training data, by numbers if these are gone."""
+    run = mae_dist.open_run(finetuned)
+    wanted = run.predict(images[order()])
+    assert wanted.shape == (20, NUM_CLASSES)
+    np.testing.assert_allclose(wanted.sum(1), 1, atol=1e-6)
+    np.testing.assert_allclose(run.predict([folder / NAMES[i] for i in order()]), wanted, atol=1e-6)
+    assert run.class_names == tuple(f"class {number}" for number in range(NUM_CLASSES))
+    said = command(predict, workdir=finetuned, images=folder, out=tmp_path / "p.csv", top=2)
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [NAMES[i] for i in order() for _ in range(2)]
+    likely = np.argsort(-wanted, axis=1)[:, :2]
+    assert [row["class"] for row in rows] == [f"class {number}" for number in likely.ravel()]
+    found = np.array([float(row["probability"]) for row in rows]).reshape(-1, 2)
+    np.testing.assert_allclose(found, np.take_along_axis(wanted, likely, axis=1), atol=1e-5)
+    most = np.bincount(likely[:, 0]).argmax()
+    assert said.startswith(f"{finetuned}, step 0: 20 images in {tmp_path / 'p.csv'}; class {most}: ")
+    with pytest.raises(DataFault, match=r"2 of 22 files do not decode: .*cat/broken\.jpg"):
+        run.predict(mae_dist.find_images(folder))
+    classes.rename(classes.with_name("away"))
+    try:
+        assert mae_dist.open_run(finetuned).class_names == tuple(map(str, range(NUM_CLASSES)))
+    finally:
+        classes.with_name("away").rename(classes)
+
+
+def test_a_pretraining_has_no_classes(command: Any, pretrained: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no head .* --config\.task=finetune"):
+        command(predict, workdir=pretrained, images=folder, out=tmp_path / "p.csv")
+    assert mae_dist.open_run(pretrained).class_names == ()
+    with pytest.raises(ConfigError, match="no head"):
+        mae_dist.open_run(pretrained).predict([folder / NAMES[0]])
+
+
+# --- pictures
+
+
+def test_pictures_by_name(
+    command: Any, pretrained: Path, finetuned: Path, folder: Path, images: np.ndarray, tmp_path: Path
+) -> None:
+    """Reconstructions and patch features; of a classifier the latter alone; nothing else of it."""
+    out = tmp_path / "r.png"
+    said = command(reconstruct, workdir=pretrained, images=folder, out=out, pca=True, num_images=4)
+    assert said == f"{pretrained}, step 0: 4 of 22 images of {folder} in {out}\n"
+    both = cv2.imread(str(out)).shape
+    command(reconstruct, workdir=pretrained, images=folder, out=out, num_images=4)
+    assert cv2.imread(str(out)).shape[1] == both[1] * 4 // 5
+    command(reconstruct, workdir=finetuned, images=folder, out=out, num_images=4, pca=True)
+    assert cv2.imread(str(out)).shape[1] == both[1] * 2 // 5
+    with pytest.raises(ConfigError, match=r"is a finetune: it has no decoder; .*--pca"):
+        command(reconstruct, workdir=finetuned, images=folder, out=out)
+    drawn = mae_dist.open_run(pretrained).reconstruct([folder / name for name in NAMES[:3]])
+    np.testing.assert_allclose(drawn["original"], images[:3] / 255, atol=1e-6)
+
+
+def test_colours_of_patches() -> None:
+    """The directions of largest variance, whatever their sign; the patches of an image in their places."""
+    scores = RNG.normal(size=(2, 3, 4, 3)) * (9, 3, 1)
+    axes = np.linalg.qr(RNG.normal(size=(6, 6)))[0][:3]
+    axes *= np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1))
+    scores -= scores.mean(axis=(0, 1, 2))
+    u, s, vt = np.linalg.svd(scores.reshape(-1, 3), full_matrices=False)
+    del s, vt
+    scores = u.reshape(scores.shape) * (9, 3, 1)  # uncorrelated: the axes are the principal ones
+    found = patch_colours((scores @ axes + 5).astype(np.float32), (2, 5))
+    assert (found.shape, found.dtype) == ((2, 6, 20, 3), np.float32)
+    low, high = np.percentile(scores.reshape(-1, 3), (1, 99), axis=0)
+    wanted = np.clip((scores - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(found[:, ::2, ::5], wanted, atol=1e-3)
+    np.testing.assert_array_equal(found[:, ::2, ::5], found[:, 1::2, 4::5])
+    assert (patch_colours(np.ones((1, 2, 2, 8), np.float32), (1, 1)) == 0.5).all()
+
+
+def test_devices_stay_once_there_are_some() -> None:
+    """Another command's, or another run's that is opened in the same process."""
+    assert jax.devices()
+    given = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    start.use_all_cores(None)
+    start.use_cores(in_memory().config.copy_and_resolve_references().unlock(), None)
+    assert jax.config.jax_num_cpu_devices == given  # pyright: ignore[reportAttributeAccessIssue]
