@@ -71,7 +71,7 @@ def knn(argv: Sequence[str]) -> int:
 
 def _search(source: pretrained.Pretrained) -> int:
     """Prints and draws the neighbours of the images of --images."""
-    queries = own_images.open_images(_IMAGES.value, source.config)
+    queries = own_images.open_images(cli.required(_IMAGES), source.config)
     others = own_images.open_images(_AGAINST.value, source.config) if _AGAINST.value else queries
     config = extract.with_devices(source, cli.given_config(), max(queries.num_examples, others.num_examples))
     compute = extract.prepare(source, config, [_KIND.value])
@@ -125,7 +125,7 @@ def _draw(
         [pictures.shorten(_name(queries, number)) for number in index.tolist()],
         images.reshape(*found.shape, *images.shape[1:]),
         captions,
-        f"{source.origin}: the nearest by cosine similarity of {_KIND.value} features",
+        f"nearest by cosine similarity\nof {_KIND.value} features",
     )
     pictures.write_png(out, grid)
     print(f"{source.origin}: {len(index)} of {queries.num_examples} queries, each with its nearest images, in {out}")

@@ -92,7 +92,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     if _PCA.value:
         features = found["patches"] if "patches" in found else Encoder(source).features(images, "patches")
         shown["patches"] = patch_colours(features, config.model.patch_size)
-    title = pictures.title(config, source.step) if has_decoder else source.origin
+    title = pictures.title(config, source.step) if has_decoder else f"{config.name}, step {source.step}"
     pictures.write_png(out, pictures.draw_grid(shown, pictures.names_of(dataset, found), title))
     print(f"{source.origin}: {len(index)} of {dataset.num_examples} images of {place} in {out}")
     return errors.EXIT_DONE

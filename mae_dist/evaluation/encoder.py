@@ -6,6 +6,7 @@ Shapes: B images, H W C image, (gh, gw) grid of patches, N tokens, D width.
 import functools
 import operator
 import os
+from collections.abc import Callable
 from typing import SupportsIndex
 
 import jax
@@ -87,10 +88,7 @@ class Encoder:
         if batch_size < 1:
             raise ConfigError(f"batch_size {batch_size}: at least one image has to be computed at once")
         check_kind(kind)
-        files = open_given(images, self.config) if are_paths(images) else None
-        if files is None:
-            images = check_images(np.asarray(images), (*self.image_size, self.channels), self.config.data.dtype)
-        count = len(images)
+        read, count = self._reader(images)
         # Few different sizes, for each is compiled: powers of two up to the batch's.
         size = min(batch_size, 1 << max(0, count - 1).bit_length())
         step = self._make_step(size, (kind,), block)
@@ -98,10 +96,18 @@ class Encoder:
         result = np.empty((count, *width), np.float32)
         for start in range(0, count, size):
             stop = min(start + size, count)
-            part = files.examples(np.arange(start, stop))["image"] if files is not None else images[start:stop]
+            part = read(np.arange(start, stop))
             padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)])
             result[start:stop] = np.asarray(step(self._params, {"image": padded})[kind])[: len(part)]
         return result
+
+    def _reader(self, images: ArrayLike | Paths) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+        """Returns a function from numbers of images to these, and how many there are."""
+        if are_paths(images):
+            dataset = open_given(images, self.config)
+            return lambda rows: dataset.examples(rows)["image"], dataset.num_examples
+        array = check_images(np.asarray(images), (*self.image_size, self.channels), self.config.data.dtype)
+        return array.__getitem__, len(array)
 
 
 def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None) -> Encoder:

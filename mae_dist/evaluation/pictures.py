@@ -4,8 +4,9 @@ import contextlib
 import functools
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -25,6 +26,9 @@ from mae_dist.storage import storage_errors, write_bytes_atomically
 from mae_dist.tasks.base import Batch
 from mae_dist.tasks.make import make_task
 from mae_dist.weights import pretrained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = ("original", "masked", "reconstruction", "with_visible")
 _TITLES = {
@@ -137,7 +141,6 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
       names: of the images.
       title: above all.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in _TITLES if kind in images]
@@ -145,7 +148,6 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
     pairs = 2 if count > 1 else 1  # two images side by side keep the grid near square
     rows = math.ceil(count / pairs)
     figure = Figure(figsize=(1.35 * len(kinds) * pairs, 1.35 * rows + 0.8), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = np.asarray(figure.subplots(rows, len(kinds) * pairs, squeeze=False))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -159,8 +161,7 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
                 axis.set_title(_TITLES[kind], fontsize=8)
         axes[row, left].set_ylabel(shorten(name), fontsize=9, parse_math=False)
     figure.suptitle(title, fontsize=10)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return _rendered(figure)
 
 
 def draw_neighbours(
@@ -175,12 +176,10 @@ def draw_neighbours(
       captions: q times k; a line each, or two.
       title: above all.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     count, k = neighbours.shape[:2]
     figure = Figure(figsize=(1.35 * (k + 1) + 0.3, 1.65 * count + 0.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = np.asarray(figure.subplots(count, k + 1, squeeze=False))
     for row in range(count):
         for axis, image, caption in zip(
@@ -192,7 +191,17 @@ def draw_neighbours(
             axis.set_xlabel(caption, fontsize=7, parse_math=False)
         axes[row, 0].spines[:].set(visible=True, color="#0072B2", linewidth=3)
     figure.suptitle(title, fontsize=10)
-    canvas.draw()
+    return _rendered(figure)
+
+
+def _rendered(figure: "Figure") -> np.ndarray:
+    """Returns a figure's pixels, uint8 (height, width, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a file's name has characters that no font here has
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
