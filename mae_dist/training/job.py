@@ -290,6 +290,10 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     )
     tx = make_optimizer(trainable, **options)
     begin = functools.partial(state.begin, tx=tx, frozen=task.frozen, has_ema=config.ema_decay > 0)
+
+    def init(seed: jax.typing.ArrayLike) -> TrainState:
+        return begin(task.init_params(jax.random.key(seed)))
+
     abstract_state = jax.eval_shape(begin, task.abstract_params)
     shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
     train_step = make_train_step(
@@ -314,7 +318,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         mesh=mesh,
         task=task,
         schedule=schedule,
-        init=lambda seed: begin(task.init_params(jax.random.key(seed))),
+        init=init,
         abstract_state=abstract_state,
         shardings=shardings,
         train_step=train_step,
