@@ -18,7 +18,7 @@ class Device:
         self.memory = memory
 
     def memory_stats(self) -> dict[str, Any] | None:
-        return self.memory and {"bytes_limit": self.memory}
+        return None if self.memory is None else {"bytes_limit": self.memory}
 
 
 def test_the_fewest_microbatches_that_fit() -> None:

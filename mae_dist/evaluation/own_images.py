@@ -13,9 +13,10 @@ from absl import logging
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from mae_dist.data import ArrayDataset, Dataset, open_split
+from mae_dist.data import ArrayDataset, Dataset
+from mae_dist.data.decode import Decoder
 from mae_dist.data.sources import listing as listings
-from mae_dist.data.sources.listed import Table
+from mae_dist.data.sources.folder import open_in_order
 from mae_dist.data.sources.listing import LeftOut, Listing
 from mae_dist.errors import ConfigError, DataFault
 
@@ -86,24 +87,10 @@ def are_paths(images: ArrayLike | Paths) -> TypeGuard[Paths]:
 
 
 def _open(listing: Listing, config: ConfigDict) -> Dataset:
-    rows, data = np.arange(len(listing.names)), config.data
-    splits = {**dict.fromkeys(("train", "val", "test"), rows[:0]), "all": rows}
-    table = Table(splits, np.full(len(rows), -1, np.int32), ())
-    return open_split(
-        "all",
-        source="folder",
-        shared={"table": (listing, table)},  # in this order, where the source would find one of its own
-        data_dir="",
-        image_size=config.model.image_size,
-        channels=config.model.channels,
-        dtype="uint8" if data.dtype == "auto" else data.dtype,
-        max_value=data.max_value,
-        background=data.background,
-        exif=True,
-        cache="stream",
-        cache_dir="",
-        max_bad_share=1.0,
-    )
+    model, data = config.model, config.data
+    dtype = "uint8" if data.dtype == "auto" else data.dtype
+    decoder = Decoder(model.channels, dtype, data.max_value, data.background, exif=True)
+    return open_in_order(listing, tuple(model.image_size), decoder)
 
 
 def missing(dataset: Dataset, found: Iterable[int]) -> list[int]:

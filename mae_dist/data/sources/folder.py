@@ -18,7 +18,9 @@ from mae_dist.data.sources.listed import (
     SPLIT_TYPE,
     SPLITS,
     ListedDataset,
+    Opened,
     Table,
+    choose_decoder,
     make_table,
     number_labels,
     open_listed,
@@ -105,6 +107,23 @@ def open_folder(
         cache=cache,
         cache_dir=cache_dir,
         max_bad_share=max_bad_share,
+    )
+
+
+def open_in_order(listing: Listing, image_size: tuple[int, int], decoder: Decoder) -> Dataset:
+    """Opens all files of a listing in its order, without labels. Any number of them may not decode.
+
+    Raises:
+      DataFault: of a sample of the files none decodes.
+    """
+    rows = np.arange(len(listing.names))
+    table = Table(
+        {**dict.fromkeys(("train", "val", "test"), rows[:0]), "all": rows}, np.full(len(rows), -1, np.int32), ()
+    )
+    chosen = choose_decoder(listing, rows, lambda row: _read(listing.root, listing.names[row]), decoder, decoder.dtype)
+    opened = Opened(FolderDataset, listing, table, chosen)
+    return open_listed(
+        "all", opened, source="folder", image_size=image_size, cache="stream", cache_dir="", max_bad_share=1.0
     )
 
 
