@@ -4,24 +4,27 @@ import csv
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
-import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from etils import epath
 from PIL import Image
 
 import mae_dist
 from mae_dist import cli, features, knn, predict, reconstruct
-from mae_dist.cpu import start
 from mae_dist.errors import EXIT_DONE, ConfigError, DataFault
-from mae_dist.evaluation import knn_ridge
+from mae_dist.evaluation import knn_ridge, predictions
 from mae_dist.evaluation.patch_colours import patch_colours
+from mae_dist.weights.convert import convert_weights
+from mae_dist.weights.pretrained import open_pretrained
 from tests.trained import NUM_CLASSES, in_memory, save
 
 RNG = np.random.default_rng(0)
@@ -293,10 +296,20 @@ def test_colours_of_patches() -> None:
     assert (patch_colours(np.ones((1, 2, 2, 8), np.float32), (1, 1)) == 0.5).all()
 
 
-def test_devices_stay_once_there_are_some() -> None:
-    """Another command's, or another run's that is opened in the same process."""
-    assert jax.devices()
-    given = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
-    start.use_all_cores(None)
-    start.use_cores(in_memory().config.copy_and_resolve_references().unlock(), None)
-    assert jax.config.jax_num_cpu_devices == given  # pyright: ignore[reportAttributeAccessIssue]
+def test_devices_stay_once_there_are_some(child_env: Any) -> None:
+    """A run may be opened where JAX has been used: it then takes the devices that there are."""
+    env = {name: value for name, value in child_env().items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    program = "import jax; jax.devices(); from mae_dist.cpu import start; start.use_all_cores(None)"
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=120)
+
+
+def test_names_in_a_directory_of_hugging_face(tmp_path: Path) -> None:
+    """In the order of their numbers; it says nothing of data."""
+    source = in_memory(task="finetune", classify__pool="cls", **SMALL)
+    convert_weights(source, epath.Path(tmp_path / "hf"), "hf")
+    path = tmp_path / "hf" / "config.json"
+    described = json.loads(path.read_text())
+    described["id2label"] = {str(i): f"class {i}" for i in reversed(range(NUM_CLASSES))}
+    path.write_text(json.dumps(described))
+    found = open_pretrained(epath.Path(tmp_path / "hf"))
+    assert predictions.class_names(found) == tuple(f"class {i}" for i in range(NUM_CLASSES))
