@@ -5,8 +5,8 @@ are of whole images; nothing is trained.
 
 python -m mae_dist.knn --workdir S --images queries --against photos --k 5 --out F.png
 
-prints a line for each query with the names and cosine similarities of the images nearest to it, and draws the first
-queries with theirs. Without --against the queries are compared with each other.
+prints a line for each query with the names and cosine similarities of the images nearest to it, and draws the first 12
+queries with up to 12 of theirs. Without --against the queries are compared with each other.
 
 Without --images it prints the top-1 accuracy of the test split against the training split, by weighted nearest
 neighbours (Wu et al. 2018) and by ridge regression; the images are those of S's config, or of --config, with labels.
