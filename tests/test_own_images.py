@@ -87,9 +87,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         level = logging.getLogger("absl").level  # which restoring the flags sets
-        with flagsaver.flagsaver(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()}):
-            assert getattr(module, module.__name__.rpartition(".")[2])([]) == EXIT_DONE
-        logging.getLogger("absl").setLevel(level)
+        try:
+            with flagsaver.flagsaver(**{name: str(v) if isinstance(v, Path) else v for name, v in values.items()}):
+                assert getattr(module, module.__name__.rpartition(".")[2])([]) == EXIT_DONE
+        finally:
+            logging.getLogger("absl").setLevel(level)
         return capsys.readouterr().out
 
     return run_here
