@@ -295,7 +295,8 @@ def test_colours_of_patches() -> None:
     wanted = np.clip((scores - low) / (high - low), 0, 1)
     np.testing.assert_allclose(found[:, ::2, ::5], wanted, atol=1e-3)
     np.testing.assert_array_equal(found[:, ::2, ::5], found[:, 1::2, 4::5])
-    assert (patch_colours(np.ones((1, 2, 2, 8), np.float32), (1, 1)) == 0.5).all()
+    for value in (1, np.nan):
+        assert (patch_colours(np.full((1, 2, 2, 8), value, np.float32), (1, 1)) == 0.5).all()
 
 
 def test_devices_stay_once_there_are_some(child_env: Any) -> None:

@@ -18,18 +18,18 @@ def patch_colours(features: np.ndarray, patch_size: tuple[int, int]) -> np.ndarr
       patch_size: (height, width) in pixels.
 
     Returns:
-      float32 (n, gh * height, gw * width, 3) in 0..1; gray where there are fewer than three components.
+      float32 (n, gh * height, gw * width, 3) in 0..1; gray where features are equal, or not finite after a divergence.
     """
-    count, *grid, width = features.shape
-    centered = features.reshape(-1, width).astype(np.float64)
-    centered -= centered.mean(axis=0)
-    _, vectors = np.linalg.eigh(centered.T @ centered)  # (D, D), ascending
-    axes = vectors[:, ::-1][:, :3]
-    axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0))
-    components = centered @ axes
-    low, high = np.percentile(components, _RANGE, axis=0)
-    known = high - low > 1e-9 * np.abs(centered).max(initial=0)  # beyond are rounding errors
-    scaled = np.where(known, (components - low) / np.where(known, high - low, 1), 0.5)
     colours = np.full((*features.shape[:3], 3), 0.5, np.float32)
-    colours[..., : axes.shape[1]] = np.clip(scaled, 0, 1).reshape(count, *grid, -1)
+    if features.size and np.isfinite(features).all():
+        centered = features.reshape(-1, features.shape[-1]).astype(np.float64)
+        centered -= centered.mean(axis=0)
+        _, vectors = np.linalg.eigh(centered.T @ centered)  # (D, D), ascending
+        axes = vectors[:, ::-1][:, :3]
+        axes = axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0))
+        components = centered @ axes
+        low, high = np.percentile(components, _RANGE, axis=0)
+        known = high - low > 1e-9 * np.abs(centered).max()  # else there are rounding errors alone
+        scaled = np.where(known, (components - low) / np.where(known, high - low, 1), 0.5)
+        colours[..., : axes.shape[1]] = np.clip(scaled, 0, 1).reshape(*features.shape[:3], -1)
     return colours.repeat(patch_size[0], axis=1).repeat(patch_size[1], axis=2)
