@@ -148,7 +148,7 @@ def test_several_directories_a_list_and_a_glob(tmp_path: Path) -> None:
     [
         ("", ConfigError, "name the directory of the images"),
         ("nowhere", DataFault, "does not exist"),
-        ("gs://bucket/images", ConfigError, "reads a disk"),
+        ("gs://bucket/images", ConfigError, "read from a disk"),
         ("nowhere/*.png", ConfigError, "matches nothing"),
         (".", DataFault, r"holds no image.*1 not images by their names"),
     ],

@@ -309,9 +309,9 @@ def test_a_corrupted_record_counts_as_undecodable(tmp_path: Path) -> None:
 def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
     prepare_shapes(tmp_path, sizes=[(16, 16)] * 4, fixed=True, labels=[0, 1, -1, 2])  # -1 is TFDS's "unknown"
     assert _open(tmp_path).num_examples == 4  # enough for a pretraining
+    dataset = _open(tmp_path, cache="stream")
+    dataset.require_labels()
     with pytest.raises(DataFault, match=r"split 'train' example \d \(record .* has label -1.*0 \.\. 2"):
-        dataset = _open(tmp_path, cache="stream")
-        dataset.require_labels()
         dataset.examples(np.arange(4))
 
 

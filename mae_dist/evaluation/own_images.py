@@ -39,7 +39,7 @@ def find_images(images: str | os.PathLike[str]) -> list[str]:
       ConfigError: a bucket, or a glob that matches nothing.
       DataFault: something is not there or cannot be read, or there is no image.
     """
-    listing = listings.find_images(os.fspath(images))
+    listing = listings.find_images(os.fspath(images), "images")
     return [os.fsdecode(os.path.join(listing.root, name)) for name in listing.names]
 
 
@@ -51,7 +51,7 @@ def open_images(images: str, config: ConfigDict) -> Dataset:
     Raises:
       ConfigError, DataFault: as `find_images`; or of a sample of the files none decodes.
     """
-    listing = listings.find_images(images)
+    listing = listings.find_images(images, "--images")
     if str(listing.left_out):
         logging.warning("%s", listing.left_out)
     return _open(listing, config)

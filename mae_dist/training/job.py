@@ -85,6 +85,7 @@ class Job:
             "data_fingerprint": self.fingerprint,
             "num_examples": self.data.train.num_examples,
             "stream": list(self.stream),
+            "class_names": [] if kind_of(self.config).has_decoder else list(self.data.train.class_names),
         }
 
     def continuing(self, step: int, meta: dict[str, Any]) -> "Job":

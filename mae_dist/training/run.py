@@ -308,11 +308,8 @@ def draw_reconstructions(job: Job, params: Params, dataset: Dataset, step: int, 
     images, names = pictures.reconstruct(
         job.reconstruct_step, params, dataset, job.batch_sharding, num_images, job.config.seed
     )
-    model = job.config.model
-    title = f"{job.config.name}, step {step}: {model.masking} masking, ratio {model.mask_ratio:g}"
-    note = pictures.note_on_moments(job.config)
     shown = pictures.as_shown(images, job.config)
-    return pictures.draw_grid(shown, names, f"{title}\n{note}" if note else title)
+    return pictures.draw_grid(shown, names, pictures.title(job.config, step))
 
 
 def with_features(job: Job, params: Params, dataset: Dataset) -> Dataset:

@@ -99,7 +99,8 @@ def open_workdir(path: epath.Path, step: int | None = None) -> Pretrained:
     def load(shardings: Params) -> Params:
         return reader.load_params(path, _select(abstract, shardings, path), shardings, step)[1]
 
-    return Pretrained(config, f"{path}, step {found}", abstract, True, load, step=found)
+    names = reader.read_meta(path / "checkpoints" / str(found)).get("class_names", ())
+    return Pretrained(config, f"{path}, step {found}", abstract, True, load, step=found, class_names=tuple(names))
 
 
 def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:

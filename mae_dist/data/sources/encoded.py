@@ -12,6 +12,7 @@ import numpy as np
 
 from mae_dist.data.dataset import Dataset, Read, check_labels, digest
 from mae_dist.data.decode import PHOTOGRAPH_FROM, Decoder, Header, UndecodableImage
+from mae_dist.data.resample import Box
 from mae_dist.data.transforms import RandomCrops, center_box
 
 _AT_ONCE = 32  # files held at a time: those of a whole batch are as large as the batch
@@ -79,7 +80,6 @@ class EncodedDataset(Dataset):
         images = np.zeros((len(indices), *self.image_size, self.decoder.channels), self.dtype)
         labels = np.zeros(len(indices), np.int32)
         bad = np.ones(len(indices), bool)
-        zoom = _EVALUATION_ZOOM if evaluation and self.crops_evaluation else 1.0
         for start in range(0, len(indices), _AT_ONCE):
             rows = np.arange(start, min(start + _AT_ONCE, len(indices)))
             files, labels[rows] = self.encoded(indices[rows])
@@ -92,7 +92,7 @@ class EncodedDataset(Dataset):
             headers = [self.decoder.header(data) if data else Header(0, 0) for data in files]
             sizes = np.array([header[:2] for header in headers], np.int64)  # (n, 2)
             if crops is None:
-                boxes = [center_box(h or 1, w or 1, self.image_size, zoom) for h, w in sizes.tolist()]
+                boxes = [self._center_box(h or 1, w or 1, evaluation) for h, w in sizes.tolist()]
             else:
                 boxes = crops.take(rows).boxes(*np.maximum(sizes, 1).T).tolist()
             for row, data, header, box in zip(rows, files, headers, boxes, strict=True):
@@ -101,6 +101,11 @@ class EncodedDataset(Dataset):
                         self.decoder.decode_box(data, header, box, images[row], margin=crops is None)
                         bad[row] = False
         return {"image": images, "label": labels}, bad
+
+    def _center_box(self, height: int, width: int, evaluation: bool) -> Box:
+        """Returns the box that is seen without a random crop; all of an image that has the model's size."""
+        crops = evaluation and self.crops_evaluation and (height, width) != self.image_size
+        return center_box(height, width, self.image_size, _EVALUATION_ZOOM if crops else 1.0)
 
     def fault(self, index: int) -> str:
         """Names a record that does not decode, and says why."""

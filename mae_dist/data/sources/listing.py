@@ -113,12 +113,14 @@ def readable(name: bytes) -> str:
     return name.decode(errors="backslashreplace")
 
 
-def find_images(data_dir: str) -> Listing:
-    """Lists the images that `data.data_dir` names, as `find_files`."""
-    return find_files(data_dir, SUFFIXES, "folder", "image")
+def find_images(data_dir: str, field: str = "data.data_dir") -> Listing:
+    """Lists the images that `data.data_dir`, or another `field` or flag, names, as `find_files`."""
+    return find_files(data_dir, SUFFIXES, "folder", "image", field)
 
 
-def find_files(data_dir: str, suffixes: tuple[bytes, ...], source: str, what: str) -> Listing:
+def find_files(
+    data_dir: str, suffixes: tuple[bytes, ...], source: str, what: str, field: str = "data.data_dir"
+) -> Listing:
     """Lists the files with certain suffixes that `data.data_dir` names.
 
     Args:
@@ -127,12 +129,13 @@ def find_files(data_dir: str, suffixes: tuple[bytes, ...], source: str, what: st
       suffixes: of the files, in lower case.
       source: the value of data.source, for messages.
       what: the name of such a file in messages.
+      field: the name of `data_dir` in messages.
 
     Raises:
       ConfigError: it is empty or in a bucket, or a glob that matches nothing.
       DataFault: something is not there or cannot be read, or there is no such file.
     """
-    given = _given_paths(data_dir, suffixes, source, what)
+    given = _given_paths(data_dir, suffixes, source, what, field)
     directories = [path for path in given if os.path.isdir(path)]
     parents = [path if os.path.isdir(path) else os.path.dirname(path) for path in given]
     root = os.path.commonpath(parents)
@@ -143,58 +146,60 @@ def find_files(data_dir: str, suffixes: tuple[bytes, ...], source: str, what: st
         if path not in directories:
             found = _stat(path)
             if found is None:
-                raise DataFault(f"{readable(path)}, which data.data_dir={data_dir} names, does not exist")
+                raise DataFault(f"{readable(path)}, which {field}={data_dir} names, does not exist")
             rows.append((os.path.relpath(path, root), found.st_size, found.st_mtime_ns))
     rows = sorted(set(rows))
     if not rows:
         raise DataFault(
-            f"data.data_dir={data_dir} holds no {what} ({', '.join(suffix.decode() for suffix in suffixes)})"
+            f"{field}={data_dir} holds no {what} ({', '.join(suffix.decode() for suffix in suffixes)})"
             + (f"; {left_out}" if str(left_out) else "")
         )
     names, sizes, times = zip(*rows, strict=True)
     return Listing(root, list(names), np.array(sizes, np.int64), np.array(times, np.int64), left_out)
 
 
-def _given_paths(data_dir: str, suffixes: tuple[bytes, ...], source: str, what: str) -> list[bytes]:
+def _given_paths(data_dir: str, suffixes: tuple[bytes, ...], source: str, what: str, field: str) -> list[bytes]:
     """Returns the absolute paths of the directories and files that `data_dir` names."""
     if not data_dir:
-        raise ConfigError(f"data.data_dir='' with data.source={source!r}; name the directory of the {what}s")
+        raise ConfigError(f"{field}='' with data.source={source!r}; name the directory of the {what}s")
     whole = os.fsencode(os.path.abspath(os.path.expanduser(data_dir)))
     parts = [data_dir] if os.path.exists(whole) else [part.strip() for part in data_dir.split(",") if part.strip()]
     paths: list[bytes] = []
     for part in parts:
-        advice = f"data.source={source!r} reads a disk; copy the {what}s there"
+        advice = f"images are read from a disk; copy the {what}s there"
         advice += ", or write them with mae_dist.prepare" if source == "folder" else ""
-        full = os.path.abspath(os.path.expanduser(part)) if os.path.exists(part) else str(_local_glob(part, advice))
+        full = (
+            os.path.abspath(os.path.expanduser(part)) if os.path.exists(part) else str(_local_glob(part, field, advice))
+        )
         if os.path.isdir(full):
             paths.append(os.fsencode(full))
         elif os.path.isfile(full) and not os.fsencode(full).lower().endswith(suffixes):
-            paths += _listed(full, what)
+            paths += _listed(full, field, what)
         elif os.path.isfile(full):
             paths.append(os.fsencode(full))
         elif glob.has_magic(full):
             matches = sorted(glob.glob(os.fsencode(full), recursive=True))
             if not matches:
-                raise ConfigError(f"data.data_dir={part} matches nothing")
+                raise ConfigError(f"{field}={part} matches nothing")
             paths += [match for match in matches if os.path.isdir(match) or match.lower().endswith(suffixes)]
         else:
-            raise DataFault(f"data.data_dir={part} does not exist; name the directory of the {what}s")
+            raise DataFault(f"{field}={part} does not exist; name the directory of the {what}s")
     return paths
 
 
-def _local_glob(path: str, advice: str) -> str:
+def _local_glob(path: str, field: str, advice: str) -> str:
     """Returns an absolute path that may hold the characters of a glob; raises `ConfigError` for a bucket."""
     if "://" in path:
-        local(path, "data.data_dir", advice)
+        local(path, field, advice)
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _listed(path: str, what: str) -> list[bytes]:
+def _listed(path: str, field: str, what: str) -> list[bytes]:
     """Reads the paths in a text file, relative to its directory."""
     with open(path, "rb") as file:
         content = file.read()
     if b"\0" in content:
-        raise DataFault(f"data.data_dir={path} is neither a directory, nor one {what}, nor a text file of paths")
+        raise DataFault(f"{field}={path} is neither a directory, nor one {what}, nor a text file of paths")
     base = os.fsencode(os.path.dirname(path))
     return [os.path.normpath(os.path.join(base, line.strip())) for line in content.splitlines() if line.strip()]
 
