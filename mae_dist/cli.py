@@ -53,8 +53,9 @@ def with_config_path(argv: Sequence[str]) -> list[str]:
         if flag or argv[place - 1] in ("--config", "-config"):
             start = flag.end() if flag else 0
             value = argument[start:]
-            if value.isidentifier() and not os.path.exists(value):
-                found[place] = argument[:start] + str(named.path(value))
+            name, colon, rest = value.partition(":")
+            if name.isidentifier() and not os.path.exists(value):
+                found[place] = f"{argument[:start]}{named.path(name)}{colon}{rest}"
     return found
 
 

@@ -126,7 +126,7 @@ def get_config() -> ConfigDict:
     config.data.repeats = 1  # copies of each image in a batch, augmented differently (repeated augmentation; DeiT: 3).
     # An epoch keeps its number of steps, so all images are seen once in `repeats` epochs.
     config.data.mean = (0.0,)  # model input = (pixel / 255 - mean) / std, or pixel / max_value; one per channel, or one
-    config.data.std = (1.0,)  # mean and std () are measured on 2,000 training images at the first start
+    config.data.std = (1.0,)  # mean and std (): as of init_from, or measured on 2,000 images at the first start
     config.data.cache = "auto"  # auto | memory (decode once) | stream (decode when read)
     config.data.cache_dir = ""  # decoded images and copies of records; "": mae_dist in $XDG_CACHE_HOME or ~/.cache
     config.data.stage = False  # copy the record files to cache_dir first and read them there; always done for a bucket

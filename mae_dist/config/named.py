@@ -38,10 +38,14 @@ def path(name: str) -> Path:
 
 
 def get_config(name: str) -> ConfigDict:
-    """Returns the config called `name`, such as "cifar_small"; raises `ConfigError` if there is none."""
+    """Returns the config called `name`, such as "cifar_small"; raises `ConfigError` if there is none.
+
+    What follows a colon is the config's own choice, as in "folder:base,224,16".
+    """
+    name, colon, choice = name.partition(":")
     spec = importlib.util.spec_from_file_location(f"mae_dist_config_{name}", path(name))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(choice) if colon else module.get_config()

@@ -235,13 +235,24 @@ def _check_data(config: ConfigDict, data: Data) -> None:
         )
 
 
+def _scaled_as_weights(config: ConfigDict) -> ConfigDict:
+    """Returns a config whose pixels, if their scaling is left open, are scaled as for the weights of `init_from`."""
+    if config.data.mean or not config.init_from:
+        return config
+    source = pretrained.open_pretrained(absolute(config.init_from), config).config
+    if source.model.channels == config.model.channels:
+        config = config.copy_and_resolve_references().unlock()
+        config.data.update(mean=source.data.mean, std=source.data.std)
+    return config
+
+
 def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     """Wires a validated config for `devices`, real or abstract.
 
     Raises:
       ConfigError: the config cannot run on this mesh; the message gives both numbers and the cure.
     """
-    config = complete(config, data)
+    config = complete(_scaled_as_weights(config), data)
     check_mesh(config, len(devices))
     mesh = make_mesh(config.mesh.to_dict(), devices)
     schedule = config_lib.schedule(config, data.train.num_examples)
