@@ -35,6 +35,11 @@ def pipelines(config: ConfigDict, against_torch: bool) -> Generator[list[Child]]
 def _torch_options(config: ConfigDict, dataset: Dataset) -> Result:
     data = config.data
     crops_only = data.augment == "crop_flip" and not data.randaug_magnitude and data.repeats == 1
+    if dataset.dtype != "uint8" or config.model.channels not in (1, 3, 4):
+        raise ConfigError(
+            f"--against torch: Pillow has no images of {dataset.dtype} with {config.model.channels} channels; measure "
+            "without it"
+        )
     if not isinstance(dataset, TfdsDataset | FolderDataset) or not crops_only:
         fields = ("source", "augment", "randaug_magnitude", "repeats", "cache")
         raise ConfigError(
