@@ -236,6 +236,7 @@ def test_pieces_take_one_trace(monkeypatch):
     assert len(traced) == 1
 
 
+@pytest.mark.long
 def test_one_compilation():
     """An update gives back just what the next one takes: another type somewhere, and it would be compiled again."""
     config = smoke_config(model__layer_scale_init=0.1)

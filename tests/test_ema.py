@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from mae_dist import config as config_lib
 from mae_dist.checkpoint import reader
@@ -52,6 +53,7 @@ def test_average_of_parameters():
     jax.tree.map(np.testing.assert_array_equal, on_host(state.ema), before)
 
 
+@pytest.mark.long
 def test_what_is_handed_on(workdir):
     """Readers of a checkpoint get the averages; of what is frozen there is none, and they get the parameters."""
     built = build(task="probe", init_from="unused")
@@ -79,6 +81,7 @@ def test_what_is_handed_on(workdir):
     jax.tree.map(np.testing.assert_array_equal, on_host(encoder), {"encoder": expected["encoder"]})
 
 
+@pytest.mark.long
 def test_starts_from_the_weights_it_is_given(workdir):
     """Not from random ones; and in arrays of its own, for an update overwrites both."""
     source = build()

@@ -92,6 +92,7 @@ def test_a_folder_pretrains_without_labels(tmp_path: Path, caplog: pytest.LogCap
     assert mae_dist.train(config, tmp_path / "run").metrics["loss"] == result.metrics["loss"]  # the same line again
 
 
+@pytest.mark.long
 def test_what_changed_is_refused_by_name_and_accepted_if_asked(tmp_path: Path) -> None:
     """With what was measured before; the examples of now begin with a new epoch, and a third start goes on there."""
     root = write_images(tmp_path / "images", 30)
@@ -139,11 +140,18 @@ def test_labels_are_asked_for_where_they_are_needed(tmp_path: Path) -> None:
         mae_dist.build(folder_config(root, task="finetune", data__labels="folders"))
     with pytest.raises(ConfigError, match=r"keep_best='val_knn_top1' needs labels of two classes"):
         mae_dist.build(folder_config(root, data__labels="folders", checkpoint__keep_best="val_knn_top1"))
+
+
+@pytest.mark.long
+def test_one_class_has_no_accuracy(tmp_path: Path) -> None:
+    """By neighbours it would be 1."""
+    root = write_images(tmp_path / "one" / "class", 20).parent
     result = mae_dist.train(folder_config(root, data__labels="folders"), tmp_path / "run")
     assert "val_rank" in result.metrics
-    assert "val_knn_top1" not in result.metrics  # of one class it would be 1
+    assert "val_knn_top1" not in result.metrics
 
 
+@pytest.mark.long
 def test_many_bands_of_many_bits(tmp_path: Path) -> None:
     """13 channels of uint16: trained, interrupted and continued, drawn in the bands chosen, features taken."""
     root = write_images(tmp_path / "images", 24, shape=(20, 18, 13), dtype=np.uint16)

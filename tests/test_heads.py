@@ -65,6 +65,7 @@ def test_batch_norm_is_that_of_pytorch():
     np.testing.assert_allclose(ours(jnp.asarray(x), whole_batch=False), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_statistics_are_of_the_whole_batch():
     """However it is computed; they are neither trained nor averaged over devices, and no optimizer knows of them."""
 

@@ -61,6 +61,8 @@ def tiny(name: str) -> ConfigDict:
         config.model.mask_ratio = 0.5
         config.global_batch_size, config.eval.batch_size = 4, 0
         config.data.update(source="synthetic", num_examples=8, num_workers=0)
+        if not config.data.mean:  # that of the images, or of the weights
+            config.data.update(mean=(0.4,), std=(0.2,))
     return config.unlock()
 
 

@@ -358,6 +358,7 @@ def test_heads(options, count):
     assert param_count(params["head"]) == count
 
 
+@pytest.mark.long
 def test_forward_mode():
     """The plain model has a directional derivative: the inner product of the gradient with the direction."""
     config = smoke_config()

@@ -183,8 +183,9 @@ def test_page(whole):
         assert shown in text.replace("<wbr>", ""), shown
     assert text.count("good</td>") == 3
     assert page.names.count("img") == 2
-    # Pictures, curves of the pretraining and of the probes, time, classes, predictions, confusion, features.
-    assert page.names.count("figure") == 2 + 4 + 7 + 1 + 1 + 2 + 1
+    # Pictures, curves of the pretraining and of the probes, time, classes, predictions, confusion, features of patches
+    # and of images.
+    assert page.names.count("figure") == 2 + 4 + 7 + 1 + 1 + 2 + 1 + 1
     assert page.names.count("caption") == page.names.count("table")
     assert "The features are those of mae" in text
     assert (", commit " in text) == (ROOT / ".git").exists()
