@@ -164,12 +164,13 @@ def test_many_bands_of_many_bits(tmp_path: Path) -> None:
         data__num_workers=1,
         pictures__channels=(3, 2, 1),
     )
-    mae_dist.train(config, tmp_path / "whole")
     config.total_steps = 3
     mae_dist.train(config, tmp_path / "run")
     config.total_steps = 6
     mae_dist.train(config, tmp_path / "run")
-    opened = mae_dist.open_run(tmp_path / "whole")
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert list((tmp_path / "run" / "pictures").glob("*.png"))
+    opened = mae_dist.open_run(tmp_path / "run")
     assert opened.config.data.dtype == "uint16"
     images = np.load(root / "000.npy")[None, :16, :16]
     features = opened.encoder().features(images)
