@@ -268,6 +268,7 @@ def test_a_pretraining_has_no_classes(command: Any, pretrained: Path, folder: Pa
 # --- pictures
 
 
+@pytest.mark.long
 def test_pictures_by_name(
     command: Any, pretrained: Path, finetuned: Path, folder: Path, images: np.ndarray, tmp_path: Path
 ) -> None:

@@ -258,6 +258,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.long
 def test_a_folder_becomes_a_data_set(
     folder: Path, tmp_path: Path, prepare: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -76,7 +76,8 @@ class Records(Images):
             self._source = array_record_data_source.ArrayRecordDataSource(self._spans)
         example: Any = tf_example_pb2.Example.FromString(self._source[index])  # pyright: ignore[reportAttributeAccessIssue]
         feature = example.features.feature
-        return io.BytesIO(feature["image"].bytes_list.value[0]), feature["label"].int64_list.value[0]
+        label = feature["label"].int64_list.value  # empty in a set without labels
+        return io.BytesIO(feature["image"].bytes_list.value[0]), label[0] if label else -1
 
 
 def _span(span: str) -> list[str]:
