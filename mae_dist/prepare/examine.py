@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Kind(NamedTuple):
-    """What a file holds, upright."""
+    """The content of a file, upright."""
 
     dtype: str
     shape: tuple[int, int, int]  # (H, W, C)

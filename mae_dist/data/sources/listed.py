@@ -102,7 +102,7 @@ def split_of_file(name: bytes) -> str:
 
 
 class Opened(NamedTuple):
-    """What the splits of a source have in common.
+    """The listing, table and decoder that the splits of a source share.
 
     Attributes:
       make: takes the listing, rows and the rest as `ListedDataset`.

@@ -100,7 +100,7 @@ class LeftOut:
 
 
 class _Found(NamedTuple):
-    """What is in one directory, by names relative to the root."""
+    """The contents of one directory, by names relative to the root."""
 
     files: list[tuple[bytes, int, int]]  # name, size, time
     directories: list[tuple[bytes, tuple[int, int]]]  # name, device and inode
