@@ -100,13 +100,14 @@ def features(argv: Sequence[str]) -> int:
 
 def _columns(batches: Iterator[Columns], dataset: Dataset, found: list[int]) -> Iterator[Columns]:
     """Yields each batch with the names of its files and classes, where there are such; adds its images to `found`."""
+    has_names = bool(dataset.file_name(0))
     for batch in batches:
         index, label = batch.pop("index"), batch.pop("label")
         found += index.tolist()
         names = {} if _IMAGES.value else {"index": index}
         if dataset.num_classes:
             names["label"] = label
-        if dataset.file_name(0):
+        if has_names:
             names["file"] = np.array([dataset.file_name(number) for number in index.tolist()], str)
         if dataset.num_classes:
             names["class"] = np.array([dataset.class_names[number] if number >= 0 else "" for number in label], str)

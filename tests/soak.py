@@ -148,7 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bash tests/soak.sh")
     parser.add_argument("--preemptions", type=int, default=20)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--corruptions", type=int, default=10, help="at least so many checkpoints")
+    parser.add_argument("--corruptions", type=int, default=10, help="the least number of checkpoints")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--workdir", type=Path, default=None)
     given = parser.parse_args()

@@ -10,7 +10,7 @@ from tests.runs import smoke_config
 
 
 class Device:
-    """What an accelerator tells of itself."""
+    """An accelerator with its memory, as JAX describes one."""
 
     device_kind = "a chip"
 

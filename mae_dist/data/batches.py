@@ -144,6 +144,7 @@ class Batches:
         self._num_left = num_batches
         self._num_read = 0
         self._num_bad = 0
+        self._bad_positions: set[int] = set()  # of the dataset, whose names are in bad_records
         # A batch of a worker lies in shared memory, which must be given back before the iterator is closed, while JAX
         # may hold on to the batch for longer.
         self._own = np.array if num_workers else np.asarray
@@ -170,9 +171,10 @@ class Batches:
 
     def _count(self, bad: np.ndarray) -> None:
         self._num_bad += len(bad)
-        names = [self._dataset.fault(int(index)) for index in np.unique(bad)]
-        new = [name for name in names if name not in self.bad_records]
-        if new:
+        positions = set(bad.tolist()) - self._bad_positions
+        if positions:
+            new = [self._dataset.fault(index) for index in sorted(positions)]  # reads the record again, for the reason
+            self._bad_positions |= positions
             _LOG.warning("passed over %d records that do not decode: %s", len(new), ", ".join(new))
             self.bad_records += new
         allowed = self._dataset.max_bad_share * max(self._num_read, min(_FRACTION_OVER, self._dataset.total_examples))

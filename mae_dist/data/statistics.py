@@ -28,7 +28,7 @@ def measure(dataset: Dataset, *, limit: int = 0, max_value: float = 0.0) -> Stat
 
     Args:
       dataset: whose images are read; those that cannot be are passed over.
-      limit: at most so many images, evenly spaced; 0: all.
+      limit: the most images that are read, evenly spaced; 0: all.
       max_value: the top of uint16's range; 0: 65535.
 
     Returns:

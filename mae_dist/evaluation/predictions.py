@@ -1,4 +1,4 @@
-"""What a classifier makes of images: its features and logits, and the names of its classes.
+"""Features and logits of images by a classifier, and the names of its classes.
 
 Shapes: B images, D width, Y classes.
 """

@@ -49,7 +49,7 @@ _SHORT_SIDE = flags.DEFINE_integer(
 _QUALITY = flags.DEFINE_integer("quality", 90, "With --short_side: of the JPEGs.", 1, 100)
 _STATS = flags.DEFINE_bool("stats", False, "Measure data.mean and data.std, of the training split of the config.")
 _LIMIT = flags.DEFINE_integer(
-    "limit", 0, "Only so many images of each split; with --stats of the training split (default 10000).", lower_bound=0
+    "limit", 0, "The most images of each split; with --stats of the training split (default 10000).", lower_bound=0
 )
 _ALLOW_INCOMPLETE = flags.DEFINE_bool("allow_incomplete", False, "Accept archives that hold not all of ImageNet.")
 _SKIP_UNDECODABLE = flags.DEFINE_bool(

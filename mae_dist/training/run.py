@@ -87,6 +87,7 @@ class Run:
         self.evaluated: dict[str, float] = {}  # what was evaluated after the current update
         self.skipped_runs: list[jax.Array] = []  # of the steps since the last log step, still on the device
         self.longest_skipped_run = 0
+        self.num_bad_named = 0  # records in bad_files.txt by this start
         self._compilation = compilation
         self._train_step: TrainStep | None = None  # once it is compiled
 
@@ -198,7 +199,9 @@ class Run:
         bad_records = [*self.job.data.train.bad_records, *self.host_batches.bad_records]
         if bad_records:
             values["bad_records"] = len(bad_records)
+        if len(bad_records) > self.num_bad_named:  # which reads and writes a file
             name_bad_files(self.workdir, bad_records)
+            self.num_bad_named = len(bad_records)
         self.recorder.write_scalars(step, {**values, **self.throughput.log(step)})
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
 

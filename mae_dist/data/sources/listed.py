@@ -1,4 +1,4 @@
-"""What sources of many image files have in common: splits by names and hashes, numbered labels, the type of the images.
+"""Splits by names and hashes, numbered labels and the images' type, for all sources of many image files.
 
 Examples are in the order of a hash of their names, so that any slice of a split is a random part of it, and an image
 stays in its split when others are added.
