@@ -20,8 +20,8 @@
 #   --dry_run               print the commands, run none
 #   --                      the rest goes to mae_dist.main
 #
-# Exit code: the trainer's (README.md); 1 and 2 also for what kept it from starting; 130 after Ctrl-C. However it ends, by
-# Ctrl-C or a closed terminal too (tmux, nohup), it deletes the machine; one that was killed by -9 cannot.
+# Exit code: the trainer's (docs/preemption.md); 1 and 2 also for what kept it from starting; 130 after Ctrl-C. However
+# it ends, by Ctrl-C or a closed terminal too (tmux, nohup), it deletes the machine; one that was killed by -9 cannot.
 set -euo pipefail
 
 # shellcheck source=launch/gcp_vm.sh

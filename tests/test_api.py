@@ -5,7 +5,6 @@ import gc
 import json
 import logging
 import math
-import re
 import shutil
 import signal
 import subprocess
@@ -230,22 +229,3 @@ def test_installed_from_a_wheel(child_env, tmp_path):
     )
     assert done.returncode == mae_dist.errors.EXIT_CONFIG, done.stderr
     assert "total_steps=-1 must not be negative" in done.stderr
-
-
-@pytest.mark.long
-def test_the_script_in_the_readme(child_env, tmp_path):
-    """A masking strategy of the user's own, trained, its pictures and features, without a command."""
-    (script,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert "mae_dist.masking.register" in script
-    script = script.replace('"left"\n', '"left"\nconfig.total_steps = 4\n', 1)
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", script],
-        env=child_env(devices=1),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"done \d\.\d+ \(32, 16, 16, 3\) \(32, 32\)\n", done.stdout), done.stdout

@@ -63,7 +63,7 @@ def outcome(body: str, redirect: str = "", **env: str) -> tuple[int, str]:
     ],
 )
 def test_codes_of_a_command(body, code, words):
-    """The table of README: a fault is one line, a bug its traceback; a signal kills what has nothing to save."""
+    """The table of the guide: a fault is one line, a bug its traceback; a signal kills what has nothing to save."""
     found, output = outcome(body)
     assert found == code, output
     assert re.search(words, output.strip(), re.DOTALL), output
@@ -253,7 +253,7 @@ def test_abort(address, phase, body, code, words):
 # --- the tables
 
 
-@pytest.mark.parametrize("name", ["README.md", "BUILD.md"])
+@pytest.mark.parametrize("name", ["docs/preemption.md", "BUILD.md"])
 def test_every_code_is_documented(name):
     """Once, and no other."""
     _, table = re.split(r"^\| (?:Exit code|Code) \| (?=Meaning|`mae)", (ROOT / name).read_text(), flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Every shipped config begins from every kind of weights that README names, and really trains on from them.
+"""Every shipped config begins from every kind of weights that the guides name, and really trains on from them.
 
 One cell is one recipe and one kind of source: the source is opened as the command opens it, checked, read and put in
 place, its weights are compared with those that were written, and two updates are done. So that this takes seconds,
