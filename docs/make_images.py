@@ -12,7 +12,6 @@ from PIL import Image
 
 import mae_dist
 from mae_dist.data.from_config import open_dataset
-from mae_dist.evaluation.knn_ridge import nearest
 
 OUT = Path(__file__).parent / "images"
 SIDE, GAP = 100, 6  # of an image in the pictures, and between two, in pixels
@@ -46,7 +45,7 @@ def main(workdir: str) -> None:
 
     queries = test["image"][[first[label][0] for label in (8, 7, 1, 0)]]
     encoder = run.encoder()
-    found, _ = nearest(encoder.features(train), encoder.features(queries), COLUMNS - 1)
+    found, _ = mae_dist.neighbours(encoder.features(train), encoder.features(queries), COLUMNS - 1)
     rows = [np.concatenate([query[None], train[near]]) / 255 for query, near in zip(queries, found, strict=True)]
     sheet(rows, apart=14).save(OUT / "neighbours.jpg", quality=90)
 
