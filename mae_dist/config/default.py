@@ -46,10 +46,10 @@ def get_config() -> ConfigDict:
     config.model.depth = 3  # encoder blocks
     config.model.num_heads = 4  # encoder attention heads; divides embed_dim
     config.model.mlp_ratio = 2.0  # encoder MLP width / embed_dim
-    config.model.decoder_embed_dim = 64
-    config.model.decoder_depth = 1
-    config.model.decoder_num_heads = 4
-    config.model.decoder_mlp_ratio = 2.0
+    config.model.decoder_embed_dim = 64  # decoder width
+    config.model.decoder_depth = 1  # decoder blocks
+    config.model.decoder_num_heads = 4  # decoder attention heads; divides decoder_embed_dim
+    config.model.decoder_mlp_ratio = 2.0  # decoder MLP width / decoder_embed_dim
     config.model.mask_ratio = 0.75  # fraction of patches removed; int(patches * (1 - mask_ratio)) are kept
     config.model.masking = "random"  # random (per example) | grid (regular) | block (rectangles) | user (mask_file)
     config.model.mask_file = ""  # for user: .npy (rows, columns) of patches, 1 = removed; replaces mask_ratio
@@ -59,8 +59,8 @@ def get_config() -> ConfigDict:
     config.model.layer_scale_init = 0.0  # initial value of LayerScale; 0: no LayerScale
     config.model.norm_eps = 1e-6  # of every LayerNorm, as in the paper's code; Hugging Face's default is 1e-12
     config.model.drop_path = 0.0  # stochastic depth of the last encoder block, rising linearly from 0
-    config.model.dropout = 0.0
-    config.model.qkv_bias = True
+    config.model.dropout = 0.0  # probability that a value is dropped, after the position embedding and in every block
+    config.model.qkv_bias = True  # biases for queries, keys and values
     config.model.gelu = "exact"  # exact | tanh (its approximation)
     config.model.dtype = "float32"  # compute: float32 | bfloat16; parameters, softmax, norms and loss stay float32
     config.model.scan = False  # compile one block and loop over it: much faster compilation for deep models
@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     config.classify.pool = "gap"  # gap (mean over patches) | cls (class token); also for online
     config.classify.norm_after_pool = False  # True: a new LayerNorm after pooling instead of the encoder's last
     config.classify.batch_norm = False  # probe: a BatchNorm without scale and bias before the head, as in the paper
-    config.classify.label_smoothing = 0.0
+    config.classify.label_smoothing = 0.0  # fraction of each target that is spread evenly over all classes
     config.classify.mixup = 0.0  # finetune: alpha of mixup, each image with its neighbour in the batch; the paper: 0.8
     config.classify.cutmix = 0.0  # finetune: alpha of cutmix; the paper: 1.0
     config.classify.mix_prob = 1.0  # probability that an image is mixed, if mixup or cutmix is on
@@ -88,9 +88,9 @@ def get_config() -> ConfigDict:
     config.optim.schedule = "cosine"  # cosine | constant, after the warm-up
     config.optim.final_lr = 0.0  # the cosine's last value
     config.optim.warmup_epochs = 20.0  # linear warm-up from 0; at most total_epochs
-    config.optim.b1 = 0.9
-    config.optim.b2 = 0.95
-    config.optim.eps = 1e-8
+    config.optim.b1 = 0.9  # of adamw: decay of the gradient's running mean
+    config.optim.b2 = 0.95  # of adamw: decay of the squared gradient's running mean
+    config.optim.eps = 1e-8  # of adamw: added to the root of that mean
     config.optim.momentum = 0.9  # of sgd and lars
     config.optim.trust_coefficient = 1e-3  # of lars
     config.optim.weight_decay = 0.05  # not on biases, norms and LayerScale
@@ -106,9 +106,9 @@ def get_config() -> ConfigDict:
     # Where TFDS keeps data sets, may be gs://…; "": $TFDS_DATA_DIR or ~/tensorflow_datasets. For folder, tar and
     # parquet the directory of the files; or several, separated by commas; a text file of paths; or a glob.
     config.data.data_dir = ""
-    config.data.train_split = "train[:80%]"
-    config.data.val_split = "train[80%:]"
-    config.data.test_split = "test"
+    config.data.train_split = "train[:80%]"  # a name, with or without a slice; several are joined by "+"
+    config.data.val_split = "train[80%:]"  # for evaluations during training; "": none
+    config.data.test_split = "test"  # for pictures, and evaluated after the last step; "": none
     # folder: none | folders (a directory per class) | csv:FILE (path,label[,split]); tar: none | cls (a member .cls, or
     # "label" in .json); parquet: none | column:NAME
     config.data.labels = "none"
@@ -163,16 +163,16 @@ def get_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 500  # and always at the end; 0: by minutes only
     config.checkpoint.every_minutes = 10.0  # at the first log step this long after the last save; 0: by steps only
-    config.checkpoint.keep_latest = 2
+    config.checkpoint.keep_latest = 2  # how many of the newest checkpoints are kept
     config.checkpoint.keep_every_steps = 0  # > 0, a multiple of every_steps: keep all checkpoints at its multiples
     config.checkpoint.keep_best = ""  # save every evaluated step, keep the best by val_loss, val_top1, val_knn_top1, …
     config.checkpoint.retries = 3  # of a failed save, after 1, 4 and 16 s; several processes restart instead
 
     config.deadlines = ConfigDict()  # seconds without progress after which a process ends ("stalled"); 0: never
     config.deadlines.start_secs = 1800.0  # each of joining, opening data, restoring, compiling
-    config.deadlines.step_secs = 600.0
+    config.deadlines.step_secs = 600.0  # for one step, or writing a profile
     config.deadlines.data_secs = 600.0  # waiting for one batch
-    config.deadlines.checkpoint_secs = 1800.0
+    config.deadlines.checkpoint_secs = 1800.0  # as long as a save keeps training waiting
     config.deadlines.evaluate_secs = 1800.0  # for one batch
     config.deadlines.peer_secs = 60.0  # since another process's last heartbeat ("peer lost")
 
