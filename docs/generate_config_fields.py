@@ -19,7 +19,7 @@ HEAD = """\
 
 <!-- Written by docs/generate_config_fields.py from mae_dist/config/default.py: change the comments there. -->
 
-Every field with its default. Set one on the command line with `--config.<field>=<value>`, for example:
+Every field with its default. Set one on the command line with `--config.field=value`, for example:
 
 ```sh
 python -m mae_dist.main --config smoke --config.model.depth=6 --config.data.crop_scale='(0.5, 1.0)'
