@@ -1,16 +1,14 @@
-"""The package as a library: trained and opened from Python, its commands by name, its files as a wheel has them."""
+"""The package as a library: trained and opened from Python, its commands by name."""
 
 import concurrent.futures
 import gc
 import json
 import logging
 import math
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-import tomllib
 import warnings
 from pathlib import Path
 
@@ -204,28 +202,3 @@ def test_commands_by_name(child_env):
 
 
 @pytest.mark.long
-def test_installed_from_a_wheel(child_env, tmp_path):
-    """Laid out as pyproject.toml has it, in an empty directory: configs are found by name, the program too."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    places = {**{name: name for name in wheel["packages"]}, **wheel["force-include"]}
-    for source, place in places.items():
-        shutil.copytree(ROOT / source, tmp_path / "site" / place, ignore=shutil.ignore_patterns("__pycache__"))
-    assert [path.name for path in (tmp_path / "site").iterdir()] == ["mae_dist"]
-    assert (tmp_path / "site/mae_dist/py.typed").exists()
-    module, _, function = project["project"]["scripts"]["mae-dist"].partition(":")
-    program = f"""if True:
-        import sys, mae_dist
-        from {module} import {function}
-        assert "jax" not in sys.modules
-        assert mae_dist.__file__.startswith({str(tmp_path)!r}), mae_dist.__file__
-        assert mae_dist.get_config("cifar_small_probe").task == "probe"
-        sys.argv[1:] = ["train", "--config", "smoke", "--config.total_steps=-1"]
-        {function}()
-    """
-    env = child_env() | {"PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == mae_dist.errors.EXIT_CONFIG, done.stderr
-    assert "total_steps=-1 must not be negative" in done.stderr
