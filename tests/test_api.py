@@ -199,6 +199,3 @@ def test_commands_by_name(child_env):
     assert "no command 'trian'. Did you mean 'train'?" in run("mae_dist", "trian")[1]
     assert run("mae_dist", "train", "--help") == run("mae_dist.main", "--help")
     assert run("mae_dist", "train", "--wrkdir=x") == run("mae_dist.main", "--wrkdir=x")
-
-
-@pytest.mark.long
