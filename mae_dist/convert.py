@@ -1,7 +1,8 @@
 """Converts trained weights to another layout: `python -m mae_dist.convert --source S --out O --to hf|timm|mae_dist`.
 
-S is the workdir of a run, a directory in Hugging Face's layout (ViTMAE, or ViT for a classifier), or a `.pth` or
-`.safetensors` file in timm's, which the paper's own code extends by a decoder. O is written completely or not at all.
+S is the workdir of a run, a directory in Hugging Face's layout (ViTMAE, or ViT for a classifier), a `.pth` or
+`.safetensors` file in timm's, which the paper's own code extends by a decoder, or one of these on the Hugging Face hub,
+as `hf://OWNER/NAME`. O is written completely or not at all.
 """
 
 from collections.abc import Sequence
@@ -10,11 +11,12 @@ from absl import flags
 
 from mae_dist import cli, errors
 from mae_dist.parallel import processes
-from mae_dist.storage import absolute
 from mae_dist.weights import layouts, pretrained
 from mae_dist.weights.convert import convert_weights
 
-_SOURCE = flags.DEFINE_string("source", None, "Workdir, Hugging Face directory, or file in timm's layout.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Workdir, Hugging Face directory, file in timm's layout, or hf://OWNER/NAME."
+)
 _OUT = flags.DEFINE_string("out", None, "A directory for hf and mae_dist, a file for timm.", allow_override=True)
 _TO = flags.DEFINE_enum("to", None, [*layouts.LAYOUTS, "mae_dist"], "The layout to write.")
 _IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Height,width to interpolate positions for.")
@@ -28,7 +30,7 @@ def convert(argv: Sequence[str]) -> int:
     processes.quiet_unless_primary()
     path, to = cli.required(_SOURCE), cli.required(_TO)
     out = cli.new_local_path(cli.required(_OUT))
-    source = pretrained.open_pretrained(absolute(path), cli.given_config())
+    source = pretrained.open_source(path, cli.given_config())
     groups, count = convert_weights(
         source,
         out,

@@ -23,7 +23,7 @@ from mae_dist.model import patches
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.build import functional
 from mae_dist.parallel import processes
-from mae_dist.storage import absolute, appearing, storage_errors, write_bytes_atomically
+from mae_dist.storage import appearing, storage_errors, write_bytes_atomically
 from mae_dist.tasks.pretrain import make_pictures
 from mae_dist.weights import pretrained
 
@@ -45,7 +45,7 @@ def export(argv: Sequence[str]) -> int:
     if unknown or not _PLATFORMS.value:
         raise errors.ConfigError(f"--platforms={','.join(_PLATFORMS.value)}: choose of cpu, cuda, rocm and tpu")
     out = cli.new_local_path(out_value)
-    source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
+    source = pretrained.open_source(workdir, cli.given_config())
     function, arguments = make_function(source, _WHAT.value, _INPUT.value)
     exported = jax.export.export(jax.jit(function), platforms=_PLATFORMS.value)(*arguments.values())
     with appearing(out) as temporary, storage_errors(out):

@@ -33,7 +33,7 @@ from mae_dist.evaluation.encode import KINDS
 from mae_dist.evaluation.evaluate import Columns
 from mae_dist.model import patches
 from mae_dist.parallel import processes
-from mae_dist.storage import absolute, appearing, storage_errors
+from mae_dist.storage import appearing, storage_errors
 from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the encoder is.", allow_override=True)
@@ -61,7 +61,7 @@ def features(argv: Sequence[str]) -> int:
     start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
     cli.join_processes()
     out = cli.new_local_path(out_value)
-    source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
+    source = pretrained.open_source(workdir, cli.given_config())
     if _IMAGES.value:
         dataset = own_images.open_images(_IMAGES.value, source.config)
         config = extract.with_devices(source, cli.given_config(), dataset.num_examples)

@@ -65,7 +65,7 @@ def knn(argv: Sequence[str]) -> int:
         raise errors.ConfigError("--against and --out are for the neighbours of --images; give these too")
     start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
     cli.join_processes()
-    source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
+    source = pretrained.open_source(workdir, cli.given_config())
     return _search(source) if _IMAGES.value else _classify(source)
 
 

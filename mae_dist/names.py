@@ -9,12 +9,28 @@ import re
 import sys
 
 BUCKET = "gs://"
+HUB = "hf://"
 _EPATH_ROOTS = ("/gs/", "/s3/", "/az/", "/hf/")  # etils.epath takes what lies below them for objects of buckets
+_REPO, _REVISION = r"(?P<repo>\w[\w.-]*/\w[\w.-]*)", r"(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+)"
+_HUB_PLACE = re.compile(rf"{_REPO}(?:@{_REVISION})?(?P<path>(?:/(?!\.\.?(?:/|$))[^/@]+)*/?)", re.ASCII)
+# What is typed or copied instead: hf:/OWNER/NAME, and addresses of the hub's pages.
+_HUB_PAGE = re.compile(
+    r"(?:hf:/{0,3}|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)"
+    rf"(?:{_REPO}(?:/(?:tree|blob|resolve|raw)/{_REVISION})?(?P<path>(?:/[^/?#]+)*))?",
+    re.ASCII | re.IGNORECASE,
+)
 _CONTROL = "".join(map(chr, (*range(32), 127)))
 
 
 def scheme_fault(path: str) -> str:
     """Returns the fault in the beginning of a path as given: a file of this machine, or gs://."""
+    if path.startswith(HUB):
+        return (
+            f"{path!r} is on the Hugging Face hub, which only weights are read from (init_from, and what a command "
+            "reads a model from); here give a path of this machine, or gs://BUCKET/…"
+        )
+    if fault := hub_fault(path):
+        return fault
     scheme = re.match(r"\w+:/+", path)
     if scheme is None or scheme[0] == BUCKET:
         return ""
@@ -22,6 +38,44 @@ def scheme_fault(path: str) -> str:
         f"{path!r} begins with {scheme[0]!r}; give a path of this machine, or gs://BUCKET/… of Google Cloud Storage "
         f"(a directory that really has such a name is './{path}')"
     )
+
+
+def hub_fault(name: str) -> str:
+    """Returns the fault of a place on the Hugging Face hub, or of a text that was meant as one; "" for other paths."""
+    if name.startswith(HUB):
+        place = name.removeprefix(HUB)
+        if re.match(r"(datasets|spaces)/[^/]+/", place):
+            return f"{name!r} is no model; weights are in the repositories of models: {HUB}OWNER/NAME"
+        if _HUB_PLACE.fullmatch(place):
+            return ""
+        return (
+            f"{name!r} is no place on the Hugging Face hub; write {HUB}OWNER/NAME, if needed with @REVISION (a branch, "
+            "tag or commit) after the name and then a directory or file of the repository"
+        )
+    page = _HUB_PAGE.match(name)
+    if page is None:
+        return ""
+    owner_and_name, revision, path = page["repo"] or "OWNER/NAME", page["revision"] or "main", page["path"] or ""
+    right = HUB + owner_and_name + ("" if revision == "main" else f"@{revision}") + path.rstrip("/")
+    return f"{name!r}: a model of the Hugging Face hub is named {right} (a file that has such a name is './{name}')"
+
+
+def hub_parts(name: str) -> tuple[str, str, str]:
+    """Returns OWNER/NAME, the revision and the path in the repository of a place without `hub_fault`; "" if not given.
+
+    A revision with slashes is written with %2F, except the hub's own `refs/pr/N`.
+    """
+    found = _HUB_PLACE.fullmatch(name.removeprefix(HUB))
+    assert found is not None, name
+    return found["repo"], (found["revision"] or "").replace("%2F", "/"), found["path"].strip("/")
+
+
+def without_revision(path: str) -> str:
+    """Returns a place on the hub without its revision, any other path as it is."""
+    if not path.startswith(HUB) or hub_fault(path):
+        return path
+    repo, _, inside = hub_parts(path)
+    return HUB + repo + (f"/{inside}" if inside else "")
 
 
 def path_fault(path: str) -> str:

@@ -17,7 +17,7 @@ from mae_dist import cli, errors
 from mae_dist.cpu import start
 from mae_dist.evaluation import extract, own_images, predictions
 from mae_dist.parallel import processes
-from mae_dist.storage import absolute, appearing, storage_errors
+from mae_dist.storage import appearing, storage_errors
 from mae_dist.weights import pretrained
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the classifier is.", allow_override=True)
@@ -35,7 +35,7 @@ def predict(argv: Sequence[str]) -> int:
     start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
     cli.join_processes()
     out = cli.new_local_path(out_value)
-    source = pretrained.open_pretrained(absolute(workdir), cli.given_config())
+    source = pretrained.open_source(workdir, cli.given_config())
     dataset = own_images.open_images(images, source.config)
     compute = predictions.prepare(source, extract.with_devices(source, cli.given_config(), dataset.num_examples))
     class_names = predictions.class_names(source)

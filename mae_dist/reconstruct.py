@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from mae_dist import cli, errors
+from mae_dist import cli, errors, names
 from mae_dist import config as config_lib
 from mae_dist.data import FirstExamples
 from mae_dist.data.from_config import open_dataset
@@ -53,9 +53,9 @@ _DATA_DIR = flags.DEFINE_string(
 def reconstruct(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     cli.refuse_arguments(argv)
-    workdir = absolute(cli.required(_WORKDIR))
+    workdir = cli.required(_WORKDIR)
     processes.quiet_unless_primary()
-    source = pretrained.open_pretrained(workdir, cli.given_config())
+    source = pretrained.open_source(workdir, cli.given_config())
     has_decoder = kind_of(source.config).has_decoder and "decoder" in source.abstract
     if not (has_decoder or _PCA.value):
         what = f"is a {source.config.task}: it has" if not kind_of(source.config).has_decoder else "has"
@@ -68,7 +68,9 @@ def reconstruct(argv: Sequence[str]) -> int:
         config = extract.with_devices(source, cli.given_config())
         dataset = own_images.open_images(_IMAGES.value, config)
     else:
-        out = absolute(_OUT.value) if _OUT.value else workdir / "pictures" / f"{place}_{source.step:08d}.png"
+        own = not workdir.startswith(names.HUB)  # a directory to write to
+        out = cli.required(_OUT) if _OUT.value or not own else f"{workdir}/pictures/{place}_{source.step:08d}.png"
+        out = absolute(out)
         config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
         if not (split := config.data[f"{place}_split"]):
             raise errors.ConfigError(f"--split={place}: the run has no such split (data.{place}_split is '')")

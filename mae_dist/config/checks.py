@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from ml_collections import ConfigDict
 
+from mae_dist import names
 from mae_dist.config import default
 from mae_dist.config.imports import import_modules
 from mae_dist.config.stored import flatten, get
@@ -201,6 +202,10 @@ def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:
                 yield f"{field}={value} {needed}"
     for field in PATHS:
         if field.startswith(prefix) and (value := get(config, field)):
+            if field == "init_from" and value.startswith(names.HUB):
+                if fault := names.hub_fault(value):
+                    yield f"{field}: {fault}"
+                continue
             try:
                 absolute_name(value)
             except ConfigError as error:
@@ -318,6 +323,10 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if config.checkpoint.every_steps == 0 and config.checkpoint.every_minutes == 0:
         yield "checkpoint.every_steps=0 and checkpoint.every_minutes=0: nothing would be saved before the end; set one"
     yield from _retention_faults(config.checkpoint)
+    if config.init_commit and not config.init_from.startswith(names.HUB):
+        yield f"init_commit={config.init_commit!r} is for init_from=hf://OWNER/NAME; set it to '' without one"
+    elif config.init_commit and not re.fullmatch("[0-9a-f]{40}", config.init_commit):
+        yield f"init_commit={config.init_commit!r} is no whole commit, 40 hexadecimal digits; or set it to ''"
     if not kind.trains_encoder and not config.init_from:
         yield f"task={config.task!r} needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
     pools = not kind.has_decoder or config.online.every_epochs or config.online.every_steps

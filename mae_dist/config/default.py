@@ -13,7 +13,8 @@ def get_config() -> ConfigDict:
     config.name = "default"  # names the run: the workdir is runs/<name> unless --workdir says otherwise
     config.task = "pretrain"  # pretrain | probe (frozen encoder) | finetune (all weights; no init_from: from scratch)
     config.imports = ()  # your modules that register tasks, masking strategies, sources, optimizers, augmentations
-    config.init_from = ""  # start from these weights: a workdir, a converted model, Hugging Face's or timm's layout
+    config.init_from = ""  # start from these weights: a workdir, a converted model, HF's or timm's layout, hf://…
+    config.init_commit = ""  # of hf://…: the commit to take; "": that of the first start, which the run writes here
     config.init_inflate = False  # init_from: spread its patch embedding over other model.channels; the decoder is new
     config.seed = 0  # of everything random: initial weights, data order, augmentation, masks, dropout
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mae_dist import names
 from mae_dist.config import default
 from mae_dist.config.imports import import_modules
 from mae_dist.task_kinds import TASK_KINDS
@@ -87,7 +88,11 @@ def from_json(text: str, *, for_use: bool = True) -> ConfigDict:
 
 def last_name(path: str) -> str:
     """Returns the name of a directory or file, which still identifies weights that were moved."""
-    return os.path.basename(path.rstrip("/"))
+    return os.path.basename(names.without_revision(path).rstrip("/"))
+
+
+def _on_hub(path: str) -> bool:
+    return path.startswith(names.HUB)
 
 
 def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
@@ -97,8 +102,10 @@ def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
     for field in sorted(before.keys() | after.keys()):
         ignored = any(field == name or field.startswith(f"{name}.") for name in ignore)
         a, b = before.get(field, "(absent)"), after.get(field, "(absent)")
-        if field == "init_from" and last_name(a) == last_name(b):
+        if field == "init_from" and last_name(a) == last_name(b) and not (_on_hub(a) and _on_hub(b)):
             continue  # the weights may have been moved since
+        if field == "init_commit" and not b:
+            continue  # the run finds it
         if not ignored and a != b:
             lines.append(f"{field}: {a!r} -> {b!r}")
     return lines

@@ -20,7 +20,6 @@ from mae_dist.evaluation.own_images import Paths, are_paths, check_images, open_
 from mae_dist.model import patches
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.parallel.shardings import replicated
-from mae_dist.storage import absolute
 from mae_dist.weights import pretrained
 
 
@@ -115,11 +114,12 @@ def load_encoder(path: str | os.PathLike[str], config: ConfigDict | None = None)
 
     Args:
       path: the workdir of a run (its newest checkpoint), a directory written by `mae_dist.convert`, one in Hugging
-        Face's layout (ViTMAE or ViT), or a `.pth` or `.safetensors` file in timm's.
+        Face's layout (ViTMAE or ViT), or a `.pth` or `.safetensors` file in timm's; or `hf://OWNER/NAME[@REVISION]`
+        for such a directory on the Hugging Face hub, with a path in it for a subdirectory or a file.
       config: for timm's layout, whose files do not say the number of heads nor the scaling of pixels: a config with
         both. Without it, those of the published models are assumed, and logged.
 
     Raises:
-      DataFault, StorageFault, ConfigError: as `mae_dist.weights.pretrained.open_pretrained`.
+      DataFault, StorageFault, ConfigError: as `mae_dist.weights.pretrained.open_source`.
     """
-    return Encoder(pretrained.open_pretrained(absolute(path), config))
+    return Encoder(pretrained.open_source(path, config))

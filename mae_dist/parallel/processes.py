@@ -4,6 +4,7 @@ import logging as python_logging
 import math
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,6 +138,27 @@ def send_to_first(key: str, text: str, timeout_secs: float) -> list[str] | None:
             raise TimeoutError(f"process {index} has not sent {key} within {timeout_secs:.0f} s") from error
     client.key_value_delete(f"{key}/")
     return texts
+
+
+def from_first(key: str, make: Callable[[], str], timeout_secs: float) -> str:
+    """Returns in every process what `make` returns in process 0, for which the others wait.
+
+    Args:
+      key: that no other use has; the same in all processes.
+      make: called in process 0 only.
+      timeout_secs: after which the others raise a `TimeoutError`.
+    """
+    if jax.process_count() == 1:
+        return make()
+    client, _ = coordination()
+    if is_primary():
+        text = make()
+        client.key_value_set(key, text)
+        return text
+    try:
+        return client.blocking_key_value_get(key, math.ceil(1000 * timeout_secs))
+    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError(f"process 0 has not sent {key} within {timeout_secs:.0f} s") from error
 
 
 def is_primary() -> bool:

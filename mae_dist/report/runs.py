@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist import names
 from mae_dist.checkpoint import reader
 from mae_dist.errors import StorageFault, UserError
 from mae_dist.metrics import goodput
@@ -20,6 +21,7 @@ from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import read_summary
 from mae_dist.storage import absolute, children_of, read_text, storage_errors
 from mae_dist.task_kinds import kind_of
+from mae_dist.weights import hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ def collect(workdirs: Sequence[epath.Path]) -> tuple[list[Run], list[str]]:
 
 def _read(workdir: epath.Path) -> Run:
     config = reader.read_config(workdir)
-    run = Run(workdir, config, config.name, origins=_find_origins(config.init_from, workdir))
+    run = Run(workdir, config, config.name, origins=_find_origins(config, workdir))
     for name, read in (("records", read_metrics), ("starts", goodput.read_starts), ("summary", read_summary)):
         try:
             setattr(run, name, read(workdir))
@@ -176,22 +178,27 @@ def _read(workdir: epath.Path) -> Run:
     return run
 
 
-def _find_origins(init_from: str, workdir: epath.Path) -> list[Origin]:
+def _find_origins(config: ConfigDict, workdir: epath.Path) -> list[Origin]:
     """Returns the weights at `init_from`, those that they were trained from, and so on."""
     origins: list[Origin] = []
-    while init_from and len(origins) < 10:  # a cycle would never end
-        origins.append(origin := _find_origin(init_from, workdir))
+    while config.init_from and len(origins) < 10:  # a cycle would never end
+        origins.append(origin := _find_origin(config, workdir))
         if origin.place is None or origin.config is None:
             break
-        init_from, workdir = origin.config.init_from, origin.place
+        config, workdir = origin.config, origin.place
     return origins
 
 
-def _find_origin(init_from: str, workdir: epath.Path) -> Origin:
-    """Returns the weights at `init_from`, or beside the run if both were moved."""
-    places = [workdir.parent / config_lib.last_name(init_from)]
-    with contextlib.suppress(UserError):  # a bucket out of reach
-        places.insert(0, absolute(init_from))
+def _find_origin(config: ConfigDict, workdir: epath.Path) -> Origin:
+    """Returns the weights at `init_from`, or beside the run if both were moved; those of the hub if it was cached."""
+    init_from = config.init_from
+    if init_from.startswith(names.HUB):
+        found = hub.cached(init_from, config.init_commit)
+        places = [] if found is None else [found]
+    else:
+        places = [workdir.parent / config_lib.last_name(init_from)]
+        with contextlib.suppress(UserError):  # a bucket out of reach
+            places.insert(0, absolute(init_from))
     for place in places:
         try:
             text = read_text(place / "config.json")

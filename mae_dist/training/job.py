@@ -34,7 +34,6 @@ from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import overview as parallel_overview
 from mae_dist.parallel import shardings as sharding
 from mae_dist.parallel.mesh import AXES, make_mesh, mesh_shape
-from mae_dist.storage import absolute
 from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import Batch, Task
 from mae_dist.tasks.make import make_task
@@ -136,7 +135,7 @@ class Job:
         new = jax.jit(self.init, out_shardings=self.shardings, compiler_options=options)(np.uint32(self.config.seed))
         if not self.config.init_from:
             return new
-        source = pretrained.open_pretrained(absolute(self.config.init_from), self.config)
+        source = _open_init_from(self.config)
         if self.config.model.layer_scale_init and not source.config.model.layer_scale_init:
             logging.info("%s has no LayerScale: it begins as 1 in every block, the same function", source.origin)
             source = pretrained.with_unit_layer_scale(source)
@@ -235,11 +234,15 @@ def _check_data(config: ConfigDict, data: Data) -> None:
         )
 
 
+def _open_init_from(config: ConfigDict) -> pretrained.Pretrained:
+    return pretrained.open_source(config.init_from, config, commit=config.init_commit)
+
+
 def _scaled_as_weights(config: ConfigDict) -> ConfigDict:
     """Returns a config whose pixels, if their scaling is left open, are scaled as for the weights of `init_from`."""
     if config.data.mean or not config.init_from:
         return config
-    source = pretrained.open_pretrained(absolute(config.init_from), config).config
+    source = _open_init_from(config).config
     if source.model.channels == config.model.channels:
         config = config.copy_and_resolve_references().unlock()
         config.data.update(mean=source.data.mean, std=source.data.std)

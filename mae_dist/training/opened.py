@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
-from mae_dist import errors, storage
+from mae_dist import errors, names, storage
 from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
 from mae_dist.data import ArrayDataset
@@ -31,7 +31,7 @@ from mae_dist.model.build import Params
 from mae_dist.task_kinds import kind_of
 from mae_dist.training import job
 from mae_dist.training.run import with_features
-from mae_dist.weights import pretrained
+from mae_dist.weights import hub, pretrained
 
 SPLITS = ("train", "val", "test")
 
@@ -39,10 +39,20 @@ SPLITS = ("train", "val", "test")
 def open_run(workdir: str | os.PathLike[str]) -> "Run":
     """Opens the run in `workdir`, finished or not; nothing there is changed.
 
+    `hf://OWNER/NAME` is the copy of a workdir on the Hugging Face hub, which is downloaded with all its checkpoints.
+
     Raises:
       StorageFault: there is no run, or its config cannot be read.
+      UserError: as `mae_dist.weights.hub.download`.
     """
-    path = storage.absolute(workdir)
+    given = os.fsdecode(workdir)
+    if given.startswith(names.HUB):
+        downloaded = hub.download(given)
+        if not downloaded.is_run:
+            raise errors.StorageFault(f"{given} is no run of mae_dist; read its weights by mae_dist.load_encoder")
+        path = downloaded.path
+    else:
+        path = storage.absolute(given)
     return Run(path, reader.read_config(path))
 
 

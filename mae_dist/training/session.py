@@ -3,6 +3,7 @@
 The command adds what only a process of its own may do: flags, signal handlers, the watchdog, exit codes.
 """
 
+import contextlib
 import functools
 import os
 import warnings
@@ -15,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import errors, storage
+from mae_dist import errors, names, storage
 from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
 from mae_dist.data.check import check
@@ -26,6 +27,7 @@ from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.training import job, loop
 from mae_dist.training.run import name_bad_files
 from mae_dist.training.summary import Result
+from mae_dist.weights import hub
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
@@ -166,15 +168,20 @@ def _check_images(workdir: epath.Path, max_bad_share: float, watchdog: Watchdog,
 
 
 def _as_begun(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
-    """Returns a config whose mean and deviation, if they are to be measured, are those that its run measured before."""
-    if config.data.mean or not (workdir / "config.json").exists():
-        return config
-    try:
-        stored = reader.read_config(workdir)
-    except errors.StorageFault:  # reported where the run continues
-        return config
+    """Returns a config with what its run found out at its first start: mean and deviation, the commit of weights."""
+    of_hub = config.init_from.startswith(names.HUB)
+    stored = config
+    if (workdir / "config.json").exists() and (of_hub or not config.data.mean):
+        with contextlib.suppress(errors.StorageFault):  # reported where the run continues
+            stored = reader.read_config(workdir)
     config = config.copy_and_resolve_references().unlock()
-    config.data.update(mean=stored.data.mean, std=stored.data.std)
+    if not config.data.mean:
+        config.data.update(mean=stored.data.mean, std=stored.data.std)
+    if of_hub and stored.init_from == config.init_from:
+        config.init_commit = config.init_commit or stored.init_commit
+    if of_hub and not config.init_commit:  # one commit for all processes, whatever the revision is a moment later
+        secs = config.deadlines.start_secs or 86400.0
+        config.init_commit = processes.from_first("init_commit", lambda: hub.download(config.init_from).commit, secs)
     return config.lock()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist import names
 from mae_dist.errors import StorageFault
 
 # The fields that parameters depend on, by group; all must be equal to start from them.
@@ -58,7 +59,8 @@ def _conversion(config: ConfigDict, lines: Sequence[str]) -> str:
         return ""
     flags = [f"--image_size={model.image_size[0]},{model.image_size[1]}"] if "model.image_size" in fields else []
     flags += [f"--channels={model.channels}"] if "model.channels" in fields else []
-    out = f"{config.init_from.rstrip('/')}_converted"
+    is_hub = config.init_from.startswith(names.HUB)
+    out = f"{config_lib.last_name(config.init_from) if is_hub else config.init_from.rstrip('/')}_converted"
     learned = " --config.model.pos_embed=learned" if "model.image_size" in fields else ""
     return (
         f", or convert the weights first: python -m mae_dist.convert {shlex.join([f'--source={config.init_from}'])} "

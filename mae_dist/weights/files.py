@@ -27,8 +27,8 @@ from etils import epath
 from mae_dist.errors import ConfigError, DataFault
 from mae_dist.storage import is_local, storage_errors, write_bytes_atomically
 
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_FILES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 
 _SPARE = 2**26  # bytes that tensors may take beyond four times their file: small ones repeated along an axis
@@ -128,10 +128,10 @@ def _torch(what: str, instead: str) -> Any:
 
 
 def _read_directory(path: epath.Path) -> dict[str, np.ndarray]:
-    there = [name for name in _FILES if (path / name).is_file()]
+    there = [name for name in WEIGHT_FILES if (path / name).is_file()]
     if not there:
         raise DataFault(
-            f"the directory {path} holds none of {', '.join(_FILES)}; it holds "
+            f"the directory {path} holds none of {', '.join(WEIGHT_FILES)}; it holds "
             f"{some(sorted(entry.name for entry in path.iterdir()))}. Name the directory or the file of the weights"
         )
     if len(there) > 1:
@@ -140,19 +140,26 @@ def _read_directory(path: epath.Path) -> dict[str, np.ndarray]:
     return _read_index(found) if found.suffix == ".json" else _read_file(found)
 
 
-def _read_index(index: epath.Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of an index's shards, in its order."""
-    names = (read_json(index) or {}).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+def shards_of(index: epath.Path) -> dict[str, str]:
+    """Returns for each tensor that an .index.json names the name of its file, which is beside the index."""
+    shards = (read_json(index) or {}).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise DataFault(f'{index} has no "weight_map" from names of tensors to names of files; {_AGAIN}')
     suffix = Path(index.name.removesuffix(".index.json")).suffix
+    for shard in shards.values():
+        if not re.fullmatch(rf"[^/\\\0]+{re.escape(suffix)}", shard):
+            raise DataFault(f"{index} names the shard {_shown(shard)}, no {suffix} file beside it; {_AGAIN}")
+    return shards
+
+
+def _read_index(index: epath.Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of an index's shards, in its order."""
+    names = shards_of(index)
     shards: dict[str, set[str]] = {}
     for name, shard in names.items():
         shards.setdefault(shard, set()).add(name)
     merged = {}
     for shard, expected in shards.items():
-        if not re.fullmatch(rf"[^/\\\0]+{re.escape(suffix)}", shard):
-            raise DataFault(f"{index} names the shard {_shown(shard)}, no {suffix} file beside it; {_AGAIN}")
         tensors = _read_file(index.parent / shard)
         if tensors.keys() != expected:
             raise DataFault(
@@ -165,9 +172,9 @@ def _read_index(index: epath.Path) -> dict[str, np.ndarray]:
 
 def _read_file(path: epath.Path, name: str = "") -> dict[str, np.ndarray]:
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in SUFFIXES:
         raise DataFault(
-            f"{path} is neither a directory nor a file named as weights are ({', '.join(_SUFFIXES)}); name one of these"
+            f"{path} is neither a directory nor a file named as weights are ({', '.join(SUFFIXES)}); name one of these"
         )
     if not path.is_file():
         raise DataFault(f"there is no file {path}; correct the path, or download it")

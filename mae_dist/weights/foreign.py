@@ -95,9 +95,13 @@ def describe_hugging_face(description: Description, stored: dict[str, Any], tens
 
 
 def describe_scaling(description: Description, path: epath.Path) -> None:
-    """Sets mean and std of the pixels from preprocessor_config.json; without it they are left open."""
+    """Sets mean and std of the pixels from preprocessor_config.json or timm's config.json; else they are left open."""
     file = path / "preprocessor_config.json"
     stored = (files.read_json(file) if path.is_dir() else None) or {}
+    of_timm = (files.read_json(path / "config.json") if path.is_dir() else None) or {}
+    scaling = of_timm.get("pretrained_cfg")
+    if isinstance(scaling, dict) and "mean" in scaling and "std" in scaling:
+        stored = {"image_mean": scaling["mean"], "image_std": scaling["std"]}
     if not stored.get("do_rescale", True) or abs(stored.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise DataFault(f"{file}: pixels are not scaled by 1/255 (do_rescale, rescale_factor), as here")
     if not stored.get("do_normalize", True):

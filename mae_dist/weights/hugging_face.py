@@ -5,6 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+MODEL_TYPES = ("vit_mae", "vit")  # of config.json
+
 # Their name, ours, and the default there, which their files leave out.
 _FIELDS = (
     ("hidden_size", "embed_dim", 768),

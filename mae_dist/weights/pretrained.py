@@ -4,6 +4,7 @@ Shapes: B batch, H W C image, (gh, gw) grid, N tokens, D width.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,14 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
+from mae_dist import names
 from mae_dist.checkpoint import reader
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.model import heads
 from mae_dist.model.build import abstract_params
+from mae_dist.storage import absolute
 from mae_dist.task_kinds import kind_of
-from mae_dist.weights import aliases, files, foreign, layouts
+from mae_dist.weights import aliases, files, foreign, hub, hugging_face, layouts
 
 Params = dict[str, Any]
 
@@ -62,12 +65,27 @@ class Pretrained:
         return jax.tree.map(np.asarray, self.load_here(self.abstract))
 
 
+def open_source(source: str | os.PathLike[str], template: ConfigDict | None = None, *, commit: str = "") -> Pretrained:
+    """Describes the trained weights that a user names: by a path as for `open_pretrained`, or a place on the hub.
+
+    Those of the hub are downloaded first, of its `commit` if one is given.
+
+    Raises:
+      UserError: as `storage.absolute`, `hub.download` and `open_pretrained`.
+    """
+    given = os.fsdecode(source)
+    if not given.startswith(names.HUB):
+        return open_pretrained(absolute(given), template)
+    downloaded = hub.download(given, commit)
+    return dataclasses.replace(open_pretrained(downloaded.path, template), origin=downloaded.origin)
+
+
 def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pretrained:
     """Describes the trained weights at `path`, in whichever layout they are.
 
     Args:
       path: the workdir of a run, a directory that `convert` wrote, one in Hugging Face's layout (ViTMAE, ViT), or a
-        `.pth` or `.safetensors` file in timm's.
+        `.pth` or `.safetensors` file in timm's, or a directory with its config.json.
       template: a config for what the weights do not say, as heads and scaling of pixels in timm's layout, and for
         data. What neither says is assumed, with a line in the log. It may be of another task.
 
@@ -80,10 +98,13 @@ def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pre
         stored = files.read_json(path / "config.json")
         if stored is not None and "model_type" in stored:
             return _from_hugging_face(path, stored, template)
+        if stored is not None and "architecture" in stored:  # of timm's own repositories
+            return _from_timm(path, template)
         return open_workdir(path)
     if not path.exists():
         raise ConfigError(
-            f"{path} does not exist; train that run first, or give a run's workdir, a directory of weights, or a file"
+            f"{path} does not exist; train that run first, or give a run's workdir, a directory of weights, a file, or "
+            "hf://OWNER/NAME for weights of the Hugging Face hub"
         )
     return _from_timm(path, template)
 
@@ -118,7 +139,7 @@ def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:
 
 
 def _from_hugging_face(path: epath.Path, stored: dict[str, Any], template: ConfigDict | None) -> Pretrained:
-    if stored["model_type"] not in ("vit_mae", "vit"):
+    if stored["model_type"] not in hugging_face.MODEL_TYPES:
         raise DataFault(
             f"{path / 'config.json'}: model_type {stored['model_type']!r} is no masked autoencoder; it can be "
             "'vit_mae', or 'vit' for a classifier"
