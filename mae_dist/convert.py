@@ -6,10 +6,13 @@ as `hf://OWNER/NAME`. O is written completely or not at all.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from mae_dist import cli, errors
+from mae_dist.metrics.recorder import read_metrics
+from mae_dist.metrics.summary import last_values, read_summary
 from mae_dist.parallel import processes
 from mae_dist.weights import layouts, pretrained
 from mae_dist.weights.convert import convert_weights
@@ -31,6 +34,7 @@ def convert(argv: Sequence[str]) -> int:
     path, to = cli.required(_SOURCE), cli.required(_TO)
     out = cli.new_local_path(cli.required(_OUT))
     source = pretrained.open_source(path, cli.given_config())
+    summary = _summary_of(source) if to == "hf" else None
     groups, count = convert_weights(
         source,
         out,
@@ -38,9 +42,24 @@ def convert(argv: Sequence[str]) -> int:
         image_size=_sizes(_IMAGE_SIZE.value) if _IMAGE_SIZE.value is not None else None,
         channels=_CHANNELS.value,
         encoder_only=_ENCODER_ONLY.value,
+        summary=summary,
     )
+    if to == "hf":
+        logging.info(
+            "%s is the model card; state the licence of the weights there before you publish them", out / "README.md"
+        )
     print(f"{source.origin} -> {out}: {' and '.join(groups)}, {count:,} parameters ({to} layout)")
     return errors.EXIT_DONE
+
+
+def _summary_of(source: pretrained.Pretrained) -> dict[str, Any]:
+    """Returns summary.json of a run that is finished, else the last metrics up to its checkpoint; {} for no run."""
+    if source.run is None:
+        return {}
+    summary = read_summary(source.run)
+    if summary.get("step") == source.step:
+        return summary
+    return last_values(record for record in read_metrics(source.run) if record["step"] <= source.step)
 
 
 def _sizes(values: Sequence[str]) -> tuple[int, int]:

@@ -70,12 +70,12 @@ def hub_parts(name: str) -> tuple[str, str, str]:
     return found["repo"], (found["revision"] or "").replace("%2F", "/"), found["path"].strip("/")
 
 
-def without_revision(path: str) -> str:
-    """Returns a place on the hub without its revision, any other path as it is."""
+def with_revision(path: str, revision: str) -> str:
+    """Returns a place on the hub with another revision, "" for none; any other path as it is."""
     if not path.startswith(HUB) or hub_fault(path):
         return path
     repo, _, inside = hub_parts(path)
-    return HUB + repo + (f"/{inside}" if inside else "")
+    return HUB + repo + (f"@{revision}" if revision else "") + (f"/{inside}" if inside else "")
 
 
 def path_fault(path: str) -> str:

@@ -1,19 +1,26 @@
 """Weights by hf://OWNER/NAME: downloaded, cached, refused. Real processes and huggingface_hub, an emulated hub."""
 
+import dataclasses
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
+import huggingface_hub
+import jax
 import pytest
+import yaml
 from etils import epath
 
 import mae_dist
+from mae_dist import convert as convert_command
 from mae_dist import names
 from mae_dist.config import stored
 from mae_dist.errors import ConfigError
-from mae_dist.weights import convert, pretrained
+from mae_dist.weights import convert, model_card, pretrained
+from tests import NO_PARITY, commands
 from tests.hub_emulator import TOKEN, HubEmulator
 from tests.runs import ONLY_UPDATES, ROOT, end_of, smoke_config, start_processes
 from tests.trained import in_memory, save
@@ -48,25 +55,28 @@ def model(tmp_path_factory):
     return out
 
 
+def _env(emulator, child_env, path):
+    return {**child_env(), "HF_HOME": str(path / "hf_home"), "HF_ENDPOINT": emulator.url}
+
+
 @pytest.fixture
 def env(emulator, child_env, tmp_path):
     """Of children for whom the emulator is the hub, with an empty cache."""
-    return {**child_env(), "HF_HOME": str(tmp_path / "hf_home"), "HF_ENDPOINT": emulator.url}
+    return _env(emulator, child_env, tmp_path)
+
+
+def python(env, program, *arguments):
+    """What a program prints, which must succeed and draw no progress bar."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Fetching" not in done.stderr
+    return done.stdout
 
 
 def ask(env, *places):
     """[what `hub.download` returns or raises, its fields separated by |] in a new process."""
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, *places],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [line.split("|") for line in done.stdout.splitlines()]
+    return [line.split("|") for line in python(env, ASK, *places).splitlines()]
 
 
 # --- names
@@ -270,27 +280,26 @@ print(commit, mae_dist.open_run(workdir).config.init_commit, mae_dist.open_run(w
 """
 
 
-def test_reads_every_layout(emulator, env, model, tmp_path):
+@pytest.fixture(scope="module")
+def begun(emulator, child_env, model, tmp_path_factory):
+    """(what READ prints, the commits of the repositories, the workdir of its training)."""
+    path = tmp_path_factory.mktemp("begun")
+    source = save(path / "run", in_memory(**MODEL))
+    convert.convert_weights(in_memory(**MODEL), epath.Path(path / "timm" / "model.safetensors"), "timm")
+    scaling = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    (path / "timm" / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": scaling}))
+    commits = [emulator.upload(f"o/{directory.name}", directory) for directory in (model, path / "timm", source)]
+    output = python(_env(emulator, child_env, path), READ, source, path / "trained")
+    return output.splitlines(), commits, path / "trained"
+
+
+def test_reads_every_layout(begun):
     """What `convert` wrote, timm's own directory, a run; and a training from there.
 
     Its config says which commit, and a restart needs neither connection nor cache.
     """
-    source = save(tmp_path / "run", in_memory(**MODEL))
-    convert.convert_weights(in_memory(**MODEL), epath.Path(tmp_path / "timm" / "model.safetensors"), "timm")
-    scaling = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
-    (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": scaling}))
-    commits = [emulator.upload(f"o/{path.name}", path) for path in (model, tmp_path / "timm", source)]
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(source), str(tmp_path / "trained")],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    lines, commits, _ = begun
+    assert lines == [
         f"hf://o/hf@{commits[0]} (0.0, 0.0, 0.0) ['decoder', 'encoder']",
         f"hf://o/timm@{commits[1]} (0.5, 0.4, 0.3) ['decoder', 'encoder']",
         f"hf://o/run@{commits[2]} (0.0,) ['decoder', 'encoder']",
@@ -300,7 +309,6 @@ def test_reads_every_layout(emulator, env, model, tmp_path):
         "2 False",
         f"{commits[0]} {commits[0]} (0.0, 0.0, 0.0)",
     ]
-    assert "Fetching" not in done.stderr  # a progress bar
 
 
 @pytest.mark.long
@@ -322,3 +330,101 @@ def test_processes_begin_from_one_commit(emulator, env, model, tmp_path):
     ends = end_of(start_processes({**env, "HF_ENDPOINT": NOWHERE}, 2, *arguments, "--config.total_steps=2"))
     assert [code for code, _ in ends] == [0, 0], ends
     assert "Continuing from step 1 " in ends[0][1]
+
+
+# --- the model card
+
+
+def card_of(path):
+    """The card in a directory, as huggingface_hub reads it."""
+    card = huggingface_hub.ModelCard.load(path / "README.md")
+    assert isinstance(card.data, huggingface_hub.ModelCardData)
+    assert yaml.safe_load(card.data.to_yaml()) == card.data.to_dict()
+    return card
+
+
+def test_card_of_a_run(begun, tmp_path):
+    """Its data, a command that trains the same, its scores; nobody's directories."""
+    _, commits, workdir = begun
+    source = pretrained.open_source(workdir)
+    trained = source.config.copy_and_resolve_references()
+    summary = {**convert_command._summary_of(source), "val_loss": 1.25, "val_knn_top1": 0.5, "test_loss": None}
+    convert.convert_weights(source, epath.Path(tmp_path / "my model"), "hf", summary=summary)
+    card = card_of(tmp_path / "my model")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert card.data.base_model == "o/hf"
+    assert (card.data.license, card.data.datasets) == (None, None)
+    text = " ".join(card.text.split())
+    for words in (
+        "`ViTMAEForPreTraining`",
+        f"from `hf://o/hf@{commits[0]}`. The weights are those of step 2 of 2",
+        "410 images for training (split `train[:80%]`;",
+        f"JAX {jax.__version__}",
+        "| loss | val | 1.25 | | top-1 accuracy of k nearest neighbours of features | val | 0.5 | ## Use",
+        "hf upload OWNER/my-model DIRECTORY",
+        "to be stated by their owner",
+    ):
+        assert words in text
+    assert str(tmp_path.parent) not in text
+    command = re.search(r"```sh\npython -m mae_dist\.main (.*?)```", card.text, re.DOTALL)
+    config = commands.parse("main", shlex.split(command[1]))
+    assert config is not None
+    assert stored.differences(trained, config) == [f"init_from: 'hf://o/hf' -> 'hf://o/hf@{commits[0]}'"]
+
+
+def test_card_says_only_what_is_known(model, tmp_path):
+    """Nothing of the training of weights that others trained; a data set's id on the hub, if that is known."""
+    text = card_of(model).text
+    for words in ("## Data", "## Training", "## Scores", "step"):
+        assert words not in text
+    assert "(a test)" in text
+    source = pretrained.open_source(save(tmp_path / "run", in_memory(**MODEL)))
+    assert source.run is None
+    groups, source = source.load_whole(), dataclasses.replace(source, run=epath.Path(tmp_path / "run"))
+    for name, wanted in {"cifar10": ["uoft-cs/cifar10"], "theirs/`own`": None}.items():
+        config = smoke_config(**MODEL, data__source="tfds", data__name=name, data__data_dir=str(tmp_path))
+        path = tmp_path / "README.md"
+        path.write_text(model_card.make(source, config, config, groups, "n", {}))
+        card = card_of(tmp_path)
+        assert card.data.datasets == wanted
+        assert str(tmp_path) not in card.text
+        assert f"`{name}` of TensorFlow Datasets".replace("`own`", "'own'") in card.text
+
+
+RUN_BLOCKS = r"""
+import re, sys
+import numpy as np
+theirs, ours = re.findall(r"```python\n(.*?)```", open(sys.argv[1]).read(), re.DOTALL)
+a, b = {}, {}
+exec(theirs, a)
+exec(ours, b)
+if "classes" in a:
+    assert a["classes"].shape == (1,), a["classes"]
+else:
+    np.testing.assert_allclose(a["features"].numpy(), b["features"], rtol=1e-4, atol=1e-5)
+print(b["features"].shape)
+"""
+CARDS = {
+    "pretraining": {},
+    "gray": {"model__channels": 1},
+    "classifier": {"task": "finetune", "classify__pool": "cls"},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [name if name == "pretraining" else pytest.param(name, marks=pytest.mark.long) for name in CARDS]
+)
+def test_snippets_run(emulator, env, tmp_path, kind):
+    """As they stand, from the hub: the features in transformers are ours."""
+    pytest.importorskip("torch", reason=NO_PARITY)
+    pytest.importorskip("transformers", reason=NO_PARITY)
+    source = dataclasses.replace(in_memory(**MODEL, **CARDS[kind]), class_names=tuple("abcdefghij"))
+    convert.convert_weights(source, epath.Path(tmp_path / kind), "hf", encoder_only=kind == "gray")
+    emulator.upload(f"OWNER/{kind}", tmp_path / kind)
+    assert python(env, RUN_BLOCKS, tmp_path / kind / "README.md") == "(1, 32)\n"
+    assert card_of(tmp_path / kind).data.pipeline_tag == (
+        "image-classification" if kind == "classifier" else "image-feature-extraction"
+    )
+    if kind == "classifier":
+        assert pretrained.open_source(tmp_path / kind).class_names == source.class_names

@@ -88,7 +88,7 @@ def from_json(text: str, *, for_use: bool = True) -> ConfigDict:
 
 def last_name(path: str) -> str:
     """Returns the name of a directory or file, which still identifies weights that were moved."""
-    return os.path.basename(names.without_revision(path).rstrip("/"))
+    return os.path.basename(names.with_revision(path, "").rstrip("/"))
 
 
 def _on_hub(path: str) -> bool:

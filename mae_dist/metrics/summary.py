@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
+import mae_dist
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.recorder import without_nan
 from mae_dist.storage import read_text, storage_errors, write_text_atomically
@@ -58,6 +59,7 @@ def environment() -> dict[str, str | int]:
     """Returns the versions and devices that a result depends on."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     return {
+        "mae_dist": mae_dist.__version__,
         "python": platform.python_version(),
         **{name.replace("-", "_"): version(name) for name in packages},
         "platform": jax.default_backend(),

@@ -1,6 +1,7 @@
 """Converts trained weights: to other layouts, image sizes and channels."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mae_dist import errors
 from mae_dist.checkpoint import reader
 from mae_dist.model import heads, patches, positions
 from mae_dist.storage import appearing, check_checkpoints, storage_errors
-from mae_dist.weights import files, hugging_face, layouts, pretrained
+from mae_dist.weights import files, hugging_face, layouts, model_card, pretrained
 
 Params = dict[str, Any]
 
@@ -27,6 +28,7 @@ def convert_weights(
     image_size: tuple[int, int] | None = None,
     channels: int | None = None,
     encoder_only: bool = False,
+    summary: Mapping[str, Any] | None = None,
 ) -> tuple[list[str], int]:
     """Writes `source` to `out` in the layout `to`, whole or not at all.
 
@@ -37,6 +39,7 @@ def convert_weights(
       image_size: (height, width) to interpolate positions for.
       channels: to adapt the matmuls with patches to.
       encoder_only: leave out the decoder or the head.
+      summary: for the model card of `hf`: summary.json of the run, or what is known of it.
 
     Returns:
       The groups written and how many values they hold.
@@ -50,6 +53,7 @@ def convert_weights(
     if to == "mae_dist":
         check_checkpoints(out, saving=True)
     config, params = source.config, source.load_whole()
+    trained = config.copy_and_resolve_references()
     with config.unlocked():
         if encoder_only:
             params = {"encoder": params["encoder"]}
@@ -69,7 +73,10 @@ def convert_weights(
             f"{source.origin}: values that are not finite in {', '.join(bad)}; use another checkpoint"
         )
     with appearing(out) as temporary, storage_errors(out):
-        write(temporary, params, config, to, source.origin)
+        write(temporary, params, config, to, source.origin, source.class_names)
+        if to == "hf":
+            card = model_card.make(source, trained, config, params, out.name, summary or {})
+            (temporary / model_card.CARD_FILE).write_text(card)
         reread: Params = traverse_util.flatten_dict(pretrained.open_pretrained(temporary, config).load_whole(), sep="/")
         for name, leaf in flat.items():
             assert np.array_equal(leaf, reread.get(name, np.zeros(0))), f"{name} was not written as it is"
@@ -216,7 +223,9 @@ def _mix_channels(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     return mix, opaque
 
 
-def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin: str) -> None:
+def write(
+    path: epath.Path, params: Params, config: ConfigDict, to: str, origin: str, class_names: Sequence[str] = ()
+) -> None:
     """Writes parameters in a layout; `ConfigError` names what the layout cannot express."""
     if to == "mae_dist":
         reader.save_params(path, config, params, origin)
@@ -235,7 +244,7 @@ def write(path: epath.Path, params: Params, config: ConfigDict, to: str, origin:
         return
     path.mkdir(parents=True)
     files.write_tensors(path / "model.safetensors", tensors)
-    for name, value in _hugging_face_files(params, config).items():
+    for name, value in _hugging_face_files(params, config, class_names).items():
         (path / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
@@ -257,19 +266,20 @@ def _not_expressible(params: Params, config: ConfigDict, to: str) -> list[str]:
     return faults
 
 
-def _hugging_face_files(params: Params, config: ConfigDict) -> dict[str, dict[str, Any]]:
+def _hugging_face_files(params: Params, config: ConfigDict, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Returns the content of config.json and preprocessor_config.json."""
     model = config.model
-    architecture = {"decoder": "ViTMAEForPreTraining", "head": "ViTForImageClassification"}
     described: dict[str, Any] = {
         **hugging_face.describe(config, has_decoder="head" not in params),  # ViT has neither decoder nor mask
-        "architectures": [next((architecture[g] for g in params if g in architecture), "ViTMAEModel")],
+        "architectures": [hugging_face.architecture(params)],
         "model_type": "vit" if "head" in params else "vit_mae",
         "torch_dtype": "float32",
     }
     if "head" in params:
-        names = {str(i): f"LABEL_{i}" for i in range(params["head"]["linear"]["bias"].shape[0])}
-        described |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
+        count = params["head"]["linear"]["bias"].shape[0]
+        names = class_names if len(class_names) == count else [f"LABEL_{i}" for i in range(count)]
+        described["id2label"] = {str(i): name for i, name in enumerate(names)}
+        described["label2id"] = {name: i for i, name in enumerate(names)}
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

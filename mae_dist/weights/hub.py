@@ -64,10 +64,9 @@ def download(name: str, commit: str = "") -> Download:
     repository = _Repository(name, commit)
     with _hub_errors(name):
         path = repository.download()
-    repo, _, inside = names.hub_parts(name)
     if not commit:
         logging.info("%s is commit %s, in %s", name, repository.commit, path)
-    origin = f"{names.HUB}{repo}@{repository.commit}" + (f"/{inside}" if inside else "")
+    origin = names.with_revision(name, repository.commit)
     return Download(path, repository.commit, origin, repository.is_run)
 
 

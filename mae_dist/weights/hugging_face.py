@@ -1,6 +1,7 @@
 """The config.json of Hugging Face's transformers (`ViTMAEConfig`, `ViTConfig`) and the section `config.model`."""
 
 import math
+from collections.abc import Container
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,6 +26,13 @@ _DECODER_FIELDS = (
 )
 _SIZES = (("image_size", 224), ("patch_size", 16))
 _GELUS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
+
+
+def architecture(groups: Container[str]) -> str:
+    """Returns the class of transformers for parameters with these groups."""
+    if "decoder" in groups:
+        return "ViTMAEForPreTraining"
+    return "ViTForImageClassification" if "head" in groups else "ViTMAEModel"
 
 
 def describe(config: ConfigDict, has_decoder: bool) -> dict[str, Any]:

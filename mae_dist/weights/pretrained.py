@@ -40,6 +40,7 @@ class Pretrained:
     load: a tree of shardings, of some of the parameters -> those; a `StorageFault` names what is missing.
     class_names: of the head's outputs, () where they are not stored with the weights.
     step: of the checkpoint of a run, else 0.
+    run: the workdir of the run whose checkpoint this is; None for converted and foreign weights.
     """
 
     config: ConfigDict
@@ -49,6 +50,7 @@ class Pretrained:
     load: Callable[[Params], Params]
     class_names: tuple[str, ...] = ()
     step: int = 0
+    run: epath.Path | None = None
 
     @property
     def num_classes(self) -> int:
@@ -120,8 +122,10 @@ def open_workdir(path: epath.Path, step: int | None = None) -> Pretrained:
     def load(shardings: Params) -> Params:
         return reader.load_params(path, _select(abstract, shardings, path), shardings, step)[1]
 
-    names = reader.read_meta(path / "checkpoints" / str(found)).get("class_names", ())
-    return Pretrained(config, f"{path}, step {found}", abstract, True, load, step=found, class_names=tuple(names))
+    meta = reader.read_meta(path / "checkpoints" / str(found))
+    names = tuple(meta.get("class_names", ()))
+    run = None if reader.WEIGHTS_ONLY in meta else path
+    return Pretrained(config, f"{path}, step {found}", abstract, True, load, step=found, class_names=names, run=run)
 
 
 def _select(tree: Any, wanted: Any, origin: Any, name: str = "") -> Any:
