@@ -2,7 +2,7 @@
 
 S is the workdir of a run, a directory in Hugging Face's layout (ViTMAE, or ViT for a classifier), a `.pth` or
 `.safetensors` file in timm's, which the paper's own code extends by a decoder, or one of these on the Hugging Face hub,
-as `hf://OWNER/NAME`. O is written completely or not at all.
+as `hf://OWNER/NAME`. O is written completely or not at all. hf writes a model card too, O/README.md.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """Writes a model as StableHLO that runs without this package: `python -m mae_dist.export --workdir W --out F`.
 
-The file holds program and weights; `jax.export.deserialize(bytes).call(…)` runs it for any number of images:
+W is a workdir, or whatever else `features` takes. The file holds program and weights, and
+`jax.export.deserialize(bytes).call(…)` runs it for any number of images:
 
   --what encoder          images (b, H, W, C) -> {"mean": (b, D), "cls": (b, D), "patches": (b, gh, gw, D)}
   --what reconstruction   images, noise (b, L) -> {"original", "masked", "reconstruction", "with_visible": (b, H, W, C)

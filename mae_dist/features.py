@@ -1,7 +1,7 @@
 """Writes the features of images: `python -m mae_dist.features --workdir W --out F [--split test] [--kinds mean,cls]`.
 
-W is the workdir of a run, a directory of `mae_dist.convert` or in Hugging Face's layout, or a file in timm's; the
-images are those of W's config, or of --config, or your own:
+W is the workdir of a run, a directory of `mae_dist.convert` or in Hugging Face's layout, a file in timm's, or one of
+these on the Hugging Face hub, as `hf://OWNER/NAME`; the images are those of W's config, or of --config, or your own:
 
 python -m mae_dist.features --workdir W --images photos --out F.parquet
 

@@ -1,7 +1,7 @@
 """Finds similar images, or classifies, by a trained encoder's features: `python -m mae_dist.knn --workdir S`.
 
-S is the workdir of a run, a directory of `mae_dist.convert` or in Hugging Face's layout, or a file in timm's. Features
-are of whole images; nothing is trained.
+S is the workdir of a run, a directory of `mae_dist.convert` or in Hugging Face's layout, a file in timm's, or one of
+these on the Hugging Face hub, as `hf://OWNER/NAME`. Features are of whole images; nothing is trained.
 
 python -m mae_dist.knn --workdir S --images queries --against photos --k 5 --out F.png
 

@@ -26,8 +26,8 @@ def scheme_fault(path: str) -> str:
     """Returns the fault in the beginning of a path as given: a file of this machine, or gs://."""
     if path.startswith(HUB):
         return (
-            f"{path!r} is on the Hugging Face hub, which only weights are read from (init_from, and what a command "
-            "reads a model from); here give a path of this machine, or gs://BUCKET/…"
+            f"{path!r} is on the Hugging Face hub, from which only weights are read (init_from, and where a command "
+            "reads a model); here give a path of this machine, or gs://BUCKET/…"
         )
     if fault := hub_fault(path):
         return fault

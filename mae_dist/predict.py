@@ -1,8 +1,9 @@
 """Classifies images by a fine-tuned model or a probe: `python -m mae_dist.predict --workdir S --images D --out F.csv`.
 
-S is the workdir of a run, a classifier of `mae_dist.convert` or in Hugging Face's layout, or a file in timm's. F.csv
-has a row `file,class,probability` for each image, in the order of their names; with --top k the k most likely classes
-of each, in k rows. Files that do not decode are left out and named.
+S is the workdir of a run, a classifier of `mae_dist.convert` or in Hugging Face's layout, a file in timm's, or one of
+these on the Hugging Face hub, as `hf://OWNER/NAME`. F.csv has a row `file,class,probability` for each image, in the
+order of their names; with --top k the k most likely classes of each, in k rows. Files that do not decode are left out
+and named.
 """
 
 import contextlib

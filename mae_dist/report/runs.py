@@ -205,12 +205,12 @@ def _find_origin(config: ConfigDict, workdir: epath.Path) -> Origin:
             stored = dict(json.loads(text))
         except (OSError, ValueError, TypeError):  # "" is of a file that does not exist
             continue
-        config = None
+        found_config = None
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # of whatever kind
             # No run's first checkpoint is of step 0: that is where converted weights are.
             if "model_type" not in stored and not (place / "checkpoints" / "0").exists():
-                config = config_lib.from_json(text)
-        return Origin(place, init_from, stored, config)
+                found_config = config_lib.from_json(text)
+        return Origin(place, init_from, stored, found_config)
     return Origin(None, init_from, {}, None)
 
 

@@ -170,8 +170,10 @@ def _check_images(workdir: epath.Path, max_bad_share: float, watchdog: Watchdog,
 def _as_begun(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
     """Returns a config with what its run found out at its first start: mean and deviation, the commit of weights."""
     of_hub = config.init_from.startswith(names.HUB)
+    if config.data.mean and not of_hub:
+        return config
     stored = config
-    if (workdir / "config.json").exists() and (of_hub or not config.data.mean):
+    if (workdir / "config.json").exists():
         with contextlib.suppress(errors.StorageFault):  # reported where the run continues
             stored = reader.read_config(workdir)
     config = config.copy_and_resolve_references().unlock()
