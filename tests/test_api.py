@@ -61,17 +61,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, mae_dist.Re
         while not ended.wait(0.01):
             seen.add(tuple(signal.getsignal(number) for number in WATCHED))
 
+    records: list[dict[str, float]] = []
     before, threads, given = state_of_process(), set(threading.enumerate()), config.to_json()
     observer = threading.Thread(target=look)
     observer.start()
     try:
-        result = mae_dist.train(config, workdir)
+        result = mae_dist.train(config, workdir, on_record=records.append)
     finally:
         ended.set()
         observer.join()
     assert len(seen) == 1  # no handler was there for a while
     assert state_of_process() == before
     assert not [thread for thread in set(threading.enumerate()) - threads if not thread.daemon]
+    assert records == mae_dist.open_run(workdir).metrics()
     assert config.to_json() == given
     assert not config.is_locked
     return workdir, result

@@ -5,7 +5,7 @@ has no NaN, so a value that is not finite is written as null and read back as Na
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from mae_dist.storage import JsonLines, read_json_lines, storage_errors
 
 METRICS_FILE = "metrics.jsonl"
 _WHAT = "record of a step"
+
+OnRecord = Callable[[dict[str, float]], object]
 
 
 class Recorder:
@@ -32,12 +34,22 @@ class Recorder:
         nothing restored: all lines are dropped, so that it may record step 0 itself.
       is_primary: only this process writes; the others make the same calls and write nothing.
       log_lines: also logs each record.
+      on_record: called on the primary process with each record after it is written, `step` in it.
 
     Raises:
       StorageFault: the workdir cannot be written, or metrics.jsonl has a line that is no record.
     """
 
-    def __init__(self, workdir: epath.Path, *, start_step: int, is_primary: bool, log_lines: bool = True):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        start_step: int,
+        is_primary: bool,
+        log_lines: bool = True,
+        on_record: OnRecord | None = None,
+    ):
+        self._on_record = on_record
         self._pending_step: int | None = None
         self._pending: dict[str, float] = {}
         self._writer: metric_writers.MetricWriter | None = None
@@ -87,6 +99,8 @@ class Recorder:
         self._lines.append({"step": step, **without_nan(record)})
         with storage_errors(self._logdir):
             self._writer.write_scalars(step, record)
+        if self._on_record is not None:
+            self._on_record({"step": step, **record})
 
     def withdraw(self) -> dict[str, float]:
         """Returns what was written since the last commit, and forgets it."""

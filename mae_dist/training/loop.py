@@ -13,7 +13,7 @@ from mae_dist import config as config_lib
 from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.data.from_config import Data
 from mae_dist.metrics import history
-from mae_dist.metrics.recorder import Recorder
+from mae_dist.metrics.recorder import OnRecord, Recorder
 from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
@@ -30,12 +30,19 @@ from mae_dist.training.train_step import TrainStep
 
 
 def train(
-    job: Job, workdir: epath.Path, watchdog: Watchdog, preemption: PreemptionSignals, *, profile_on_signal: bool = False
+    job: Job,
+    workdir: epath.Path,
+    watchdog: Watchdog,
+    preemption: PreemptionSignals,
+    *,
+    profile_on_signal: bool = False,
+    on_record: OnRecord | None = None,
 ) -> Result:
     """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
 
     `watchdog` accounts for the run's time by phase. After a signal of `preemption` the state is saved and the run ends,
     its result without metrics. With `profile_on_signal` SIGUSR1 requests a profiler trace while the loop runs.
+    `on_record` is called on process 0 with each record of metrics.jsonl.
 
     Raises:
       StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.
@@ -66,7 +73,9 @@ def train(
         if start >= total_steps and unfinished is None:
             return finish(job, workdir, start)
         primary, log_lines = processes.is_primary(), not shows_bar()
-        with Recorder(workdir, start_step=start, is_primary=primary, log_lines=log_lines) as recorder:
+        with Recorder(
+            workdir, start_step=start, is_primary=primary, log_lines=log_lines, on_record=on_record
+        ) as recorder:
             _write_config(job, workdir)
             preemption.check()
             run = Run(job, workdir, recorder, state.params, watchdog, preemption, start, compilation, profile_on_signal)

@@ -21,6 +21,7 @@ from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
 from mae_dist.data.check import check
 from mae_dist.data.from_config import Data, open_data
+from mae_dist.metrics.recorder import OnRecord
 from mae_dist.parallel import processes
 from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
@@ -30,7 +31,7 @@ from mae_dist.training.summary import Result
 from mae_dist.weights import hub
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
+def train(config: ConfigDict, workdir: str | os.PathLike[str], *, on_record: OnRecord | None = None) -> Result:
     """Trains what `config` describes, continuing what is in `workdir`; returns at once where that is finished.
 
     For programs and notebooks: it reads no flags, never ends the process, and leaves the process's signal handlers,
@@ -45,6 +46,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     Args:
       config: as `mae_dist.get_config` or `mae_dist.default_config` returns it, changed to taste; it is copied.
       workdir: where the run lives, made if it does not exist; may be `gs://…`.
+      on_record: called with each record of metrics.jsonl once it is written, a dict with `step`, `loss` and, after an
+        evaluation, `val_loss`: every `config.log_every_steps` steps and after every evaluation. It runs between two
+        steps, in the calling thread, on process 0; what it raises ends the training as a fault does.
 
     Returns:
       The step reached and the last metrics.
@@ -60,7 +64,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> Result:
     storage.check_checkpoints(name, saving=True)
     use_cores(config, name)
     with warnings.catch_warnings():
-        return run(config, name, Watchdog(**config.deadlines), PreemptionSignals())
+        return run(config, name, Watchdog(**config.deadlines), PreemptionSignals(), on_record=on_record)
 
 
 def build(config: ConfigDict, devices: Sequence[Any] | None = None) -> job.Job:
@@ -108,13 +112,14 @@ def run(
     when_built: Callable[[], None] = lambda: None,
     profile_on_signal: bool = False,
     check_images: bool = False,
+    on_record: OnRecord | None = None,
 ) -> Result:
     """Builds what `config` describes for all of JAX's devices and trains it.
 
     Args:
       config: checked.
       workdir: an absolute path or `gs://…`.
-      watchdog, preemption, profile_on_signal: as for `loop.train`.
+      watchdog, preemption, profile_on_signal, on_record: as for `loop.train`.
       when_built: called after building and before training.
 
     Raises:
@@ -129,7 +134,7 @@ def run(
             checked = functools.partial(_check_images, path, config.data.max_bad_share, watchdog)
             built = _build(config, jax.devices(), checked if check_images else lambda data: None)
         when_built()
-        return loop.train(built, path, watchdog, preemption, profile_on_signal=profile_on_signal)
+        return loop.train(built, path, watchdog, preemption, profile_on_signal=profile_on_signal, on_record=on_record)
     except Preempted:
         logging.warning("Preempted before there was anything to save; the same command begins or continues.")
         return Result(0, "preempted")
