@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -229,7 +230,13 @@ def test_accuracy_needs_classes(command: Any, folder: Path, tmp_path: Path) -> N
 
 
 def test_predictions_by_name(
-    command: Any, finetuned: Path, folder: Path, images: np.ndarray, classes: Path, tmp_path: Path
+    command: Any,
+    finetuned: Path,
+    folder: Path,
+    images: np.ndarray,
+    classes: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A row for each, or several; the classes by the names of the training data, by numbers if these are gone."""
     run = mae_dist.open_run(finetuned)
@@ -237,6 +244,11 @@ def test_predictions_by_name(
     assert wanted.shape == (20, NUM_CLASSES)
     np.testing.assert_allclose(wanted.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(run.predict([folder / NAMES[i] for i in order()]), wanted, atol=1e-6)
+    with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        np.testing.assert_allclose(run.predict(images[order()[:17]]), wanted[:17], atol=1e-6)
+        assert "Compiling" not in caplog.text
+        np.testing.assert_allclose(run.predict(images[order()[:3]]), wanted[:3], atol=1e-6)
+        assert "Compiling" in caplog.text
     assert run.class_names == tuple(f"class {number}" for number in range(NUM_CLASSES))
     said = command(predict, workdir=finetuned, images=folder, out=tmp_path / "p.csv", top=2)
     with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:

@@ -56,7 +56,9 @@ def prepare(source: pretrained.Pretrained, config: ConfigDict) -> extract.Comput
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Returns the softmax of logits. # (B, Y) -> (B, Y) float32"""
-    return np.asarray(jax.nn.softmax(logits.astype(np.float32), axis=-1))
+    logits = logits.astype(np.float32)
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))  # by NumPy: JAX would compile for each B
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def class_names(source: pretrained.Pretrained) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -146,7 +147,8 @@ class Run:
     def predict(self, images: ArrayLike | Paths) -> np.ndarray:
         """Classifies images by the newest checkpoint of a probe or a fine-tuning.
 
-        A call compiles the model for its number of images, up to the batch size of the run's evaluations.
+        Compiles the model for a power of two of images, up to the batch size of the run's evaluations; later calls for
+        about as many reuse it.
 
         Args:
           images: as for `reconstruct`; of files, a batch is in memory at a time.
@@ -159,10 +161,10 @@ class Run:
           DataFault: as `reconstruct`.
           StorageFault: there is no good checkpoint.
         """
-        source = pretrained.open_workdir(self.workdir)
-        dataset = open_given(images, source.config)
-        compute = predictions.prepare(source, extract.with_devices(source, None, dataset.num_examples))
-        batches = list(compute(dataset))
+        dataset = open_given(images, self.config)
+        largest = self.config.eval.batch_size or self.config.global_batch_size
+        size = min(largest, 1 << max(0, dataset.num_examples - 1).bit_length())
+        batches = list(self._classifiers(pretrained.open_workdir(self.workdir).step)(size)(dataset))
         if bad := missing(dataset, np.concatenate([batch["index"] for batch in batches]).tolist()):
             names = ", ".join(map(dataset.fault, bad[:10]))
             raise errors.DataFault(f"{len(bad)} of {dataset.num_examples} files do not decode: {names}")
@@ -188,12 +190,7 @@ class Run:
           DataFault: its data is missing or cannot be read.
           StorageFault: there is no good checkpoint.
         """
-        if split not in SPLITS:
-            raise errors.ConfigError(f"there is no split {split!r}; choose of {', '.join(SPLITS)}")
-        expression = self.config.data[f"{split}_split"]
-        if not expression:
-            raise errors.ConfigError(f"the run has no such split: data.{split}_split is ''")
-        dataset = open_dataset(self.config, expression)
+        dataset = open_dataset(self.config, self._expression(split))
         built, params = self._job, self._load()
         with jax.set_mesh(built.mesh):
             if built.caches_features:
@@ -204,6 +201,38 @@ class Run:
     def encoder(self) -> Encoder:
         """Returns the trained encoder, as `mae_dist.load_encoder`."""
         return load_encoder(self.workdir)
+
+    def _expression(self, split: str) -> str:
+        """Returns the expression of a split by its name."""
+        if split not in SPLITS:
+            raise errors.ConfigError(f"there is no split {split!r}; choose of {', '.join(SPLITS)}")
+        expression = self.config.data[f"{split}_split"]
+        if not expression:
+            raise errors.ConfigError(f"the run has no such split: data.{split}_split is ''")
+        return expression
+
+    @functools.cached_property
+    def _classifiers(self) -> Callable[[int], Callable[[int], extract.Compute]]:
+        """Returns a function of step and batch size to the classifier; those of one step are kept, with its weights."""
+
+        @functools.lru_cache(maxsize=1)
+        def of_step(step: int) -> Callable[[int], extract.Compute]:
+            source = pretrained.open_workdir(self.workdir, step)
+            kept: list[Params] = []
+
+            def load(shardings: Params) -> Params:
+                if not kept:
+                    kept.append(source.load(shardings))
+                return kept[0]
+
+            def compile_for(size: int) -> extract.Compute:
+                config = source.config.copy_and_resolve_references()
+                found = dataclasses.replace(source, config=config, load=load)
+                return predictions.prepare(found, extract.with_devices(found, None, size))
+
+            return functools.cache(compile_for)
+
+        return of_step
 
     def _load(self) -> Params:
         """Returns the parameters of the newest good checkpoint, sharded for the run's job."""
