@@ -19,7 +19,9 @@ from mae_dist.config.named import get_config
 
 if TYPE_CHECKING:
     from mae_dist.evaluation.encoder import Encoder, load_encoder
-    from mae_dist.evaluation.own_images import find_images
+    from mae_dist.evaluation.knn_ridge import neighbours
+    from mae_dist.evaluation.own_images import find_broken, find_images, read_images
+    from mae_dist.evaluation.patch_colours import patch_colours
     from mae_dist.model import masking
     from mae_dist.training.job import Job
     from mae_dist.training.opened import Run, open_run
@@ -37,11 +39,15 @@ __all__ = [
     "build",
     "default_config",
     "errors",
+    "find_broken",
     "find_images",
     "get_config",
     "load_encoder",
     "masking",
+    "neighbours",
     "open_run",
+    "patch_colours",
+    "read_images",
     "train",
 ]
 
@@ -53,10 +59,14 @@ _LAZY = {
     "Result": "mae_dist.training.summary:Result",
     "Run": "mae_dist.training.opened:Run",
     "build": "mae_dist.training.session:build",
+    "find_broken": "mae_dist.evaluation.own_images:find_broken",
     "find_images": "mae_dist.evaluation.own_images:find_images",
     "load_encoder": "mae_dist.evaluation.encoder:load_encoder",
     "masking": "mae_dist.model.masking",
+    "neighbours": "mae_dist.evaluation.knn_ridge:neighbours",
     "open_run": "mae_dist.training.opened:open_run",
+    "patch_colours": "mae_dist.evaluation.patch_colours:patch_colours",
+    "read_images": "mae_dist.evaluation.own_images:read_images",
     "train": "mae_dist.training.session:train",
 }
 

@@ -80,7 +80,7 @@ def _search(source: pretrained.Pretrained) -> int:
     (features, index), (against, numbers) = computed[queries], computed[others]
     if others is queries and len(index) < 2:
         raise errors.ConfigError(f"--images={_IMAGES.value} is one image; say by --against what to compare it with")
-    found, similarity = knn_ridge.nearest(against, features, _K.value or 5, among_themselves=others is queries)
+    found, similarity = knn_ridge.neighbours(against, None if others is queries else features, _K.value or 5)
     found = numbers[found]
     if processes.is_primary():
         neighbours = {

@@ -1,6 +1,7 @@
 """Images of a user's own, by name: features, neighbours, predictions, pictures, by commands and in Python."""
 
 import csv
+import dataclasses
 import json
 import logging
 import os
@@ -193,11 +194,50 @@ def test_nearest() -> None:
     """Of all similarities, sorted; none its own neighbour where it is compared with itself."""
     x, y = RNG.normal(size=(30, 8)), RNG.normal(size=(11, 8))
     x, y = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
-    found, similarity = knn_ridge.nearest(x * 3, y, 4)
+    found, similarity = knn_ridge.neighbours(x * 3, y, 4)
     np.testing.assert_array_equal(found, np.argsort(-(y @ x.T), axis=1)[:, :4])
     np.testing.assert_allclose(similarity, -np.sort(-(y @ x.T), axis=1)[:, :4], atol=1e-6)
-    found, _ = knn_ridge.nearest(x, x, 99, among_themselves=True)
+    found, _ = knn_ridge.neighbours(x, k=99)
     assert [sorted({*row, i}) for i, row in enumerate(found.tolist())] == [list(range(30))] * 30
+
+
+def test_neighbours_in_python(pretrained: Path, folder: Path, images: np.ndarray) -> None:
+    """Files are read as the encoder sees them; those that do not decode are found, with the reason."""
+    paths = mae_dist.find_images(folder)
+    broken = mae_dist.find_broken(paths)
+    assert sorted(os.path.relpath(path, folder) for path in broken) == BROKEN
+    assert broken[str(folder / "empty.png")] == "it is empty or gone"
+    assert broken[str(folder / "cat/broken.jpg")]
+    good = [path for path in paths if path not in broken]
+    assert mae_dist.find_broken(good) == {}
+    encoder = mae_dist.load_encoder(pretrained)
+    np.testing.assert_array_equal(mae_dist.read_images(good, (16, 16)), images[order()])
+    assert mae_dist.read_images(good[:1], (8, 4), channels=1).shape == (1, 8, 4, 1)
+    for read in (mae_dist.find_broken, lambda paths: mae_dist.read_images(paths, (16, 16))):
+        with pytest.raises(ConfigError, match=r"give a list of .*mae_dist\.find_images"):
+            read(str(folder))
+    found, similarity = mae_dist.neighbours(encoder.features(good), k=3)
+    assert found.shape == similarity.shape == (20, 3)
+    assert (found != np.arange(20)[:, None]).all()
+    colours = mae_dist.patch_colours(encoder.features(good[:2], "patches"))
+    assert colours.shape == (2, *encoder.grid, 3)
+
+
+def test_files_of_a_run(pretrained: Path, classes: Path, finetuned: Path) -> None:
+    """A split's by path, those that do not decode too; only of a folder."""
+    run = mae_dist.open_run(finetuned)
+    with pytest.raises(ConfigError, match="there is no split 'all'"):
+        run.files("all")
+    splits = ("train", "val")
+    given = run.config.copy_and_resolve_references().unlock()
+    given.data.train_split, given.data.val_split = splits
+    run = dataclasses.replace(run, config=given)
+    found = [set(run.files(split)) for split in splits]
+    assert found[0] | found[1] == {str(path) for path in classes.rglob("*.png")}
+    assert found[0]
+    assert not found[0] & found[1]
+    with pytest.raises(DataFault, match="does not exist"):
+        mae_dist.open_run(pretrained).files("train")
 
 
 def test_neighbours_by_name(command: Any, pretrained: Path, folder: Path, images: np.ndarray, tmp_path: Path) -> None:
@@ -205,7 +245,7 @@ def test_neighbours_by_name(command: Any, pretrained: Path, folder: Path, images
     lines = dict(line.split(": ", 1) for line in said[:20])
     assert [*lines] == [NAMES[number] for number in order()]
     computed = mae_dist.load_encoder(pretrained).features(images)
-    found, _ = knn_ridge.nearest(computed, computed, 3, among_themselves=True)
+    found, _ = knn_ridge.neighbours(computed, k=3)
     for number, near in enumerate(found):
         assert [text.rpartition(" (")[0] for text in lines[NAMES[number]].split(", ")] == [NAMES[i] for i in near]
     assert "12 of 22 queries" in said[20]

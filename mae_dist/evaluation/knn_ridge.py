@@ -9,21 +9,20 @@ import numpy as np
 _CHUNK = 1024  # rows of similarities that exist at once
 
 
-def nearest(
-    features: np.ndarray, queries: np.ndarray, k: int, *, among_themselves: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k features most similar to each query.
+def neighbours(features: np.ndarray, queries: np.ndarray | None = None, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k features most similar to each query, as of images that `Encoder.features` describes.
 
     Args:
       features: (N, D).
-      queries: (M, D).
+      queries: (M, D); None: the features themselves, and none is its own neighbour.
       k: all N if there are fewer.
-      among_themselves: the queries are the features, and none is its own neighbour.
 
     Returns:
       Which, int (M, k), the most similar first, and their cosine similarities, float32 (M, k).
     """
-    features, queries = _unit(features), _unit(queries)
+    among_themselves = queries is None
+    features = _unit(features)
+    queries = features if queries is None else _unit(queries)
     k = min(k, len(features) - among_themselves)
     found = np.empty((len(queries), k), np.int64)
     similarity = np.empty((len(queries), k), np.float32)
@@ -61,7 +60,7 @@ def knn_predict(
     Returns:
       The class of each, int (M,); the lowest of those with equally many votes.
     """
-    found, similarity = nearest(train, test, k)
+    found, similarity = neighbours(train, test, k)
     predicted = np.empty(len(test), np.int64)
     for start in range(0, len(test), _CHUNK):
         similar = similarity[start : start + _CHUNK].astype(np.float64)  # (m, k)

@@ -5,6 +5,7 @@ Shapes: B images, H W C image.
 
 import os
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeGuard
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 
+from mae_dist.config.default import get_config as default_config
 from mae_dist.data import ArrayDataset, Dataset
 from mae_dist.data.decode import Decoder
 from mae_dist.data.sources import listing as listings
@@ -21,6 +23,7 @@ from mae_dist.data.sources.listing import LeftOut, Listing
 from mae_dist.errors import ConfigError, DataFault
 
 Paths = Sequence[str | os.PathLike[str]]
+_CHUNK = 64  # images that a thread decodes at a time
 
 HELP = (
     "Images of your own, instead of the config's: a directory, files, or several of these, separated by commas; a "
@@ -41,6 +44,58 @@ def find_images(images: str | os.PathLike[str]) -> list[str]:
     """
     listing = listings.find_images(os.fspath(images), "images")
     return [os.fsdecode(os.path.join(listing.root, name)) for name in listing.names]
+
+
+def find_broken(images: Paths, channels: int = 3) -> dict[str, str]:
+    """Decodes every file once; returns those that do not decode, each path with the reason.
+
+    Args:
+      images: a list of paths, as from `find_images`.
+      channels: of the model that is to see them.
+
+    Raises:
+      ConfigError: one path instead of a list.
+      DataFault: a file does not exist, or of a sample of the files none decodes.
+    """
+    config = default_config()
+    config.model.channels = channels
+    dataset = _open_paths(images, config)
+    chunks = [np.arange(start, min(start + _CHUNK, len(images))) for start in range(0, len(images), _CHUNK)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
+        bad = [rows[fails] for rows, (_, fails) in zip(chunks, pool.map(dataset.read, chunks), strict=True)]
+    return {os.fspath(images[row]): _reason(dataset, row) for rows in bad for row in rows.tolist()}
+
+
+def read_images(images: Paths, image_size: tuple[int, int], channels: int = 3) -> np.ndarray:
+    """Reads image files: upright, the centre cropped to the shape of `image_size`, then resized to it.
+
+    Args:
+      images: a list of paths, as from `find_images`.
+      image_size: (height, width) in pixels.
+      channels: C; 1 gray, 3 RGB, 4 RGBA.
+
+    Returns:
+      uint8 (B, H, W, C).
+
+    Raises:
+      ConfigError: one path instead of a list.
+      DataFault: files that do not exist or do not decode; it names them.
+    """
+    config = default_config()
+    config.model.update(image_size=image_size, channels=channels)
+    dataset = _open_paths(images, config)
+    return dataset.examples(np.arange(dataset.num_examples))["image"]
+
+
+def _open_paths(images: Paths, config: ConfigDict) -> Dataset:
+    if not are_paths(images):
+        raise ConfigError("images: give a list of paths, as mae_dist.find_images(directory) returns it")
+    return open_given(images, config)
+
+
+def _reason(dataset: Dataset, number: int) -> str:
+    """Returns why an image does not decode, without its name."""
+    return dataset.fault(number).removeprefix(dataset.record_name(number)).strip(" ()")
 
 
 def open_images(images: str, config: ConfigDict) -> Dataset:

@@ -8,14 +8,14 @@ import numpy as np
 _RANGE = (1, 99)  # percentiles of a component that become 0 and 1
 
 
-def patch_colours(features: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
+def patch_colours(features: np.ndarray, patch_size: tuple[int, int] = (1, 1)) -> np.ndarray:
     """Colours patches by the principal components of all patches of all images; similar patches get similar colours.
 
     The sign of a component is such that its largest weight is positive, so that equal features give equal pictures.
 
     Args:
       features: of patches, float32 (n, gh, gw, D).
-      patch_size: (height, width) in pixels.
+      patch_size: (height, width) of each in the result, in pixels.
 
     Returns:
       float32 (n, gh * height, gw * width, 3) in 0..1; gray where features are equal, or not finite after a divergence.

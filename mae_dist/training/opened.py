@@ -23,6 +23,7 @@ from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
 from mae_dist.data import ArrayDataset
 from mae_dist.data.from_config import Data, open_dataset
+from mae_dist.data.sources.folder import FolderDataset
 from mae_dist.evaluation import evaluate, extract, pictures, predictions
 from mae_dist.evaluation.encoder import Encoder, load_encoder
 from mae_dist.evaluation.own_images import Paths, are_paths, missing, open_given
@@ -197,6 +198,25 @@ class Run:
                 dataset = with_features(built, params, dataset)
             batches = evaluate.global_batches(dataset, built.batch_sharding, built.eval_batch_size, built.config.seed)
             return evaluate.evaluate(built.eval_step, params, batches, f"{split}_", dataset.class_names)
+
+    def files(self, split: str = "val") -> list[str]:
+        """Returns the paths of the images of a split, in its order; those that do not decode are among them.
+
+        Args:
+          split: "train", "val" or "test", as `config.data` has them.
+
+        Raises:
+          ConfigError: the run has no such split, or its data are not image files in directories.
+          DataFault: the directory is gone or empty.
+        """
+        config = self.config.copy_and_resolve_references().unlock()
+        config.data.cache = "stream"  # nothing is decoded for the names
+        dataset = open_dataset(config, self._expression(split))
+        if not isinstance(dataset, FolderDataset):
+            raise errors.ConfigError(
+                f"the images of data.source={config.data.source!r} are no files of their own; open a run of 'folder'"
+            )
+        return [os.fsdecode(os.path.join(dataset.root, name)) for name in dataset.names]
 
     def encoder(self) -> Encoder:
         """Returns the trained encoder, as `mae_dist.load_encoder`."""
