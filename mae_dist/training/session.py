@@ -46,9 +46,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str], *, on_record: OnR
     Args:
       config: as `mae_dist.get_config` or `mae_dist.default_config` returns it, changed to taste; it is copied.
       workdir: where the run lives, made if it does not exist; may be `gs://…`.
-      on_record: called with each record of metrics.jsonl once it is written, a dict with `step`, `loss` and, after an
-        evaluation, `val_loss`: every `config.log_every_steps` steps and after every evaluation. It runs between two
-        steps, in the calling thread, on process 0; what it raises ends the training as a fault does.
+      on_record: called with each record of metrics.jsonl once it is written, every `config.log_every_steps` steps and
+        after every evaluation: a dict of `step` and what was measured there, as `loss` or `val_loss`. It runs between
+        two steps, in the calling thread, on process 0; what it raises ends the training as a fault does.
 
     Returns:
       The step reached and the last metrics.
