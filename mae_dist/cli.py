@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mae_dist import console, errors, hardware
@@ -210,8 +210,6 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     # It asks a training for a trace of its steps; before and after them it would kill.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     errors.open_closed_streams()
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
     console.set_up()
     hardware.keep_libtpu_from_starting()
     try:

@@ -94,7 +94,8 @@ def say(message: str) -> None:
     For signal handlers and threads too: unlike `print` it waits for no lock, and raises nothing amid other work.
     """
     with contextlib.suppress(OSError):
-        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
+        over = "\r\033[K" if os.isatty(2) else ""  # erases the line that a progress bar stands on
+        os.write(2, f"{over}{message}\n".encode(errors="backslashreplace"))
 
 
 def open_closed_streams() -> None:

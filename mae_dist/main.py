@@ -4,11 +4,12 @@ The same command again continues the run in its workdir. Exit codes: `mae_dist/e
 """
 
 import gc
+import sys
 from collections.abc import Sequence
 
 from absl import flags
 
-from mae_dist import cli, errors
+from mae_dist import cli, console, errors
 from mae_dist.cli import WORKDIR, exit_on_signal, is_single_process, join_processes, needed_config, run
 
 flags.adopt_module_key_flags(cli)  # --help shows them too
@@ -21,6 +22,9 @@ _SIMULATE_PREEMPTION = flags.DEFINE_integer(
     "simulate_preemption_at_step", 0, "Get a preemption signal after this step, to see what happens."
 )
 _CHECK = flags.DEFINE_bool("check", False, "Decodes every image first, and names those that do not decode.")
+_VERBOSE = flags.DEFINE_bool(
+    "verbose", False, "Also logs the table of parameters (overview.txt), and each message with its thread and source."
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise errors.ConfigError(f"unexpected arguments {argv[1:]}; options are --config.field=value")
     config = needed_config()
+    if _VERBOSE.value:
+        console.show_sources()
 
     from mae_dist import storage
     from mae_dist.cpu.start import use_cores
@@ -41,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     preemption = PreemptionSignals(_SIMULATE_PREEMPTION.value)
     with Watchdog(**config.deadlines) as watchdog, preemption.handling(_METADATA_SERVER.value):
         from mae_dist.parallel import processes
-        from mae_dist.training import session, summary
+        from mae_dist.training import session, text
 
         join_processes(watchdog, preemption)
         session.keep_compilations(workdir)
@@ -53,11 +59,12 @@ def main(argv: Sequence[str]) -> int:
             when_built=_start_collecting_garbage,
             profile_on_signal=True,
             check_images=_CHECK.value,
+            verbose=_VERBOSE.value,
         )
         if result.status == "preempted":
             return errors.EXIT_PREEMPTED
         if processes.is_primary():
-            print(summary.line_of(config.name, result, workdir), flush=True)
+            print(text.result_text(config, result, workdir, console.width(sys.stdout)), flush=True)
         return errors.EXIT_DONE
 
 

@@ -41,10 +41,16 @@ def assert_picture(path):
 
 @pytest.mark.long
 def test_pretraining_learns_and_reports(quickstart):
-    """The files others rely on, a loss that falls, one line of result."""
+    """The files others rely on, a loss that falls, one line of result, what comes next."""
     workdir, output = quickstart
-    assert output.rstrip().splitlines()[-1].startswith("quickstart: step 121 of 121, loss ")
-    assert "mesh: data=1 x fsdp=1 x tensor=1" in output
+    result, following = output.rstrip().split("\nnext:\n")
+    assert result.splitlines()[-1].startswith("quickstart: step 121 of 121, loss ")
+    assert [line.partition(" -m ")[2] for line in following.splitlines()] == [
+        f"mae_dist.reconstruct --workdir {workdir}",
+        f"mae_dist.main --config quickstart_probe --config.init_from={workdir}",
+        f"mae_dist.report {workdir} --out report.html",
+    ]
+    assert "mesh data=1 x fsdp=1 x tensor=1" in output
     found = records(workdir)
     val = [record["val_loss"] for record in found if "val_loss" in record]
     assert len(val) == 2
@@ -99,13 +105,16 @@ def test_three_ways_to_an_accuracy(quickstart, child_env, tmp_path, task):
 
 @pytest.mark.long
 def test_eight_devices_print_their_layout(child_env, tmp_path):
-    """The overview: mesh, spec and bytes of every parameter, what is whole and why."""
+    """overview.txt, and with --verbose the log: mesh, spec and bytes of every parameter, what is whole and why."""
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
-    code, output = run(child_env(8), "--config=configs/smoke.py", *mesh, f"--workdir={tmp_path / 'run'}")
+    workdir = tmp_path / "run"
+    code, output = run(child_env(8), "--config=configs/smoke.py", *mesh, "--verbose", f"--workdir={workdir}")
     assert code == 0, output
-    assert "mesh: data=2 x fsdp=2 x tensor=2 (8 devices)" in output
-    assert "encoder/stack/blocks/attn/qkv/kernel" in output
-    assert "whole on every device, small: its rule leaves it whole" in output
+    written = (workdir / "overview.txt").read_text()
+    assert written in output
+    assert "mesh: data=2 x fsdp=2 x tensor=2 (8 devices)" in written
+    assert "encoder/stack/blocks/attn/qkv/kernel" in written
+    assert "whole on every device, small: its rule leaves it whole" in written
 
 
 @pytest.fixture
@@ -283,11 +292,16 @@ def test_update_is_compiled_while_the_state_is_created(child_env, tmp_path):
     """Once, in a thread of its own: compiled twice, a start would take twice as long and nobody would know."""
     env = {**child_env(devices=2), "JAX_LOG_COMPILES": "1"}
     code, output = run(
-        env, "--config=configs/smoke.py", "--config.total_steps=2", *ONLY_UPDATES, f"--workdir={tmp_path / 'run'}"
+        env,
+        "--config=configs/smoke.py",
+        "--config.total_steps=2",
+        *ONLY_UPDATES,
+        "--verbose",  # names threads
+        f"--workdir={tmp_path / 'run'}",
     )
     assert code == 0, output
     lines = re.findall(
-        r"^\w+ [\d:.]+ (\d+) .*Finished XLA compilation of jit\((init|train_step)\)", output, re.MULTILINE
+        r"warning: (.+) \S+\] Finished XLA compilation of jit\((init|train_step)\)", output, re.MULTILINE
     )
     threads = {program: thread for thread, program in lines}
     assert sorted(program for _, program in lines) == ["init", "train_step"], output

@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "hardware",
         "names",
         "os_errors",
+        "readable",
     ),
     (
         "__main__",

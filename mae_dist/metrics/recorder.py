@@ -33,22 +33,13 @@ class Recorder:
       start_step: the step of the restored checkpoint; lines beyond it are dropped. 0 is a run from its beginning, with
         nothing restored: all lines are dropped, so that it may record step 0 itself.
       is_primary: only this process writes; the others make the same calls and write nothing.
-      log_lines: also logs each record.
       on_record: called on the primary process with each record after it is written, `step` in it.
 
     Raises:
       StorageFault: the workdir cannot be written, or metrics.jsonl has a line that is no record.
     """
 
-    def __init__(
-        self,
-        workdir: epath.Path,
-        *,
-        start_step: int,
-        is_primary: bool,
-        log_lines: bool = True,
-        on_record: OnRecord | None = None,
-    ):
+    def __init__(self, workdir: epath.Path, *, start_step: int, is_primary: bool, on_record: OnRecord | None = None):
         self._on_record = on_record
         self._pending_step: int | None = None
         self._pending: dict[str, float] = {}
@@ -64,8 +55,7 @@ class Recorder:
             self._last_step = self._lines.last["step"]
         with storage_errors(self._logdir):
             tensorboard = TensorBoardWriter(self._logdir, purge_step=start_step + 1 if start_step > 0 else 0)
-        lines = [metric_writers.LoggingWriter()] if log_lines else []
-        self._writer = metric_writers.AsyncMultiWriter([*lines, tensorboard])
+        self._writer = metric_writers.AsyncMultiWriter([tensorboard])
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds numbers to the record of `step`."""

@@ -1,10 +1,10 @@
-"""CLU's metric writers and periodic actions without TensorFlow, and the TensorBoard writer that CLU needs it for.
+"""CLU's metric writers without TensorFlow, and the TensorBoard writer that CLU needs it for.
 
 CLU imports TensorFlow for one class, its own TensorBoard writer. A placeholder replaces that module before anything is
 imported, even where TensorFlow is installed: importing it costs seconds at every start. So do PyTorch and the cloud
 clients, which tensorboardX imports if it can: it gets no tensors, and `epath` writes to buckets.
 
-    from mae_dist.metrics.tensorboard import metric_writers, periodic_actions
+    from mae_dist.metrics.tensorboard import metric_writers
 """
 
 import os
@@ -45,9 +45,9 @@ if "clu.metric_writers" not in sys.modules:
     vars(_placeholder)["SummaryWriter"] = _no_summary_writer
     sys.modules["clu.metric_writers.summary_writer"] = _placeholder
 
-from clu import metric_writers, periodic_actions  # noqa: E402 (after the placeholder)
+from clu import metric_writers  # noqa: E402 (after the placeholder)
 
-__all__ = ["TensorBoardWriter", "metric_writers", "periodic_actions"]
+__all__ = ["TensorBoardWriter", "metric_writers"]
 
 _FLUSH_SECS = 10.0
 

@@ -23,6 +23,18 @@ class _Row:
     bytes_per_device: int
 
 
+def describe_mesh(mesh: Mesh) -> str:
+    """Returns the sizes of a mesh's axes in one line."""
+    slices = num_slices(mesh.devices.flat)
+    sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return f"{sizes}, data across {slices} slices" if slices > 1 else sizes
+
+
+def count_parameters(params: PyTree) -> int:
+    """Returns how many numbers the parameters are."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
 def overview(mesh: Mesh, state: PyTree, shardings: PyTree) -> str:
     """Returns a table: mesh, every parameter with its spec and bytes per device, totals, what is replicated and why.
 
@@ -44,15 +56,12 @@ def overview(mesh: Mesh, state: PyTree, shardings: PyTree) -> str:
             mapped = sorted({str(MESH_AXES[name]) for name in parameter.axes if name and MESH_AXES[name]})
             why = f"mesh axis {' and '.join(mapped)} has size 1" if mapped else "small: its rule leaves it whole"
             whole.setdefault(why, []).append(leaf)
-    total = sum(math.prod(leaf.shape) for leaf in leaves)
-    slices = num_slices(mesh.devices.flat)
+    in_memory = bytes_per_device(state.params, shardings.params)
     lines = [
-        "mesh: "
-        + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        + f" ({mesh.size} devices{f'; {slices} slices, data across them' if slices > 1 else ''})",
+        f"mesh: {describe_mesh(mesh)} ({mesh.size} devices)",
         parameter_overview.make_table(rows),
-        f"parameters: {total:,} in {len(rows)} arrays, {bytes_per_device(state.params, shardings.params):,} bytes per "
-        f"device; optimizer state: {bytes_per_device(state.opt_state, shardings.opt_state):,} bytes per device",
+        f"parameters: {count_parameters(state.params):,} in {len(rows)} arrays, {in_memory:,} bytes per device; "
+        f"optimizer state: {bytes_per_device(state.opt_state, shardings.opt_state):,} bytes per device",
     ]
     if state.ema is not None:
         lines.append(f"averages of the parameters: {bytes_per_device(state.ema, shardings.ema):,} bytes per device")

@@ -1,6 +1,6 @@
 """Start-up of one or many processes, and what only the first of them does."""
 
-import logging as python_logging
+import logging
 import math
 import os
 import socket
@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import logging
 
+from mae_dist import console
 from mae_dist.errors import ConfigError
 
 # Environment variables of Slurm's steps, Open MPI, and TPU pods.
@@ -167,13 +167,9 @@ def is_primary() -> bool:
 
 
 def quiet_unless_primary() -> None:
-    """Warnings only from all processes but the first; one process's progress is everyone's."""
+    """Warnings only from all processes but the first; one process's progress is everyone's. Messages name theirs."""
     # That there is no TPU on a machine without one is no news; said before the first look at the devices.
-    python_logging.getLogger("jax._src.xla_bridge").setLevel(python_logging.WARNING)
-    logging.set_verbosity(logging.INFO if is_primary() else logging.WARNING)
-    # Orbax reports every internal stage at INFO: its warnings are enough.
-    python_logging.getLogger("absl").addFilter(_not_from_libraries)
-
-
-def _not_from_libraries(record: python_logging.LogRecord) -> bool:
-    return record.levelno >= python_logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    console.set_level(logging.INFO if is_primary() else logging.WARNING)
+    if jax.process_count() > 1:
+        console.name_process(jax.process_index())

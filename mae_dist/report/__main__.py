@@ -5,6 +5,7 @@ where the time went, pictures, and predictions and features of every model's new
 from anywhere and has no script.
 """
 
+import logging
 import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -12,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
-from absl import flags, logging
+from absl import flags
 
-from mae_dist import cli, errors
+from mae_dist import cli, console, errors
 from mae_dist.cpu import start
 from mae_dist.evaluation.pictures import note_on_moments
 from mae_dist.report import pictures, tables
@@ -41,7 +42,7 @@ def report(argv: Sequence[str]) -> int:
     if len(argv) < 2:
         raise errors.ConfigError("which runs? Give workdirs: python -m mae_dist.report W1 [W2 …] --out report.html")
     out = absolute(cli.required(_OUT))
-    logging.set_verbosity(logging.ERROR)  # Orbax logs every array that it reads
+    console.set_level(logging.ERROR)  # the page names what is amiss with a run
     start.use_all_cores(None)
     runs, unreadable = collect(find_workdirs(argv[1:]))
     if not runs:

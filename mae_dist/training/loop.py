@@ -10,6 +10,7 @@ from absl import logging
 from etils import epath
 
 from mae_dist import config as config_lib
+from mae_dist import readable
 from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.data.from_config import Data
 from mae_dist.metrics import history
@@ -24,8 +25,10 @@ from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.storage import read_text, set_aside, storage_errors, write_text_atomically
 from mae_dist.training.job import Job
-from mae_dist.training.run import Run, shows_bar
+from mae_dist.training.progress import Progress
+from mae_dist.training.run import Run
 from mae_dist.training.summary import Result, finish
+from mae_dist.training.text import start_lines
 from mae_dist.training.train_step import TrainStep
 
 
@@ -37,12 +40,14 @@ def train(
     *,
     profile_on_signal: bool = False,
     on_record: OnRecord | None = None,
+    verbose: bool = False,
 ) -> Result:
     """Trains to `job.schedule.total_steps`, continuing from the newest good checkpoint in `workdir`.
 
     `watchdog` accounts for the run's time by phase. After a signal of `preemption` the state is saved and the run ends,
     its result without metrics. With `profile_on_signal` SIGUSR1 requests a profiler trace while the loop runs.
-    `on_record` is called on process 0 with each record of metrics.jsonl.
+    `on_record` is called on process 0 with each record of metrics.jsonl. With `verbose` the table of parameters is
+    logged; overview.txt has it always.
 
     Raises:
       StorageFault: the workdir cannot be used, or its checkpoint belongs to another configuration.
@@ -61,24 +66,25 @@ def train(
         workdir_lock(workdir) if processes.is_primary() else contextlib.nullcontext(Held()) as held,
         interrupted_between_steps() as stop_if_interrupted,
         _checkpoints(job, workdir) as checkpoints,
+        Progress(total_steps) as progress,
         jax.set_mesh(job.mesh),
     ):
-        compilation = _compile_ahead(job, checkpoints, watchdog)
+        for line in start_lines(job, verbose=verbose):
+            logging.info("%s", line)
+        compilation = _compile_ahead(job, checkpoints, watchdog, progress)
         with watchdog.during("restore"), preemption.interrupting():
             job, state, start, unfinished = _restore_or_begin(job, checkpoints)
-        logging.info("%s", job.overview())
         if processes.is_primary():
             history.check_start(workdir, job.config, start, total_steps)
             _repair_config(job, workdir)
         if start >= total_steps and unfinished is None:
+            logging.info("The run is finished")
             return finish(job, workdir, start)
-        primary, log_lines = processes.is_primary(), not shows_bar()
-        with Recorder(
-            workdir, start_step=start, is_primary=primary, log_lines=log_lines, on_record=on_record
-        ) as recorder:
-            _write_config(job, workdir)
+        with Recorder(workdir, start_step=start, is_primary=processes.is_primary(), on_record=on_record) as recorder:
+            _write_description(job, workdir)
             preemption.check()
-            run = Run(job, workdir, recorder, state.params, watchdog, preemption, start, compilation, profile_on_signal)
+            parts = (watchdog, preemption, start, compilation, progress, profile_on_signal)
+            run = Run(job, workdir, recorder, state.params, *parts)
             with run, run.profiler, watchdog.during("step"):
                 if unfinished is not None and run.conclude(start, state, unfinished) is not None:
                     return run.preempted(start)
@@ -102,10 +108,13 @@ def train(
     return finish(job, workdir, total_steps)
 
 
-def _compile_ahead(job: Job, checkpoints: Checkpoints, watchdog: Watchdog) -> Future[TrainStep] | None:
+def _compile_ahead(
+    job: Job, checkpoints: Checkpoints, watchdog: Watchdog, progress: Progress
+) -> Future[TrainStep] | None:
     """Begins to compile the step, if any is left to do."""
     if (checkpoints.latest_step() or 0) >= job.schedule.total_steps:
         return None
+    progress.compiling()
     with watchdog.during("compile"):
         state = with_shardings(job.abstract_state, job.shardings)
         return job.train_step.compile_in_thread(state, job.abstract_batch)
@@ -132,19 +141,22 @@ def _restore_or_begin(job: Job, checkpoints: Checkpoints) -> tuple[Job, TrainSta
         job.abstract_state, job.shardings, job.config, job.fingerprint, job.data.train.changes
     )
     if restored is None:
+        logging.info("Beginning a new run")
         return job, job.init_state(), 0, None
     state, step, meta = restored
-    logging.info("Continuing from step %d (restored in %.1f s)", step, time.monotonic() - began)
+    logging.info("Continuing from step %d (restored in %s)", step, readable.duration(time.monotonic() - began))
     return job.continuing(step, meta), state, step, meta.get("unfinished")
 
 
-def _write_config(job: Job, workdir: epath.Path) -> None:
+def _write_description(job: Job, workdir: epath.Path) -> None:
+    """Writes config.json, and overview.txt with the table of parameters."""
     if processes.is_primary():
         path = workdir / "config.json"
         with storage_errors(path):
             workdir.mkdir(parents=True, exist_ok=True)
             set_aside(workdir / SUMMARY_FILE)  # of a run that was shorter
             write_text_atomically(path, config_lib.to_json(job.config) + "\n")
+            write_text_atomically(workdir / "overview.txt", job.overview() + "\n")
 
 
 def _repair_config(job: Job, workdir: epath.Path) -> None:

@@ -1,7 +1,6 @@
 """The parts of the loop besides the step: batches, logging, evaluation, pictures, saving. Each decides if it is due."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -10,10 +9,9 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from tqdm import tqdm
 
 from mae_dist import config as config_lib
-from mae_dist import errors, hardware
+from mae_dist import errors, hardware, readable
 from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.data import ArrayDataset, Dataset, FirstExamples, local_rows, to_global
 from mae_dist.data.from_config import Data
@@ -21,7 +19,6 @@ from mae_dist.evaluation import evaluate, knn_ridge, pictures
 from mae_dist.evaluation.health import health
 from mae_dist.metrics.goodput import Ledger
 from mae_dist.metrics.recorder import Recorder
-from mae_dist.metrics.tensorboard import periodic_actions
 from mae_dist.metrics.throughput import Throughput
 from mae_dist.model.build import Params
 from mae_dist.optim.train_state import TrainState
@@ -32,15 +29,11 @@ from mae_dist.storage import read_text, storage_errors, write_text_atomically
 from mae_dist.tasks.base import Batch
 from mae_dist.training.job import Job
 from mae_dist.training.profiler import Profiler
+from mae_dist.training.progress import Progress
 from mae_dist.training.summary import Result
 from mae_dist.training.train_step import TrainStep
 
 BAD_FILES = "bad_files.txt"  # names of what did not decode, with the reason
-
-
-def shows_bar() -> bool:
-    """True if this process shows a progress bar: the first one, on a terminal."""
-    return sys.stderr.isatty() and processes.is_primary()
 
 
 class Run:
@@ -56,6 +49,7 @@ class Run:
         preemption: PreemptionSignals,
         start: int,
         compilation: Future[TrainStep] | None,
+        progress: Progress,
         profile_on_signal: bool,
     ):
         self.job, self.workdir, self.recorder = job, workdir, recorder
@@ -90,6 +84,7 @@ class Run:
         self.num_bad_named = 0  # records in bad_files.txt by this start
         self._compilation = compilation
         self._train_step: TrainStep | None = None  # once it is compiled
+        self.progress = progress
 
     def __enter__(self) -> "Run":
         return self
@@ -105,20 +100,17 @@ class Run:
     def preempted(self, step: int) -> Result:
         """Returns the result of a preempted run whose state is saved."""
         self.ended = "preempted"
+        self.progress.close()
         logging.warning("Preempted: saved step %d; the same command continues from it.", step)
         return Result(step, "preempted")
 
     def batches(self, start: int) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """Yields (step, global batch) for every step after `start`; shows a progress bar on a terminal."""
+        """Yields (step, global batch) for every step after `start`."""
         job, total = self.job, self.job.schedule.total_steps
         rows = local_rows(job.batch_sharding, job.config.global_batch_size)
         taken = tuple(job.abstract_batch)  # the columns that the step is compiled for
-        progress = periodic_actions.ReportProgress(num_train_steps=total, every_secs=60.0)
-        shown = shows_bar()
-        with (
-            tqdm(total=total, initial=start, unit="step", disable=not shown, dynamic_ncols=True) as self.bar,
-            job.train_batches(self.data.train, start, rows) as self.host_batches,
-        ):
+        self.progress.compiling()
+        with job.train_batches(self.data.train, start, rows) as self.host_batches:
             for step in range(start + 1, total + 1):
                 self.profiler.before(step)
                 try:
@@ -132,9 +124,7 @@ class Run:
                 batch = to_global(columns, job.batch_sharding, job.config.global_batch_size, rows)
                 with jax.transfer_guard("disallow"):
                     yield step, batch
-                self.bar.update()
-                if not shown and processes.is_primary():
-                    progress(step)
+                self.progress.advance()
 
     def update(self, step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """Dispatches one step; returns the new state, and metrics on the device."""
@@ -154,6 +144,7 @@ class Run:
             self._train_step = self._compilation.result() if self._compilation else self.job.train_step
             out = jax.block_until_ready(self._train_step(state, batch))
         self.throughput.start(step)
+        self.progress.ready(step)
         return out
 
     def save(
@@ -202,8 +193,9 @@ class Run:
         if len(bad_records) > self.num_bad_named:  # which reads and writes a file
             name_bad_files(self.workdir, bad_records)
             self.num_bad_named = len(bad_records)
-        self.recorder.write_scalars(step, {**values, **self.throughput.log(step)})
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+        values |= self.throughput.log(step)
+        self.recorder.write_scalars(step, values)
+        self.progress.log(step, values)
 
     def stop_if_diverged(self, step: int) -> None:
         """Raises `Diverged` after a run of non-finite updates, even one that ended before this log step."""
@@ -230,6 +222,7 @@ class Run:
             self._read_out(state, {"val_": self.data.val, "test_": test})
         if self.evaluated:
             self.recorder.write_scalars(step, self.evaluated)
+            self.progress.evaluated(step, self.evaluated)
 
     def _evaluate_split(self, state: TrainState, prefix: str, dataset: Dataset | None) -> None:
         if dataset is None:
@@ -330,5 +323,5 @@ def _all_with_features(job: Job, params: Params) -> Data:
     began, data = time.monotonic(), job.data
     val, test = (dataset and with_features(job, params, dataset) for dataset in (data.val, data.test))
     data = Data(with_features(job, params, data.train), val, test)
-    logging.info("Features of the frozen encoder computed once, in %.1f s", time.monotonic() - began)
+    logging.info("Features of the frozen encoder computed once, in %s", readable.duration(time.monotonic() - began))
     return data

@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import errors, names, storage
+from mae_dist import errors, names, readable, storage
 from mae_dist.checkpoint import reader
 from mae_dist.cpu.start import use_cores
 from mae_dist.data.check import check
@@ -113,13 +113,14 @@ def run(
     profile_on_signal: bool = False,
     check_images: bool = False,
     on_record: OnRecord | None = None,
+    verbose: bool = False,
 ) -> Result:
     """Builds what `config` describes for all of JAX's devices and trains it.
 
     Args:
       config: checked.
       workdir: an absolute path or `gs://…`.
-      watchdog, preemption, profile_on_signal, on_record: as for `loop.train`.
+      watchdog, preemption, profile_on_signal, on_record, verbose: as for `loop.train`.
       when_built: called after building and before training.
 
     Raises:
@@ -128,13 +129,13 @@ def run(
     try:
         with preemption.interrupting():
             path = storage.absolute(workdir)
-            kind = jax.devices()[0].device_kind
-            logging.info("workdir %s, %d devices of kind %s", path, jax.device_count(), kind)
+            logging.info("%s: %s in %s", config.name, config.task, readable.path(path))
             config = _as_begun(config, path)
             checked = functools.partial(_check_images, path, config.data.max_bad_share, watchdog)
             built = _build(config, jax.devices(), checked if check_images else lambda data: None)
         when_built()
-        return loop.train(built, path, watchdog, preemption, profile_on_signal=profile_on_signal, on_record=on_record)
+        options = {"profile_on_signal": profile_on_signal, "on_record": on_record, "verbose": verbose}
+        return loop.train(built, path, watchdog, preemption, **options)
     except Preempted:
         logging.warning("Preempted before there was anything to save; the same command begins or continues.")
         return Result(0, "preempted")

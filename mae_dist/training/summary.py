@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, the result, and the line that reports it."""
+"""The end of a run: summary.json and the result."""
 
 import dataclasses
 import math
@@ -8,7 +8,6 @@ from typing import Literal
 
 from etils import epath
 
-from mae_dist import config as config_lib
 from mae_dist.metrics import goodput, history
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import SUMMARY_FILE, environment, last_values, write_summary
@@ -59,14 +58,3 @@ def finish(job: Job, workdir: epath.Path, step: int) -> Result:
         write_summary(workdir, summary)
     metrics = {name: value for name, value in summary.items() if name not in _NOT_METRICS}
     return Result(step, "done", {name: math.nan if value is None else value for name, value in metrics.items()})
-
-
-def line_of(name: str, result: Result, workdir: str) -> str:
-    """Returns the line that reports the result of the finished run called `name`."""
-    accuracies = ("val_top1", "test_top1", *config_lib.ONLINE, "test_knn_top1", "test_ridge_top1")
-    shown = ("loss", "val_loss", "test_loss", *accuracies, "images_per_sec")
-    known = dict(result.metrics)
-    if math.isnan(known.get("images_per_sec", 0.0)):  # only the first step was trained, which is not timed
-        del known["images_per_sec"]
-    values = ", ".join(f"{name} {known[name]:.4g}" for name in shown if name in known)
-    return f"{name}: step {result.step} of {result.step}, {values} ({workdir})"

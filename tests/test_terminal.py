@@ -1,0 +1,145 @@
+"""What a person sees of a training: on a terminal of 80 columns, and in a log file."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mae_dist import readable
+from tests.runs import ROOT, records, run
+
+COLUMNS = 80
+ARGS = (
+    "--config=smoke",
+    "--config.task=finetune",
+    "--config.model.depth=1",
+    "--config.total_steps=8",
+    "--config.log_every_steps=2",
+    "--config.eval.every_steps=4",
+)
+GARBAGE = re.compile(r"[IWE]\d{4} |\w\.py:\d+|Setting work unit|Got images|val_top1/|grad_norm|encoder/norm")
+
+
+def run_on_terminal(env: dict[str, str], directory: Path, *args: str) -> tuple[int, str]:
+    """Runs a training in `directory` on a pseudo-terminal: (exit code, all that it received)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    command = [sys.executable, "-m", "mae_dist.main", *args]
+    process = subprocess.Popen(command, cwd=directory, env={**env, "PYTHONPATH": str(ROOT)}, **streams)
+    os.close(theirs)
+    try:
+        received = b"".join(_chunks(ours))
+        return process.wait(timeout=60), received.decode()
+    finally:
+        process.kill()
+        os.close(ours)
+
+
+def _chunks(terminal: int) -> Iterator[bytes]:
+    while True:
+        try:
+            yield os.read(terminal, 65_536)
+        except OSError:  # nobody has it open any more
+            return
+
+
+@pytest.fixture(scope="module")
+def shown(child_env, tmp_path_factory) -> tuple[Path, str]:
+    """A short training on a terminal, with a preemption: its directory, and what the terminal received."""
+    directory = tmp_path_factory.mktemp("terminal")
+    code, received = run_on_terminal(child_env(), directory, *ARGS, "--simulate_preemption_at_step=6")
+    assert code == 75, received
+    return directory, received
+
+
+def test_a_terminal(shown):
+    """A short start; the bar, with lines above it that it does not tear; nothing is wider than the terminal."""
+    _, received = shown
+    lines = received.replace("\r\n", "\n").split("\n")
+    # What stands between two carriage returns was on the screen at once.
+    seen = [text.removeprefix("\033[K").rstrip() for line in lines for text in line.split("\r")]
+    assert max(map(len, seen)) <= COLUMNS
+    assert not GARBAGE.search(received)
+    left = [line.rsplit("\r", 1)[-1].removeprefix("\033[K").rstrip() for line in lines]
+    start, rest = left[: left.index("Beginning a new run")], left[left.index("Beginning a new run") + 1 :]
+    assert [line.split()[0] for line in start] == ["smoke:", "devices:", "data:", "model:", "schedule:"]
+    assert start[0] == "smoke: finetune in runs/smoke"
+    assert "410 train, 102 val, 102 test images of 16x16x3, 10 classes" in start[2]
+    assert "compiling the training step …" in seen
+    patterns = (
+        r"Compiled; the first step was done after [\d.]+ s",
+        r"step 4  val_loss \d\.\d+  val_top1 \d\.\d+  val_top5 \d\.\d+",
+        r"preempted \(SIGTERM\): saving after this step",
+        r" ?\d+ %\|.*\| step \d of 8, loss \d\.\d+, [\d,.]+ images/s, ETA [\d.]+ s",
+        r"warning: Preempted: saved step 6; the same command continues from it.",
+        "",
+    )
+    assert len(rest) == len(patterns), rest
+    for line, pattern in zip(rest, patterns, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+def test_a_log_file(shown, child_env):
+    """The same command continues, into a pipe: one line per log step with the time of day, no bar; what comes next."""
+    directory, _ = shown
+    workdir = directory / "runs" / "smoke"
+    code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
+    assert code == 0, output
+    assert not GARBAGE.search(output)
+    assert "\r" not in output
+    figures = r"loss \d\.\d+  [\d,.]+ images/s  data wait [\d.]+ %"
+    patterns = (
+        rf"[\d:]{{8}} smoke: finetune in {re.escape(str(workdir))}",
+        *(rf"[\d:]{{8}}   {name}: .*" for name in ("devices", "data", "model", "schedule")),
+        r"[\d:]{8} Compiling the training step",
+        r"[\d:]{8} Continuing from step 6 \(restored in [\d.]+ s\)",
+        r"[\d:]{8} Compiled; the first step was done after [\d.]+ s",
+        rf"[\d:]{{8}} step 8 of 8  {figures}",
+        r"[\d:]{8} step 8  val_loss \d\.\d+  val_top1 \d\.\d+  val_top5 \d\.\d+",
+        r"[\d:]{8} step 8  test_loss \d\.\d+  test_top1 \d\.\d+  test_top5 \d\.\d+",
+        r"smoke: step 8 of 8, loss \d\.\d+, test_loss \d\.\d+, test_top1 \d\.\d+, [\d,.]+ images/s",
+        "next:",
+        rf"  \S+ -m mae_dist\.predict --workdir {re.escape(str(workdir))} --images DIRECTORY --out classes\.csv",
+        rf"  \S+ -m mae_dist\.report {re.escape(str(workdir))} --out report\.html",
+    )
+    lines = output.splitlines()
+    assert len(lines) == len(patterns), output
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+    assert sum(name.startswith("val_top1/") for name in records(workdir)[-1]) == 10
+    assert (workdir / "overview.txt").read_text().startswith("mesh: data=1 x fsdp=1 x tensor=1 (1 devices)")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (readable.number(0.242337), "0.2423"),
+        (readable.number(0.5), "0.5000"),
+        (readable.number(42_213.0), "42,210"),
+        (readable.number(999.96), "1,000"),
+        (readable.number(float("nan")), "nan"),
+        (readable.count(1_213), "1,213"),
+        (readable.percent(0.0312), "3.1 %"),
+        (readable.duration(0.26), "0.3 s"),
+        (readable.duration(59.6), "1 min 00 s"),
+        (readable.duration(3_900), "1 h 05 min"),
+        (readable.duration(183_600), "2 d 03 h"),
+        (readable.num_bytes(556_048), "543 KiB"),
+        (readable.path(os.path.join(os.getcwd(), "runs", "a")), "runs/a"),
+        (readable.path("/elsewhere/runs"), "/elsewhere/runs"),
+        (readable.path("gs://bucket/run"), "gs://bucket/run"),
+        (readable.wrapped(["step 1", "loss 0.5", "top1 0.25"], "  ", 16), "step 1  loss 0.5\n  top1 0.25"),
+        (readable.command(["python", "-m", "a", "'two words'"], 16), "python -m a \\\n    'two words'"),
+    ],
+)
+def test_figures(text: str, expected: str) -> None:
+    assert text == expected
