@@ -38,8 +38,7 @@ def set_up() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if _handler not in logging.root.handlers:
-        logging.root.addHandler(_handler)
+    logging.basicConfig(handlers=[_handler], force=True)  # instead of what an import has set up
     set_level(logging.INFO)
     logging.captureWarnings(True)
     logging.getLogger("asyncio").addFilter(_is_news)

@@ -111,7 +111,18 @@ def test_local_sh_from_first_run_to_last(clone: Path, run):
         "RAN mae_dist.main ['--config', 'configs/quickstart_probe.py'] a clone",
     ]
     assert "installing mae_dist and what it needs" in first.stderr
-    assert f"{clone}/runs/quickstart/pictures/" in first.stderr
+    assert f"in {clone}:\n\n  picture    runs/quickstart/pictures/\n" in first.stderr
+    assert "accuracy   see runs/quickstart_probe/summary.json\n" in first.stderr
+
+    # What a run leaves is found: the last picture, the accuracy.
+    for name in ("quickstart/pictures/test_00000101.png", "quickstart/pictures/test_00001213.png"):
+        (clone / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / "runs" / name).touch()
+    (clone / "runs/quickstart_probe").mkdir()
+    (clone / "runs/quickstart_probe/summary.json").write_text('{"test_top1": 0.9721}')
+    second = run("launch/local.sh").stderr
+    assert "picture    runs/quickstart/pictures/test_00001213.png\n" in second
+    assert "accuracy   97.2 % of the test digits" in second
 
     # The second time nothing is installed, and arguments reach main as they are.
     again = run("launch/local.sh", "--config", "configs/a b.py", BREAK_INSTALL="1")

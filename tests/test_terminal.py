@@ -143,3 +143,32 @@ def test_a_log_file(shown, child_env):
 )
 def test_figures(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_messages_of_other_modules(tmp_path: Path) -> None:
+    """Users' modules are heard, and libraries' warnings; not libraries' INFO, and nothing twice."""
+    library = tmp_path / "site-packages" / "a_library.py"
+    library.parent.mkdir()
+    library.write_text(
+        "import logging\nlogging.info('set up')  # adds a handler\n\ndef log(level): logging.log(level, 'library')"
+    )
+    program = """if True:
+        import logging
+        import warnings
+        import a_library
+        from mae_dist import cli
+
+        def entry(argv):
+            logging.getLogger("mine").info("mine")
+            a_library.log(logging.INFO)
+            a_library.log(logging.WARNING)
+            warnings.warn("take care")
+            return 0
+
+        cli.run(entry)
+    """
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{library.parent}"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=True)
+    found = [re.sub(r"^[\d:]{8} ", "", line) for line in done.stderr.splitlines()]
+    assert found == ["mine", "warning: library", "warning: <string>:11: UserWarning: take care"]
