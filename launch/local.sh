@@ -36,7 +36,7 @@ Done. You have now, in $clone:
   picture    ${picture:-runs/quickstart/pictures/}
              each row a digit: original, masked, reconstruction, the same with visible patches
   accuracy   $accuracy
-  runs       runs/quickstart and runs/quickstart_probe, with all metrics, checkpoints and TensorBoard events
+  all files  runs/quickstart and runs/quickstart_probe, for TensorBoard too
 
 Next:
 
@@ -44,5 +44,6 @@ Next:
   python -m mae_dist.report runs/quickstart runs/quickstart_probe --out report.html
   python -m mae_dist.main --config folder --config.data.data_dir=/my/images
 
-The report is one page about both runs. The last line trains on your own images: any folder, no labels needed.
+The report is one page about both runs. The last line trains on your own images:
+any folder, no labels needed.
 END

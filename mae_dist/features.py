@@ -24,7 +24,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_dist import cli, errors
+from mae_dist import cli, errors, readable
 from mae_dist.cpu import start
 from mae_dist.data import Dataset
 from mae_dist.data.from_config import open_dataset
@@ -75,7 +75,7 @@ def features(argv: Sequence[str]) -> int:
         dataset = open_dataset(config, split)
         described = {"source": config.data.source, "name": config.data.name, "split": split}
     place = _IMAGES.value or split
-    logging.info("%s; %d images of %s", source.origin, dataset.num_examples, place)
+    logging.info("%s; %d images of %s", readable.path(source.origin), dataset.num_examples, place)
     found: list[int] = []
     batches = _columns(compute(dataset), dataset, found)
     # Only the first process writes: on another machine, a process may have the same process id.
@@ -94,7 +94,7 @@ def features(argv: Sequence[str]) -> int:
         if _IMAGES.value:
             own_images.report_skipped(dataset, found)
     if processes.is_primary():
-        print(f"{source.origin}: features of {len(found)} images of {place} in {out}")
+        print(f"{readable.path(source.origin)}: features of {len(found)} images of {place} in {readable.path(out)}")
     return errors.EXIT_DONE
 
 

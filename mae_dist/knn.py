@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags, logging
 
-from mae_dist import cli, errors
+from mae_dist import cli, errors, readable
 from mae_dist.cpu import start
 from mae_dist.data import Dataset
 from mae_dist.data.from_config import open_dataset
@@ -75,7 +75,7 @@ def _search(source: pretrained.Pretrained) -> int:
     others = own_images.open_images(_AGAINST.value, source.config) if _AGAINST.value else queries
     config = extract.with_devices(source, cli.given_config(), max(queries.num_examples, others.num_examples))
     compute = extract.prepare(source, config, [_KIND.value])
-    logging.info("%s; %d images against %d", source.origin, queries.num_examples, others.num_examples)
+    logging.info("%s; %d images against %d", readable.path(source.origin), queries.num_examples, others.num_examples)
     computed = {dataset: _features(compute, dataset) for dataset in dict.fromkeys((queries, others))}
     (features, index), (against, numbers) = computed[queries], computed[others]
     if others is queries and len(index) < 2:
@@ -128,7 +128,8 @@ def _draw(
         f"nearest by cosine similarity\nof {_KIND.value} features",
     )
     pictures.write_png(out, grid)
-    print(f"{source.origin}: {len(index)} of {queries.num_examples} queries, each with its nearest images, in {out}")
+    drawn = f"{len(index)} of {queries.num_examples} queries, each with its nearest images"
+    print(f"{readable.path(source.origin)}: {drawn}, in {readable.path(out)}")
 
 
 def _name(dataset: Dataset, number: int) -> str:
@@ -146,7 +147,7 @@ def _classify(source: pretrained.Pretrained) -> int:
             "find the images most like some of your own with --images"
         )
     test = open_dataset(config, extract.split_expression(config, _TEST_SPLIT.name, _TEST_SPLIT.value))
-    logging.info("%s; %d images against %d", source.origin, test.num_examples, train.num_examples)
+    logging.info("%s; %d images against %d", readable.path(source.origin), test.num_examples, train.num_examples)
     columns = [evaluate.collect(compute(dataset), _KIND.value) for dataset in (train, test)]
     options = {"k": _K.value or 20, "temperature": _TEMPERATURE.value, "ridge": _RIDGE.value}
     found = knn_ridge.top1(*columns, num_classes=train.num_classes, **options)
@@ -158,8 +159,9 @@ def _classify(source: pretrained.Pretrained) -> int:
             print(json.dumps({"encoder": source.origin, **found, **counts, "kind": _KIND.value, **options}))
         else:
             print(
-                f"{source.origin}: kNN top-1 {found['knn_top1']:.4f} (k={options['k']}, T={_TEMPERATURE.value:g}), "
-                f"ridge top-1 {found['ridge_top1']:.4f}; {counts['num_test']} images against {counts['num_train']}"
+                f"{readable.path(source.origin)}: kNN top-1 {found['knn_top1']:.4f} (k={options['k']}, "
+                f"T={_TEMPERATURE.value:g}), ridge top-1 {found['ridge_top1']:.4f}; "
+                f"{counts['num_test']} images against {counts['num_train']}"
             )
     return errors.EXIT_DONE
 

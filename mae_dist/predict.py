@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags, logging
 
-from mae_dist import cli, errors
+from mae_dist import cli, errors, readable
 from mae_dist.cpu import start
 from mae_dist.evaluation import extract, own_images, predictions
 from mae_dist.parallel import processes
@@ -40,7 +40,7 @@ def predict(argv: Sequence[str]) -> int:
     dataset = own_images.open_images(images, source.config)
     compute = predictions.prepare(source, extract.with_devices(source, cli.given_config(), dataset.num_examples))
     class_names = predictions.class_names(source)
-    logging.info("%s; %d images of %s", source.origin, dataset.num_examples, images)
+    logging.info("%s; %d images of %s", readable.path(source.origin), dataset.num_examples, images)
     found: list[int] = []
     first: Counter[str] = Counter()
     # Only the first process writes: on another machine, a process may have the same process id.
@@ -61,7 +61,7 @@ def predict(argv: Sequence[str]) -> int:
     if processes.is_primary():
         counts = [f"{name}: {count}" for name, count in first.most_common(_COUNTED)]
         more = f" and {len(first) - _COUNTED} more classes" if len(first) > _COUNTED else ""
-        print(f"{source.origin}: {len(found)} images in {out}; {', '.join(counts)}{more}")
+        print(f"{readable.path(source.origin)}: {len(found)} images in {readable.path(out)}; {', '.join(counts)}{more}")
     return errors.EXIT_DONE
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from mae_dist import cli, errors, names
+from mae_dist import cli, errors, names, readable
 from mae_dist import config as config_lib
 from mae_dist.data import FirstExamples
 from mae_dist.data.from_config import open_dataset
@@ -96,7 +96,8 @@ def reconstruct(argv: Sequence[str]) -> int:
         shown["patches"] = patch_colours(features, config.model.patch_size)
     title = pictures.title(config, source.step) if has_decoder else f"{config.name}, step {source.step}"
     pictures.write_png(out, pictures.draw_grid(shown, pictures.names_of(dataset, found), title))
-    print(f"{source.origin}: {len(index)} of {dataset.num_examples} images of {place} in {out}")
+    drawn = f"{len(index)} of {dataset.num_examples} images of {place}"
+    print(f"{readable.path(source.origin)}: {drawn} in {readable.path(out)}")
     return errors.EXIT_DONE
 
 

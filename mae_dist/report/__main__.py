@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 from absl import flags
 
-from mae_dist import cli, console, errors
+from mae_dist import cli, console, errors, readable
 from mae_dist.cpu import start
 from mae_dist.evaluation.pictures import note_on_moments
 from mae_dist.report import pictures, tables
@@ -67,7 +67,7 @@ def report(argv: Sequence[str]) -> int:
         for figure in (figure for section in sections for part in section.parts for figure in part.figures):
             if isinstance(figure, Plot):
                 write_files(figure, absolute(_FIGURES.value))
-    print(f"{len(runs)} runs in {out} ({out.stat().length / 2**20:.1f} MiB)")
+    print(f"{len(runs)} runs in {readable.path(out)} ({out.stat().length / 2**20:.1f} MiB)")
     return errors.EXIT_DONE
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
-from mae_dist import platforms
+from mae_dist import platforms, readable
 from mae_dist.cpu import cores
 from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import Batches, Dataset, local_rows, to_global
@@ -137,18 +137,20 @@ class Job:
             return new
         source = _open_init_from(self.config)
         if self.config.model.layer_scale_init and not source.config.model.layer_scale_init:
-            logging.info("%s has no LayerScale: it begins as 1 in every block, the same function", source.origin)
+            logging.info(
+                "%s has no LayerScale: it begins as 1 in every block, the same function", readable.path(source.origin)
+            )
             source = pretrained.with_unit_layer_scale(source)
         channels = self.config.model.channels
         if self.config.init_inflate and source.config.model.channels != channels:
-            logging.info("The patch embedding of %s is spread over %d channels", source.origin, channels)
+            logging.info("The patch embedding of %s is spread over %d channels", readable.path(source.origin), channels)
             source = pretrained.inflated(source, channels)
             with source.config.unlocked():
                 source.config.data.update(mean=self.config.data.mean, std=self.config.data.std)
         groups = [group for group in ("encoder", "decoder") if group in new.params and group in source.abstract]
         check_fits(source.config, self.config, groups)
         loaded = source.load({group: self.shardings.params[group] for group in groups})
-        logging.info("%s from %s", " and ".join(groups), source.origin)
+        logging.info("%s from %s", " and ".join(groups), readable.path(source.origin))
         # The averages start as copies of the weights, because a step donates both.
         ema = new.ema and {**new.ema, **jax.tree.map(jnp.copy, {k: v for k, v in loaded.items() if k in new.ema})}
         return new.replace(params={**new.params, **loaded}, ema=ema)

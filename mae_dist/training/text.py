@@ -90,7 +90,7 @@ def next_commands(config: ConfigDict, workdir: str) -> list[list[str]]:
     """Returns the words of the commands that show what a finished run has learned, and use it."""
     python, place = _python(), shlex.quote(readable.path(workdir))
     origin = config.init_from if os.path.isfile(os.path.join(config.init_from, "config.json")) else ""
-    report = [python, "-m", "mae_dist.report", *filter(None, [shlex.quote(origin) * bool(origin), place])]
+    report = [python, "-m", "mae_dist.report", *([shlex.quote(readable.path(origin))] if origin else []), place]
     report += ["--out", "report.html"]
     if not kind_of(config).has_decoder:
         out = ["--images", "DIRECTORY", "--out", "classes.csv"]
