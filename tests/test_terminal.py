@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+import mae_dist
 from mae_dist import readable
+from mae_dist.training.text import next_commands
 from tests.runs import ROOT, records, run
 
 COLUMNS = 80
@@ -172,3 +175,40 @@ def test_messages_of_other_modules(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=True)
     found = [re.sub(r"^[\d:]{8} ", "", line) for line in done.stderr.splitlines()]
     assert found == ["mine", "warning: library", "warning: <string>:11: UserWarning: take care"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "workdir", "expected"),
+    [
+        ("quickstart", {}, "runs/quickstart", ["--config quickstart_probe"]),
+        ("imagenet_vit_b16", {}, "gs://b/r", ["--config imagenet_vit_b16_linear --config.init_from=gs://b/r"]),
+        ("cifar_small", {}, "/a b", ["--config cifar_small_probe '--config.init_from=/a b'"]),
+        ("folder", {"data_dir": "/photos"}, "runs/folder", []),  # no labels
+        (
+            "folder",
+            {"data_dir": "/photos", "labels": "csv:/l.csv"},
+            "runs/folder",
+            ["--config folder_finetune --config.data.data_dir=/photos --config.data.labels=csv:/l.csv"],
+        ),
+        ("smoke", {}, "runs/smoke", []),  # no such config comes with us
+    ],
+)
+def test_the_classifier_that_fits_a_pretraining(
+    name: str, data: dict[str, str], workdir: str, expected: list[str]
+) -> None:
+    config = mae_dist.get_config(name)
+    with config.unlocked():
+        config.data.update(data)
+    reconstruct, *found, report = (" ".join(words[1:]) for words in next_commands(config, workdir))
+    quoted = shlex.quote(workdir)
+    assert reconstruct == f"-m mae_dist.reconstruct --workdir {quoted}"
+    assert found == [f"-m mae_dist.main {arguments}" for arguments in expected]
+    assert report == f"-m mae_dist.report {quoted} --out report.html"
+
+
+def test_no_classifier_of_another_model() -> None:
+    """The probe that comes with us would refuse its weights."""
+    config = mae_dist.get_config("quickstart")
+    with config.unlocked():
+        config.model.depth += 1
+    assert len(next_commands(config, "runs/quickstart")) == 2

@@ -117,7 +117,8 @@ def _classifier(config: ConfigDict, workdir: str) -> list[list[str]]:
             check_fits(config, chosen, ["encoder"])
         except UserError:  # the run's own model, for which such a config must be written
             continue
-        needed = {"init_from": readable.path(workdir), "data.data_dir": config.data.data_dir}
+        fields = ("source", "name", "data_dir", "labels")
+        needed = {"init_from": readable.path(workdir)} | {f"data.{field}": config.data[field] for field in fields}
         changed = [
             shlex.quote(f"--config.{field}={value}")
             for field, value in needed.items()
