@@ -251,6 +251,8 @@ READ = """
 import os, shutil, sys
 import jax, numpy as np
 import mae_dist
+from etils import epath
+from mae_dist.report import runs
 from mae_dist.weights import pretrained
 source, workdir = sys.argv[1:]
 ours = pretrained.open_source(source)
@@ -273,6 +275,8 @@ for section in ("eval", "online", "pictures"):
 config.eval.test_at_end = False
 mae_dist.train(config, workdir)
 commit = mae_dist.open_run(workdir).config.init_commit
+(reported,), _ = runs.collect([epath.Path(workdir)])
+print(reported.origins[0].place == pretrained.hub.download("hf://o/hf").path, reported.masking.ratio)
 shutil.rmtree(os.environ["HF_HOME"])
 config.total_steps = 2
 print(mae_dist.train(config, workdir).step, os.path.exists(os.environ["HF_HOME"]))
@@ -306,6 +310,7 @@ def test_reads_every_layout(begun):
         f"Encoder(hf://o/hf@{commits[0]}: 16x16x3 -> 32, 1 blocks)",
         "True",
         "hf://o/hf is no run of mae_dist; read its weights by mae_dist.load_encoder",
+        "True 0.75",
         "2 False",
         f"{commits[0]} {commits[0]} (0.0, 0.0, 0.0)",
     ]

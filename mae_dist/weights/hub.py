@@ -23,7 +23,7 @@ from mae_dist.weights import files, hugging_face
 
 # Of a run's workdir: what `open_run` reads, and what reads weights.
 _OF_A_RUN = ("config.json", "metrics.jsonl", "summary.json", "checkpoints/*", "seals/*")
-_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet")  # have exceptions of their own
+_CLIENTS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "hf_xet")  # have exceptions of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def download(name: str, commit: str = "") -> Download:
     for library in ("httpx", "httpx2"):  # they log every request
         python_logging.getLogger(library).setLevel(python_logging.WARNING)
     repository = _Repository(name, commit)
-    with _hub_errors(name):
+    with _hub_errors(name, commit):
         path = repository.download()
     if not commit:
         logging.info("%s is commit %s, in %s", name, repository.commit, path)
@@ -175,7 +175,7 @@ class _OnTerminal(tqdm):  # pyright: ignore[reportMissingTypeArgument]
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str) -> Generator[None]:
+def _hub_errors(name: str, commit: str) -> Generator[None]:
     """Turns what huggingface_hub raises into one message with the cure."""
     from huggingface_hub import constants, errors
 
@@ -195,8 +195,8 @@ def _hub_errors(name: str) -> Generator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ConfigError(
-            f"{name}: the repository has no revision {revision!r}; give a branch, a tag or a whole commit that its "
-            f"page lists ({page})"
+            f"{name}: the repository has no revision {commit or revision!r}; give a branch, a tag or a whole commit "
+            f"that its page lists ({page})"
         ) from error
     except errors.HFValidationError as error:
         raise ConfigError(f"{name}: {_first_line(error)}; write {names.HUB}OWNER/NAME as the hub has it") from error
@@ -217,7 +217,7 @@ def _hub_errors(name: str) -> Generator[None]:
     except Exception as error:
         if type(error).__module__.partition(".")[0] in _CLIENTS:
             raise DataFault(
-                f"{name}: the connection to {constants.ENDPOINT} failed ({_first_line(error)}); check the network and "
+                f"{name}: the download from {constants.ENDPOINT} failed ({_first_line(error)}); check the network and "
                 "repeat the command"
             ) from error
         if isinstance(error, OSError):
