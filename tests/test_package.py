@@ -9,6 +9,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from collections.abc import Sequence
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -22,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 HOST = PROJECT["urls"]["Repository"]
 
 
-def run(command: list[str | Path], cwd: Path, env: dict[str, str]) -> str:
+def run(command: Sequence[str | Path], cwd: Path, env: dict[str, str]) -> str:
     """Returns the output of a program that must succeed."""
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
