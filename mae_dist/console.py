@@ -47,7 +47,7 @@ def set_up() -> None:
 
 def set_level(level: int) -> None:
     """Sets the lowest level of the messages that a command shows; in another program absl's alone."""
-    absl_logging.set_verbosity(absl_logging.converter.standard_to_absl(level))
+    absl_logging.set_verbosity(logging.getLevelName(level).lower())
     if _handler in logging.root.handlers:
         logging.root.setLevel(level)
 
@@ -115,8 +115,9 @@ class _Handler(logging.Handler):
         if self.shows_sources:
             prefix += f"{record.threadName} {record.filename}:{record.lineno}] "
         if columns and not _KEPT.search(text):
-            options = {"break_long_words": False, "break_on_hyphens": False}
-            return textwrap.fill(prefix + text, columns, subsequent_indent="    ", **options)
+            fill = textwrap.TextWrapper(columns, subsequent_indent="    ")
+            fill.break_long_words = fill.break_on_hyphens = False
+            return fill.fill(prefix + text)
         return prefix + text
 
 
