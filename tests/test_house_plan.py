@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "resilience",
         "task_kinds",
+        "trackers",
     ),
     (
         "data",
@@ -189,7 +190,7 @@ def run(child_env: Callable[..., dict[str, str]], *arguments: str) -> str:
 def test_training_starts_without_other_frameworks(child_env):
     """Nor do our dependencies import TensorFlow or PyTorch behind our back, which both are there for others to use."""
     pytest.importorskip("torch", reason=NO_PARITY)
-    names = "{'tensorflow', 'torch', 'transformers'}"
+    names = "{'tensorflow', 'torch', 'transformers', 'wandb', 'mlflow', 'trackio'}"
     run(
         child_env,
         "-c",

@@ -22,6 +22,7 @@ from mae_dist.optim.optimizer import OPTIMIZERS
 from mae_dist.registry import Registry
 from mae_dist.storage import absolute_name
 from mae_dist.task_kinds import TASK_KINDS, kind_of
+from mae_dist.trackers import faults as tracker_faults
 
 # A registry's choices grow as modules register theirs.
 CHOICES: dict[str, Collection[str]] = {
@@ -179,6 +180,7 @@ def _faults(config: ConfigDict) -> Iterator[str]:
     yield from _scaling_faults(config)
     if known:
         yield from _run_faults(config)
+    yield from tracker_faults(config.trackers)
 
 
 def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.accum_steps = 1  # microbatches per step, computed one after another; 0: as an accelerator's memory needs
     config.ema_decay = 0.0  # > 0: evaluate and export a moving average of the parameters
     config.log_every_steps = 50  # fetch metrics from the device and write them this often
+    config.trackers = ()  # send metrics and pictures to these too: wandb, mlflow, trackio, or yours of imports
     config.trace = False  # record a checksum of each step's images and masks, to compare runs
     config.profile_steps = ""  # "10:15": profiler trace of steps 10 to 15, in profile/; SIGUSR1: of the next five
     config.max_skipped_steps = 20  # stop ("diverged") after this many steps in a row with a non-finite gradient

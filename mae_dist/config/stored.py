@@ -38,6 +38,7 @@ FREE = (
     "checkpoint",
     "deadlines",
     "trace",
+    "trackers",
     "profile_steps",
 )
 

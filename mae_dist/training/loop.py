@@ -2,19 +2,21 @@
 
 import contextlib
 import json
+import os
 import time
 from concurrent.futures import Future
 
 import jax
 from absl import logging
 from etils import epath
+from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist import readable
 from mae_dist.checkpoint.manager import Checkpoints
 from mae_dist.data.from_config import Data
 from mae_dist.metrics import history
-from mae_dist.metrics.recorder import OnRecord, Recorder
+from mae_dist.metrics.recorder import METRICS_FILE, OnRecord, Recorder
 from mae_dist.metrics.summary import SUMMARY_FILE
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import processes
@@ -24,6 +26,7 @@ from mae_dist.resilience.lock import Held, workdir_lock
 from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.storage import read_text, set_aside, storage_errors, write_text_atomically
+from mae_dist.trackers.tracking import Tracking
 from mae_dist.training.job import Job
 from mae_dist.training.progress import Progress
 from mae_dist.training.run import Run
@@ -55,6 +58,29 @@ def train(
       Diverged: `config.max_skipped_steps` steps in a row had a non-finite gradient.
       Preempted: a signal came before there was anything to save.
     """
+    with _tracking(job.config, workdir, watchdog) as tracking:
+        options = {"profile_on_signal": profile_on_signal, "on_record": on_record, "verbose": verbose}
+        result = _train(job, workdir, watchdog, preemption, tracking, **options)
+        tracking.status = result.status
+    return result
+
+
+def _train(
+    job: Job,
+    workdir: epath.Path,
+    watchdog: Watchdog,
+    preemption: PreemptionSignals,
+    tracking: Tracking,
+    *,
+    profile_on_signal: bool,
+    on_record: OnRecord | None,
+    verbose: bool,
+) -> Result:
+    def when_recorded(record: dict[str, float]) -> None:
+        tracking.wake()
+        if on_record is not None:
+            on_record(record)
+
     _warn_of_bad_records(job.data)
     if job.schedule.online_every_steps and job.data.train.num_classes < 2:
         logging.info(
@@ -79,9 +105,12 @@ def train(
             _repair_config(job, workdir)
         if start >= total_steps and unfinished is None:
             logging.info("The run is finished")
+            tracking.start(finished=True)
             return finish(job, workdir, start)
-        with Recorder(workdir, start_step=start, is_primary=processes.is_primary(), on_record=on_record) as recorder:
+        primary = processes.is_primary()
+        with Recorder(workdir, start_step=start, is_primary=primary, on_record=when_recorded) as recorder:
             _write_description(job, workdir)
+            tracking.start()
             preemption.check()
             parts = (watchdog, preemption, start, compilation, progress, profile_on_signal)
             run = Run(job, workdir, recorder, state.params, *parts)
@@ -106,6 +135,19 @@ def train(
                     return run.preempted(run.step)
                 run.ended = "done"
     return finish(job, workdir, total_steps)
+
+
+def _tracking(config: ConfigDict, workdir: epath.Path, watchdog: Watchdog) -> Tracking:
+    """Returns the trackers of a run, which the first process has."""
+    about = {
+        "name": workdir.name,
+        "config": {**dict(config_lib.flatten(config)), "workdir": os.fspath(workdir)},
+        "tags": [config.name, config.task],
+        "records": METRICS_FILE,
+        "pictures": "pictures",
+        "summary": SUMMARY_FILE,
+    }
+    return Tracking(config.trackers if processes.is_primary() else (), workdir, about, watchdog.progress)
 
 
 def _compile_ahead(
