@@ -58,7 +58,7 @@ FLAGS = {name: commands.flag_names(name) for name in COMMANDS if name != "checkp
 
 PROGRAMS = (  # that a text may tell to run; the rest of a command line is a program's own affair unless it is ours
     *("python", "python3", ".venv/bin/pip", "pip", "bash", "source", "sbatch", "docker", "kubectl"),
-    *("gcloud", "tfds", "tensorboard"),
+    *("gcloud", "tfds", "tensorboard", "wandb"),
 )
 OF_OTHERS = {  # options of those programs, and of XLA
     *("file_format", "data_dir", "logdir", "shm-size", "project", "location", "help", "no-standard-images"),

@@ -124,7 +124,8 @@ class Follower:
 
     def _images(self, name: str) -> dict[str, np.ndarray]:
         encoded = np.frombuffer((self._pictures / name).read_bytes(), np.uint8)
-        return {"reconstruction": np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1])}
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+        return {} if image is None else {"reconstruction": np.ascontiguousarray(image[..., ::-1])}
 
 
 class Commands:
@@ -183,7 +184,7 @@ def follow(
         try:
             follower.catch_up()
         except Exception as error:
-            if end:
+            if commands.end:  # no more attempts, even if this one was begun before
                 report("warning", f"{name} lacks steps: {said(error)}. {_HAS_ALL}, and the same command sends the rest")
                 return None
             if not failures:

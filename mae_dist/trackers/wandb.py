@@ -10,6 +10,8 @@ from typing import Any
 
 from mae_dist.trackers.base import Run, Status, register
 
+_INIT_SECS = 20.0  # W&B's default is 90: the reason is reported sooner, and another attempt follows
+
 
 @register(
     "wandb",
@@ -38,6 +40,7 @@ class Wandb:
         self._last_start = Path(run.directory or root / "wandb") / f"wandb_{run.id}.json"
         self._step = self._step_before(root, run.last_step)
         tags = [tag for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag]
+        timeout = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": _INIT_SECS}
         self._run = client.init(
             id=run.id,
             resume="allow",
@@ -47,7 +50,7 @@ class Wandb:
             config=dict(run.config),
             allow_val_change=True,
             tags=[tag[:64] for tag in (*run.tags, *tags)],
-            settings=client.Settings(console="off"),
+            settings=client.Settings(console="off", **timeout),
         )
         if self._run.offline:
             directory = Path(self._run.dir).resolve().parent
