@@ -38,6 +38,7 @@ from mae_dist.parallel.mesh import AXES, mesh_shape
 from mae_dist.sweep import points
 from mae_dist.task_kinds import TASK_KINDS
 from mae_dist.tasks.make import _MAKERS
+from mae_dist.trackers.base import TRACKERS
 from mae_dist.training import job
 from mae_dist.weights import pretrained
 from mae_dist.weights.compatible import check_fits
@@ -243,7 +244,9 @@ SCRIPTS = [*LAUNCHERS, "tests/run.sh", "tests/soak.sh"]
 def test_commands_of_documents_and_heads(names, tmp_path, monkeypatch):
     """Each is taken by the program that it names, with every flag, field and value."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(masking.STRATEGIES, "_entries", dict(masking.STRATEGIES._entries))
+    for registry in (masking.STRATEGIES, TRACKERS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr("mae_dist.trackers.base._is_installed", lambda package: True)
     for file, text in [found for name in names for found in files_in(ROOT / name)]:
         (tmp_path / file).write_text(text, encoding="utf-8")
     found = [script for name in names for script in scripts_of(name)]
