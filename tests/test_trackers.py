@@ -27,7 +27,7 @@ from mae_dist.resilience.preemption import PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.trackers import Run, base, child, tracking
 from mae_dist.training import job, loop
-from tests import runs
+from tests import runs, wandb_server
 
 NO_TRACKERS = "needs the extra `trackers`: pip install -e '.[trackers]'"
 # Trackers of a user: "lines" writes what it is given to $TRACKED, the others fail as real ones do.
@@ -442,6 +442,33 @@ def test_killed_and_continued(name, everything, child_env, module, tmp_path):
             break
     assert f"{name} has every step to {total}" in output
     assert steps_of(name, module, workdir) == list(range(1, total + 1))
+
+
+@pytest.mark.long
+def test_wandb_online_continues_from_what_the_server_has(child_env, module, tmp_path):
+    """The client uploads every 15 s: where it is killed between, the server lacks what was handed over."""
+    if not base._is_installed("wandb"):
+        pytest.skip(f"wandb {NO_TRACKERS}")
+    workdir = tmp_path / "run"
+    with wandb_server.serving() as server:
+        online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+        env = env_of(child_env, module, **online)
+        args = (*ARGS, '--config.trackers=("wandb",)', f"--workdir={workdir}")
+        process = runs.start(env, *args, "--config.total_steps=100000")
+        deadline = time.monotonic() + 120
+        while not server.steps:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "nothing is uploaded"
+            time.sleep(0.1)
+        kill_when_tracked(process, workdir, "wandb", len(server.steps) + 20, everything=True)
+        uploaded = len(server.steps)
+        total = runs.last_step(workdir) + 10
+        code, output = runs.run(env, *args, f"--config.total_steps={total}")
+    assert code == 0, output
+    assert f"wandb has every step to {total}: {server.url}/us/mae_dist/runs/" in output
+    assert 0 < uploaded < total - 20
+    assert server.steps == list(range(1, total + 1))
+    assert server.exit_codes == [0]
 
 
 @pytest.mark.long
