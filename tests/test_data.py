@@ -312,12 +312,15 @@ def test_unreadable_records_are_replaced_counted_and_listed(workers: int) -> Non
         _assert_same(list(batches), [{name: column[5:9] for name, column in batch.items()} for batch in got])
 
 
-def test_unreadable_records_weigh_nothing_in_evaluation() -> None:
+def test_unreadable_records_weigh_nothing_in_evaluation(caplog: pytest.LogCaptureFixture) -> None:
+    """They are listed by every evaluation, and named in the log by the first one only."""
     dataset = _SomeUnreadable(_images(20), [3, 4], max_bad_share=0.1)
-    with eval_batches(dataset, global_batch_size=8, rows=np.arange(8)) as batches:
-        weights = np.concatenate([batch["weight"] for batch in batches])
-        assert batches.bad_records == ["example 3", "example 4"]
-    assert np.flatnonzero(weights == 0).tolist() == [3, 4, 20, 21, 22, 23]
+    for _ in range(2):
+        with eval_batches(dataset, global_batch_size=8, rows=np.arange(8)) as batches:
+            weights = np.concatenate([batch["weight"] for batch in batches])
+            assert batches.bad_records == ["example 3", "example 4"]
+        assert np.flatnonzero(weights == 0).tolist() == [3, 4, 20, 21, 22, 23]
+    assert caplog.text.count("passed over 2 records that do not decode: example 3, example 4") == 1
 
 
 @pytest.mark.parametrize(("max_bad_share", "workers"), [(0.0, 0), (0.05, 0), (0.05, 1)])

@@ -173,10 +173,12 @@ class Batches:
         self._num_bad += len(bad)
         positions = set(bad.tolist()) - self._bad_positions
         if positions:
-            new = [self._dataset.fault(index) for index in sorted(positions)]  # reads the record again, for the reason
+            names = {index: self._dataset.fault(index) for index in sorted(positions)}  # reads it again, for the reason
             self._bad_positions |= positions
-            _LOG.warning("passed over %d records that do not decode: %s", len(new), ", ".join(new))
-            self.bad_records += new
+            self.bad_records += names.values()
+            if new := [name for index, name in names.items() if index not in self._dataset.reported]:
+                _LOG.warning("passed over %d records that do not decode: %s", len(new), ", ".join(new))
+                self._dataset.reported |= positions
         allowed = self._dataset.max_bad_share * max(self._num_read, min(_FRACTION_OVER, self._dataset.total_examples))
         if self._num_bad > allowed:
             raise DataFault(

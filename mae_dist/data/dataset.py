@@ -36,6 +36,7 @@ class Dataset(ABC):
       in_memory: true if reading costs no decoding, so that threads would only get in each other's way.
       bad_records: names of the records left out when the dataset was loaded.
       max_bad_share: the largest fraction of unreadable records that batches may pass over.
+      reported: numbers of unreadable records that a warning has named, so that no later evaluation names them again.
     """
 
     num_examples: int
@@ -47,6 +48,7 @@ class Dataset(ABC):
     needs_labels: bool = False
     bad_records: tuple[str, ...] = ()
     max_bad_share: float = 0.0
+    reported: frozenset[int] = frozenset()
 
     @abstractmethod
     def read(self, indices: np.ndarray, crops: RandomCrops | None = None, evaluation: bool = True) -> Read:
@@ -195,6 +197,7 @@ class FirstExamples(Dataset):
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
         self.fingerprint = digest({"source": "first", "of": dataset.fingerprint, "count": self.num_examples})
         self.in_memory, self.max_bad_share, self.dtype = dataset.in_memory, dataset.max_bad_share, dataset.dtype
+        self.reported = dataset.reported
 
     @property
     def total_examples(self) -> int:
