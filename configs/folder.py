@@ -34,12 +34,13 @@ def get_config(choice: str = "tiny,96,8") -> ConfigDict:
     config.model.image_size, config.model.patch_size = (image, image), (patch, patch)
     config.model.mlp_ratio = config.model.decoder_mlp_ratio = 4.0
     config.pretrain.norm_pix_loss = True
-    rarely = 1.0 if model == "mini" else 10.0
+    is_mini = model == "mini"
+    rarely = 1.0 if is_mini else 10.0
     config.total_epochs = 40.0 * rarely
-    config.global_batch_size = 256
+    config.global_batch_size = 64 if is_mini else 256
     config.accum_steps = 0  # by the memory of an accelerator
     config.log_every_steps = 20
-    config.optim.base_lr = 1.5e-4 if model == "base" else 5e-4
+    config.optim.base_lr = {"mini": 4e-3, "base": 1.5e-4}.get(model, 5e-4)
     config.optim.warmup_epochs = 2.0 * rarely
     config.data.source = "folder"
     config.data.train_split, config.data.val_split, config.data.test_split = "train", "val", ""
