@@ -9,6 +9,8 @@
 #   bash tests/run.sh --pdb                 the debugger at the first failure: in one process, too
 #
 # What is named by a file, by -k or by -m is run whether it is long or not.
+# The tests of W&B's, MLflow's and Trackio's clients are skipped, with the reason, unless they are installed (another
+# 300 MB): .venv/bin/pip install -e '.[trackers]'.
 set -euo pipefail
 
 # shellcheck source=launch/venv.sh
