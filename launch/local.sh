@@ -42,7 +42,7 @@ Next:
 
   cd $(printf %q "$clone") && source .venv/bin/activate
   python -m mae_dist.report runs/quickstart runs/quickstart_probe --out report.html
-  python -m mae_dist.main --config folder --config.data.data_dir=/my/images
+  python -m mae_dist.main --config folder:mini,64,8 --config.data.data_dir=/my/images
 
 The report is one page about both runs. The last line trains on your own images:
 any folder, no labels needed.

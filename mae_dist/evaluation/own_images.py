@@ -145,7 +145,9 @@ def _open(listing: Listing, config: ConfigDict) -> Dataset:
     model, data = config.model, config.data
     dtype = "uint8" if data.dtype == "auto" else data.dtype
     decoder = Decoder(model.channels, dtype, data.max_value, data.background, exif=True)
-    return open_in_order(listing, tuple(model.image_size), decoder)
+    dataset = open_in_order(listing, tuple(model.image_size), decoder)
+    dataset.reported = frozenset(range(dataset.num_examples))  # by `report_skipped`, or an exception, once
+    return dataset
 
 
 def missing(dataset: Dataset, found: Iterable[int]) -> list[int]:
