@@ -8,6 +8,7 @@ from mae_dist import errors
 # Name -> its module, imported only when it is chosen, and what it does.
 COMMANDS = {
     "train": ("mae_dist.main", "Trains what a config describes, or continues it."),
+    "main": ("mae_dist.main", "The same, by its module's name."),
     "reconstruct": ("mae_dist.reconstruct", "Draws what a pretraining has learned to restore."),
     "features": ("mae_dist.features", "Computes the features of images by a trained encoder."),
     "predict": ("mae_dist.predict", "Classifies images by a fine-tuned model or a probe."),

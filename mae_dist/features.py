@@ -42,7 +42,10 @@ _OUT = flags.DEFINE_string(
 )
 _IMAGES = flags.DEFINE_string("images", None, own_images.HELP, allow_override=True)
 _SPLIT = flags.DEFINE_string(
-    "split", "test", "train, val or test of the config, or an expression such as train[:10%].", allow_override=True
+    "split",
+    None,
+    "train, val or test of the config, or an expression such as train[:10%] (default: test, or val without one).",
+    allow_override=True,
 )
 _KINDS = flags.DEFINE_list("kinds", ["mean"], f"The features to write, of {', '.join(KINDS)}.")
 _BLOCK = flags.DEFINE_integer("block", None, "The block to write the output of, from 1; default: the last, normalised.")
@@ -57,7 +60,7 @@ def features(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     cli.refuse_arguments(argv)
     workdir, out_value = cli.required(_WORKDIR), cli.required(_OUT)
-    split, _ = cli.required(_SPLIT), cli.required(_KINDS)
+    cli.required(_KINDS)
     start.use_all_cores(cli.given_config(), single_process=cli.is_single_process())
     cli.join_processes()
     out = cli.new_local_path(out_value)
@@ -71,10 +74,10 @@ def features(argv: Sequence[str]) -> int:
         config = extract.with_data(source, cli.given_config(), _DATA_DIR.value)
         # Raises for features that the model does not have, before data are opened.
         compute = extract.prepare(source, config, _KINDS.value, _BLOCK.value)
-        split = extract.split_expression(config, "split", split)
+        split = extract.split_expression(config, "split", _SPLIT.value or extract.last_split(config))
         dataset = open_dataset(config, split)
         described = {"source": config.data.source, "name": config.data.name, "split": split}
-    place = _IMAGES.value or split
+    place = _IMAGES.value or described["split"]
     logging.info("%s; %d images of %s", readable.path(source.origin), dataset.num_examples, place)
     found: list[int] = []
     batches = _columns(compute(dataset), dataset, found)

@@ -30,7 +30,13 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", all
 _IMAGES = flags.DEFINE_string("images", None, own_images.HELP, allow_override=True)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "The number of images, the first of all.", lower_bound=1)
 _PCA = flags.DEFINE_bool("pca", False, "Also draw the principal components of the patches' features.")
-_SPLIT = flags.DEFINE_enum("split", "test", ["train", "val", "test"], "A split of the run.", allow_override=True)
+_SPLIT = flags.DEFINE_enum(
+    "split",
+    None,
+    ["train", "val", "test"],
+    "A split of the run (default: test, or val without one).",
+    allow_override=True,
+)
 _OUT = flags.DEFINE_string(
     "out",
     None,
@@ -62,7 +68,7 @@ def reconstruct(argv: Sequence[str]) -> int:
         raise errors.ConfigError(
             f"{workdir} {what} no decoder; give the workdir of its pretraining, or draw its features, by --pca"
         )
-    place = _IMAGES.value or _SPLIT.value
+    place = _IMAGES.value or _SPLIT.value or extract.last_split(cli.given_config() or source.config)
     if _IMAGES.value:
         out = absolute(cli.required(_OUT))
         config = extract.with_devices(source, cli.given_config())

@@ -41,7 +41,7 @@ BEGINS_WITH = {  # runs that a page takes for granted
 }
 TRAIN = {
     "cifar_small": "python -m mae_dist.main --config configs/cifar_small.py",
-    "folder": "python -m mae_dist.main --config configs/folder.py --config.data.data_dir=photos",
+    "folder": "python -m mae_dist.main --config configs/folder.py:mini,64,8 --config.data.data_dir=photos",
 }
 # Stands for `python` in the blocks: the same command, made small.
 SHIM = """#!/bin/bash

@@ -59,6 +59,11 @@ def with_devices(source: pretrained.Pretrained, given: ConfigDict | None, num_im
     return config
 
 
+def last_split(config: ConfigDict) -> str:
+    """Returns the name of the split that says most of a model: test, or where there is none val, or train."""
+    return next(name for name in ("test", "val", "train") if config.data[f"{name}_split"])
+
+
 def split_expression(config: ConfigDict, flag: str, value: str) -> str:
     """Returns the split that `--<flag>=<value>` names: train, val or test of the config, or an expression as it is."""
     split = config.data[f"{value}_split"] if value in ("train", "val", "test") else value

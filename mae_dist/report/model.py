@@ -66,7 +66,7 @@ class Viewer:
         """
         source = pretrained.open_pretrained(run.workdir)
         config = source.config
-        name = "test" if config.data.test_split else "val" if config.data.val_split else "train"
+        name = extract.last_split(config)
         with config.unlocked():
             config.data.data_dir = self._data_dir or config.data.data_dir
             config.mesh.update(data=-1, fsdp=1, tensor=1)
