@@ -1,4 +1,4 @@
-"""Arguments and output with any characters; log messages as a person reads them, above whatever bars are shown."""
+"""Arguments and output with any characters; log messages as a person reads them, above progress bars."""
 
 import contextlib
 import io

@@ -1,6 +1,6 @@
 """Writes a model as StableHLO that runs without this package: `python -m mae_dist.export --workdir W --out F`.
 
-W is a workdir, or whatever else `features` takes. The file holds program and weights, and
+W is a workdir, or another source that `features` takes. The file holds program and weights, and
 `jax.export.deserialize(bytes).call(…)` runs it for any number of images:
 
   --what encoder          images (b, H, W, C) -> {"mean": (b, D), "cls": (b, D), "patches": (b, gh, gw, D)}

@@ -47,7 +47,10 @@ def path(full: str | os.PathLike[str]) -> str:
     name = os.fspath(full)
     if not os.path.isabs(name):
         return name
-    relative = os.path.relpath(name)
+    try:
+        relative = os.path.relpath(name)
+    except FileNotFoundError:  # the current directory was deleted
+        return name
     return name if relative.split(os.sep)[0] == os.pardir else relative
 
 

@@ -242,7 +242,7 @@ def test_without_the_package(env, tmp_path):
         "u.find_spec = lambda name, package=None: None if name == 'huggingface_hub' else find(name, package)\n"
     )
     ((code, message),) = ask({**env, "PYTHONPATH": f"{tmp_path}:{env['PYTHONPATH']}"}, "hf://o/n")
-    assert (code, "pip install -e .[hub]" in message) == ("2", True), message
+    assert (code, "pip install -e '.[hub]'" in message) == ("2", True), message
 
 
 # --- models and runs

@@ -310,7 +310,7 @@ def test_predictions_by_name(
 
 
 def test_a_pretraining_has_no_classes(command: Any, pretrained: Path, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no head .* --config\.task=finetune"):
+    with pytest.raises(ConfigError, match=r"no classifier.* --config\.task=finetune"):
         command(predict, workdir=pretrained, images=folder, out=tmp_path / "p.csv")
     assert mae_dist.open_run(pretrained).class_names == ()
     with pytest.raises(ConfigError, match="no head"):

@@ -15,7 +15,7 @@ def neighbours(features: np.ndarray, queries: np.ndarray | None = None, k: int =
     Args:
       features: (N, D).
       queries: (M, D); None: the features themselves, and none is its own neighbour.
-      k: all N if there are fewer.
+      k: how many; all there are if that is fewer, N or without queries N - 1.
 
     Returns:
       Which, int (M, k), the most similar first, and their cosine similarities, float32 (M, k).
@@ -31,7 +31,7 @@ def neighbours(features: np.ndarray, queries: np.ndarray | None = None, k: int =
         rows = np.arange(len(similar))
         if among_themselves:
             similar[rows, start + rows] = -np.inf
-        best = np.argpartition(similar, len(features) - k, axis=1)[:, len(features) - k :]  # (m, k)
+        best = np.argpartition(similar, len(features) - max(k, 1), axis=1)[:, len(features) - k :]  # (m, k)
         order = np.argsort(-np.take_along_axis(similar, best, axis=1), axis=1, kind="stable")
         found[start + rows] = best = np.take_along_axis(best, order, axis=1)
         similarity[start + rows] = np.take_along_axis(similar, best, axis=1)

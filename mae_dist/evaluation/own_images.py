@@ -89,7 +89,7 @@ def read_images(images: Paths, image_size: tuple[int, int], channels: int = 3) -
 
 def _open_paths(images: Paths, config: ConfigDict) -> Dataset:
     if not are_paths(images):
-        raise ConfigError("images: give a list of paths, as mae_dist.find_images(directory) returns it")
+        raise ConfigError("images: give a list of at least one path, as mae_dist.find_images(directory) returns it")
     return open_given(images, config)
 
 

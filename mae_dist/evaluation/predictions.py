@@ -36,7 +36,7 @@ def prepare(source: pretrained.Pretrained, config: ConfigDict) -> extract.Comput
     """
     if not source.num_classes:
         raise ConfigError(
-            f"{source.origin} has no head that tells classes apart: it is a pretraining, or an encoder alone. Train a "
+            f"{source.origin} has no classifier: it is a pretraining, or an encoder alone. Train a "
             "probe or a fine-tuning of it, with --config.task=finetune and --config.init_from, and give that workdir"
         )
     mesh = make_mesh(config.mesh.to_dict(), jax.devices())

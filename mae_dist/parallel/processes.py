@@ -153,12 +153,15 @@ def from_first(key: str, make: Callable[[], str], timeout_secs: float) -> str:
     client, _ = coordination()
     if is_primary():
         text = make()
-        client.key_value_set(key, text)
+        client.key_value_set(key, text, allow_overwrite=True)
         return text
     try:
         return client.blocking_key_value_get(key, math.ceil(1000 * timeout_secs))
     except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(f"process 0 has not sent {key} within {timeout_secs:.0f} s") from error
+        raise TimeoutError(
+            f"process 0 has not sent {key} within {timeout_secs:.0f} s; see its messages, or raise "
+            "deadlines.start_secs if it was still downloading"
+        ) from error
 
 
 def is_primary() -> bool:

@@ -24,6 +24,8 @@ from mae_dist.registry import Registry
 if TYPE_CHECKING:
     import numpy as np
 
+SAID = 3  # exit code of a tracker's process that has said why it ends; 1 is Python's own, as of a failed import
+
 # How a start of a run ended; "killed": its process is gone.
 Status = Literal["done", "preempted", "interrupted", "failed", "killed"]
 
@@ -54,7 +56,7 @@ class Run:
 class Tracker(Protocol):
     """Receives the records of one run, in a process of its own: it may block, raise, or crash.
 
-    It is made without arguments. If it has an attribute `url`, that is reported.
+    It is made without arguments. If it has an attribute `url`, that is reported at the end.
     """
 
     def start(self, run: Run) -> int | None:
@@ -128,5 +130,8 @@ def faults(names: Sequence[str]) -> Iterator[str]:
 
 def _is_installed(package: str) -> bool:
     """True unless all that has the name is a directory without code, as the `wandb` that W&B makes."""
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of its parent
+        return False
     return found is not None and found.origin is not None

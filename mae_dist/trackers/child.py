@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 
 from mae_dist.storage import is_local, read_text, write_text_atomically
-from mae_dist.trackers.base import Run, Status, Tracker
+from mae_dist.trackers.base import SAID, Run, Status, Tracker
 
 _RETRY_SECS = (5.0, 300.0)  # after the first failure, and at most
 _BUCKET_SECS = 10.0  # between two readings of a file in a bucket
@@ -40,7 +40,10 @@ class State:
 
     def __init__(self, path: epath.Path):
         self._path = path
-        known = json.loads(read_text(path) or "{}")
+        try:
+            known = json.loads(read_text(path) or "{}")
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupted: delete it to begin a new remote run") from error
         self.id: str = known.get("id") or uuid.uuid4().hex[:12]
         self.step: int = known.get("step", -1)  # the last that was logged
         self.save(done=False)
@@ -75,7 +78,7 @@ class Follower:
         self._read = 0  # bytes of `records`
 
     def catch_up(self) -> None:
-        """Logs what is new; raises whatever the tracker does, and starts it again at the next call."""
+        """Logs what is new; raises the tracker's exceptions, and starts it again at the next call."""
         try:
             if not self._started:
                 has = self._tracker.start(self._describe(self._state.id, self._state.step))
@@ -137,7 +140,7 @@ class Commands:
         self.end: Status | None = None
 
     def read(self) -> None:
-        """Reads to the end of the input; then this process ends in time, whatever the tracker does."""
+        """Reads to the end of the input; then this process ends in time, even if the tracker blocks."""
         end: dict[str, Any] = {"end": "killed", "secs": _KILLED_SECS}
         for line in sys.stdin.buffer:
             if line.strip():
@@ -159,7 +162,7 @@ class Commands:
             self._woken = False
 
     def pause(self, secs: float) -> None:
-        """Waits for so long, but not beyond the training's end."""
+        """Waits `secs` seconds, or until the training ends."""
         with self._changed:
             self._changed.wait_for(lambda: self.end, timeout=secs)
 
@@ -207,6 +210,7 @@ def said(error: BaseException) -> str:
 
 
 def main() -> None:
+    """Runs this process."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # sent to all processes of a job: the training ends this one
     with contextlib.suppress(OSError):
@@ -223,7 +227,7 @@ def main() -> None:
     given = json.loads(sys.stdin.buffer.readline())
     commands = Commands()
     threading.Thread(target=commands.read, daemon=True).start()
-    code = 1
+    code = SAID
     try:
         code = _run(given, commands, report)
     except BaseException as error:
@@ -249,7 +253,7 @@ def _run(given: Mapping[str, Any], commands: Commands, report: Callable[[str, st
     follower = Follower(tracker, describe, state, workdir / given["records"], workdir / given["pictures"])
     end = follow(name, follower, commands, report, 0.0 if local else _BUCKET_SECS)
     if end is None:
-        return 1
+        return SAID
     summary = json.loads(read_text(workdir / given["summary"]) or "{}") if end == "done" else {}
     follower.finish(end, summary)
     url = getattr(tracker, "url", "")

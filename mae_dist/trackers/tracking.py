@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from mae_dist.storage import read_text
-from mae_dist.trackers.base import TRACKERS, Status
+from mae_dist.trackers.base import SAID, TRACKERS, Status
 
 # Seconds that an end waits for the trackers; the same command sends what they lack then.
 _END_SECS = {"done": 30.0}
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Tracking:
-    """The trackers of a run, in a process each: whatever they do, the training neither waits nor changes.
+    """The trackers of a run, each in a process of its own: none of them can stop, slow or change the training.
 
     Clients install signal handlers and exit hooks, capture the output, start services and wait without limit at the
     end; all of that stays in their processes, which read metrics.jsonl by themselves and are told when to look.
@@ -58,7 +58,14 @@ class Tracking:
         """
         for name in self._names:
             if not (finished and self._known(name).get("done")):
-                self._processes[name] = _Process(name, self._workdir, self._run)
+                try:
+                    self._processes[name] = _Process(name, self._workdir, self._run)
+                except OSError as error:
+                    _log.warning(
+                        "%s cannot be started: %s. metrics.jsonl has everything, and the same command sends it",
+                        name,
+                        error,
+                    )
 
     def wake(self) -> None:
         """Says that there are new records."""
@@ -70,8 +77,8 @@ class Tracking:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Waits for the processes, for a limited time, and ends them."""
-        if kind is not None:
-            self.status = "failed" if issubclass(kind, Exception) else "interrupted"
+        if kind is not None and not issubclass(kind, Exception) and self.status == "failed":
+            self.status = "interrupted"
         secs = _END_SECS.get(self.status, _OTHER_END_SECS)
         try:
             for process in self._processes.values():
@@ -132,10 +139,13 @@ class _Process:
     def _log_output(self) -> None:
         assert self._popen.stdout is not None
         for line in self._popen.stdout:
-            level, text = json.loads(line)
+            try:
+                level, text = json.loads(line)
+            except ValueError:  # printed by something that Python imports at its start
+                continue
             _log.log(logging.getLevelNamesMapping()[level.upper()], "%s", text)
         code = self._popen.wait()
-        if code not in (0, 1) and not self._killed:  # with 1 it has said why
+        if code not in (0, SAID) and not self._killed:
             _log.warning(
                 "The process of %s ended with code %d: metrics.jsonl has everything, and the next start sends the rest",
                 *(self._name, code),

@@ -86,7 +86,7 @@ class Wandb:
         if start["last"] is not None:
             return start["last"]
         directory = root / start["directory"]
-        if any(directory.glob("*.synced")):  # it is at the server: whatever is missing, it cannot be taken back
+        if any(directory.glob("*.synced")):  # it is at the server, and cannot be taken back
             return last_step
         shutil.rmtree(directory, ignore_errors=True)
         return start["begins_after"]

@@ -60,7 +60,11 @@ def train(
     """
     with _tracking(job.config, workdir, watchdog) as tracking:
         options = {"profile_on_signal": profile_on_signal, "on_record": on_record, "verbose": verbose}
-        result = _train(job, workdir, watchdog, preemption, tracking, **options)
+        try:
+            result = _train(job, workdir, watchdog, preemption, tracking, **options)
+        except Preempted:
+            tracking.status = "preempted"
+            raise
         tracking.status = result.status
     return result
 

@@ -233,7 +233,7 @@ class Run:
 
     @functools.cached_property
     def _classifiers(self) -> Callable[[int], Callable[[int], extract.Compute]]:
-        """Returns a function of step and batch size to the classifier; those of one step are kept, with its weights."""
+        """Returns a function: step -> batch size -> classifier. It keeps weights and classifiers of one step."""
 
         @functools.lru_cache(maxsize=1)
         def of_step(step: int) -> Callable[[int], extract.Compute]:

@@ -28,7 +28,7 @@ class Progress:
 
     def __init__(self, total: int):
         self._total = total
-        self._shown = sys.stderr.isatty() and processes.is_primary()
+        self._shown = sys.stderr is not None and sys.stderr.isatty() and processes.is_primary()
         self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> "Progress":
@@ -56,7 +56,8 @@ class Progress:
         """Reports that the first step of this start, number `step`, is done."""
         assert self._bar is not None
         self._say(f"Compiled; the first step was done after {readable.duration(time.monotonic() - self._began)}")
-        self._bar.n, self._bar.leave, self._bar.bar_format = step - 1, True, _BAR
+        self._bar.n = self._bar.last_print_n = step - 1
+        self._bar.leave, self._bar.bar_format = True, _BAR
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Shows the figures of a log step that a person reads."""
@@ -88,9 +89,11 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def close(self) -> None:
-        """Leaves the bar as it stands; what is written from now on is below it."""
+    def close(self, step: int | None = None) -> None:
+        """Leaves the bar as it stands, or at `step`; what is written from now on is below it."""
         if self._bar is not None:
+            if step is not None and not self._bar.disable:
+                self._bar.n = step
             self._bar.close()
 
     def _width(self) -> int | None:

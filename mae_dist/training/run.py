@@ -82,6 +82,8 @@ class Run:
         self.skipped_runs: list[jax.Array] = []  # of the steps since the last log step, still on the device
         self.longest_skipped_run = 0
         self.num_bad_named = 0  # records in bad_files.txt by this start
+        # Kept, because it knows which records were named.
+        self.first_examples = FirstExamples(job.data.train, job.config.online.num_train)
         self._compilation = compilation
         self._train_step: TrainStep | None = None  # once it is compiled
         self.progress = progress
@@ -100,7 +102,7 @@ class Run:
     def preempted(self, step: int) -> Result:
         """Returns the result of a preempted run whose state is saved."""
         self.ended = "preempted"
-        self.progress.close()
+        self.progress.close(step)
         logging.warning("Preempted: saved step %d; the same command continues from it.", step)
         return Result(step, "preempted")
 
@@ -109,7 +111,8 @@ class Run:
         job, total = self.job, self.job.schedule.total_steps
         rows = local_rows(job.batch_sharding, job.config.global_batch_size)
         taken = tuple(job.abstract_batch)  # the columns that the step is compiled for
-        self.progress.compiling()
+        if start < total:
+            self.progress.compiling()
         with job.train_batches(self.data.train, start, rows) as self.host_batches:
             for step in range(start + 1, total + 1):
                 self.profiler.before(step)
@@ -246,7 +249,7 @@ class Run:
             return
         with self._pause(state, "evaluate"):
             has_classes = job.data.train.num_classes > 1
-            train = features(FirstExamples(job.data.train, options.num_train)) if has_classes else None
+            train = features(self.first_examples) if has_classes else None
             for prefix, dataset in present.items():
                 seen = features(dataset)
                 found = health(seen["features"])

@@ -187,9 +187,10 @@ def _as_begun(config: ConfigDict, workdir: epath.Path) -> ConfigDict:
         config.data.update(mean=stored.data.mean, std=stored.data.std)
     if of_hub and stored.init_from == config.init_from:
         config.init_commit = config.init_commit or stored.init_commit
-    if of_hub and not config.init_commit:  # one commit for all processes, whatever the revision is a moment later
+    if of_hub and not config.init_commit:  # one commit for all processes, even if the revision moves meanwhile
         secs = config.deadlines.start_secs or 86400.0
-        config.init_commit = processes.from_first("init_commit", lambda: hub.download(config.init_from).commit, secs)
+        key = f"init_commit/{workdir}/{config.init_from}"
+        config.init_commit = processes.from_first(key, lambda: hub.download(config.init_from).commit, secs)
     return config.lock()
 
 

@@ -21,7 +21,7 @@ from mae_dist.weights.compatible import check_fits
 
 
 def start_lines(job: Job, *, verbose: bool) -> list[str]:
-    """Returns what is trained, on what: devices, data, model, schedule; `verbose`: the table of parameters, too."""
+    """Returns lines about devices, data, model and schedule; with `verbose` the table of parameters too."""
     config, data = job.config, job.data
     device, num_processes = job.mesh.devices.flat[0], jax.process_count()
     processes = f" in {num_processes} processes" if num_processes > 1 else ""

@@ -58,7 +58,10 @@ def download(name: str, commit: str = "") -> Download:
     if fault := names.hub_fault(name):
         raise ConfigError(fault)
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise ConfigError(f"{name}: the Hugging Face hub needs the extra `hub`: pip install -e .[hub] in the clone")
+        raise ConfigError(
+            f"{name}: the Hugging Face hub needs the extra `hub`: pip install 'mae_dist[hub]', or in a "
+            "clone: pip install -e '.[hub]'"
+        )
     for library in ("httpx", "httpx2"):  # they log every request
         python_logging.getLogger(library).setLevel(python_logging.WARNING)
     repository = _Repository(name, commit)
