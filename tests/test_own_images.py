@@ -313,7 +313,7 @@ def test_a_pretraining_has_no_classes(command: Any, pretrained: Path, folder: Pa
     with pytest.raises(ConfigError, match=r"no classifier.* --config\.task=finetune"):
         command(predict, workdir=pretrained, images=folder, out=tmp_path / "p.csv")
     assert mae_dist.open_run(pretrained).class_names == ()
-    with pytest.raises(ConfigError, match="no head"):
+    with pytest.raises(ConfigError, match="no classifier"):
         mae_dist.open_run(pretrained).predict([folder / NAMES[0]])
 
 
