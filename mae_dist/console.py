@@ -95,7 +95,7 @@ class _Handler(logging.Handler):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and "orbax" in record.pathname:
-            record.exc_info = record.exc_text = None
+            return False  # it logs, several times, what it raises: our message has it
         is_ours = record.pathname.startswith(_PACKAGE) or not _LIBRARIES.search(record.pathname)
         return record.levelno >= logging.WARNING or is_ours
 

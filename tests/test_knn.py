@@ -161,4 +161,4 @@ def test_within_a_run(child_env, command, tmp_path):
     assert (found["num_train"], found["num_test"]) == (150, 40)
     for name in ("knn_top1", "ridge_top1"):
         assert found[name] == summary[f"test_{name}"] == at[10][f"test_{name}"], name
-    assert "val_knn_top1" in output.splitlines()[-1]
+    assert "test_knn_top1" in next(line for line in output.splitlines() if line.startswith("smoke: step 10 of 10"))
