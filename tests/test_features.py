@@ -196,7 +196,6 @@ def test_a_full_disk_leaves_nothing(compute, tmp_path, monkeypatch):
         ({"workdir": "/none"}, "/none does not exist"),
         ({"out": ""}, "--out is missing"),
         ({"out": "gs://bucket/out"}, "write to a local path"),
-        ({"split": ""}, "--split is missing"),
         ({"split": "val"}, r"--split=val: data.val_split is ''; name a split expression"),
         ({"split": "test[:0]"}, "selects no example"),
         ({"split": "validation"}, "is not one of train, test"),
