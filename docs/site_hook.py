@@ -27,11 +27,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Mends the links of a page."""
+    """Resolves the links of a page."""
     in_site = {repository_path(file): file.src_uri for file in files if file.inclusion.is_included()}
     place = posixpath.dirname(repository_path(page.file))
 
-    def mended(link: re.Match[str]) -> str:
+    def resolved(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(place, link[1]))
         if target in in_site:
             return posixpath.relpath(in_site[target], posixpath.dirname(page.file.src_uri) or ".")
@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"{config.repo_url}/blob/main/{target}"
         return link[1]
 
-    return LINK.sub(mended, markdown)
+    return LINK.sub(resolved, markdown)
 
 
 def repository_path(file: File) -> str:

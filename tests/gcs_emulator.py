@@ -16,10 +16,12 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+from tests.local_server import LocalServer
 
 _GENERATIONS = itertools.count(1_700_000_000_000_000)  # every write of any object has a number of its own
 _PAGE = 1000  # of a listing, at most
@@ -59,30 +61,18 @@ class Refused(Exception):
     """An answer that is an error: the status, the message."""
 
 
-class GcsEmulator(ThreadingHTTPServer):
+class GcsEmulator(LocalServer):
     """Serves buckets at `url` while it is open: `buckets` hold objects by name, in `forbidden` ones all is refused."""
 
-    daemon_threads = True
     request_queue_size = 128  # Orbax opens many connections at once; beyond it the kernel drops them
 
     def __init__(self, buckets: Iterable[str], forbidden: Iterable[str] = ()):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(_Handler)
         self.buckets: dict[str, dict[str, Blob]] = {name: {} for name in buckets}
         self.forbidden = frozenset(forbidden)
         self.uploads: dict[str, tuple[dict[str, str], dict[str, Any], bytearray]] = {}  # begun: query, resource, data
         self.before_write: Callable[[str, bytes], object] = lambda name, data: None  # is told of every write first
         self.lock = threading.RLock()
-        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-
-    def __enter__(self) -> "GcsEmulator":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.shutdown()
-        self.server_close()
-        self._thread.join()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed is no error of the server."""

@@ -10,12 +10,13 @@ import dataclasses
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.local_server import LocalServer
 
 TOKEN = "hf_of_a_test"
 _LARGE = (".safetensors", ".bin", ".pth")
@@ -34,28 +35,15 @@ class Refused(Exception):
     """An answer that is an error: status, the hub's code of the error, message."""
 
 
-class HubEmulator(ThreadingHTTPServer):
+class HubEmulator(LocalServer):
     """Serves repositories at `url` while it is open; `requests` are those it got, as "GET /path"."""
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(_Handler)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
         self.breaks_off = False  # in the middle of large files
         self.when_asked: Callable[[], object] = lambda: None  # called once, when a file of a branch was sent
-        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-
-    def __enter__(self) -> "HubEmulator":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.shutdown()
-        self.server_close()
-        self._thread.join()
 
     def commit(self, name: str, files: Mapping[str, bytes], branch: str = "main", access: str = "public") -> str:
         """Makes a commit that consists of these files; returns its hash."""

@@ -36,7 +36,7 @@ _KILLED_SECS = 20.0  # to send what is left after the training was killed
 
 
 class State:
-    """What is known of one tracker across starts, in `trackers/<name>.json`."""
+    """The id and last step of one tracker, kept across starts in `trackers/<name>.json`."""
 
     def __init__(self, path: epath.Path):
         self._path = path

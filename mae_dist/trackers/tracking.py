@@ -28,12 +28,13 @@ class Tracking:
     """The trackers of a run, each in a process of its own: none of them can stop, slow or change the training.
 
     Clients install signal handlers and exit hooks, capture the output, start services and wait without limit at the
-    end; all of that stays in their processes, which read metrics.jsonl by themselves and are told when to look.
+    end; all of that stays in their processes. These read metrics.jsonl by themselves, each time that they are sent a
+    line.
 
     Args:
       names: of the trackers, checked; () does nothing.
       workdir: of the run.
-      run: what they are told: the config by dotted name, tags, and names of files in `workdir`.
+      run: a description of the run: the config by dotted name, tags, and names of files in `workdir`.
       progress: called while the end waits.
 
     Attributes:

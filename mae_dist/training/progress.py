@@ -1,4 +1,4 @@
-"""What a person sees of a training while it runs; metrics.jsonl and TensorBoard have all figures."""
+"""Shows a person how a training goes; metrics.jsonl and TensorBoard have all figures."""
 
 import sys
 import time
