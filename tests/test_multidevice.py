@@ -1,14 +1,29 @@
 """The same numbers on any mesh: eight fake CPU devices, real optimisation."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mae_dist.data.from_config import open_data
 from mae_dist.model.parameters import path_name
 from mae_dist.parallel import shardings
+from mae_dist.parallel.mesh import make_mesh
+from mae_dist.parallel.shardings import on_each_device
 from mae_dist.training import job
+from mae_dist.training.train_step import make_exchange
 from tests.runs import losses, smoke_config
+
+
+@functools.cache
+def on_mesh(shape, **changes):
+    """20 updates on a mesh of eight devices."""
+    data, fsdp, tensor = shape
+    mesh = {"mesh__data": data, "mesh__fsdp": fsdp, "mesh__tensor": tensor}
+    return losses(smoke_config(global_batch_size=64, **mesh, **changes), 8)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +51,53 @@ def trained(params):
 )
 def test_every_mesh_gives_the_losses_of_one_device(one_device, shape):
     """Examples, masks and gradients must not depend on how the work is split."""
-    data, fsdp, tensor = shape
-    config = smoke_config(global_batch_size=64, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
-    values, state = losses(config, 8)
+    values, state = on_mesh(shape)
     np.testing.assert_allclose(values, one_device[0], rtol=1e-5)
     for a, b in zip(trained(state.params), trained(one_device[1].params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+LARS = {"task": "finetune", "optim__name": "lars", "optim__layer_decay": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        pytest.param((8, 1, 1), {"ema_decay": 0.9, "accum_steps": 2}, marks=pytest.mark.long),
+        pytest.param((8, 1, 1), LARS, marks=pytest.mark.long),
+        ((2, 2, 2), {}),
+        pytest.param((4, 1, 2), {"accum_steps": 2}, marks=pytest.mark.long),
+    ],
+)
+def test_a_sharded_state_is_updated_alike(shape, changes):
+    """Each device updates its part of parameters, moments and averages: to the values that all would compute."""
+    whole, sharded = on_mesh(shape, **changes), on_mesh(shape, optim__shard_state=True, **changes)
+    np.testing.assert_allclose(sharded[0], whole[0], rtol=1e-6)
+    for part in ("params", "ema"):
+        if getattr(whole[1], part) is not None:
+            for a, b in zip(*(trained(getattr(state, part)) for _, state in (sharded, whole)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    kernel = sharded[1].params["encoder"]["stack"]["blocks"]["mlp"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size, "on (2, 2, 2) every axis splits it"
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 256 + 7 / 8), ("bfloat16", 256)])
+def test_gradients_are_summed_in_the_type_of_the_exchange(dtype, expected):
+    """A part of each sum stays on its device; bfloat16 has 8 bits, so that 256 + 1/8 is 256."""
+    mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1}, jax.devices())
+    split = NamedSharding(mesh, PartitionSpec(None, "data"))
+    rows = jnp.where(jnp.arange(8)[:, None, None] == 0, 256.0, 1 / 8) * jnp.ones((1, 3, 16))
+    total = on_each_device(
+        lambda x: ({"kernel": x[0]}, {}),
+        mesh,
+        num_whole=0,
+        combine=make_exchange({"kernel": split}, dtype),
+        combined=({"kernel": split.spec}, PartitionSpec()),
+    )
+    kernel = jax.jit(lambda x: total(x)[0]["kernel"])(rows)
+    assert kernel.dtype == jnp.float32
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 2)}
+    np.testing.assert_array_equal(kernel, np.full((3, 16), expected))
 
 
 def test_loss_falls(one_device):

@@ -213,12 +213,26 @@ def test_other_config_is_refused_field_by_field(uninterrupted, child_env, tmp_pa
 
 
 @pytest.mark.long
+def test_killed_with_a_sharded_state_is_bit_equal(child_env, tmp_path):
+    """Each of two devices has half of the moments and averages; a checkpoint joins them."""
+    options = ("--config.optim.shard_state=True", "--config.optim.grad_exchange=bfloat16", "--config.total_steps=30")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, output = run(child_env(2), *ARGS, *options, f"--workdir={whole}")
+    assert code == 0, output
+    kill_at_step(start(child_env(2), *ARGS, *options, f"--workdir={killed}"), killed, 16)
+    code, output = run(child_env(2), *ARGS, *options, f"--workdir={killed}")
+    assert code == 0, output
+    assert_same(killed, whole)
+
+
+@pytest.mark.long
 def test_continues_on_another_mesh(uninterrupted, child_env, tmp_path):
     """Begun on eight devices, continued on four, ended on one: the same examples under the same masks."""
     workdir = tmp_path / "run"
     for devices, (data, fsdp, tensor), step in ((8, (2, 2, 2), 16), (4, (1, 4, 1), 40)):
         mesh = (f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}")
-        kill_at_step(start(child_env(devices), *ARGS, *mesh, f"--workdir={workdir}"), workdir, step)
+        state = f"--config.optim.shard_state={data > 1}"
+        kill_at_step(start(child_env(devices), *ARGS, *mesh, state, f"--workdir={workdir}"), workdir, step)
     code, output = run(child_env(), *ARGS, f"--workdir={workdir}")
     assert code == 0, output
     assert "Continuing with a changed field: mesh.fsdp: 4 -> 1" in output

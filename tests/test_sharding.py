@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import configs
@@ -29,7 +29,15 @@ from mae_dist.optim.train_state import TrainState, begin, split_frozen, state_sh
 from mae_dist.parallel.mesh import AXES, make_mesh, mesh_devices, mesh_shape, num_slices
 from mae_dist.parallel.overview import overview
 from mae_dist.parallel.rules import to_spec
-from mae_dist.parallel.shardings import batch_sharding, bytes_per_device, make_constrain, param_shardings, replicated
+from mae_dist.parallel.shardings import (
+    batch_sharding,
+    bytes_per_device,
+    make_constrain,
+    param_shardings,
+    replicated,
+    split_state,
+    state_dimension,
+)
 from mae_dist.tasks.make import make_task
 from tests import QUICK
 
@@ -229,14 +237,14 @@ def test_dimension_that_does_not_divide():
     assert "'heads' dimension 1 does not divide by mesh.tensor=2" in message
 
 
-def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
+def make_state(mesh: Mesh, task_name: str, *, shard_state: bool = False) -> tuple[Any, Any, Any]:
     """(init, abstract state, shardings) of the smoke model."""
     config = smoke.get_config()
     config.task = task_name
     task = make_task(config, 10, PLAIN)
     rows = parameter_rows(task.abstract_params)
     options = config.optim.to_dict()
-    for name in ("schedule", "base_lr", "final_lr", "warmup_epochs"):
+    for name in ("schedule", "base_lr", "final_lr", "warmup_epochs", "shard_state", "grad_exchange"):
         del options[name]
     trainable, _ = split_frozen(rows, task.frozen)
     tx = make_optimizer(trainable, **options)
@@ -245,13 +253,14 @@ def make_state(mesh: Mesh, task_name: str) -> tuple[Any, Any, Any]:
         return begin(task.init_params(jax.random.key(0)), tx, task.frozen, has_ema=False)
 
     abstract = jax.eval_shape(init)
-    return init, abstract, state_shardings(mesh, abstract, tx, task.frozen)
+    return init, abstract, state_shardings(mesh, abstract, tx, task.frozen, shard_state)
 
 
+@pytest.mark.parametrize("shard_state", [False, True])
 @pytest.mark.parametrize("task", ["pretrain", "probe", "finetune"])
-def test_moments_lie_like_their_parameters(task):
+def test_moments_lie_like_their_parameters(task, shard_state):
     """Adam's moments are two thirds of a state: left whole, they would undo what fsdp saves."""
-    _, abstract, shardings = make_state(mesh_of(2, 2, 2), task)
+    _, abstract, shardings = make_state(mesh_of(2, 2, 2), task, shard_state=shard_state)
     by_name = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings.params)}
     seen: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shardings.opt_state):
@@ -285,6 +294,41 @@ def test_state_is_created_in_its_shards():
     assert set(held.values()) == {bytes_per_device(abstract, shardings)}
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
     assert bytes_per_device(abstract, shardings) < 0.4 * whole
+
+
+@pytest.mark.parametrize(
+    ("shape", "before", "axes"),
+    [
+        ((6, 8), (), (None, "data")),
+        ((8, 6), (), ("data",)),
+        ((8, 16, 3), (None, "fsdp"), ("data", "fsdp")),
+        ((6, 16, 3), (None, "fsdp"), (None, ("fsdp", "data"))),
+        ((6, 6, 8), (None, "fsdp", "tensor"), (None, "fsdp", ("tensor", "data"))),
+        ((6, 4, 3), (None, "fsdp"), (None, "fsdp")),  # a part of 2 for 4 devices
+        ((), (), ()),
+    ],
+)
+def test_state_is_split_along_the_first_dimension_that_divides(shape, before, axes):
+    """A part that a device has is split further: its part of the state is one of its part of the weights."""
+    mesh = AbstractMesh((4, 2, 2), ("data", "fsdp", "tensor"))
+    sharding = split_state(NamedSharding(mesh, PartitionSpec(*before)), shape)
+    assert sharding.spec == PartitionSpec(*axes)
+    names = [(entry,) if isinstance(entry, str) else entry or () for entry in axes]
+    assert state_dimension(sharding) == next((i for i, entry in enumerate(names) if "data" in entry), None)
+    alone = NamedSharding(AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor")), PartitionSpec(*before))
+    assert split_state(alone, shape) == alone
+
+
+def test_a_frozen_encoder_is_not_split_further():
+    """No step updates it, and every step would gather it."""
+    mesh = mesh_of(8, 1, 1)
+    _, abstract, shardings = make_state(mesh, "probe", shard_state=True)
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings.params["encoder"]))
+    assert state_dimension(shardings.params["head"]["linear"]["kernel"]) == 0
+    text = overview(mesh, abstract, shardings)
+    whole = text.split("split over mesh.data=8 too (optim.shard_state) but for ")[1].splitlines()[1:]
+    assert "  encoder/patch_embed/kernel" in whole
+    assert "  head/linear/kernel" not in whole
 
 
 def test_batch_and_activations():

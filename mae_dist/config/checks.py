@@ -39,6 +39,7 @@ CHOICES: dict[str, Collection[str]] = {
     "classify.pool": ("gap", "cls"),
     "optim.name": OPTIMIZERS,
     "optim.schedule": ("cosine", "constant"),
+    "optim.grad_exchange": ("float32", "bfloat16"),
     "data.source": SOURCES,
     "data.augment": AUGMENTATIONS,
     "data.dtype": ("auto", *DTYPES),

@@ -99,6 +99,8 @@ def get_config() -> ConfigDict:
     config.optim.layer_decay = 1.0  # finetune: ratio of each block's learning rate to the next one's; 1: equal
     config.optim.clip_norm = 0.0  # > 0: clip the gradient to this global norm
     config.optim.clip_value = 0.0  # > 0: clip each value of the gradient to +- this
+    config.optim.shard_state = False  # split parameters and optimizer state over mesh.data too (ZeRO-1)
+    config.optim.grad_exchange = "float32"  # float32 | bfloat16: type in which devices sum gradients over mesh.data
 
     config.data = ConfigDict()
     # tfds | folder (image files where they are) | tar (WebDataset's) | parquet (Hugging Face's) | digits (8x8, come

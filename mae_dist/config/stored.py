@@ -26,6 +26,8 @@ FREE = (
     "total_epochs",
     "model.scan",
     "model.remat",
+    "optim.shard_state",
+    "optim.grad_exchange",
     "data.data_dir",
     "data.cache",
     "data.cache_dir",

@@ -8,7 +8,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from mae_dist.model.build import Params
-from mae_dist.parallel.shardings import batch_sharding, is_data_parallel, on_each_device, replicated
+from mae_dist.parallel.shardings import (
+    batch_sharding,
+    is_data_parallel,
+    on_each_device,
+    replicated,
+    sum_over_devices,
+)
 from mae_dist.tasks.base import Batch
 
 
@@ -39,7 +45,7 @@ def make_eval_step(
 
     compute = in_pieces
     if is_data_parallel(mesh):
-        compute = on_each_device(in_pieces, mesh, 1, combine=None if per_example else jax.lax.psum)
+        compute = on_each_device(in_pieces, mesh, 1, combine=None if per_example else sum_over_devices)
     return jax.jit(
         compute,
         in_shardings=(params, batch_sharding(mesh)),

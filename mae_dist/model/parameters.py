@@ -29,6 +29,7 @@ class Parameter:
     stored: how those layouts store the array: `same`; `flat`, as a vector; `patch`, as a convolution's weights;
       `positions`, with a row for the class token; or, for a matmul's weights (*in, *out), the number of axes that are
       inputs: as (out, in).
+    is_float32: True if the model computes with it in float32 whatever `model.dtype` is.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Parameter:
     timm: tuple[str, ...] = ()
     hf: tuple[str, ...] = ()
     stored: str | int = "same"
+    is_float32: bool = False
 
     @property
     def is_stacked(self) -> bool:
@@ -61,11 +63,12 @@ def _linear(
     timm: str | tuple[str, ...] = (),
     hf: str | tuple[str, ...] = (),
     stored: str | int = 1,
+    is_float32: bool = False,
 ) -> tuple[Parameter, Parameter]:
     """Returns the rows of a linear layer, whose names in other layouts end in weight and bias."""
     return (
-        Parameter(f"{path}/kernel", kernel, True, layer, _end(timm, "weight"), _end(hf, "weight"), stored),
-        Parameter(f"{path}/bias", bias, False, layer, _end(timm, "bias"), _end(hf, "bias"), "flat"),
+        Parameter(f"{path}/kernel", kernel, True, layer, _end(timm, "weight"), _end(hf, "weight"), stored, is_float32),
+        Parameter(f"{path}/bias", bias, False, layer, _end(timm, "bias"), _end(hf, "bias"), "flat", is_float32),
     )
 
 
@@ -74,8 +77,8 @@ def _norm(
 ) -> tuple[Parameter, Parameter]:
     """Returns the rows of a LayerNorm."""
     return (
-        Parameter(f"{path}/scale", axes, False, layer, _end(timm, "weight"), _end(hf, "weight")),
-        Parameter(f"{path}/bias", axes, False, layer, _end(timm, "bias"), _end(hf, "bias")),
+        Parameter(f"{path}/scale", axes, False, layer, _end(timm, "weight"), _end(hf, "weight"), is_float32=True),
+        Parameter(f"{path}/bias", axes, False, layer, _end(timm, "bias"), _end(hf, "bias"), is_float32=True),
     )
 
 
@@ -117,11 +120,11 @@ _ROWS = (
     *_blocks("decoder", HEAD, "decoder_blocks.{}", "decoder.decoder_layers.{}"),
     *_norm("decoder/norm", (None,), HEAD, "decoder_norm", "decoder.decoder_norm"),
     *_linear("decoder/pred", ("embed", None), (None,), HEAD, "decoder_pred", "decoder.decoder_pred"),
-    Parameter("batch_norm/mean", (None,), False, HEAD),
-    Parameter("batch_norm/var", (None,), False, HEAD),
+    Parameter("batch_norm/mean", (None,), False, HEAD, is_float32=True),
+    Parameter("batch_norm/var", (None,), False, HEAD, is_float32=True),
     *_norm("head/norm", (None,), HEAD, "fc_norm"),
-    *_linear("head/hidden", ("embed", "mlp"), ("mlp",), HEAD),
-    *_linear("head/linear", ("embed", None), (None,), HEAD, "head", "classifier"),
+    *_linear("head/hidden", ("embed", "mlp"), ("mlp",), HEAD, is_float32=True),
+    *_linear("head/linear", ("embed", None), (None,), HEAD, "head", "classifier", is_float32=True),
 )
 PARAMETERS = {row.path: row for row in _ROWS}
 assert len(PARAMETERS) == len(_ROWS), "two rows have one path"

@@ -1,5 +1,6 @@
 """The training state: a step count, parameters and optimizer state, created in place on the mesh."""
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -46,11 +47,19 @@ def begin(params: Params, tx: optax.GradientTransformation, frozen: tuple[str, .
 
 
 def state_shardings(
-    mesh: Mesh, abstract: TrainState, tx: optax.GradientTransformation, frozen: tuple[str, ...]
+    mesh: Mesh, abstract: TrainState, tx: optax.GradientTransformation, frozen: tuple[str, ...], shard_state: bool
 ) -> TrainState:
-    """Returns a NamedSharding for every array of the state: moments as their parameters, counters replicated."""
+    """Returns a NamedSharding for every array of the state: moments as their parameters, counters replicated.
+
+    With `shard_state` trainable parameters, moments and averages are split over the data axis as well; frozen
+    parameters, which no step updates, stay as forward passes take them.
+    """
     params = shardings.param_shardings(mesh, abstract.params)
-    trainable, _ = split_frozen(params, frozen)
+    trainable, rest = split_frozen(params, frozen)
+    if shard_state:
+        shapes, _ = split_frozen(abstract.params, frozen)
+        trainable = jax.tree.map(lambda held, leaf: shardings.split_state(held, leaf.shape), trainable, shapes)
+    params = {**trainable, **rest}
     whole = shardings.replicated(mesh)
     opt_state = optax.tree.map_params(
         tx, lambda _, sharding: sharding, abstract.opt_state, trainable, transform_non_params=lambda _: whole

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from mae_dist.model.parameters import parameter_rows
 from mae_dist.parallel.mesh import num_slices
 from mae_dist.parallel.rules import MESH_AXES
-from mae_dist.parallel.shardings import bytes_per_device
+from mae_dist.parallel.shardings import bytes_per_device, state_dimension
 
 
 @dataclasses.dataclass
@@ -37,6 +37,8 @@ def count_parameters(params: PyTree) -> int:
 
 def overview(mesh: Mesh, state: PyTree, shardings: PyTree) -> str:
     """Returns a table: mesh, every parameter with its spec and bytes per device, totals, what is replicated and why.
+
+    If state is sharded over the data axis too, it says which arrays are not.
 
     Args:
       mesh: the mesh.
@@ -68,4 +70,12 @@ def overview(mesh: Mesh, state: PyTree, shardings: PyTree) -> str:
     for why, entries in whole.items():
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in entries)
         lines.append(f"whole on every device, {why}: {len(entries)} arrays, {size:,} bytes")
+    uneven = [row for row, sharding in zip(rows, specs, strict=True) if state_dimension(sharding) is None]
+    if len(uneven) < len(rows):
+        size = sum(row.bytes_per_device for row in uneven)
+        lines.append(
+            f"split over mesh.data={mesh.shape['data']} too (optim.shard_state) but for {len(uneven)} arrays, {size:,} "
+            "bytes, which are frozen or have no dimension that divides"
+        )
+        lines += [f"  {row.parameter}" for row in uneven]
     return "\n".join(lines)

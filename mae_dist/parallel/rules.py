@@ -13,6 +13,9 @@ MESH_AXES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "mlp": "tensor",
 }
+# With `optim.shard_state` what the optimizer updates is split over this axis too, along which there are copies of it
+# otherwise (ZeRO-1; Rajbhandari et al. 2020).
+STATE_AXIS = "data"
 
 
 def to_spec(axes: LogicalAxes, what: str) -> PartitionSpec:

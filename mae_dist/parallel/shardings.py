@@ -1,7 +1,7 @@
 """Shardings of parameters, optimizer state, batches and activations on the mesh.
 
 The table of parameters gives the logical axes of each parameter, `MESH_AXES` the mesh axes of each logical axis. Models
-know logical axes only. Optimizer state is sharded like its parameter.
+know logical axes only. Optimizer state is sharded like its parameter; `optim.shard_state` splits both over data too.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from mae_dist.errors import ConfigError
 from mae_dist.model.parameters import LogicalAxes, Parameter, parameter_rows
-from mae_dist.parallel.rules import MESH_AXES, to_spec
+from mae_dist.parallel.rules import MESH_AXES, STATE_AXIS, to_spec
 
 
 def _axis_size(mesh: Mesh | AbstractMesh, entry: str | tuple[str, ...] | None) -> int:
@@ -38,6 +38,30 @@ def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
         return NamedSharding(mesh, spec)
 
     return jax.tree.map(shard, params, parameter_rows(params))
+
+
+def split_state(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """Splits an array over `STATE_AXIS` too, along the first dimension that divides; returns `sharding` if none does.
+
+    Args:
+      sharding: how the array is split already; each of its parts is split again.
+      shape: of the whole array.
+    """
+    mesh, count = sharding.mesh, sharding.mesh.shape[STATE_AXIS]
+    entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    for dimension, size in enumerate(sharding.shard_shape(shape)):
+        if count > 1 and size % count == 0:
+            before = entries[dimension]
+            names = (before,) if isinstance(before, str) else before or ()
+            entries[dimension] = (*names, STATE_AXIS) if names else STATE_AXIS
+            return NamedSharding(mesh, PartitionSpec(*entries[: max(dimension + 1, len(sharding.spec))]))
+    return sharding
+
+
+def state_dimension(sharding: NamedSharding) -> int | None:
+    """Returns the dimension that `split_state` has split, or None."""
+    names = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+    return next((dimension for dimension, entry in enumerate(names) if STATE_AXIS in entry), None)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -78,7 +102,11 @@ def is_by_cores(mesh: Mesh) -> bool:
 
 
 def on_each_device(
-    fn: Callable[..., Any], mesh: Mesh, num_whole: int, combine: Callable[[Any, Any], Any] | None
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    num_whole: int,
+    combine: Callable[[Any], Any] | None,
+    combined: PyTree = None,
 ) -> Callable[..., Any]:
     """Makes a function that runs `fn` on each device for its own examples, under `shard_map`.
 
@@ -89,21 +117,34 @@ def on_each_device(
       fn: takes `num_whole` replicated arguments, then one or more that are split over examples.
       mesh: data-parallel.
       num_whole: the number of replicated arguments.
-      combine: (results, mesh axes) -> combined results, such as `jax.lax.psum`; None leaves them split over examples.
+      combine: results of a device -> of all, such as `sum_over_devices`; None leaves them split over examples.
+      combined: a tree of the PartitionSpecs in which `combine` leaves its results; None: they are whole.
     """
     whole, split = PartitionSpec(), batch_sharding(mesh).spec
 
     def local(*args: Any) -> Any:
-        return combine(fn(*args), MESH_AXES["batch"]) if combine else fn(*args)
+        return combine(fn(*args)) if combine else fn(*args)
 
     def call(*args: Any) -> Any:
         specs = tuple(whole if i < num_whole else split for i in range(len(args)))
         # check_vma=False: gradients inside are of local examples only and must not be summed by shard_map.
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=whole if combine else split, check_vma=False)(
-            *args
-        )
+        out = (combined or whole) if combine else split
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
     return call
+
+
+def sum_over_devices(tree: PyTree) -> PyTree:
+    """Sums arrays over all devices; for `combine` of `on_each_device`."""
+    return jax.lax.psum(tree, MESH_AXES["batch"])
+
+
+def sum_into_shards(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Sums an array over all devices and leaves each its part of the sum, as `sharding` splits it over `STATE_AXIS`."""
+    dimension = state_dimension(sharding)
+    if dimension is None:
+        return sum_over_devices(x)
+    return jax.lax.psum_scatter(x, STATE_AXIS, scatter_dimension=dimension, tiled=True)
 
 
 def make_constrain(mesh: Mesh) -> Callable[[jax.Array, LogicalAxes], jax.Array]:

@@ -13,19 +13,25 @@ import jax
 
 from mae_dist import hardware
 from mae_dist.model import patches
-from mae_dist.model.parameters import path_name
+from mae_dist.model.parameters import parameter_rows
+from mae_dist.parallel.shardings import param_shardings, state_dimension
 from mae_dist.plan import hlo, topology
 from mae_dist.task_kinds import kind_of
 from mae_dist.training import job
 
+_WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
 _SUMS = {3: 4, 1: 2, 0: 0}  # encoder_passes -> sums of a block's activations: after attention and MLP, back likewise
 
 
 def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
     """Derives what a step must exchange from how its parameters are sharded.
 
-    - Whole on every chip (data parallelism): the float32 gradients are summed over all n chips once a step, which in a
-      ring costs 2 (n - 1) / n of their bytes.
+    - Whole on every chip (data parallelism): the gradients are summed over all n chips once a step, in the type
+      `optim.grad_exchange`, which in a ring costs 2 (n - 1) / n of their bytes.
+    - With `optim.shard_state` the sum is scattered over the data axis instead, (n - 1) / n of those bytes, and the new
+      parameters are gathered once a step in the type of the matmuls, (n - 1) / n of theirs. Arrays that no dimension
+      splits evenly stay whole. Among all chips of a TPU slice the sum costs 2 (n - 1) / n all the same: libtpu's
+      compiler scatters along one axis of a mesh only, and there makes a whole sum of which each chip keeps its part.
     - Split over fsdp: the weights are gathered for the forward and for the backward pass and their gradients summed and
       scattered, each (n - 1) / n of their bytes in the type of the matmuls, in each microbatch of the accumulation; and
       over data the part that a chip then has is summed. The TPU's compiler may instead exchange a weight in the loop
@@ -41,12 +47,15 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
     """
     mesh, config, encoder_passes = built.mesh, built.config, built.encoder_passes
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-    data_within, width = data // num_slices, 2 if config.model.dtype == "bfloat16" else 4
+    data_within, width = data // num_slices, _WIDTHS[config.model.dtype]
+    summed_width = _WIDTHS[config.optim.grad_exchange]
+    sums_whole = fsdp == tensor == 1 and mesh.devices.flat[0].platform == "tpu"
     rounds = 1 if built.task.statistics is not None else config.accum_steps  # gradients of all examples at once
     within = across = exchanged = 0.0
-    leaves = jax.tree_util.tree_leaves_with_path(built.abstract_state.params)
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(built.shardings.params), strict=True):
-        trained = path_name(path).split("/")[0] not in built.task.frozen
+    params = built.abstract_state.params
+    table = (parameter_rows(params), params, param_shardings(mesh, params), built.shardings.params)
+    for row, leaf, sharding, of_state in zip(*map(jax.tree.leaves, table), strict=True):
+        trained = row.path.split("/")[0] not in built.task.frozen
         if not trained and not encoder_passes:
             continue
         held = math.prod(sharding.shard_shape(leaf.shape))
@@ -56,16 +65,25 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
             exchanged += passes * held * width  # by each other chip, or in each turn of a loop
         if not trained:
             continue
-        grad = held * 4 if fsdp == tensor == 1 else held * width * rounds
-        group = data_within if over_fsdp else data_within * fsdp
-        within += 2 * (group - 1) / group * grad
-        across += 2 * (num_slices - 1) / num_slices * grad / group
+        grad = held * summed_width if fsdp == tensor == 1 else held * width * rounds
+        if state_dimension(of_state) is None:
+            group = data_within if over_fsdp else data_within * fsdp
+            within += 2 * (group - 1) / group * grad
+            across += 2 * (num_slices - 1) / num_slices * grad / group
+            continue
+        gathered = held * (4 if row.is_float32 else width)
+        moved = (2 if sums_whole else 1) * grad + gathered
+        within += (data_within - 1) / data_within * moved
+        across += (num_slices - 1) / num_slices * moved / data_within
+        if not over_fsdp:  # each of the copies along fsdp sums the part that it then has
+            within += 2 * (fsdp - 1) / fsdp * grad / data
     images = config.global_batch_size // (data * fsdp)
     within += _SUMS[encoder_passes] * 2 * (tensor - 1) / tensor * images * _activations_per_image(built) * width
     parts = [
-        "float32 gradients summed once"
+        f"{config.optim.grad_exchange} gradients summed once"
         if fsdp == tensor == 1
         else f"gradients summed in the matmuls' type{f', {rounds} times' if rounds > 1 else ''}",
+        f"the sums scattered over {data} and parameters gathered once" if config.optim.shard_state and data > 1 else "",
         f"weights gathered over {fsdp} twice and their gradients scattered" if fsdp > 1 else "",
         f"activations of every block summed over {tensor} {_SUMS[encoder_passes]} times" if tensor > 1 else "",
     ]

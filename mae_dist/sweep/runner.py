@@ -25,7 +25,7 @@ _AGAIN = (errors.EXIT_PREEMPTED, errors.EXIT_STALLED, errors.EXIT_PEER_LOST)  # 
 _RETRIES = 3  # of one training
 _LOG = "log.txt"
 # A finished training may differ in the other free fields: no result depends on them.
-_OF_THE_RESULT = {"total_steps", "total_epochs", "eval", "online"}
+_OF_THE_RESULT = {"total_steps", "total_epochs", "eval", "online", "optim.grad_exchange"}
 # Becomes a command that Linux kills when the thread that started it dies, even by SIGKILL (PR_SET_PDEATHSIG is 1). Not
 # a `preexec_fn`, which is not safe in a process with threads.
 _DIE_WITH_PARENT = """

@@ -298,6 +298,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     trainable, _ = state.split_frozen(parameter_rows(task.abstract_params), task.frozen)
     options = config.optim.to_dict()
     del options["warmup_epochs"]
+    of_mesh = {name: options.pop(name) for name in ("shard_state", "grad_exchange")}
     hyperparams = make_hyperparams(
         seed=config.seed,
         **{name: options.pop(name) for name in ("schedule", "base_lr", "final_lr")},
@@ -312,7 +313,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         return begin(task.init_params(jax.random.key(seed)))
 
     abstract_state = jax.eval_shape(begin, task.abstract_params)
-    shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen)
+    shardings = state.state_shardings(mesh, abstract_state, tx, task.frozen, config.optim.shard_state)
     train_step = make_train_step(
         task,
         tx,
@@ -324,6 +325,8 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         ema_decay=config.ema_decay,
         # Unfolding would stack the blocks again for every microbatch if they are scanned.
         fold=by_cores and config.cpu.fold and not config.model.scan and task.statistics is None,
+        dtype=config.model.dtype,
+        **of_mesh,
     )
 
     def forward(fn: Any, per_example: bool, pieces: int) -> Any:

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Num, PyTree, Shaped
 
 from mae_dist.cpu import cores, folding
 from mae_dist.model.build import Params
+from mae_dist.model.parameters import parameter_rows
 from mae_dist.optim.hyperparams import Hyperparams
 from mae_dist.optim.optimizer import nonfinite_counts
 from mae_dist.optim.train_state import TrainState, split_frozen
@@ -23,8 +24,11 @@ from mae_dist.parallel.shardings import (
     is_by_cores,
     is_data_parallel,
     on_each_device,
+    param_shardings,
     replicate,
     replicated,
+    sum_into_shards,
+    sum_over_devices,
 )
 from mae_dist.tasks.base import Batch, Task
 
@@ -156,8 +160,44 @@ def _through_folded(gradient: Gradient) -> Gradient:
     return compute
 
 
-def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Gradient:
-    """Makes (trainable, frozen, batch, keys (B,)) -> (gradient of the mean loss, metrics), over all devices."""
+def _make_gather(task: Task, mesh: Mesh, shard_state: bool, dtype: Any) -> Callable[[Params], Params]:
+    """Makes trainable -> the parameters that the forward and backward passes take.
+
+    They are in `dtype` but for those that the model computes with in float32: cast once per step, not in every
+    microbatch. With `shard_state` each device then gathers the parts of the others along the data axis, in that type.
+    """
+    shapes, _ = split_frozen(task.abstract_params, task.frozen)
+    rows, whole = parameter_rows(shapes), param_shardings(mesh, shapes)
+
+    def gather(trainable: Params) -> Params:
+        cast = jax.tree.map(lambda x, row: x if row.is_float32 else x.astype(dtype), trainable, rows)
+        return jax.lax.with_sharding_constraint(cast, whole) if shard_state else cast
+
+    return gather
+
+
+def make_exchange(shardings: PyTree, dtype: Any) -> Callable[[tuple[PyTree, Any]], tuple[PyTree, Any]]:
+    """Makes (gradients, metrics) of one device -> those of all, for `on_each_device`.
+
+    Gradients are summed in `dtype`, and each device keeps the part whose parameters it updates.
+    """
+
+    def exchange(results: tuple[PyTree, Any]) -> tuple[PyTree, Any]:
+        grads, metrics = results
+        sums = jax.tree.map(lambda g, sharding: sum_into_shards(g.astype(dtype), sharding), grads, shardings)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), sums), sum_over_devices(metrics)
+
+    return exchange
+
+
+def _make_gradient(
+    task: Task, mesh: Mesh, shardings: PyTree, accum_steps: int, fold: bool, grad_exchange: str
+) -> Gradient:
+    """Makes (trainable, frozen, batch, keys (B,)) -> (gradient of the mean loss, metrics), over all devices.
+
+    The trainable parameters are whole along the data axis and may be in the type of matmuls. Gradients are float32, and
+    sharded as `shardings`, those of the parameters that the optimizer updates.
+    """
     shapes, _ = split_frozen(task.abstract_params, task.frozen)
 
     def loss_fn(
@@ -169,8 +209,12 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Grad
         metrics = {"loss": loss, **metrics}
         return loss.mean(), {name: _reduce(value) for name, value in metrics.items()}
 
+    def gradient(*args: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(*args)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
     # With a jit of its own it is traced once for `eval_shape` and the scan below; a trace takes seconds.
-    grad_fn = jax.jit(jax.grad(loss_fn, has_aux=True), inline=True)
+    grad_fn = jax.jit(gradient, inline=True)
 
     def accumulated(
         trainable: Params, frozen: Params, batch: Batch, keys: jax.Array
@@ -185,15 +229,22 @@ def _make_gradient(task: Task, mesh: Mesh, accum_steps: int, fold: bool) -> Grad
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums)
         return jax.lax.scan(add, zeros, micros)[0]
 
-    if task.statistics is not None:
-        return grad_fn  # of features of the whole batch; XLA shards it
     compute, num_parts = accumulated if accum_steps > 1 else grad_fn, accum_steps
-    if fold:
+    if task.statistics is not None:
+        compute, num_parts = grad_fn, 1  # of features of the whole batch; XLA shards it
+    elif fold:
         compute = _through_folded(compute)
-    if is_data_parallel(mesh):
-        compute = on_each_device(compute, mesh, num_whole=2, combine=jax.lax.psum)
+    if is_data_parallel(mesh) and task.statistics is None:
+        specs = jax.tree.map(lambda sharding: sharding.spec, shardings), PartitionSpec()
+        exchange = make_exchange(shardings, jnp.dtype(grad_exchange))
+        compute = on_each_device(compute, mesh, num_whole=2, combine=exchange, combined=specs)
         num_parts *= mesh.size
-    return lambda *args: _divide(compute(*args), num_parts)  # fused into the operations that use the gradient
+
+    def mean(*args: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
+        grads, metrics = _divide(compute(*args), num_parts)  # fused into the operations that use the gradient
+        return jax.lax.with_sharding_constraint(grads, shardings), metrics
+
+    return mean
 
 
 def make_train_step(
@@ -207,17 +258,23 @@ def make_train_step(
     accum_steps: int,
     ema_decay: float,
     fold: bool,
+    dtype: str,
+    shard_state: bool,
+    grad_exchange: str,
 ) -> TrainStep:
     """Returns the training step, which compiles on its first call; `hyperparams` are arguments of it, not constants.
 
-    With `fold` gradients are computed with folded parameters (`cpu/folding.py`).
+    With `fold` gradients are computed with folded parameters (`cpu/folding.py`). `dtype` is that of the model's
+    matmuls; `shard_state` and `grad_exchange` are fields of `config.optim`.
 
     Every example has its own key, derived from (seed, step, row), so masks and dropout do not depend on the number of
     devices or on accumulation. Metrics are float32 or int32 scalars on the device: loss, further metrics of the task,
     lr, grad_norm (before clipping), param_norm, skipped_steps (in total) and skipped_run (in a row).
     """
 
-    gradient = _make_gradient(task, mesh, accum_steps, fold)
+    held, _ = split_frozen(shardings.params, task.frozen)
+    gather = _make_gather(task, mesh, shard_state, jnp.float32 if fold else jnp.dtype(dtype))
+    gradient = _make_gradient(task, mesh, held, accum_steps, fold, grad_exchange)
     to_features = _make_to_features(task, mesh, accum_steps)
 
     def train_step(
@@ -229,7 +286,7 @@ def make_train_step(
         trainable, frozen = split_frozen(state.params, task.frozen)
         if task.statistics is not None:
             batch = to_features(state.params, batch)
-        grads, metrics = gradient(trainable, frozen, batch, keys)
+        grads, metrics = gradient(gather(trainable), frozen, batch, keys)
         lr = hyperparams.learning_rate(state.step)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
             updates, opt_state = tx.update(grads, state.opt_state, trainable, learning_rate=lr)

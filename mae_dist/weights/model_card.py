@@ -40,7 +40,7 @@ _SCORES = {
     "ridge_top1": "top-1 accuracy of ridge regression of features",
 }
 # Fields of how a run was carried out that its result depends on; the others of `config.FREE` are left out.
-_OF_THE_RESULT = ("imports", "total_epochs", "total_steps")
+_OF_THE_RESULT = ("imports", "total_epochs", "total_steps", "optim.grad_exchange")
 _FILES = ("init_from", "model.mask_file")  # a path here is of no use there: its last name is kept
 
 
