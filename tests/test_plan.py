@@ -19,7 +19,7 @@ from mae_dist.data import DescribedDataset
 from mae_dist.errors import ConfigError
 from mae_dist.model.build import abstract_params, param_count
 from mae_dist.parallel.mesh import make_mesh, num_slices
-from mae_dist.plan import hlo, planning, roofline, topology
+from mae_dist.plan import fit, hlo, planning, roofline, topology
 from mae_dist.plan import text as plan_text
 from tests import QUICK
 from tests.runs import run, smoke_config
@@ -177,6 +177,18 @@ def examine(config, place):
 
 def sweep(config, place, num_compiled):
     return planning.sweep(config, place, planning.described_data(config), num_compiled)
+
+
+def test_a_sharded_state_exchanges_as_theory_says():
+    """Gradients scattered and parameters gathered, each once, and little memory for the state."""
+    report = examine(smoke_config(**TINY, accum_steps=2, optim__shard_state=True), topology.describe("cpu:8", 1))
+    found = {row["kind"]: row for row in report["collectives"] if row["payload_bytes"] > 10_000}
+    assert set(found) == {"reduce-scatter", "all-gather"}
+    assert found["reduce-scatter"]["payload_bytes"] == pytest.approx(4 * report["parameters"], rel=0.05)
+    total = sum(row["ring_bytes"] for row in report["collectives"])
+    assert total == pytest.approx(report["expected"]["ICI"], rel=0.05)
+    state = report["memory"]["parameters"] + report["memory"]["optimizer_state"]
+    assert 12 * report["parameters"] / 8 <= state < 12 * report["parameters"] / 8 * 1.2
 
 
 @pytest.mark.long
@@ -474,22 +486,36 @@ def test_sweep_of_which_nothing_fits(monkeypatch):
     assert "none of those that were compiled fits" in plan_text.sweep_text(report)
 
 
-def test_the_batch_that_fits(monkeypatch):
-    """For each way to spend less memory, the largest half, quarter, … of a batch by what the larger one needed."""
+def test_the_settings_that_fit(monkeypatch):
+    """In the order of theory, until none that is left could be faster."""
     place, config = tpu_of_cpus(monkeypatch), smoke_config(**TINY | {"global_batch_size": 1024})
-    given = compiled_to(monkeypatch, TOO_LARGE, FITTING, TOO_LARGE, TOO_LARGE, FITTING, FITTING)
+    given = compiled_to(monkeypatch, TOO_LARGE, TOO_LARGE, dataclasses.replace(FITTING, temporaries=2**10))
     data = planning.described_data(config)
-    found = list(planning.search_fit(config, place, data, planning.examine(config, place, data)))
-    tried = [(row["remat"], row["global_batch_size"], row["fits"]) for row in found]
-    assert tried == [
-        ("none", 1024, False),
-        ("none", 256, True),  # 40 GiB of 16: a half is too much, a quarter is not
-        ("dots", 1024, False),
-        ("dots", 256, False),
-        ("dots", 64, True),
-        ("blocks", 1024, True),
-    ]
-    assert len(given) == 6
+    found = list(fit.search(config, place, data, planning.examine(config, place, data)))
+    assert [row["fits"] for row in found] == [False, False, True]
+    assert found[0]["settings"]["optim.shard_state"] is False
+    assert len({tuple(row["settings"].values()) for row in found}) == len(given) == 3
+    chosen = fit.best(found)
+    assert chosen is found[2]
+    changed = {name: value for name, value in chosen["settings"].items() if value != found[0]["settings"][name]}
+    assert changed
+    assert plan_text.proposal(found, chosen) == "proposed: " + " ".join(f"--config.{n}={v}" for n, v in changed.items())
+    lines = [plan_text.fit_line(row) for row in found]
+    assert "does not fit in 16.00 GiB" in lines[0]
+    assert f"{chosen['mfu_ceiling']:.2f}" in lines[2]
+
+
+def test_the_batch_that_fits(monkeypatch):
+    """Where no setting fits: the largest half, quarter, … by what the larger one needed."""
+    place, config = tpu_of_cpus(monkeypatch), smoke_config(**TINY | {"global_batch_size": 1024})
+    given = compiled_to(monkeypatch, *[TOO_LARGE] * (1 + fit.COMPILATIONS), FITTING)
+    data = planning.described_data(config)
+    found = list(fit.search(config, place, data, planning.examine(config, place, data)))
+    tried = [(row["global_batch_size"], row["fits"]) for row in found]
+    # 40 GiB of 16: a half is too much, a quarter is not
+    assert tried == [(1024, False)] * (1 + fit.COMPILATIONS) + [(256, True)]
+    assert len(given) == len(found)
+    assert "--config.global_batch_size=256" in plan_text.proposal(found, fit.best(found))
 
 
 def test_links():

@@ -12,15 +12,17 @@ from pathlib import Path
 from absl import flags
 
 from mae_dist import cli, errors
-from mae_dist.plan import planning, topology
-from mae_dist.plan.text import fit_text, sweep_text, text
+from mae_dist.plan import fit, planning, topology
+from mae_dist.plan.text import FIT_HEADER, fit_line, proposal, sweep_text, text
 from mae_dist.storage import local
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "What to plan for, as v5e:16x16, v4:4x4x4, v5p:2x2x2 or cpu:8.")
 _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "How many such slices.")
 _BATCH = flags.DEFINE_integer("global_batch_size", None, "The same as --config.global_batch_size.")
 _JSON = flags.DEFINE_string("json", None, "Also write everything to this file.", allow_override=True)
-_FIT = flags.DEFINE_bool("fit", None, "Search batches and model.remat that fit (default: where the config does not).")
+_FIT = flags.DEFINE_bool(
+    "fit", None, "Search mesh, remat, shard_state and exchange (default: where the config does not fit)."
+)
 _SWEEP = flags.DEFINE_bool("sweep", False, "Rank all meshes, and compile the best.")
 _COMPILE = flags.DEFINE_integer(
     "compile", 3, "Compile --sweep's meshes until so many fit, at most three times as many.", lower_bound=0
@@ -47,8 +49,12 @@ def plan(argv: Sequence[str]) -> int:
         report = planning.examine(config, place, data)
         print(text(report, place), flush=True)
         if _FIT.value or (_FIT.value is None and not report["fits"]):
-            report["fit"] = list(planning.search_fit(config, place, data, report))
-            print(fit_text(report["fit"]))
+            report["fit"] = found = []
+            print(f"\n{FIT_HEADER}")
+            for row in fit.search(config, place, data, report):
+                found.append(row)
+                print(fit_line(row), flush=True)
+            print(proposal(found, fit.best(found)))
     if out is not None:
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return errors.EXIT_DONE if report["fits"] else _NOT_FITTING

@@ -22,7 +22,6 @@ from mae_dist.plan import hlo, roofline, topology
 from mae_dist.training import job
 
 Report = dict[str, Any]
-_FIT_COMPILATIONS = 3  # at most, for each value of model.remat
 _SWEEP_COMPILATIONS = 3  # at most, for each mesh that is wanted compiled
 
 
@@ -71,9 +70,10 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
     """Returns what is known before anything is compiled."""
     config, device = built.config, place.devices[0]
     peak = hardware.peak_flops(device.device_kind, config.model.dtype)
-    recomputes = config.model.remat == "blocks" and built.encoder_passes == 3  # a frozen encoder goes forward once
-    # A forward pass more is a third more.
-    flops = built.flops_per_image * config.global_batch_size * (4 / 3 if recomputes else 1)
+    recomputed = {"none": 1.0, "dots": 1.0, "blocks": 1.0}
+    if built.encoder_passes == 3:  # a frozen encoder goes forward once
+        recomputed["blocks"] = 4 / 3  # a forward pass more
+    flops = built.flops_per_image * config.global_batch_size * recomputed[config.model.remat]
     return {
         "config": config.name,
         "topology": place.name,
@@ -84,9 +84,12 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
         "global_batch_size": config.global_batch_size,
         "accum_steps": config.accum_steps,
         "remat": config.model.remat,
+        "shard_state": config.optim.shard_state,
+        "grad_exchange": config.optim.grad_exchange,
         "dtype": config.model.dtype,
         "parameters": param_count(built.abstract_state.params),
         "flops_per_image": built.flops_per_image,
+        "recomputed": recomputed,
         "peak_flops": peak,
         "num_examples": built.data.train.num_examples,
         "total_epochs": built.schedule.total_steps * config.global_batch_size / built.data.train.num_examples,
@@ -162,39 +165,7 @@ def _time(report: Report, secs: dict[str, float | None]) -> None:
     report["days"] = report["total_epochs"] / report["epochs_per_day"]
 
 
-def search_fit(config: ConfigDict, place: topology.Topology, data: Data, first: Report) -> Iterator[Report]:
-    """Compiles, for each value of model.remat, smaller batches up to the first that fits; yields what each needs.
-
-    What a batch that does not fit needs decides which half, quarter, … of it is compiled next.
-    """
-    for remat in ("none", "dots", "blocks"):
-        batch = config.global_batch_size
-        for _ in range(_FIT_COMPILATIONS):
-            changed = config.copy_and_resolve_references()
-            changed.global_batch_size, changed.model.remat = batch, remat
-            is_first = (remat, batch) == (first["remat"], config.global_batch_size)
-            try:
-                report = first if is_first else examine(changed, place, data)
-            except errors.ConfigError:
-                break  # so small a batch does not divide over the mesh
-            yield {name: report[name] for name in ("remat", "global_batch_size", "fits", "memory")}
-            batch = 0 if report["fits"] else _smaller_batch(report)
-            if not batch:
-                break
-
-
-def _smaller_batch(report: Report) -> int:
-    """Returns the largest half, quarter, … of a batch that should fit if memory grows with it; 0 if no image does."""
-    memory, batch = report["memory"], report["global_batch_size"]
-    growing = memory["temporaries"] + memory["batch"]
-    room = (memory["chip"] or math.inf) - (memory["total"] - growing)
-    smaller = batch // 2
-    while smaller and growing * smaller / batch > room:
-        smaller //= 2
-    return smaller
-
-
-def _meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict]:
+def meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict]:
     """Yields `config` on every mesh data x fsdp x tensor of the devices whose data axis spans the slices."""
     count = len(place.devices)
     divisors = [n for n in range(1, count + 1) if count % n == 0]
@@ -205,6 +176,26 @@ def _meshes(config: ConfigDict, place: topology.Topology) -> Iterator[ConfigDict
             yield changed
 
 
+def foresee(config: ConfigDict, place: topology.Topology, data: Data) -> Report | None:
+    """Returns what is known of a config without compiling it; None if it cannot run on these devices.
+
+    It fits if its state does, and its times are those of FLOPs and exchanges.
+    """
+    try:
+        built = job.build(config, place.devices, data)
+    except errors.ConfigError:
+        return None  # batch, heads or a width do not divide
+    row: Report = _outline(built, place) | {"compiled": False}
+    row["state_bytes"] = bytes_per_device(built.abstract_state, built.shardings)
+    row["fits"] = place.chip is None or row["state_bytes"] < place.chip.hbm_bytes
+    # All chips exchange together; of a permutation the ring bytes are the payload.
+    one_slice = tuple(range(place.chips_per_slice))
+    within = hlo.Collective("collective-permute", row["expected"]["ICI"], one_slice, 1)
+    across = hlo.Collective("collective-permute", row["expected"]["DCN"], (), 1, across_slices=True)
+    row["secs"] |= roofline.link_secs([within, across], place, place.devices)
+    return row
+
+
 def sweep(config: ConfigDict, place: topology.Topology, data: Data, num_compiled: int) -> Report:
     """Ranks the valid meshes: what fits first, then what was compiled, then by the time of a step at best.
 
@@ -212,21 +203,12 @@ def sweep(config: ConfigDict, place: topology.Topology, data: Data, num_compiled
     Of the others theory knows the state's memory only and no time for moving it: they stand behind the compiled ones,
     and where any was compiled those alone say whether anything fits.
     """
-    rows, one_slice = [], tuple(range(place.chips_per_slice))
-    for changed in _meshes(config, place):
-        try:
-            built = job.build(changed, place.devices, data)
-        except errors.ConfigError:
-            continue  # batch, heads or a width do not divide
-        row: Report = _outline(built, place) | {"compiled": False}
-        row["state_bytes"] = bytes_per_device(built.abstract_state, built.shardings)
-        row["fits"] = place.chip is None or row["state_bytes"] < place.chip.hbm_bytes
-        # All chips exchange together; of a permutation the ring bytes are the payload.
-        within = hlo.Collective("collective-permute", row["expected"]["ICI"], one_slice, 1)
-        across = hlo.Collective("collective-permute", row["expected"]["DCN"], (), 1, across_slices=True)
-        links = roofline.link_secs([within, across], place, place.devices)
-        _time(row, row["secs"] | links)
-        rows.append((row, changed))
+    rows = []
+    for changed in meshes(config, place):
+        row = foresee(changed, place, data)
+        if row is not None:
+            _time(row, row["secs"])
+            rows.append((row, changed))
     if not rows:
         raise errors.ConfigError(
             f"no mesh of {len(place.devices)} devices divides global_batch_size={config.global_batch_size}, heads and "

@@ -99,16 +99,37 @@ def _time_lines(report: planning.Report) -> list[str]:
     return lines
 
 
-def fit_text(found: list[planning.Report]) -> str:
-    """Returns the table of the batches that were compiled to find one that fits."""
-    lines = [f"{'remat':<8}{'global batch':>13}{'temporaries':>14}{'total':>12}{'chip':>12}"]
-    for row in found:
-        memory = row["memory"]
-        lines.append(
-            f"{row['remat']:<8}{row['global_batch_size']:>13}{gib(memory['temporaries']):>14}"
-            f"{gib(memory['total']):>12}{gib(memory['chip']):>12}  {'fits' if row['fits'] else 'does not fit'}"
-        )
-    return "\n".join(lines)
+FIT_HEADER = (
+    f"{'mesh':<24}{'remat':<7}{'state':<9}{'exchange':<9}{'batch':>6}{'total':>10}{'hbm':>9}{'ici':>9}{'dcn':>9}"
+    f"{'step':>9}{'MFU':>6}"
+)
+
+
+def fit_line(report: planning.Report) -> str:
+    """Returns the line of one setting under `FIT_HEADER`."""
+    fields = report["settings"]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+    state, exchange = "sharded" if fields["optim.shard_state"] else "whole", fields["optim.grad_exchange"]
+    line = (
+        f"{mesh:<24}{fields['model.remat']:<7}{state:<9}{exchange:<9}{fields['global_batch_size']:>6}"
+        f"{gib(report['memory']['total']):>10}"
+    )
+    if not report["fits"]:
+        return f"{line}  does not fit in {gib(report['memory']['chip'])}"
+    secs = report["secs"]
+    for part in ("hbm", "ici", "dcn"):
+        line += f"{_secs(secs[part]) if part in secs else '-':>9}"
+    ceiling = report["mfu_ceiling"]
+    return f"{line}{_secs(report['step_secs']):>9}{f'{ceiling:.2f}' if ceiling else '?':>6}"
+
+
+def proposal(found: list[planning.Report], chosen: planning.Report | None) -> str:
+    """Returns the settings to set, as flags, of the first of `found` on."""
+    if chosen is None:
+        return "nothing fits; take a larger slice"
+    given = found[0]["settings"]
+    changes = [f"--config.{field}={value}" for field, value in chosen["settings"].items() if value != given[field]]
+    return f"proposed: {' '.join(changes)}" if changes else "proposed: the config as it is"
 
 
 def sweep_text(report: planning.Report) -> str:
