@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# Sourced by launch/local.sh and tests/run.sh: the clone's virtual environment.
+# Sourced by launch/local.sh, worker.sh, gcp.sh, skypilot.yaml and tests/run.sh: the clone's virtual environment.
 #
 #   ensure_venv EXTRAS [OPTION...]   makes CLONE/.venv with this package and its EXTRAS ("" for none) installed, by pip
 #                                    with these options, unless it is there already; afterwards $venv_python is its
 #                                    Python and $clone the directory of the clone.
+#   ensure_python                    installs a Python that is new enough where there is none; on machines of a cloud only
+#   machine_extras                   prints the extras that suit this machine's accelerator and a workdir in a bucket
 #
 # PYTHON in the environment names the Python to build with; else the newest of python3.13, 3.12, 3.11 and python3 that runs.
 
@@ -39,6 +41,37 @@ find_python() {
     done
     fail "no Python 3.11 or newer found (tried python3.13, python3.12, python3.11, python3, python)." \
         "Install one (Debian, Ubuntu: sudo apt-get install python3.11 python3.11-venv) or set PYTHON=/path/to/python3."
+}
+
+ensure_python() {
+    local python version
+    if is_new_enough "$venv_python"; then
+        return
+    elif python="$(find_python 2>/dev/null)"; then
+        "$python" -c 'import ensurepip' 2>/dev/null && return
+        version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+        # The lock: at its first boot a machine may be busy with updates.
+        sudo apt-get update -qq
+        sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 "python$version-venv"
+    else
+        # Ubuntu 22.04, as on TPU machines, has Python 3.10, and of 3.11 only a release candidate.
+        say "bringing Python 3.12"
+        python3 -m pip install --quiet --user uv
+        python3 -m uv python install --quiet 3.12
+        PYTHON="$(python3 -m uv python find 3.12)"
+        export PYTHON
+    fi
+}
+
+# libtpu names no TPU before JAX has started it; these are the devices of its chips.
+machine_extras() {
+    if nvidia-smi -L >/dev/null 2>&1; then
+        echo cuda12,gcs
+    elif compgen -G "/dev/accel[0-9]*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
+        echo tpu,gcs
+    else
+        echo gcs
+    fi
 }
 
 # Whether its Python runs and is its own: without .venv/pyvenv.cfg it would install into the Python it was made from.

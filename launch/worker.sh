@@ -39,26 +39,6 @@ end_earlier_trainer() {
     kill -KILL "$pid"
 }
 
-ensure_python() {
-    local python version
-    if is_new_enough "$venv_python"; then
-        return
-    elif python="$(find_python 2>/dev/null)"; then
-        "$python" -c 'import ensurepip' 2>/dev/null && return
-        version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-        # The lock: at its first boot a machine may be busy with updates.
-        sudo apt-get update -qq
-        sudo apt-get install -qq -y -o DPkg::Lock::Timeout=300 "python$version-venv"
-    else
-        # Ubuntu 22.04, as on TPU machines, has Python 3.10, and of 3.11 only a release candidate.
-        say "bringing Python 3.12"
-        python3 -m pip install --quiet --user uv
-        python3 -m uv python install --quiet 3.12
-        PYTHON="$(python3 -m uv python find 3.12)"
-        export PYTHON
-    fi
-}
-
 extras="$1"
 shift
 end_earlier_trainer

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from etils import epath
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
@@ -59,11 +60,12 @@ FLAGS = {name: commands.flag_names(name) for name in COMMANDS if name != "checkp
 
 PROGRAMS = (  # that a text may tell to run; the rest of a command line is a program's own affair unless it is ours
     *("python", "python3", ".venv/bin/pip", "pip", "bash", "source", "sbatch", "docker", "kubectl"),
-    *("gcloud", "tfds", "tensorboard", "wandb"),
+    *("gcloud", "sky", "tfds", "tensorboard", "wandb"),
 )
 OF_OTHERS = {  # options of those programs, and of XLA
     *("file_format", "data_dir", "logdir", "shm-size", "project", "location", "help", "no-standard-images"),
     *("show-deprecated", "xla_force_host_platform_device_count", "signal", "kill-on-bad-exit"),
+    *("env", "gpus", "num-nodes", "no-use-spot", "infra"),
 }
 META = {"N": "1", "C": "3", "i": "1", "B": "64", "H,W": "32,32", "--config.a.b=value": "--config.seed=1"}
 
@@ -181,6 +183,11 @@ def judge(argv: Sequence[str], tmp_path: Path) -> None:
         script = next(index for index, word in enumerate(rest) if not word.startswith("--"))
         assert (ROOT / rest[script]).exists()
         commands.parse("main", rest[script + 1 :])
+    elif program == "sky" and rest[:2] == ["jobs", "launch"]:
+        envs = yaml.safe_load((ROOT / rest[2]).read_text())["envs"]
+        given = dict(word.split("=", 1) for option, word in itertools.pairwise(rest) if option == "--env")
+        assert (given.keys() <= envs.keys(), "WORKDIR" in given) == (True, True), given
+        commands.parse("main", ["--config", (envs | given)["CONFIG"], *(envs | given)["FLAGS"].split()])
     elif program == "docker" and rest[0] == "build":
         target = rest[rest.index("--target") + 1]
         assert f" AS {target}" in (ROOT / rest[rest.index("-f") + 1]).read_text(), target
@@ -189,7 +196,7 @@ def judge(argv: Sequence[str], tmp_path: Path) -> None:
         commands.parse("main", rest[image + 1 :])
     elif program.endswith("pip"):
         assert rest[0] == "install", rest
-        if rest[-1].startswith("git+https://"):
+        if rest[-1].startswith(("git+https://", "skypilot[")):
             return
         extras = re.fullmatch(r"\.\[(.+)\]", rest[-1])
         assert extras is not None, rest

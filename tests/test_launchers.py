@@ -1,6 +1,7 @@
 """The launchers, each run for real against a cloud, a Slurm or a machine that is played by `tests/cloud_stub.py`."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -12,13 +13,16 @@ import tarfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mae_dist import errors
+from tests import commands
 from tests.cloud_stub import Cloud, verb_of
+from tests.runs import ONLY_UPDATES, end_of, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_FILES = sorted(
@@ -26,6 +30,7 @@ SHELL_FILES = sorted(
     for pattern in ("launch/*.sh", "launch/*.sbatch", "tests/*.sh", ".ci/run")
     for path in ROOT.glob(pattern)
 )
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 GCP_SCRIPTS = ["launch/gcp_tpu.sh", "launch/gcp_gpu.sh", "launch/gcp_cpu.sh"]
 # On PATH besides the stubs: nothing here may find a real gcloud.
 TOOLS = (
@@ -637,11 +642,10 @@ def test_dockerfile_has_its_targets_and_a_user_and_passes_signals_on():
     assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == ["mae"]
     assert re.findall(r"^ENTRYPOINT (.*)", text, re.MULTILINE) == ['["python", "-m", "mae_dist.main"]']
     assert stages["base"].index("USER") < stages["base"].index("ENTRYPOINT")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name in ("cpu", "cuda", "tpu"):
         assert f"docker build -f launch/Dockerfile --target {name}" in text
         (chosen,) = re.findall(r"^RUN pip install --editable \.\[(\S+)\]$", stages[name], re.MULTILINE)
-        assert set(chosen.split(",")) <= set(extras)
+        assert set(chosen.split(",")) <= set(EXTRAS)
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     copied = {word for line in re.findall(r"^COPY --chown=mae (.*) \S+$", text, re.MULTILINE) for word in line.split()}
     assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == copied
@@ -649,10 +653,174 @@ def test_dockerfile_has_its_targets_and_a_user_and_passes_signals_on():
 
 
 def test_extras_of_the_scripts_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for script in GCP_SCRIPTS:
         (chosen,) = re.findall(r"\bextras=(\S+)", (ROOT / script).read_text())
-        assert set(chosen.split(",")) <= set(extras)
+        assert set(chosen.split(",")) <= set(EXTRAS)
+
+
+# --- SkyPilot ---------------------------------------------------------------------------------------------------------
+
+SKYPILOT = ROOT / "launch/skypilot.yaml"
+NO_TPU = {"BASH_FUNC_compgen%%": "() { return 1; }"}  # functions of these names hide what the machine has
+TPU = {"BASH_FUNC_compgen%%": "() { [[ $2 == /dev/vfio* ]]; }"}
+GPU = {"BASH_FUNC_nvidia-smi%%": "() { :; }", **TPU}  # a GPU's machine may have groups of devices there, too
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """`node(script, **environment)`: a script of the task, run as SkyPilot does on a node, in the copy of a clone."""
+    task = yaml.safe_load(SKYPILOT.read_text())
+    place = tmp_path / "sky_workdir"
+    (place / "launch").mkdir(parents=True)
+    shutil.copy(ROOT / "launch/venv.sh", place / "launch")
+    shutil.copy(ROOT / "pyproject.toml", place)
+    (place / "configs").symlink_to(ROOT / "configs")
+
+    def node(script: str, rank: int = 0, nodes: int = 1, **environment: str) -> subprocess.Popen[str]:
+        env = {name: str(value) for name, value in task["envs"].items()}
+        env |= {"SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NUM_NODES": str(nodes)}
+        env |= {"SKYPILOT_NODE_IPS": "\n".join(["127.0.0.1"] * nodes)} | environment
+        (tmp_path / f"{script}.sh").write_text(task[script])
+        return subprocess.Popen(
+            ["bash", "-i", tmp_path / f"{script}.sh"],
+            cwd=place,
+            env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]} | env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    (place / ".venv/bin").mkdir(parents=True)
+    return node
+
+
+def test_skypilot_repeats_and_stops_on_the_trainers_exit_codes():
+    text = SKYPILOT.read_text()
+    task = yaml.safe_load(text)
+    recovery = task["resources"]["job_recovery"]
+    assert tuple(recovery["recover_on_exit_codes"]) == CONTINUING
+    assert recovery["max_restarts_on_errors"] == 0  # it would repeat those of STOPPING, too
+    assert not set(STOPPING) & set(recovery["recover_on_exit_codes"])
+    assert task["resources"]["use_spot"] is True
+    assert (task["num_nodes"], task["workdir"]) == (1, ".")
+    assert task["envs"]["WORKDIR"] is None  # SkyPilot then asks for it
+    assert (ROOT / task["envs"]["CONFIG"]).exists()
+    used = set(re.findall(r"\$\{?([A-Z_]+)", task["setup"] + task["run"]))
+    given = {"SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"}
+    assert used == given | set(task["envs"]), "each variable is used, and each that is used is there"
+    assert set(re.findall(r" --([a-z_]+)", task["run"])) <= commands.flag_names("main")
+
+
+@pytest.mark.parametrize("script", ["setup", "run"])
+def test_skypilot_scripts_pass_shellcheck(tmp_path: Path, script: str):
+    (tmp_path / "script.sh").write_text(yaml.safe_load(SKYPILOT.read_text())[script])
+    found = subprocess.run(
+        [Path(sys.executable).with_name("shellcheck"), "-x", "-s", "bash", tmp_path / "script.sh"],
+        cwd=ROOT,  # where launch/venv.sh is found
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(("machine", "extras"), [(NO_TPU, "gcs"), (TPU, "tpu,gcs"), (GPU, "cuda12,gcs")])
+def test_skypilot_installs_what_the_machine_needs(binaries: Path, tmp_path: Path, node, machine: dict, extras: str):
+    _executable(binaries / "python3.12", PYTHON_STUB)
+    for tool in ("touch", "cp"):
+        (binaries / tool).symlink_to(shutil.which(tool) or "")
+    (tmp_path / "sky_workdir/.venv").rename(tmp_path / "unused")
+    printed = ""
+    for _ in range(2):  # on a machine that is there again nothing is installed again
+        process = node("setup", PATH=str(binaries), **machine)
+        printed += process.communicate(timeout=60)[0]
+        assert process.returncode == 0, printed
+    assert re.findall(r"^installs \S+\[(\S+)\]$", printed, re.MULTILINE) == [extras]
+    assert set(extras.split(",")) <= set(EXTRAS)
+
+
+@pytest.mark.parametrize("code", [0, 1, *STOPPING, *CONTINUING])
+def test_skypilot_ends_with_the_trainers_exit_code(tmp_path: Path, node, code: int):
+    _executable(tmp_path / "sky_workdir/.venv/bin/python", f'#!/bin/bash\nprintf "%s," "$@"\nexit {code}\n')
+    process = node("run", WORKDIR="gs://b/r", FLAGS="--config.seed=1 --verbose", **NO_TPU)
+    printed = process.communicate(timeout=60)[0]
+    expected = "-m,mae_dist.main,--config,configs/cifar_medium.py,--workdir,gs://b/r,--config.seed=1,--verbose,"
+    assert (process.returncode, printed.splitlines()[-1]) == (code, expected)
+
+
+@pytest.mark.parametrize(("machine", "joined"), [(GPU, True), (NO_TPU, True), (TPU, False)])
+def test_skypilot_joins_nodes_and_lets_the_others_save(tmp_path: Path, node, machine: dict, joined: bool):
+    _executable(tmp_path / "sky_workdir/.venv/bin/python", '#!/bin/bash\nprintf "%s," "$@"\nexit 75\n')
+    begin = time.monotonic()
+    process = node("run", rank=1, nodes=4, WORKDIR="gs://b/r", GRACE_SECS="0.7", **machine)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 75, printed
+    assert time.monotonic() - begin > 0.7
+    where = "--coordinator_address,127.0.0.1:9876,--num_processes,4,--process_id,1,"
+    assert (where in printed, "--coordinator" in printed) == (joined, joined)
+
+
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_skypilot_really_trains(tmp_path: Path, node, child_env, nodes: int):
+    _executable(tmp_path / "sky_workdir/.venv/bin/python", f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    flags = " ".join(["--config.total_steps=2", "--config.log_every_steps=1", *ONLY_UPDATES])
+    given = {"CONFIG": "configs/smoke.py", "WORKDIR": str(tmp_path / "run"), "FLAGS": flags, "PORT": str(free_port())}
+    ended = end_of([node("run", rank, nodes, **child_env(), **given, **NO_TPU) for rank in range(nodes)])
+    assert [code for code, _ in ended] == [0] * nodes, ended
+    assert json.loads((tmp_path / "run/summary.json").read_text())["step"] == 2
+    assert ("2 processes" in ended[0][1]) == (nodes == 2), ended[0][1]
+
+
+SKYPILOT_PARSER = """
+import copy, re, sys, yaml
+import sky
+from sky.client.cli import command
+from sky.jobs import recovery_strategy
+from sky.utils import registry
+
+text = open(sys.argv[1]).read()
+read = lambda task: sky.Task.from_yaml_config(copy.deepcopy(task), env_overrides=[("WORKDIR", "gs://b/r")])
+given = yaml.safe_load(text)
+(resources,) = read(given).resources
+assert resources.use_spot and resources.job_recovery == given["resources"]["job_recovery"], resources
+assert registry.JOBS_RECOVERY_STRATEGY_REGISTRY.from_str(resources.job_recovery["strategy"])
+for wrong in ({"recover_on_exit_codes": ["x"]}, {"recover_on_exit_codes": [256]}, {"max_restarts_on_errors": "many"}):
+    task = copy.deepcopy(given)
+    task["resources"]["job_recovery"] |= wrong
+    try:
+        read(task)
+    except ValueError:
+        continue
+    raise AssertionError(f"{wrong} is accepted")
+try:
+    sky.Task.from_yaml_config(copy.deepcopy(given))
+except ValueError as error:
+    assert "WORKDIR" in str(error), error
+else:
+    raise AssertionError("nothing asks for WORKDIR")
+options = {option for param in command.jobs_launch.params for option in (*param.opts, *param.secondary_opts)}
+named = set(re.findall(r"^#.*? (--[a-z-]+) ", text, re.MULTILINE)) | {"--env"}
+assert named - {"--num_slices"} <= options, named - options
+"""
+
+
+def test_skypilot_reads_the_task(tmp_path: Path):
+    """SkyPilot's own parser, where it is installed, here or for the Python that SKYPILOT_PYTHON names."""
+    python = os.environ.get("SKYPILOT_PYTHON", "")
+    if not python and find_spec("sky") is None:
+        pytest.skip("SkyPilot is not installed: set SKYPILOT_PYTHON to the python of an environment that has it")
+    done = subprocess.run(
+        [ROOT / python if python else sys.executable, "-c", SKYPILOT_PARSER, SKYPILOT],
+        cwd=tmp_path,  # it writes to the home directory
+        env=os.environ | {"HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
