@@ -18,12 +18,13 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation. A JAX device is one chip.
+    """One generation.
 
-    hbm_bytes, hbm_bytes_per_sec: memory and its speed. link_bytes_per_sec: of one link to a neighbour, one way.
-    sides, max_chips: of a slice. wraps: a side whose length is a multiple of this is closed to a ring; with three sides
-    only if all are, for whole cubes are wired together. dcn_bytes_per_sec: a chip's part of its host's network card,
-    one way.
+    hbm_bytes, hbm_bytes_per_sec: memory and its speed, of a JAX device. link_bytes_per_sec: of one link to a
+    neighbour, one way. sides, max_chips: of a slice. wraps: a side whose length is a multiple of this is closed to a
+    ring; with three sides only if all are, for whole cubes are wired together. dcn_bytes_per_sec: a JAX device's part
+    of its host's network card, one way. devices: JAX devices of a chip, which share its links.
+    inner_bytes_per_sec: between the devices of a chip, one way.
     """
 
     hbm_bytes: int
@@ -34,6 +35,8 @@ class Chip:
     wraps: int
     dcn_bytes_per_sec: float | None
     source: str
+    devices: int = 1
+    inner_bytes_per_sec: float = 0
 
     def rings(self, slice_shape: Sequence[int]) -> list[bool]:
         """Returns for each side of a slice whether it is closed to a ring."""
@@ -48,29 +51,42 @@ CHIPS: dict[str, Chip] = {
     "v5e": Chip(16 * _GIB, 8.19e11, 50e9, 2, 256, 16, 25e9 / 8, f"{_DOCS}v5e (network: 6.4 Tb/s for 256 chips)"),
     "v5p": Chip(95 * _GIB, 2.765e12, 100e9, 3, 6144, 4, 50e9 / 8, f"{_DOCS}v5p (a pod has 8960 chips)"),
     "v6e": Chip(32 * _GIB, 1.638e12, 100e9, 2, 256, 16, 100e9 / 8, f"{_DOCS}v6e (network: 25.6 Tb/s for 256 chips)"),
+    # Ironwood. Each of a chip's two chiplets is a device, with half of the chip's memory; six times a link is between
+    # them.
+    "tpu7x": Chip(
+        *(96 * _GIB, 7.38e12 / 2, 100e9, 3, 9216, 4, 100e9 / 8 / 2),
+        f"{_DOCS}tpu7x (of a chip: 192 GiB, 7.38 TB/s, 1.2 TB/s to neighbours, 100 Gb/s of network)",
+        devices=2,
+        inner_bytes_per_sec=600e9,
+    ),
 }
 
 
 def ici_bytes_per_sec(chip: Chip, group: Iterable[Sequence[int]], slice_shape: Sequence[int]) -> float:
-    """Returns the bytes per second that can leave a chip within its slice when a group of chips exchanges.
+    """Returns the bytes per second that can leave a device within its slice when a group of devices exchanges.
 
-    A chip has two links along every side that the group extends along, or one where that side is not a ring.
+    A chip has two links along every side that the group extends along, or one where that side is not a ring. Groups
+    that have only one of a chip's devices exchange at the same time, so each has its part of the links.
 
     Args:
       chip: its generation.
-      group: coordinates of the chips that exchange.
+      group: coordinates of the chips of the devices that exchange.
       slice_shape: of the slice, in chips.
     """
+    group = [tuple(coords) for coords in group]
+    chips = set(group)
+    if chip.devices > 1 and len(chips) == 1:
+        return chip.inner_bytes_per_sec
     columns = list(zip(*group, strict=True))
     links = 0
     for values, size, ring in zip(columns, slice_shape, chip.rings(slice_shape), strict=False):
         if len(set(values)) > 1:
             links += 2 if ring and len(set(values)) == size else 1
-    return max(1, links) * chip.link_bytes_per_sec
+    return max(1, links) * chip.link_bytes_per_sec * min(1, len(group) / len(chips) / chip.devices)
 
 
 # Dense peak FLOP/s of one JAX device, from the vendors' data sheets (NVIDIA prints twice the dense number, with 2:4
-# sparsity). On TPU v2 and v3 a device is one of a chip's two cores; on v4 and later it is the chip.
+# sparsity). On TPU v2, v3 and 7x a device is one of a chip's two cores; on v4 to v6e it is the chip.
 _TPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
     "TPU v2": {"bfloat16": 46e12 / 2},
     "TPU v3": {"bfloat16": 123e12 / 2},
@@ -81,6 +97,7 @@ _TPU_PEAK_FLOPS: dict[str, dict[str, float]] = {
     "TPU v5p": {"bfloat16": 459e12},
     "TPU v6 lite": {"bfloat16": 918e12},  # v6e
     "TPU v6e": {"bfloat16": 918e12},
+    "TPU7x": {"bfloat16": 2307e12 / 2},
 }
 # float32 is the tensor cores' TF32, which JAX uses for float32 matmuls by default, where the device has it.
 # Matched by the start of the device's name without "NVIDIA" and "Tesla", the longest first.

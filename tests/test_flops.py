@@ -90,6 +90,7 @@ def test_masking_three_quarters_saves_most_of_the_encoder():
         ("TPU v4", "bfloat16", 275),
         ("TPU v5 lite", "bfloat16", 197),
         ("TPU v5", "bfloat16", 459),
+        ("TPU7x", "bfloat16", 1153.5),  # one of the two devices of a chip
         ("TPU v5p", "bfloat16", 459),
         ("TPU v6 lite", "bfloat16", 918),
         ("TPU v4", "float32", None),

@@ -420,6 +420,7 @@ def test_topologies_that_do_not_exist(name, slices):
         ("v5p:16x32x16", "a slice of v5p has at most 6144; .*: --topology=v5p:16x16x16 --num_slices=2"),
         ("v4:4x4", "a slice of v4 has 3 sides, as v4:4x4x4"),
         ("v6e:2x2x2", "a slice of v6e has 2 sides, as v6e:4x4"),
+        ("tpu7x:16x24x32", "a slice of tpu7x has at most 9216; .*: --topology=tpu7x:16x16x24 --num_slices=2"),
     ],
 )
 def test_slices_that_nobody_can_have(name, cure):
@@ -538,6 +539,15 @@ def test_links():
     )
 
 
+def test_two_devices_share_the_links_of_a_chip():
+    """On tpu7x both of a chip's devices have its coordinates."""
+    chip = hardware.CHIPS["tpu7x"]
+    chips = [(i, j, k) for i in range(4) for j in range(4) for k in range(4)]
+    assert hardware.ici_bytes_per_sec(chip, chips, (4, 4, 4)) == 300e9, "the others exchange over the same six links"
+    assert hardware.ici_bytes_per_sec(chip, [at for at in chips for _ in range(2)], (4, 4, 4)) == 600e9
+    assert hardware.ici_bytes_per_sec(chip, chips[:1] * 2, (4, 4, 4)) == 600e9, "within the chip, no links"
+
+
 @pytest.mark.parametrize(
     ("module", "millions"), [(imagenet_vit_b16, 111.9), (imagenet_vit_l16, 329.5), (imagenet_vit_h14, 657.0)]
 )
@@ -579,10 +589,33 @@ class TestTpu:
         assert 0.95 < found / report["expected"]["ICI"] < above
         assert report["expected"]["ICI_in_loops"] > 1.5 * found
 
-    @pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1"])
+    @pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
     def test_a_single_chip(self, name):
         """Less than the compiler takes a host to have."""
-        assert len(topology.describe(name, 1).devices) == 1
+        place = topology.describe(name, 1)
+        assert place.chip is not None
+        assert len(place.devices) == place.chip.devices
+        assert hardware.peak_flops(place.devices[0].device_kind, "bfloat16")
+
+    def test_the_inner_axis_lies_within_the_chips(self):
+        """Of tpu7x, where two devices have a chip's coordinates."""
+        mesh = make_mesh({"data": -1, "fsdp": 2, "tensor": 1}, topology.describe("tpu7x:2x2x1", 1).devices)
+        chips = [{tuple(device.coords) for device in row.flat} for row in mesh.devices]
+        assert [len(row) for row in chips] == [1] * 4
+        assert len(set.union(*chips)) == 4
+
+    @pytest.mark.long
+    def test_a_chip_of_two_devices(self):
+        """The real step for tpu7x: both devices of each chip, each with half of its memory."""
+        place = topology.describe("tpu7x:2x2x1", 1)
+        widths = {"model__embed_dim": 256, "model__num_heads": 2, "model__decoder_embed_dim": 128}
+        report = examine(smoke_config(**TINY, **widths, model__dtype="bfloat16", mesh__fsdp=2), place)
+        assert report["fits"]
+        assert (report["chips"], report["devices_per_chip"], report["device_kind"]) == (8, 2, "TPU7x")
+        assert report["peak_flops"] == 2307e12 / 2
+        assert 90 * 2**30 < report["memory"]["chip"] <= 96 * 2**30
+        assert 0 < report["mfu_ceiling"] < 1
+        assert "a chip has 2 devices here (4 chips)" in plan_text.text(report, place)
 
     @pytest.mark.long
     def test_does_not_fit(self, child_env, tmp_path):

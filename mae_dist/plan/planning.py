@@ -78,7 +78,8 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
         "config": config.name,
         "topology": place.name,
         "num_slices": place.num_slices,
-        "chips": len(place.devices),
+        "chips": len(place.devices),  # of which two are one chip where devices_per_chip is 2
+        "devices_per_chip": place.chip.devices if place.chip else 1,
         "device_kind": device.device_kind,
         "mesh": dict(built.mesh.shape),
         "global_batch_size": config.global_batch_size,

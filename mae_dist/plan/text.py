@@ -6,7 +6,8 @@ _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all a
   memory: temporaries are activations, gradients and all else that lives within a step: the compiler's sum
   compute: analytic FLOPs of matmuls, with remat=blocks a third more; peaks: hardware.py
   hbm: state and temporaries read and written once
-  ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring
+  ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring; of a
+    chip with two devices they are shared by both
   dcn: a chip's bytes to other slices over its part of the host's network card
   bytes: payload is the whole array exchanged (of permutations what one chip sends), ring what leaves one chip"""
 
@@ -36,6 +37,7 @@ def text(report: planning.Report, place: topology.Topology) -> str:
         f"{report['parameters']:,} parameters, global batch {report['global_batch_size']}, accum_steps "
         f"{report['accum_steps']}, {report['dtype']}, remat {report['remat']}; compiled in "
         f"{report['compile_secs']:.0f} s",
+        *_devices_lines(report),
         "",
         "memory of one chip",
     ]
@@ -53,6 +55,14 @@ def text(report: planning.Report, place: topology.Topology) -> str:
     else:
         lines.append("the memory of this device is not known: whether it fits is not said")
     return "\n".join(lines)
+
+
+def _devices_lines(report: planning.Report) -> list[str]:
+    """Returns the meaning of "chip" where it is not the whole one."""
+    each = report["devices_per_chip"]
+    if each == 1:
+        return []
+    return [f"a chip has {each} devices here ({report['chips'] // each} chips); below, a chip means one of its devices"]
 
 
 def _exchange_lines(report: planning.Report) -> list[str]:

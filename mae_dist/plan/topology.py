@@ -26,7 +26,10 @@ _FAKE = "xla_force_host_platform_device_count"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices with a name: `v5e:4x4` is a TPU slice of 16 chips, `cpu:8` eight devices of this machine's CPU."""
+    """Devices with a name: `v5e:4x4` is a TPU slice of 16 chips, `cpu:8` eight devices of this machine's CPU.
+
+    A chip of tpu7x is two devices, which plans count as chips.
+    """
 
     name: str
     generation: str
@@ -119,7 +122,7 @@ def _tpu_devices(name: str, shape: tuple[int, ...], num_slices: int) -> Sequence
         )
     if find_spec("libtpu") is None:
         raise ConfigError(f"--topology={name} needs the TPU's compiler, no TPU: pip install -e .[tpu]")
-    # On v4 a device is one of two cores unless told otherwise; a chip is one device everywhere else.
+    # On v4 a device is one of two cores unless told otherwise; on tpu7x it always is, and everywhere else it is a chip.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
     if count == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)  # a host has four by default
