@@ -34,6 +34,9 @@ accelerator_type=v5litepod-16 runtime_version="" num_slices=1
 check_options() {
     local slice
     [[ "$num_slices" =~ ^[1-9][0-9]*$ ]] || refuse "--num_slices=$num_slices is not a number from 1."
+    [[ ! "$accelerator_type" =~ ^(tpu-?|v)7 ]] ||
+        refuse "--accelerator_type=$accelerator_type: TPU7x is no queued resource. Train on it with Google Kubernetes" \
+            "Engine: the head of launch/gke_jobset.yaml says how."
     if [[ -z "$runtime_version" ]]; then
         case "$accelerator_type" in
             v2-* | v3-* | v4-*) runtime_version=tpu-ubuntu2204-base ;;

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mae_dist import errors
+from mae_dist import errors, hardware
 from tests import commands
 from tests.cloud_stub import Cloud, verb_of
 from tests.runs import ONLY_UPDATES, end_of, free_port
@@ -406,6 +407,11 @@ def test_accelerators_have_their_runtimes(cloud: Cloud, run):
         assert f"--accelerator-type={accelerator} --runtime-version={runtime} " in printed
     code, printed = run("launch/gcp_tpu.sh", *WORKDIR, *WHERE, "--accelerator_type=v9-8", *TRAINER)
     assert (code, "--runtime_version" in printed) == (2, True)
+    for name in ("v7x-8", "tpu7x-8", "v7-16"):  # also with a runtime: there is no such queued resource
+        given = (f"--accelerator_type={name}", "--runtime_version=v2")
+        code, printed = run("launch/gcp_tpu.sh", *WORKDIR, *WHERE, *given, *TRAINER)
+        assert (code, f"{name}: TPU7x" in printed, "launch/gke_jobset.yaml" in printed) == (2, True, True)
+    assert cloud.calls() == []
     code, printed = run("launch/gcp_tpu.sh", *WORKDIR, *WHERE, "--num_slices=0", *TRAINER)
     assert (code, "--num_slices=0" in printed) == (2, True)
     code, printed = run("launch/gcp_cpu.sh", *WORKDIR, *WHERE, "--disk_gb=big", *TRAINER)
@@ -628,6 +634,17 @@ def test_jobset_restarts_and_fails_on_the_trainers_exit_codes():
     assert pod["terminationGracePeriodSeconds"] >= 60
     assert "command" not in container  # the image's entry point, which gets the signals
     assert "--workdir" in container["args"]
+
+
+def test_jobset_takes_the_shape_that_its_head_gives_for_tpu7x():
+    """Nodes of 4 chips: what the head says of topologies is their product."""
+    head = (ROOT / "launch/gke_jobset.yaml").read_text().partition("apiVersion")[0].replace("\n# ", " ")
+    assert "gke-tpu-accelerator tpu7x" in head
+    given = re.findall(r"(\d+x\d+x\d+) (?:is|are) (\d+)", head)
+    assert len(given) == 3
+    for topology, nodes in given:
+        assert math.prod(map(int, topology.split("x"))) == 4 * int(nodes)
+    assert f"a pod has {4 * hardware.CHIPS['tpu7x'].devices}" in head
 
 
 def test_exit_codes_are_the_trainers():
