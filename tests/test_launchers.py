@@ -1,7 +1,6 @@
 """The launchers, each run for real against a cloud, a Slurm or a machine that is played by `tests/cloud_stub.py`."""
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -23,7 +22,7 @@ import yaml
 from mae_dist import errors, hardware
 from tests import commands
 from tests.cloud_stub import Cloud, verb_of
-from tests.runs import ONLY_UPDATES, end_of, free_port
+from tests.runs import ONLY_UPDATES, end_of, free_port, records
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL_FILES = sorted(
@@ -781,13 +780,22 @@ def test_skypilot_joins_nodes_and_lets_the_others_save(tmp_path: Path, node, mac
 
 @pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_skypilot_really_trains(tmp_path: Path, node, child_env, nodes: int):
+    """Two nodes are preempted after the third step, and the same line continues the run."""
     _executable(tmp_path / "sky_workdir/.venv/bin/python", f'#!/bin/bash\nexec {sys.executable} "$@"\n')
-    flags = " ".join(["--config.total_steps=2", "--config.log_every_steps=1", *ONLY_UPDATES])
-    given = {"CONFIG": "configs/smoke.py", "WORKDIR": str(tmp_path / "run"), "FLAGS": flags, "PORT": str(free_port())}
-    ended = end_of([node("run", rank, nodes, **child_env(), **given, **NO_TPU) for rank in range(nodes)])
-    assert [code for code, _ in ended] == [0] * nodes, ended
-    assert json.loads((tmp_path / "run/summary.json").read_text())["step"] == 2
-    assert ("2 processes" in ended[0][1]) == (nodes == 2), ended[0][1]
+    flags = " ".join(["--config.total_steps=9", "--config.log_every_steps=1", *ONLY_UPDATES])
+    given = child_env() | NO_TPU | {"CONFIG": "configs/smoke.py", "WORKDIR": str(tmp_path / "run"), "GRACE_SECS": "0"}
+
+    def codes(flags: str) -> list[int]:
+        port = str(free_port())
+        ended = end_of([node("run", rank, nodes, **given, FLAGS=flags, PORT=port) for rank in range(nodes)])
+        assert ("2 processes" in ended[0][1]) == (nodes == 2), ended[0][1]
+        return [code for code, _ in ended]
+
+    if nodes > 1:
+        assert codes(f"{flags} --simulate_preemption_at_step=3") == [errors.EXIT_PREEMPTED] * nodes
+    assert codes(flags) == [0] * nodes
+    assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, 10))
+    assert (tmp_path / "run/summary.json").exists()
 
 
 SKYPILOT_PARSER = """
