@@ -1,10 +1,14 @@
 """The flags that commands share, and the wrapper that runs a command."""
 
+import atexit
+import contextlib
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import sysconfig
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -207,6 +211,8 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
     """Runs a command: a fault of the user is one message and its exit code, anything else a traceback and code 1."""
     if "--help" in sys.argv[1:]:
         sys.exit(errors.exit_code_of(_show_help))
+    is_done = threading.Event()
+    atexit.register(_end, is_done)  # here, before JAX and others register theirs, which run first for that
     # It asks a training for a trace of its steps; before and after them it would kill.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     errors.open_closed_streams()
@@ -218,10 +224,29 @@ def run(entry: Callable[[Sequence[str]], int]) -> None:
         errors.say("".join(traceback.format_exception(error)).rstrip())
         code = errors.EXIT_INTERNAL
     if code == errors.EXIT_DONE:
+        is_done.set()
         return
     # Not by sys.exit: one of several processes must not wait for the others, which wait for it; and a compilation under
     # way does not survive the interpreter.
     os._exit(code)
+
+
+def _end(is_done: threading.Event) -> None:
+    """Ends a process that has done its work at once, as the last of the exit functions.
+
+    Otherwise Python would take its interpreter down, which a thread that compiles, or waits for other processes, within
+    XLA does not survive: when it wakes up it aborts the process, after all was well.
+    """
+    if not is_done.is_set():
+        return
+    if "jax" in sys.modules:  # imported first: its own exit function comes after this one
+        sys.modules["jax"].distributed.shutdown()
+    for child in multiprocessing.active_children():
+        child.terminate()
+    with contextlib.suppress(OSError):  # Python then says itself that its output is lost
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(errors.EXIT_DONE)
 
 
 def exit_on_signal() -> None:
