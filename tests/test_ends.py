@@ -73,7 +73,7 @@ def test_done_while_a_thread_compiles():
     """As the online evaluation's does after a short run: Python's way to end aborted the process (134)."""
     body = (
         "import threading, time, jax, jax.numpy as jnp; "
-        "layers = lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x, [x := jnp.sin(x @ x) + i for i in range(300)][-1]); "
+        "layers = lambda x: [x := jnp.sin(x @ x) + i for i in range(300)][-1]; "
         "lowered = jax.jit(layers).lower(jnp.ones((16, 16))); "
         "threading.Thread(target=lowered.compile, daemon=True).start(); time.sleep(0.3); print('done'); return 0"
     )

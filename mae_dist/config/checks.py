@@ -130,7 +130,7 @@ LABELS = {
 ONLINE = ("val_knn_top1", "val_ridge_top1")
 
 # Paths; "" is none, or a default.
-PATHS = ("init_from", "model.mask_file", "data.data_dir", "data.cache_dir")
+PATHS = ("init_from", "compiled_step", "model.mask_file", "data.data_dir", "data.cache_dir")
 
 
 def field_faults(config: ConfigDict) -> dict[str, str]:

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.init_from = ""  # start from these weights: a workdir, a converted model, HF's or timm's layout, hf://…
     config.init_commit = ""  # of hf://…: the commit to take; "": that of the first start, which the run writes here
     config.init_inflate = False  # init_from: spread its patch embedding over other model.channels; the decoder is new
+    config.compiled_step = ""  # of plan --save, a file of your own (it is code): load the step instead of compiling it
     config.seed = 0  # of everything random: initial weights, data order, augmentation, masks, dropout
 
     config.total_epochs = 100.0  # passes over the training split

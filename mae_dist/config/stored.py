@@ -17,6 +17,7 @@ from mae_dist.task_kinds import TASK_KINDS
 FREE = (
     "name",
     "imports",
+    "compiled_step",
     "cpu",
     "mesh",
     "accum_steps",

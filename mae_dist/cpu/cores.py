@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mae_dist import hardware
 
-_FLAG = "xla_force_host_platform_device_count"
+NUM_DEVICES_FLAG = "xla_force_host_platform_device_count"
 _EXAMPLES_PER_DEVICE = 16  # with fewer, exchanging gradients costs more than another device gains
 _CACHES = 5.0  # a microbatch's largest activations, in sizes of the second-level cache; measured best
 _TOKENS = 256  # least in a microbatch of a training step: with fewer, summing gradients costs more than the cache saves
@@ -33,13 +33,22 @@ def num_devices(wanted: int, batches: tuple[tuple[int, int], ...]) -> int:
     """
     platforms = os.environ.get("JAX_PLATFORMS", "")
     on_cpu = platforms == "cpu" or (not platforms and not hardware.has_accelerator())
-    if not on_cpu or _FLAG in os.environ.get("XLA_FLAGS", ""):  # whoever set it knows better
+    if not on_cpu or NUM_DEVICES_FLAG in os.environ.get("XLA_FLAGS", ""):  # whoever set it knows better
         return 0
     if not wanted:
         most = min(num_cores(), min(size for size, _ in batches) // _EXAMPLES_PER_DEVICE)
         whole = (n for n in range(1, most + 1) if all(size % (n * multiple) == 0 for size, multiple in batches))
         wanted = max(whole, default=1)
     return wanted
+
+
+def instruction_sets() -> str:
+    """Returns the names of the instruction sets of this machine's CPU; "" where the system does not tell them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def options_to_train() -> dict[str, str]:

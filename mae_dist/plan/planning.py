@@ -6,7 +6,7 @@ A plan is plain values under names, ready for JSON. Sizes are bytes on one chip,
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ from mae_dist.data import DescribedDataset, is_prepared, known_sizes
 from mae_dist.data.from_config import Data, open_data
 from mae_dist.model.build import param_count
 from mae_dist.optim.train_state import split_frozen
-from mae_dist.parallel.shardings import bytes_per_device
+from mae_dist.parallel.shardings import bytes_per_device, with_shardings
 from mae_dist.plan import hlo, roofline, topology
-from mae_dist.training import job
+from mae_dist.training import job, saved_program
 
 Report = dict[str, Any]
 _SWEEP_COMPILATIONS = 3  # at most, for each mesh that is wanted compiled
@@ -39,12 +39,23 @@ def described_data(config: ConfigDict) -> Data:
     return open_data(config, lambda config, split: DescribedDataset(config.data.name, split))
 
 
-def examine(config: ConfigDict, place: topology.Topology, data: Data) -> Report:
-    """Compiles the step of `config` for the devices of `place`; returns everything the tables show."""
+def examine(
+    config: ConfigDict,
+    place: topology.Topology,
+    data: Data,
+    when_compiled: Callable[[saved_program.Compilation], None] = lambda step: None,
+) -> Report:
+    """Compiles the step of `config` for the devices of `place`; returns everything the tables show.
+
+    `when_compiled` gets the step, unless the compiler refuses it.
+    """
     built = job.build(config, place.devices, data)
     started = time.monotonic()
-    compiled = topology.compile_step(built.train_step, built.mesh, built.abstract_state, built.abstract_batch)
+    state = with_shardings(built.abstract_state, built.shardings)  # as training gives it
+    compiled = topology.compile_step(built.train_step, built.mesh, state, built.abstract_batch)
     compile_secs, memory = time.monotonic() - started, _memory(built, compiled, place)
+    if compiled.stages is not None:
+        when_compiled(saved_program.Compilation(built, *compiled.stages, compiled.secs))
     fits = not compiled.refusal and memory["total"] <= (memory["chip"] or math.inf)
     report = _outline(built, place) | {
         "compile_secs": compile_secs,

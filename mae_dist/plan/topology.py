@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -54,6 +55,7 @@ class Compiled:
     arguments: state and batch. outputs: beyond the arguments' memory, which the new state takes over. temporaries:
     activations, gradients and whatever else lives during the step; the arguments too, where a refusal gives one sum and
     so `arguments` is 0. program: the code itself. limit: the most that the compiler may use; 0 if it did not say.
+    stages: the step itself, None if the compiler refuses it. secs: that the compiler took.
     """
 
     text: str
@@ -63,6 +65,8 @@ class Compiled:
     program: int
     limit: int = 0
     refusal: str = ""
+    stages: tuple[jax.stages.Lowered, jax.stages.Compiled] | None = None
+    secs: float = 0.0
 
 
 def use_no_accelerator() -> None:
@@ -142,12 +146,14 @@ def compile_step(step: jax.stages.Wrapped | TrainStep, mesh: Mesh, *args: PyTree
     """Compiles `step`, which is jitted or a `TrainStep`, for the devices of `mesh` and these shapes; nothing runs."""
     with jax.set_mesh(mesh):
         lowered = step.lower(*args)
+        started = time.monotonic()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return _refused(str(error))
+    secs = time.monotonic() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None  # what the backends say that have no such figures
     assert text is not None
@@ -157,6 +163,8 @@ def compile_step(step: jax.stages.Wrapped | TrainStep, mesh: Mesh, *args: PyTree
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         program=memory.generated_code_size_in_bytes,
+        stages=(lowered, compiled),
+        secs=secs,
     )
 
 

@@ -1,6 +1,7 @@
 """The one training loop: restore or begin, update, log, evaluate, draw, save."""
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -27,6 +28,7 @@ from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
 from mae_dist.storage import read_text, set_aside, storage_errors, write_text_atomically
 from mae_dist.trackers.tracking import Tracking
+from mae_dist.training import saved_program
 from mae_dist.training.job import Job
 from mae_dist.training.progress import Progress
 from mae_dist.training.run import Run
@@ -157,13 +159,14 @@ def _tracking(config: ConfigDict, workdir: epath.Path, watchdog: Watchdog) -> Tr
 def _compile_ahead(
     job: Job, checkpoints: Checkpoints, watchdog: Watchdog, progress: Progress
 ) -> Future[TrainStep] | None:
-    """Begins to compile the step, if any is left to do."""
+    """Begins to load or compile the step, if any is left to do."""
     if (checkpoints.latest_step() or 0) >= job.schedule.total_steps:
         return None
     progress.compiling()
     with watchdog.during("compile"):
         state = with_shardings(job.abstract_state, job.shardings)
-        return job.train_step.compile_in_thread(state, job.abstract_batch)
+        load = functools.partial(saved_program.load, job)
+        return job.train_step.compile_in_thread(state, job.abstract_batch, load)
 
 
 def _warn_of_bad_records(data: Data) -> None:

@@ -25,7 +25,7 @@ from mae_dist.metrics.recorder import OnRecord
 from mae_dist.parallel import processes
 from mae_dist.resilience.preemption import Preempted, PreemptionSignals
 from mae_dist.resilience.watchdog import Watchdog
-from mae_dist.training import job, loop
+from mae_dist.training import job, loop, saved_program
 from mae_dist.training.run import name_bad_files
 from mae_dist.training.summary import Result
 from mae_dist.weights import hub
@@ -130,6 +130,7 @@ def run(
         with preemption.interrupting():
             path = storage.absolute(workdir)
             logging.info("%s: %s in %s", config.name, config.task, readable.path(path))
+            saved_program.check_exists(config)
             config = _as_begun(config, path)
             checked = functools.partial(_check_images, path, config.data.max_bad_share, watchdog)
             built = _build(config, jax.devices(), checked if check_images else lambda data: None)

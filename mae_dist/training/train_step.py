@@ -42,11 +42,13 @@ class TrainStep:
     program: (state, batch, hyperparams) -> (state, metrics), which compiles on its first call or was compiled ahead.
     hyperparams: the last argument, by which this run differs from others with the same program.
     mesh: the devices it runs on.
+    compiler_options: those of `program` besides XLA's defaults and flags.
     """
 
     program: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     hyperparams: Hyperparams
     mesh: Mesh
+    compiler_options: dict[str, Any] | None = None
 
     @functools.cached_property
     def _placed(self) -> Hyperparams:
@@ -69,14 +71,24 @@ class TrainStep:
         """Returns the same step with `lowered` compiled; `options` go to its `compile`."""
         return dataclasses.replace(self, program=lowered.compile(**options))
 
-    def compile_in_thread(self, state: TrainState, batch: PyTree) -> "Future[TrainStep]":
-        """Traces the program here, and compiles it in a daemon thread, for which no early end of the process waits."""
+    def compile_in_thread(
+        self,
+        state: TrainState,
+        batch: PyTree,
+        load: Callable[[jax.stages.Lowered], jax.stages.Compiled | None] = lambda lowered: None,
+    ) -> "Future[TrainStep]":
+        """Traces the program here, and compiles it in a daemon thread, for which no early end of the process waits.
+
+        `load`, called there, may return it compiled already.
+        """
         lowered = self.lower(state, batch)
         compiled: Future[TrainStep] = Future()
 
         def compile_lowered() -> None:
             try:
-                compiled.set_result(self.compiled(lowered))
+                loaded = load(lowered)
+                step = dataclasses.replace(self, program=loaded) if loaded else self.compiled(lowered)
+                compiled.set_result(step)
             except Exception as error:  # raised where the result is asked for
                 compiled.set_exception(error)
 
@@ -309,11 +321,12 @@ def make_train_step(
             ema = jax.tree.map(keep, ema, _average(ema, trainable, state.step, ema_decay))
         return TrainState(step=state.step + 1, params={**trainable, **frozen}, opt_state=opt_state, ema=ema), metrics
 
+    options = cores.options_to_train() if is_by_cores(mesh) else None
     program = jax.jit(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=cores.options_to_train() if is_by_cores(mesh) else None,
+        compiler_options=options,
     )
-    return TrainStep(program, hyperparams, mesh)
+    return TrainStep(program, hyperparams, mesh, options)
