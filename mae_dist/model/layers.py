@@ -25,6 +25,19 @@ xavier = nnx.initializers.xavier_uniform()
 normal02 = nnx.initializers.normal(0.02)
 
 
+def token(kind: str, dim: int, rngs: nnx.Rngs) -> nnx.Param[jax.Array] | None:
+    """Returns a learned token (1, 1, dim) ~ N(0, 0.02), or None for a constant zero."""
+    return nnx.Param(normal02(rngs.params(), (1, 1, dim), jnp.float32)) if kind == "learned" else None
+
+
+def token_value(
+    param: nnx.Param[jax.Array] | None, batch: Any, count: int, dim: int, dtype: Any
+) -> Float[Array, "B count dim"]:
+    """Repeats a token `count` times for each of `batch` examples, an int or, in an export, a symbolic dimension."""
+    value = jnp.zeros((1, 1, dim), dtype) if param is None else param[...].astype(dtype)
+    return jnp.broadcast_to(value, (batch, count, dim))
+
+
 def _unstack(x: Float[Array, "B N n H hd"]) -> list[Float[Array, "B N H hd"]]:
     """Splits axis 2. The gradient of a split is one concatenation; that of n slices would be n sums."""
     return [part[:, :, 0] for part in jax.lax.split(x, (1,) * x.shape[2], axis=2)]
