@@ -79,6 +79,24 @@ def _gelu(x: np.ndarray, kind: str) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def _cross_attention(x: np.ndarray, outputs: list[np.ndarray], p: Params) -> np.ndarray:
+    """Queries (B, Q, E) look at the encoder's last tokens (B, N, D), or at a sum of all outputs, normalised."""
+    memory = outputs[-1]
+    if "block_weights" in p:
+        memory = _layer_norm(sum(w * out for w, out in zip(p["block_weights"], outputs, strict=True)), p["norm_kv"])
+    kernels = p["q"]["kernel"], p["kv"]["kernel"]  # (E, A, hd), (D, 2, A, hd)
+    biases = (p[name].get("bias", np.zeros(k.shape[1:])) for name, k in zip(("q", "kv"), kernels, strict=True))
+    q_bias, kv_bias = biases
+    out = np.zeros_like(x) + p["out"]["bias"]
+    for head in range(kernels[0].shape[1]):
+        query = x @ kernels[0][:, head] + q_bias[head]
+        key, value = (memory @ kernels[1][:, i, head] + kv_bias[i, head] for i in (0, 1))
+        for b, q in np.ndindex(x.shape[:2]):  # a query on its own
+            weights = np.exp(key[b] @ query[b, q] / math.sqrt(len(query[b, q])))
+            out[b, q] += (weights / weights.sum()) @ value[b] @ p["out"]["kernel"][head]
+    return out
+
+
 def _attention(x: np.ndarray, p: Params) -> np.ndarray:
     """Multi-head self-attention (B, N, D) -> (B, N, D), head after head and product after product."""
     kernel = p["qkv"]["kernel"]  # (D, 3, A, hd)
@@ -132,6 +150,18 @@ def encode(params: Params, images: np.ndarray, options: Options, num_blocks: int
     return _transformer(tokens, encoder, options.gelu, num_blocks)
 
 
+def _read_patches(decoder: Params, outputs: list[np.ndarray], positions: np.ndarray, gelu: str) -> np.ndarray:
+    """CrossMAE's decoder (Fu et al. 2024, section 4): (B, L, E), one query for each position (L, E)."""
+    x = np.stack([positions + decoder.get("mask_token", np.zeros((1, 1, 1)))[0, 0]] * len(outputs[0]))
+    blocks = decoder["stack"]["blocks"]
+    for index in range(len(blocks["norm1"]["scale"])):
+        block = _layer(blocks, index)
+        x = x + block.get("scale1", 1.0) * _cross_attention(_layer_norm(x, block["norm1"]), outputs, block["attn"])
+        hidden = _gelu(_linear(_layer_norm(x, block["norm2"]), block["mlp"]["fc1"]), gelu)
+        x = x + block.get("scale2", 1.0) * _linear(hidden, block["mlp"]["fc2"])
+    return _layer_norm(x, decoder["norm"])
+
+
 def autoencoder(params: Params, images: np.ndarray, ids_shuffle: np.ndarray, kept: int, options: Options) -> Output:
     """He et al. 2021, section 3, for scaled images (B, H, W, C) whose kept patches are ids_shuffle[:, :kept]."""
     encoder, decoder = params["encoder"], params["decoder"]
@@ -149,21 +179,28 @@ def autoencoder(params: Params, images: np.ndarray, ids_shuffle: np.ndarray, kep
         tokens = np.concatenate([np.repeat(cls, batch, axis=0), tokens], axis=1)
     latent = _transformer(tokens, encoder, options.gelu)
 
-    embedded = _linear(latent, decoder["embed"])
-    dim = embedded.shape[-1]
-    positions = _positions(decoder, options.pos_embed, grid, dim)
-    removed = decoder.get("mask_token", np.zeros((1, 1, dim)))[0, 0]
-    full = np.empty((batch, length, dim))
     mask = np.ones((batch, length))
     for b in range(batch):
-        full[b] = removed
-        for place, patch in enumerate(ids_shuffle[b, :kept]):
-            full[b, patch] = embedded[b, int(has_cls) + place]
-            mask[b, patch] = 0
-    full = full + positions
-    if has_cls:
-        full = np.concatenate([embedded[:, :1], full], axis=1)
-    pred = _linear(_transformer(full, decoder, options.gelu)[:, int(has_cls) :], decoder["pred"])
+        mask[b, ids_shuffle[b, :kept]] = 0
+    dim = decoder["norm"]["scale"].shape[0]
+    positions = _positions(decoder, options.pos_embed, grid, dim)
+    if "kv" in decoder["stack"]["blocks"]["attn"]:
+        depth = len(encoder["stack"]["blocks"]["norm1"]["scale"])
+        earlier = [_transformer(tokens, encoder, options.gelu, num_blocks) for num_blocks in range(depth)]
+        decoded = _read_patches(decoder, [*earlier, latent], positions, options.gelu)
+    else:
+        embedded = _linear(latent, decoder["embed"])
+        removed = decoder.get("mask_token", np.zeros((1, 1, dim)))[0, 0]
+        full = np.empty((batch, length, dim))
+        for b in range(batch):
+            full[b] = removed
+            for place, patch in enumerate(ids_shuffle[b, :kept]):
+                full[b, patch] = embedded[b, int(has_cls) + place]
+        full = full + positions
+        if has_cls:
+            full = np.concatenate([embedded[:, :1], full], axis=1)
+        decoded = _transformer(full, decoder, options.gelu)[:, int(has_cls) :]
+    pred = _linear(decoded, decoder["pred"])
 
     if options.norm_pix_loss:
         mean = target.mean(-1, keepdims=True)

@@ -46,3 +46,15 @@ def test_what_blocks_keep_grows_with_their_number_and_the_type() -> None:
     expected = sum(34 * t * w + 5 * h * t**2 for t, w, h in zip(tokens, widths, heads, strict=True))
     assert activation_bytes(config, 4) == 3 * expected
     assert activation_bytes(smoke_config(model__depth=1, model__decoder_depth=1), 4) == 6 * expected
+
+
+def test_what_a_cross_decoder_keeps() -> None:
+    """Of 12 removed patches it predicts 6; keys and values, 4 bytes each, are of the encoder's 5 tokens."""
+    cross = {"model__decoder": "cross", "model__predict_ratio": 0.5, "model__dtype": "bfloat16"}
+    config = smoke_config(model__depth=1, model__decoder_depth=2, **cross)
+    model = config.model
+    encoder = 34 * 5 * model.embed_dim + 5 * model.num_heads * 5**2
+    decoder = 34 * 6 * model.decoder_embed_dim + 5 * model.decoder_num_heads * 6 * 5 + 4 * 5 * model.decoder_embed_dim
+    assert activation_bytes(config, 4) == 3 * (encoder + 2 * decoder)
+    fused = smoke_config(model__depth=1, model__decoder_depth=2, model__fuse_blocks=True, **cross)
+    assert activation_bytes(fused, 4) == 3 * (encoder + 2 * (decoder + 4 * 5 * model.embed_dim))

@@ -91,7 +91,9 @@ def test_no_fused_kernel_without_a_gpu():
     assert attention_lib.has_fused_kernel() == (jax.default_backend() == "gpu")
 
 
-@pytest.mark.parametrize(("num_q", "num_k"), [(196, 196), (197, 197), (147, 197), (257, 257), (50, 50), (65, 65)])
+@pytest.mark.parametrize(
+    ("num_q", "num_k"), [(196, 196), (197, 197), (147, 197), (257, 257), (50, 50), (65, 65), (49, 50)]
+)
 @pytest.mark.parametrize(("head_dim", "fused"), [(80, True), (20, False)])
 def test_lowered_for_a_gpu(monkeypatch, head_dim, fused, num_q, num_k):
     """cuDNN's kernel forward and backward, for all lengths of the paper's models, and only where the width fits it.

@@ -242,6 +242,22 @@ def test_choices(field):
             {"model__decoder_embed_dim": 7, "model__decoder_num_heads": 7, "model__pos_embed": "sincos1d"},
             "model.decoder_embed_dim=7 is not a multiple of 2",
         ),
+        (
+            {"model__predict_ratio": 0.5},
+            "model.predict_ratio=0.5 is for model.decoder='cross': the full decoder's tokens attend to each other, so "
+            "all of them are needed; set it to 1.0, or choose model.decoder='cross'",
+        ),
+        (
+            {"model__predict_ratio": 0.01, "model__decoder": "cross"},
+            "model.predict_ratio=0.01 predicts 0 of 48 removed patches; it must be at least one and at most all: "
+            "choose 0.0209 to 1",
+        ),
+        ({"model__predict_ratio": 1.5, "model__decoder": "cross"}, "model.predict_ratio=1.5 predicts 72 of 48"),
+        ({"model__predict_ratio": float("nan"), "model__decoder": "cross"}, "model.predict_ratio=nan predicts 0 of 48"),
+        (
+            {"model__fuse_blocks": True},
+            "model.fuse_blocks is for model.decoder='cross'; set it to False, or choose that decoder",
+        ),
         ({"model__patch_size": (5, 4)}, "patch_size 5 does not divide the image height 32 (model.image_size)"),
         ({"model__patch_size": (4, 5)}, "does not divide the image width 32 (model.image_size); nearest that does: 4"),
         ({"model__patch_size": (4,)}, "model.patch_size=(4,) must be two positive whole numbers, (height, width)"),
@@ -366,6 +382,7 @@ def test_all_faults_are_listed_at_once():
         {"task": "finetune", "model__mask_ratio": 0.999},
         {"task": "finetune", "checkpoint__keep_best": "val_top5"},
         {"model__masking": "grid", "model__mask_ratio": 0.5},
+        {"model__decoder": "cross", "model__predict_ratio": 0.0209, "model__fuse_blocks": True},
         {"model__pos_embed": "learned", "model__embed_dim": 7, "model__num_heads": 7},
         {"data__mean": (0.1, 0.2, 0.3), "data__std": (0.1,)},
         {"total_steps": 7},

@@ -219,6 +219,7 @@ def test_what_a_layout_cannot_express(tmp_path):
     for overrides, words in (
         ({"model__cls_token": "none"}, "no class token"),
         ({"model__image_size": (8, 16)}, "not square"),
+        ({"model__decoder": "cross"}, "its decoder is another (model.decoder='cross'), which has no counterpart"),
         ({"task": "finetune", "classify__norm_after_pool": True}, "head/norm/scale has no counterpart"),
         ({"task": "finetune", "classify__pool": "gap"}, "pools by 'gap'"),
         ({"task": "finetune", "classify__head": "mlp"}, "head/hidden/kernel has no counterpart"),

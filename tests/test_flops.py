@@ -1,5 +1,9 @@
 """The analytic count against XLA's count of an unrolled model, published numbers, and the peak table."""
 
+import functools
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +11,8 @@ import pytest
 from mae_dist import hardware
 from mae_dist.config import get_config
 from mae_dist.model import flops
+from mae_dist.model.build import functional, make_model
+from mae_dist.model.hooks import PLAIN
 from tests.runs import smoke_config
 
 SMALL = {
@@ -54,6 +60,39 @@ def test_mae_count_is_that_of_xla_for_the_same_matmuls():
     config = smoke_config(**SMALL, **decoder, model__cls_token="learned")
     counted = flops.train_flops_per_image(config, 0, num_keep, 3)
     assert counted / 3 == pytest.approx(expected, rel=1e-3)
+
+
+def _matmul_flops(jaxpr: Any) -> int:
+    """Counts those of every matmul in a program without loops."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            operand = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(operand[axis] for axis in contracted)
+        assert eqn.primitive.name not in ("scan", "while")
+        inner = (getattr(value, "jaxpr", value) for value in eqn.params.values())
+        total += sum(_matmul_flops(jaxpr) for jaxpr in inner if hasattr(jaxpr, "eqns"))
+    return total
+
+
+@pytest.mark.parametrize("fuse_blocks", [False, True])
+@pytest.mark.parametrize(("cls_token", "predict_ratio"), [("learned", 1.0), ("learned", 0.34), ("none", 0.34)])
+def test_cross_decoder_is_counted_to_the_last_matmul(fuse_blocks, cls_token, predict_ratio):
+    """The model's own program is traced."""
+    decoder = {"model__decoder_embed_dim": 32, "model__decoder_depth": 2, "model__decoder_mlp_ratio": 3.0}
+    cross = {"model__decoder": "cross", "model__fuse_blocks": fuse_blocks, "model__predict_ratio": predict_ratio}
+    config = smoke_config(**SMALL, **decoder, **cross, model__cls_token=cls_token)
+    model = functional(functools.partial(make_model, config, 0, PLAIN))
+
+    def forward(params, images, keys):
+        bound = model.bind(params)
+        return bound.removed_patches(images, *bound.draw_ids_shuffle(keys), keys)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    traced = jax.make_jaxpr(forward)(model.abstract, jax.ShapeDtypeStruct((1, 32, 24, 3), jnp.float32), keys)
+    counted = flops.train_flops_per_image(config, 0, flops.count_kept_patches(config), 3)
+    assert counted / 3 == _matmul_flops(traced.jaxpr)
 
 
 def test_vit_base_is_17_5_giga_multiply_adds():

@@ -20,6 +20,8 @@ VARIANTS = {
     "no LayerScale, one block": {"model__depth": 1, "model__decoder_depth": 1},
     "no bias of q, k and v": {"model__layer_scale_init": 0.1, "model__qkv_bias": False},
     "scanned, no class token": {"model__scan": True, "model__cls_token": "none", "model__layer_scale_init": 0.1},
+    "cross": {"model__decoder": "cross", "model__layer_scale_init": 0.1, "model__predict_ratio": 0.5},
+    "cross, all blocks": {"model__decoder": "cross", "model__fuse_blocks": True, "model__decoder_depth": 2},
     "fine-tuning, stochastic": {
         "task": "finetune",
         "model__drop_path": 0.3,

@@ -37,6 +37,9 @@ BASE: dict[str, Any] = {
     "decoder_depth": 1,
     "decoder_num_heads": 2,
     "decoder_mlp_ratio": 3.0,
+    "decoder": "full",
+    "predict_ratio": 1.0,
+    "fuse_blocks": False,
     "mask_ratio": 0.75,
     "masking": "random",
     "mask_file": "",
@@ -71,6 +74,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {  # changes to BASE, norm_pi
     ),
     "no cls, learned positions, grid": (
         {"cls_token": "none", "pos_embed": "learned", "qkv_bias": False, "masking": "grid", "mask_ratio": 0.5},
+        True,
+    ),
+    "cross": ({"decoder": "cross", "decoder_depth": 2}, True),
+    "cross, no cls, grid": (
+        {
+            **{"decoder": "cross", "cls_token": "none", "mask_token": "zero", "pos_embed": "learned"},
+            **{"qkv_bias": False, "layer_scale_init": 0.1, "masking": "grid", "mask_ratio": 0.5},
+        },
+        False,
+    ),
+    "cross, all blocks, scanned": (
+        {**NOT_SQUARE, "decoder": "cross", "fuse_blocks": True, "scan": True, "depth": 3, "decoder_depth": 2},
         True,
     ),
     "user mask, scanned": ({**NOT_SQUARE, "masking": "user", "scan": True, "depth": 3, "decoder_depth": 2}, False),
@@ -248,9 +263,10 @@ def test_dropout_of_an_example_does_not_depend_on_its_neighbours(noisy):
     np.testing.assert_allclose(noisy(images2, keys2), pred[[0, 2, 1]], atol=2e-6)
 
 
-def test_bfloat16_keeps_float32_parameters_and_outputs():
+@pytest.mark.parametrize("variant", ["paper", "cross, all blocks, scanned"])
+def test_bfloat16_keeps_float32_parameters_and_outputs(variant):
     """Half-precision parameters would lose small updates, a half-precision loss its digits."""
-    full, half = make_case("paper"), make_case("paper", dtype="bfloat16")
+    full, half = make_case(variant), make_case(variant, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("float32")}
     (loss, (_, pred, _, _)), grads = full.run(full.params, full.images)
     (loss2, (latent2, pred2, _, _)), grads2 = half.run(half.params, half.images)

@@ -1,6 +1,7 @@
 """The same numbers on any mesh: eight fake CPU devices, real optimisation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,10 @@ def trained(params):
 
     def without_keys(path, leaf):
         leaf = np.asarray(leaf)
-        return np.delete(leaf, 1, axis=1) if path_name(path).endswith("attn/qkv/bias") else leaf
+        for end, keys in (("attn/qkv/bias", 1), ("attn/kv/bias", 0)):
+            if path_name(path).endswith(end):
+                return np.delete(leaf, keys, axis=1)
+        return leaf
 
     return jax.tree.leaves(jax.tree_util.tree_map_with_path(without_keys, params))
 
@@ -98,6 +102,29 @@ def test_gradients_are_summed_in_the_type_of_the_exchange(dtype, expected):
     assert kernel.dtype == jnp.float32
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 2)}
     np.testing.assert_array_equal(kernel, np.full((3, 16), expected))
+
+
+@pytest.mark.parametrize("fuse_blocks", [False, True])
+def test_a_cross_decoder_on_every_mesh(fuse_blocks):
+    """Its weights are split like others, and which patches are predicted depends on the example alone."""
+    options: dict[str, Any] = {
+        "model__decoder": "cross",
+        "model__predict_ratio": 0.34,
+        "model__fuse_blocks": fuse_blocks,
+        "model__decoder_num_heads": 4,
+        "model__decoder_depth": 2,
+        "global_batch_size": 64,
+        "total_steps": 6,
+    }
+    expected, expected_state = losses(smoke_config(**options), 1)
+    for data, fsdp, tensor in ((2, 2, 2), (1, 2, 4)):
+        config = smoke_config(**options, mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor)
+        values, state = losses(config, 8)
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+        for a, b in zip(trained(state.params), trained(expected_state.params), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        blocks = state.params["decoder"]["stack"]["blocks"]["attn"]
+        assert blocks["kv"]["kernel"].addressable_shards[0].data.shape == (2, 16, 2, 4 // tensor, 8)
 
 
 def test_loss_falls(one_device):

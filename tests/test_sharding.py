@@ -50,6 +50,7 @@ CONFIGS = sorted(
 OPTIONS: dict[str, dict[str, Any]] = {
     "learned positions, LayerScale": {"model.pos_embed": "learned", "model.layer_scale_init": 0.1},
     "constants": {"model.cls_token": "none", "model.mask_token": "zero", "model.qkv_bias": False},
+    "cross decoder": {"model.decoder": "cross", "model.fuse_blocks": True},
     "probe, mlp": {"task": "probe", "classify.head": "mlp"},
     "finetune, linear": {"task": "finetune", "classify.head": "linear"},
     "finetune, mlp": {"task": "finetune", "classify.head": "mlp"},
@@ -93,7 +94,9 @@ def test_every_parameter_matches_one_row_and_every_row_a_parameter():
             # Biases, norms, LayerScale and statistics do not decay; counting axes would decay stacked ones.
             assert row.decays == (last in ("kernel", "embedding", "cls_token", "mask_token")), name
             assert row.is_stacked == ("blocks" in above), name
-            assert row.decays or len(leaf.shape) == 1 + row.is_stacked + 2 * name.endswith("qkv/bias"), name
+            heads = {"qkv/bias": 2, "attn/kv/bias": 2, "attn/q/bias": 1}
+            beyond = sum(count for end, count in heads.items() if name.endswith(end))
+            assert row.decays or len(leaf.shape) == 1 + row.is_stacked + beyond, name
             begins = re.match(r"encoder/(stack/)?(patch_embed|cls_token|positions)?", name)
             place = HEAD if not begins else BLOCK if begins[1] else EMBEDDING if begins[2] else HEAD
             assert row.layer == place, name

@@ -20,7 +20,7 @@ from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.data import local_rows, to_global
 from mae_dist.data.batches import HostBatch
 from mae_dist.data.from_config import open_data, train_batches
-from mae_dist.errors import DataFault
+from mae_dist.errors import ConfigError, DataFault
 from mae_dist.evaluation.encode import make_feature_step
 from mae_dist.model import flops, patches
 from mae_dist.training import job
@@ -29,6 +29,11 @@ from mae_dist.weights import hugging_face
 
 def measure(config: ConfigDict, what: str, *, against_hf: bool, repeats: int, secs: float) -> Result:
     """Returns the figures of `what`, "train" or "features", by turns of about `secs` seconds."""
+    if against_hf and what == "train" and config.model.decoder != "full":
+        raise ConfigError(
+            f"--against hf: ViTMAE has no decoder like model.decoder={config.model.decoder!r}; compare with "
+            "--config.model.decoder=full, or by --what features"
+        )
     program = comparator("hugging_face") if against_hf else ""
     with contextlib.ExitStack() as stack:
         ours = Ours(config, what)

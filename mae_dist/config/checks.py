@@ -28,6 +28,7 @@ from mae_dist.trackers import faults as tracker_faults
 CHOICES: dict[str, Collection[str]] = {
     "task": TASK_KINDS,
     "cpu.products": ("auto", "onednn", "xla"),
+    "model.decoder": layers.DECODERS,
     "model.masking": masking.STRATEGIES,
     "model.cls_token": layers.CLS_TOKENS,
     "model.mask_token": layers.MASK_TOKENS,
@@ -248,6 +249,14 @@ def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
             yield from _mask_faults(model, grid)
     except ConfigError as error:
         yield str(error)
+    if model.decoder == "full":
+        if model.predict_ratio != 1:
+            yield (
+                f"model.predict_ratio={model.predict_ratio} is for model.decoder='cross': the full decoder's tokens "
+                "attend to each other, so all of them are needed; set it to 1.0, or choose model.decoder='cross'"
+            )
+        if model.fuse_blocks:
+            yield "model.fuse_blocks is for model.decoder='cross'; set it to False, or choose that decoder"
 
 
 def _mask_faults(model: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
@@ -260,7 +269,7 @@ def _mask_faults(model: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
             "and one must be kept and one removed; choose smaller patches"
         )
     elif 0 < kept < length:
-        return
+        yield from _predict_faults(model, length - kept)
     elif masking.STRATEGIES.get(model.masking).count is masking.count_by_ratio:
         lowest, highest = math.ceil(1e4 / length) / 1e4, math.floor(1e4 - 1e4 / length) / 1e4
         yield (
@@ -271,6 +280,16 @@ def _mask_faults(model: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
         yield (
             f"model.masking={model.masking!r} keeps {kept} of {length} patches by its own count; at least one must be "
             "kept and one removed: correct that function, or choose another model.masking"
+        )
+
+
+def _predict_faults(model: ConfigDict, num_removed: int) -> Iterator[str]:
+    predicted = masking.count_predicted(num_removed, model.predict_ratio)
+    if not 0 < predicted <= num_removed or not 0 < model.predict_ratio <= 1:
+        lowest = math.ceil(1e4 / num_removed) / 1e4
+        yield (
+            f"model.predict_ratio={model.predict_ratio} predicts {predicted} of {num_removed} removed patches; it "
+            f"must be at least one and at most all: choose {lowest:g} to 1"
         )
 
 

@@ -53,6 +53,9 @@ def get_config() -> ConfigDict:
     config.model.decoder_depth = 1  # decoder blocks
     config.model.decoder_num_heads = 4  # decoder attention heads; divides decoder_embed_dim
     config.model.decoder_mlp_ratio = 2.0  # decoder MLP width / decoder_embed_dim
+    config.model.decoder = "full"  # full (self-attention over all patches) | cross (attention to the encoder's tokens)
+    config.model.predict_ratio = 1.0  # cross: fraction of the removed patches that a training step predicts, at random
+    config.model.fuse_blocks = False  # cross: each decoder block reads its own learned sum of all encoder blocks
     config.model.mask_ratio = 0.75  # fraction of patches removed; int(patches * (1 - mask_ratio)) are kept
     config.model.masking = "random"  # random (per example) | grid (regular) | block (rectangles) | user (mask_file)
     config.model.mask_file = ""  # for user: .npy (rows, columns) of patches, 1 = removed; replaces mask_ratio

@@ -14,8 +14,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 Params = dict[str, Any]
 
-# Norms and the one matmul that reads them, in a block and in the decoder; LayerScales and the matmul they scale.
-_NORMS = {"norm1": ("attn", "qkv"), "norm2": ("mlp", "fc1"), "norm": ("pred",)}
+# Norms and the one matmul that reads them, in a block and in the decoder; LayerScales and the matmul they scale. The
+# first norm of a block is read by q, k and v, or by q alone where attention is to other tokens.
+_NORMS = {
+    "norm1": (("attn", "qkv"), ("attn", "q")),
+    "norm_kv": (("kv",),),
+    "norm2": (("mlp", "fc1"),),
+    "norm": (("pred",),),
+}
 _SCALES = {"scale1": ("attn", "out"), "scale2": ("mlp", "fc2")}
 
 
@@ -36,10 +42,11 @@ def fold(params: Params) -> Params:
     """Folds norms and LayerScales, and unstacks the blocks into lists of arrays (1, ...)."""
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     for *group, name, leaf in list(flat):
-        kernel, bias = ((*group, *_NORMS.get(name, ()), part) for part in ("kernel", "bias"))
-        if leaf == "scale" and bias in flat:  # a linear layer without bias cannot take the norm's
-            scale, shift = (flat.pop((*group, name, part)) for part in ("scale", "bias"))
-            flat[kernel], flat[bias] = _fold_norm(flat[kernel], flat[bias], scale, shift)
+        for reader in _NORMS.get(name, ()) if leaf == "scale" else ():
+            kernel, bias = ((*group, *reader, part) for part in ("kernel", "bias"))
+            if bias in flat:  # a linear layer without bias cannot take the norm's
+                scale, shift = (flat.pop((*group, name, part)) for part in ("scale", "bias"))
+                flat[kernel], flat[bias] = _fold_norm(flat[kernel], flat[bias], scale, shift)
     for *group, name in list(flat):
         if name in _SCALES:
             kernel, bias = ((*group, *_SCALES[name], part) for part in ("kernel", "bias"))

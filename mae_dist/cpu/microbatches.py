@@ -36,12 +36,13 @@ def num_pieces(
     model, has_cls = config.model, int(config.model.cls_token != "none")
     length = math.prod(patches.grid_size(model.image_size, model.patch_size))
     seen = length if num_patches is None else num_patches
-    sizes = [(seen + has_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
+    sizes = [(seen + has_cls, seen + has_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
     if decoder:
-        sizes.append((length + has_cls, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_mlp_ratio))
+        tokens = flops.decoder_tokens(model, num_patches)
+        sizes.append((*tokens, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_mlp_ratio))
     largest = max(
-        flops.activation_bytes(num_tokens=tokens, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
-        for tokens, width, heads, ratio in sizes
+        flops.activation_bytes(num_tokens=tokens, num_keys=keys, embed_dim=width, num_heads=heads, mlp_ratio=ratio)
+        for tokens, keys, width, heads, ratio in sizes
     )
     return cores.num_pieces(
         images // mesh.size // rows_together,

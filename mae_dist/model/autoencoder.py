@@ -1,4 +1,4 @@
-"""The masked autoencoder (He et al. 2021): encoder on kept patches, decoder on all.
+"""The masked autoencoder (He et al. 2021): encoder on kept patches, a decoder that predicts the removed ones.
 
 Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (K or L, plus one with a class
 token), D encoder width.
@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from mae_dist.model import masking as model_masking
 from mae_dist.model import patches
+from mae_dist.model.cross_decoder import CrossDecoder
 from mae_dist.model.decoder import Decoder
 from mae_dist.model.encoder import Encoder
 from mae_dist.model.functional import fold_in
 
 
 class MaskedAutoencoder(nnx.Module):
-    """Encoder on kept patches, decoder on all; the keyword arguments are the fields of `config.model`.
+    """Encoder on kept patches and a decoder; the keyword arguments are the fields of `config.model`.
 
     Those that encoder and decoder take alike are `shared`, with the hooks and the initial random numbers.
     """
@@ -37,6 +38,9 @@ class MaskedAutoencoder(nnx.Module):
         decoder_depth: int,
         decoder_num_heads: int,
         decoder_mlp_ratio: float,
+        decoder: str,
+        fuse_blocks: bool,
+        predict_ratio: float,
         mask_ratio: float,
         masking: str,
         mask_file: str,
@@ -50,6 +54,7 @@ class MaskedAutoencoder(nnx.Module):
         self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
         self.grid = patches.grid_size(image_size, patch_size)
         self.mask_ratio, self.masking, self.mask_file = mask_ratio, masking, mask_file
+        self.predict_ratio, self.fuse_blocks = predict_ratio, fuse_blocks
         shared["grid"], shared["dtype"] = self.grid, jnp.dtype(dtype)
         shared["patch_dim"] = patch_size[0] * patch_size[1] * channels
         self.encoder = Encoder(
@@ -63,17 +68,22 @@ class MaskedAutoencoder(nnx.Module):
             final_norm=final_norm,
             **shared,
         )
-        self.decoder = Decoder(
-            in_dim=embed_dim,
-            embed_dim=decoder_embed_dim,
-            depth=decoder_depth,
-            num_heads=decoder_num_heads,
-            mlp_ratio=decoder_mlp_ratio,
-            mask_token=mask_token,
-            has_cls=cls_token != "none",
-            drop_path=0.0,
-            **shared,
-        )
+        shared |= {
+            "in_dim": embed_dim,
+            "embed_dim": decoder_embed_dim,
+            "depth": decoder_depth,
+            "num_heads": decoder_num_heads,
+            "mlp_ratio": decoder_mlp_ratio,
+            "mask_token": mask_token,
+            "has_cls": cls_token != "none",
+            "drop_path": 0.0,
+        }
+        if decoder == "cross":
+            self.decoder = CrossDecoder(num_inputs=depth + 1 if fuse_blocks else 1, **shared)
+        else:
+            assert not fuse_blocks  # `config.checks` refuses these
+            assert predict_ratio == 1
+            self.decoder = Decoder(**shared)
 
     def draw_ids_shuffle(self, keys: Key[Array, "B"]) -> tuple[Int[Array, "B L"], int]:
         """Draws one mask per example with the configured strategy; returns ids_shuffle and K."""
@@ -101,7 +111,7 @@ class MaskedAutoencoder(nnx.Module):
         """
         x = patches.patchify(images, self.patch_size)  # (B, L, P)
         ids_restore = model_masking.restore_ids(ids_shuffle)
-        latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)
+        latent = self.encoder(x, ids_shuffle[:, :kept], keys, every_block=self.fuse_blocks)  # (B, N, D)
         pred = self.decoder(latent, ids_restore, fold_in(keys, 1 << 16))  # beyond the encoder's layer indices
         return pred, x, model_masking.mask_from_ids(ids_restore, kept)
 
@@ -111,13 +121,19 @@ class MaskedAutoencoder(nnx.Module):
         ids_shuffle: Int[Array, "B L"],
         kept: int,
         keys: Key[Array, "B"] | None,
-    ) -> tuple[Float[Array, "B removed P"], Float[Array, "B removed P"]]:
-        """Reconstructs the removed patches only, all that a training loss needs; arguments as of `__call__`.
+    ) -> tuple[Float[Array, "B predicted P"], Float[Array, "B predicted P"]]:
+        """Reconstructs what a training loss needs: the removed patches, or a random `predict_ratio` of them.
+
+        Arguments are as of `__call__`; the keys also choose the patches.
 
         Returns:
           The predicted and the true patches, float32, in shuffled order.
         """
         x = patches.patchify(images, self.patch_size)  # (B, L, P)
-        latent = self.encoder(x, ids_shuffle[:, :kept], keys)  # (B, N, D)
+        latent = self.encoder(x, ids_shuffle[:, :kept], keys, every_block=self.fuse_blocks)  # (B, N, D)
+        if self.predict_ratio < 1:
+            assert keys is not None
+            count = model_masking.count_predicted(x.shape[1] - kept, self.predict_ratio)
+            ids_shuffle = model_masking.keep_predicted(fold_in(keys, 1 << 17), ids_shuffle, kept, count)
         pred = self.decoder.predict_removed(latent, ids_shuffle, fold_in(keys, 1 << 16))
         return pred, patches.take_patches(x, ids_shuffle[:, kept:])

@@ -54,7 +54,9 @@ class Encoder(nnx.Module):
         ids_keep: Int[Array, "B K"] | None,
         keys: Key[Array, "B"] | None,
         num_blocks: int | None = None,
-    ) -> Float[Array, "B N D"]:
+        *,
+        every_block: bool = False,
+    ) -> Float[Array, "*S B N D"]:
         """Encodes patches.
 
         Args:
@@ -62,9 +64,10 @@ class Encoder(nnx.Module):
           ids_keep: the patches to encode, None for all; the others never enter the computation.
           keys: for dropout and DropPath; None for neither.
           num_blocks: stop after `num_blocks` blocks, before the final norm; None for all blocks and the norm.
+          every_block: return the embedded patches and the tokens after each block, the last ones after the final norm.
 
         Returns:
-          Tokens, the class token first if there is one.
+          Tokens (B, N, D), the class token first if there is one; with `every_block` (depth + 1, B, N, D).
         """
         position = self.positions(self.dtype)  # (1, L, D)
         if ids_keep is not None:
@@ -76,6 +79,11 @@ class Encoder(nnx.Module):
             cls = token_value(self.cls_token, x.shape[0], 1, x.shape[2], self.dtype)
             x = jnp.concatenate([cls, x], axis=1)  # (B, 1 + K, D)
         x = dropout(x, self.dropout, fold_in(keys, self.stack.depth))
+        if every_block:
+            assert self.norm is not None
+            assert num_blocks is None
+            outputs = self.stack(x, keys, every_block=True)
+            return jnp.concatenate([x[None], outputs[:-1], layer_norm(self.norm, outputs[-1:])])
         x = self.stack(x, keys, num_blocks)
         return x if self.norm is None or num_blocks is not None else layer_norm(self.norm, x)
 

@@ -4,7 +4,7 @@ A multiply-add is 2 FLOPs. Only matmuls are counted (over 99 % of the work of a 
 is 2 forward passes; recomputation by rematerialisation is not counted. XLA's own `cost_analysis` is no substitute: it
 counts the body of a scanned stack once.
 
-Shapes: N tokens, D width.
+Shapes: N tokens, D width of the encoder, Q queries of a cross decoder, E its width.
 """
 
 import itertools
@@ -24,13 +24,16 @@ def stack_forward_flops(*, num_tokens: int, embed_dim: int, depth: int, mlp_rati
     return depth * (projections + attention + mlp)
 
 
-def activation_bytes(*, num_tokens: int, embed_dim: int, num_heads: int, mlp_ratio: float) -> int:
+def activation_bytes(
+    *, num_tokens: int, embed_dim: int, num_heads: int, mlp_ratio: float, num_keys: int | None = None
+) -> int:
     """Counts the bytes of the largest float32 arrays that one image's forward pass through a block holds at once.
 
-    These are the input and output of the widest matmul, and the attention scores.
+    These are the input and output of the widest matmul, and the attention scores. `num_keys` is how many tokens each
+    attends to; None for all `num_tokens`.
     """
     widest = embed_dim + max(3 * embed_dim, int(mlp_ratio * embed_dim))
-    return 4 * (num_tokens * widest + num_heads * num_tokens**2)
+    return 4 * (num_tokens * widest + num_heads * num_tokens * (num_tokens if num_keys is None else num_keys))
 
 
 def encoder_forward_flops(model: ConfigDict, num_patches: int) -> float:
@@ -44,8 +47,43 @@ def encoder_forward_flops(model: ConfigDict, num_patches: int) -> float:
     )
 
 
+def decoder_tokens(model: ConfigDict, num_kept: int | None) -> tuple[int, int]:
+    """Returns how many tokens each block of the decoder computes for one image, and to how many each attends.
+
+    Args:
+      model: the section `config.model`.
+      num_kept: patches that the encoder sees in a training step; None for an evaluation, which predicts all patches.
+        Attention is then to all as well, an upper bound.
+    """
+    num_patches = _count_patches(model)
+    if model.decoder == "full":
+        return (num_patches + _has_cls(model),) * 2
+    if num_kept is None:
+        return num_patches, num_patches + _has_cls(model)
+    predicted = masking.count_predicted(num_patches - num_kept, model.predict_ratio)
+    return predicted, num_kept + _has_cls(model)
+
+
+def _cross_decoder_forward_flops(model: ConfigDict, num_kept: int) -> float:
+    """Counts the forward FLOPs of the cross decoder in a training step."""
+    width = model.decoder_embed_dim
+    queries, keys = decoder_tokens(model, num_kept)
+    block = (
+        2 * 2 * queries * width**2  # q and out, (Q, E) @ (E, E) each
+        + 2 * 2 * keys * model.embed_dim * width  # k and v, (N, D) @ (D, E) each
+        + 2 * 2 * queries * keys * width  # scores and weighted values
+        + 2 * 2 * queries * width * (model.decoder_mlp_ratio * width)
+    )
+    if model.fuse_blocks:
+        block += 2 * (model.depth + 1) * keys * model.embed_dim  # the sum of the encoder's outputs
+    pred = 2 * queries * width * math.prod(model.patch_size) * model.channels
+    return model.decoder_depth * block + pred
+
+
 def _decoder_forward_flops(model: ConfigDict, num_kept: int) -> float:
-    """Counts the forward FLOPs of the decoder, which embeds the kept patches and predicts all."""
+    """Counts the forward FLOPs of the decoder; the full one embeds the kept patches and predicts all."""
+    if model.decoder == "cross":
+        return _cross_decoder_forward_flops(model, num_kept)
     num_patches, width = _count_patches(model), model.decoder_embed_dim
     embed = 2 * (num_kept + _has_cls(model)) * model.embed_dim * width
     pred = 2 * num_patches * width * math.prod(model.patch_size) * model.channels

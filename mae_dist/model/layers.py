@@ -1,9 +1,10 @@
 """Transformer layers: attention, MLP, the pre-norm block with LayerScale and DropPath, a stack of blocks.
 
-Shapes: B batch, N tokens, D width, H heads, hd = D / H, M MLP width.
+Shapes: B batch, N tokens, D width, H heads, hd = D / H, M MLP width, S blocks of a stack.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from mae_dist.model.hooks import PLAIN, Hooks
 
 CLS_TOKENS = ("learned", "zero", "none")
 MASK_TOKENS = ("learned", "zero")
+DECODERS = ("full", "cross")
 REMAT_POLICIES = ("none", "blocks", "dots")
 TOKENS = ("batch", "patches", None)
 
@@ -38,7 +40,7 @@ def token_value(
     return jnp.broadcast_to(value, (batch, count, dim))
 
 
-def _unstack(x: Float[Array, "B N n H hd"]) -> list[Float[Array, "B N H hd"]]:
+def unstack(x: Float[Array, "B N n H hd"]) -> list[Float[Array, "B N H hd"]]:
     """Splits axis 2. The gradient of a split is one concatenation; that of n slices would be n sums."""
     return [part[:, :, 0] for part in jax.lax.split(x, (1,) * x.shape[2], axis=2)]
 
@@ -58,11 +60,11 @@ class Attention(nnx.Module):
         linear = functools.partial(functional.linear, affine=self.hooks.affine)
         if num_out is None:
             qkv = linear(self.qkv, x)  # (B, N, 3, H, hd)
-            q, k, v = _unstack(qkv)
+            q, k, v = unstack(qkv)
         else:
             q = linear(self.qkv, x[:, -num_out:], 0)  # (B, num_out, H, hd)
             kv = linear(self.qkv, x, slice(1, 3))  # (B, N, 2, H, hd)
-            k, v = _unstack(kv)
+            k, v = unstack(kv)
         return linear(self.out, self.hooks.attention(q, k, v))
 
 
@@ -98,9 +100,10 @@ class Block(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
         hooks: Hooks = PLAIN,
+        attention: Callable[..., nnx.Module] = Attention,
     ):
         self.norm1 = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, dtype=dtype, hooks=hooks, rngs=rngs)
+        self.attn = attention(dim, num_heads, qkv_bias=qkv_bias, dtype=dtype, hooks=hooks, rngs=rngs)
         self.norm2 = nnx.LayerNorm(dim, epsilon=norm_eps, rngs=rngs)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu=gelu, dtype=dtype, hooks=hooks, rngs=rngs)
         self.scaled = layer_scale_init > 0
@@ -110,10 +113,15 @@ class Block(nnx.Module):
         self.dropout, self.hooks = dropout, hooks
 
     def __call__(
-        self, x: Float[Array, "B N D"], drop_path_rate: Any, keys: Key[Array, "B"] | None, num_out: int | None = None
+        self,
+        x: Float[Array, "B N D"],
+        drop_path_rate: Any,
+        keys: Key[Array, "B"] | None,
+        num_out: int | None = None,
+        memory: jax.Array | None = None,
     ) -> Float[Array, "B n_out D"]:
-        """Returns all tokens, or only the last `num_out`."""
-        attend = functools.partial(self.attn, num_out=num_out)
+        """Returns all tokens, or only the last `num_out`; `memory` is what cross-attention reads."""
+        attend = functools.partial(self.attn, **({"num_out": num_out} if memory is None else {"memory": memory}))
         for site, (norm, layer) in enumerate(((self.norm1, attend), (self.norm2, self.mlp))):
             branch = layer(layer_norm(norm, x))  # (B, N, D)
             if num_out is not None:
@@ -160,7 +168,9 @@ class Stack(nnx.Module):
         keys: Key[Array, "B"] | None,
         num_blocks: int | None = None,
         num_out: int | None = None,
-    ) -> Float[Array, "B n_out D"]:
+        memory: jax.Array | None = None,
+        every_block: bool = False,
+    ) -> Float[Array, "*S B n_out D"]:
         """Applies the blocks.
 
         Args:
@@ -168,6 +178,8 @@ class Stack(nnx.Module):
           keys: for dropout and DropPath; None for neither.
           num_blocks: apply only the first `num_blocks`.
           num_out: return only the last `num_out` tokens, so that the last block computes no others.
+          memory: what every block's cross-attention reads.
+          every_block: return the tokens after each block (S, B, N, D), not only those after the last.
         """
         depth = self.depth if num_blocks is None else num_blocks
         graphdef, params = nnx.split(self.blocks)
@@ -176,27 +188,33 @@ class Stack(nnx.Module):
         # Stochastic depth grows linearly with depth, as in the paper's fine-tuning recipe.
         rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
 
-        def apply(num_out: int | None, x: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, None]:
+        def apply(num_out: int | None, x: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
             block_params, index, rate = layer
             block = nnx.merge(graphdef, block_params)
-            x = block(x, rate if self.drop_path > 0 else None, fold_in(keys, index), num_out)
-            return self.hooks.constrain(x, TOKENS), None
+            x = block(x, rate if self.drop_path > 0 else None, fold_in(keys, index), num_out, memory)
+            x = self.hooks.constrain(x, TOKENS)
+            return x, x if every_block else None
 
         whole, last = functools.partial(apply, None), functools.partial(apply, num_out)
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             whole, last = (jax.checkpoint(f, policy=policy, prevent_cse=not self.scan) for f in (whole, last))
         x = self.hooks.constrain(x, TOKENS)
+        outputs = None
         num_alike = depth - 1 if num_out is not None else depth  # with `num_out` the last block is another function
         if self.scan:
             layers = (params, jnp.arange(self.depth), jnp.asarray(rates))
-            x, _ = jax.lax.scan(whole, x, jax.tree.map(lambda p: p[:num_alike], layers))
+            x, outputs = jax.lax.scan(whole, x, jax.tree.map(lambda p: p[:num_alike], layers))
         scanned = num_alike if self.scan else 0
         # One split of the stack, because its gradient is one concatenation; slices would give a sum of padded arrays.
         sizes = (scanned, *(1,) * (depth - scanned), self.depth - depth)
         leaves, structure = jax.tree.flatten(params)
         parts = [jax.lax.split(p, sizes) for p in leaves]
+        unrolled = []
         for place, index in enumerate(range(scanned, depth), 1):
             layer = (structure.unflatten([part[place][0] for part in parts]), index, rates[index])
-            x, _ = (whole if index < num_alike else last)(x, layer)
-        return x
+            x, output = (whole if index < num_alike else last)(x, layer)
+            unrolled.append(output)
+        if not every_block:
+            return x
+        return outputs if self.scan else jnp.stack(unrolled)

@@ -214,6 +214,25 @@ def count_kept(*, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_
     return count(grid, **named_arguments(count, fields, f"the count of model.masking={strategy!r}"))
 
 
+def count_predicted(num_removed: int, predict_ratio: float) -> int:
+    """Returns how many of an image's removed patches are predicted in training, `predict_ratio` of them, rounded."""
+    return round(num_removed * predict_ratio) if math.isfinite(predict_ratio) else 0
+
+
+def keep_predicted(
+    keys: Key[Array, "B"], ids_shuffle: Int[Array, "B L"], kept: int, count: int
+) -> Int[Array, "B predicted"]:
+    """Draws `count` of each example's removed patches, which come after its kept ones; the others are left out.
+
+    They are drawn whatever the strategy: only `random` orders removed patches at random.
+    """
+
+    def draw(key: jax.Array, removed: jax.Array) -> jax.Array:
+        return removed[jnp.argsort(jax.random.uniform(key, removed.shape))[:count]]
+
+    return jnp.concatenate([ids_shuffle[:, :kept], jax.vmap(draw)(keys, ids_shuffle[:, kept:])], axis=1)
+
+
 def restore_ids(ids_shuffle: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """Returns `ids_restore`, the inverse permutation: each patch's place in shuffled order."""
     return jnp.argsort(ids_shuffle, axis=1).astype(jnp.int32)

@@ -87,6 +87,18 @@ def _positions(group: str, layer: str, timm: str, hf: str) -> Parameter:
     return Parameter(f"{group}/positions/embedding", (None, "embed"), True, layer, (timm,), (hf,), "positions")
 
 
+def _cross_attention(path: str, layer: str) -> tuple[Parameter, ...]:
+    """Returns the rows that cross-attention has beside those of self-attention."""
+    vector, q = ("layers", None), ("layers", "embed", "heads", None)
+    return (
+        *_linear(f"{path}/q", q, ("layers", "heads", None), layer),
+        *_linear(f"{path}/kv", ("layers", "embed", None, "heads", None), ("layers", None, "heads", None), layer),
+        Parameter(f"{path}/block_weights", vector, False, layer),
+        Parameter(f"{path}/norm_kv/scale", vector, False, layer),
+        Parameter(f"{path}/norm_kv/bias", vector, False, layer),
+    )
+
+
 def _blocks(group: str, layer: str, timm: str, hf: str) -> tuple[Parameter, ...]:
     """Returns the rows of a stack of blocks, whose names in other layouts begin with `timm` and `hf`."""
     path, vector = f"{group}/stack/blocks", ("layers", None)
@@ -118,6 +130,7 @@ _ROWS = (
     Parameter("decoder/mask_token", _TOKEN, True, HEAD, ("mask_token",), ("decoder.mask_token",)),
     _positions("decoder", HEAD, "decoder_pos_embed", "decoder.decoder_pos_embed"),
     *_blocks("decoder", HEAD, "decoder_blocks.{}", "decoder.decoder_layers.{}"),
+    *_cross_attention("decoder/stack/blocks/attn", HEAD),
     *_norm("decoder/norm", (None,), HEAD, "decoder_norm", "decoder.decoder_norm"),
     *_linear("decoder/pred", ("embed", None), (None,), HEAD, "decoder_pred", "decoder.decoder_pred"),
     Parameter("batch_norm/mean", (None,), False, HEAD, is_float32=True),

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mae_dist import hardware
-from mae_dist.model import patches
+from mae_dist.model import flops
 from mae_dist.model.parameters import parameter_rows
 from mae_dist.parallel.shardings import param_shardings, state_dimension
 from mae_dist.plan import hlo, topology
@@ -98,11 +98,12 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
 def _activations_per_image(built: job.Job) -> int:
     """Returns how many numbers of the model's width the blocks give out for one image."""
     model = built.config.model
-    num_patches = math.prod(patches.grid_size(model.image_size, model.patch_size))
     cls = int(model.cls_token != "none")
     encoder = model.depth * (built.num_kept + cls) * model.embed_dim
-    decoder = model.decoder_depth * (num_patches + cls) * model.decoder_embed_dim
-    return encoder + (decoder if kind_of(built.config).has_decoder else 0)
+    if not kind_of(built.config).has_decoder:
+        return encoder
+    tokens, _ = flops.decoder_tokens(model, built.num_kept)
+    return encoder + model.decoder_depth * tokens * model.decoder_embed_dim
 
 
 def sum_by_kind(found: Iterable[hlo.Collective]) -> list[dict[str, Any]]:

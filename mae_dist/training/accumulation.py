@@ -1,19 +1,21 @@
 """Chooses the microbatches of a step by an accelerator's memory."""
 
-import math
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from mae_dist.errors import ConfigError
-from mae_dist.model import patches
+from mae_dist.model import flops
 from mae_dist.task_kinds import kind_of
 
 _USABLE = 0.8  # of the memory: the estimate below leaves out buffers of collectives and of the input
 # Bytes that a block keeps for its backward pass in 16 bits, per token and unit of width, and per attention score
 # (Korthikanti et al. 2022, table 2).
 _PER_WIDTH, _PER_SCORE = 34, 5
+# The same where attention is to the encoder's tokens: bytes per token and unit of the decoder's width for keys and
+# values, and per token and unit of the encoder's width for a sum of its blocks and that sum normalised.
+_PER_KEY, _PER_FUSED = 4, 4
 # The TPU compiler's sum for ViT-B/16 in bfloat16 on a v5e is 181 MB an image, even with remat: 2.6 times that count.
 # Too many microbatches cost little, too few end the run.
 _SAFETY = 3.0
@@ -59,11 +61,15 @@ def activation_bytes(config: ConfigDict, num_kept: int) -> float:
     model = config.model
     has_cls = int(model.cls_token != "none")
     size = 2 if model.dtype == "bfloat16" else 4
-    stacks = [(num_kept + has_cls, model.embed_dim, model.num_heads, model.depth)]
+    stacks = [(num_kept + has_cls, num_kept + has_cls, model.embed_dim, model.num_heads, model.depth)]
     if kind_of(config).has_decoder:
-        length = math.prod(patches.grid_size(model.image_size, model.patch_size))
-        stacks.append((length + has_cls, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_depth))
+        tokens = flops.decoder_tokens(model, num_kept)
+        stacks.append((*tokens, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_depth))
     kept = sum(
-        depth * (_PER_WIDTH * tokens * width + _PER_SCORE * heads * tokens**2) for tokens, width, heads, depth in stacks
+        depth * (_PER_WIDTH * tokens * width + _PER_SCORE * heads * tokens * keys)
+        for tokens, keys, width, heads, depth in stacks
     )
+    if kind_of(config).has_decoder and model.decoder == "cross":
+        per_token = _PER_KEY * model.decoder_embed_dim + (_PER_FUSED * model.embed_dim if model.fuse_blocks else 0)
+        kept += model.decoder_depth * (num_kept + has_cls) * per_token
     return _SAFETY * kept * size / 2

@@ -18,6 +18,8 @@ FIELDS = {
         "data.std",
     ),
     "decoder": (
+        "model.decoder",
+        "model.fuse_blocks",
         *(f"model.decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")),
         "model.mask_token",
         "pretrain.norm_pix_loss",
@@ -37,11 +39,30 @@ def check_fits(source: ConfigDict, config: ConfigDict, groups: Sequence[str]) ->
         if old != new:
             lines.append(f"{field}: {old!r} -> {new!r}")
     if lines:
+        cures = f"{_conversion(config, lines)}{_inflation(config, lines)}{_without_decoder(config, lines)}"
         raise StorageFault(
             f"the {' and '.join(groups)} of init_from={config.init_from!r} do not fit this config:\n  - "
             + "\n  - ".join(lines)
-            + f"\nSet these as they were{_conversion(config, lines)}{_inflation(config, lines)}."
+            + f"\nSet these as they were{cures}."
         )
+
+
+def _without_decoder(config: ConfigDict, lines: Sequence[str]) -> str:
+    """Returns how the encoder begins a model that differs only in its decoder, or ""."""
+    if not {line.partition(":")[0] for line in lines} <= set(FIELDS["decoder"]):
+        return ""
+    out = f"{_place(config)}_encoder"
+    return (
+        "; or begin with a new decoder: "
+        f"python -m mae_dist.convert {shlex.join([f'--source={config.init_from}', f'--out={out}', '--to=mae_dist'])} "
+        f"--encoder_only and train with {shlex.join([f'--config.init_from={out}'])}"
+    )
+
+
+def _place(config: ConfigDict) -> str:
+    """Returns how the names of what is converted from `init_from` begin."""
+    is_hub = config.init_from.startswith(names.HUB)
+    return config_lib.last_name(config.init_from) if is_hub else config.init_from.rstrip("/")
 
 
 def _inflation(config: ConfigDict, lines: Sequence[str]) -> str:
@@ -59,8 +80,7 @@ def _conversion(config: ConfigDict, lines: Sequence[str]) -> str:
         return ""
     flags = [f"--image_size={model.image_size[0]},{model.image_size[1]}"] if "model.image_size" in fields else []
     flags += [f"--channels={model.channels}"] if "model.channels" in fields else []
-    is_hub = config.init_from.startswith(names.HUB)
-    out = f"{config_lib.last_name(config.init_from) if is_hub else config.init_from.rstrip('/')}_converted"
+    out = f"{_place(config)}_converted"
     learned = " --config.model.pos_embed=learned" if "model.image_size" in fields else ""
     return (
         f", or convert the weights first: python -m mae_dist.convert {shlex.join([f'--source={config.init_from}'])} "

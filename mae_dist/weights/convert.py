@@ -250,6 +250,8 @@ def write(
 
 def _not_expressible(params: Params, config: ConfigDict, to: str) -> list[str]:
     model, classify = config.model, config.classify
+    if "decoder" in params and model.decoder != "full":
+        return [f"its decoder is another (model.decoder={model.decoder!r}), which has no counterpart"]
     faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
     if to != "hf":
         return faults

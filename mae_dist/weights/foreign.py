@@ -46,6 +46,8 @@ class Description:
                 for field in _TAKEN:
                     self.config[field] = given[field]
         self.config.unlock()
+        # Other layouts know no other decoder, whatever the user's own training has.
+        self.update("model", decoder="full", fuse_blocks=False, predict_ratio=1.0)
 
     def update(self, section: str, **fields: Any) -> None:
         """Sets fields that the description gives."""
