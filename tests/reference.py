@@ -83,7 +83,10 @@ def _cross_attention(x: np.ndarray, outputs: list[np.ndarray], p: Params) -> np.
     """Queries (B, Q, E) look at the encoder's last tokens (B, N, D), or at a sum of all outputs, normalised."""
     memory = outputs[-1]
     if "block_weights" in p:
-        memory = _layer_norm(sum(w * out for w, out in zip(p["block_weights"], outputs, strict=True)), p["norm_kv"])
+        memory = np.zeros_like(memory)
+        for weight, output in zip(p["block_weights"], outputs, strict=True):
+            memory = memory + weight * output
+        memory = _layer_norm(memory, p["norm_kv"])
     kernels = p["q"]["kernel"], p["kv"]["kernel"]  # (E, A, hd), (D, 2, A, hd)
     biases = (p[name].get("bias", np.zeros(k.shape[1:])) for name, k in zip(("q", "kv"), kernels, strict=True))
     q_bias, kv_bias = biases

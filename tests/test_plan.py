@@ -348,6 +348,17 @@ def test_exchanges_on_a_mesh_of_two_axes():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("scan", "fuse_blocks"), [(False, False), (True, True)])
+def test_exchanges_of_a_cross_decoder(scan, fuse_blocks):
+    """Over tensor: sums of its queries, and of the gradient of what it reads, by the formula."""
+    cross = {"model__decoder": "cross", "model__decoder_depth": 2, "model__fuse_blocks": fuse_blocks}
+    options = {**TINY, **cross, "model__scan": scan, "model__predict_ratio": 0.5}
+    report = examine(smoke_config(**options, mesh__data=1, mesh__tensor=2), topology.describe("cpu:2", 1))
+    found = sum(row["ring_bytes"] for row in report["collectives"])
+    assert found == pytest.approx(report["expected"]["ICI"], rel=1e-3)
+
+
+@pytest.mark.long
 def test_command(child_env, tmp_path):
     """On a machine without accelerator and without the data set."""
     out = tmp_path / "plan.json"

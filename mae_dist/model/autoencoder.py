@@ -132,8 +132,9 @@ class MaskedAutoencoder(nnx.Module):
         x = patches.patchify(images, self.patch_size)  # (B, L, P)
         latent = self.encoder(x, ids_shuffle[:, :kept], keys, every_block=self.fuse_blocks)  # (B, N, D)
         if self.predict_ratio < 1:
-            assert keys is not None
+            choice = fold_in(keys, 1 << 17)
+            assert choice is not None
             count = model_masking.count_predicted(x.shape[1] - kept, self.predict_ratio)
-            ids_shuffle = model_masking.keep_predicted(fold_in(keys, 1 << 17), ids_shuffle, kept, count)
+            ids_shuffle = model_masking.keep_predicted(choice, ids_shuffle, kept, count)
         pred = self.decoder.predict_removed(latent, ids_shuffle, fold_in(keys, 1 << 16))
         return pred, patches.take_patches(x, ids_shuffle[:, kept:])

@@ -57,7 +57,7 @@ def decoder_tokens(model: ConfigDict, num_kept: int | None) -> tuple[int, int]:
     """
     num_patches = _count_patches(model)
     if model.decoder == "full":
-        return (num_patches + _has_cls(model),) * 2
+        return num_patches + _has_cls(model), num_patches + _has_cls(model)
     if num_kept is None:
         return num_patches, num_patches + _has_cls(model)
     predicted = masking.count_predicted(num_patches - num_kept, model.predict_ratio)

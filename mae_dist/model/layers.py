@@ -200,7 +200,7 @@ class Stack(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             whole, last = (jax.checkpoint(f, policy=policy, prevent_cse=not self.scan) for f in (whole, last))
         x = self.hooks.constrain(x, TOKENS)
-        outputs = None
+        outputs: Any = None
         num_alike = depth - 1 if num_out is not None else depth  # with `num_out` the last block is another function
         if self.scan:
             layers = (params, jnp.arange(self.depth), jnp.asarray(rates))
@@ -215,6 +215,6 @@ class Stack(nnx.Module):
             layer = (structure.unflatten([part[place][0] for part in parts]), index, rates[index])
             x, output = (whole if index < num_alike else last)(x, layer)
             unrolled.append(output)
-        if not every_block:
-            return x
-        return outputs if self.scan else jnp.stack(unrolled)
+        if every_block:
+            return outputs if self.scan else jnp.stack(unrolled)
+        return x

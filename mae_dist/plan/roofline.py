@@ -78,7 +78,8 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
         if not over_fsdp:  # each of the copies along fsdp sums the part that it then has
             within += 2 * (fsdp - 1) / fsdp * grad / data
     images = config.global_batch_size // (data * fsdp)
-    within += _SUMS[encoder_passes] * 2 * (tensor - 1) / tensor * images * _activations_per_image(built) * width
+    summed = _SUMS[encoder_passes] * _activations_per_image(built) + _gradients_of_memory(built)
+    within += 2 * (tensor - 1) / tensor * images * summed * width
     parts = [
         f"{config.optim.grad_exchange} gradients summed once"
         if fsdp == tensor == 1
@@ -104,6 +105,18 @@ def _activations_per_image(built: job.Job) -> int:
         return encoder
     tokens, _ = flops.decoder_tokens(model, built.num_kept)
     return encoder + model.decoder_depth * tokens * model.decoder_embed_dim
+
+
+def _gradients_of_memory(built: job.Job) -> int:
+    """Returns how many numbers the gradients of what a cross decoder's blocks read have for one image.
+
+    Each block's is summed. Without a loop and `fuse_blocks` the TPU's compiler adds them first and sums them once.
+    """
+    model = built.config.model
+    if not kind_of(built.config).has_decoder or model.decoder != "cross":
+        return 0
+    _, keys = flops.decoder_tokens(model, built.num_kept)
+    return keys * model.embed_dim * model.decoder_depth
 
 
 def sum_by_kind(found: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
