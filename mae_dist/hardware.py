@@ -134,6 +134,24 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return None
 
 
+_GENERATIONS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def hbm_bytes(device_kind: str) -> int | None:
+    """Returns the memory of one JAX device, or None if it is not published here."""
+    generation = _GENERATIONS.get(device_kind)
+    return CHIPS[generation].hbm_bytes if generation else None
+
+
 def has_accelerator() -> bool:
     """True if JAX will find an accelerator, as far as can be known without starting it."""
     if any(find_spec(name) for name in _PLUGINS):

@@ -1,11 +1,15 @@
 """Microbatches by the memory of a device."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
+from configs import imagenet_vit_b16
 from mae_dist.errors import ConfigError
-from mae_dist.training.accumulation import activation_bytes, choose_accum_steps
+from mae_dist.plan import planning, topology
+from mae_dist.training import job
+from mae_dist.training.accumulation import activation_bytes, choose_accum_steps, choose_remat
 from tests.runs import smoke_config
 
 
@@ -58,3 +62,27 @@ def test_what_a_cross_decoder_keeps() -> None:
     assert activation_bytes(config, 4) == 3 * (encoder + 2 * decoder)
     fused = smoke_config(model__depth=1, model__decoder_depth=2, model__fuse_blocks=True, **cross)
     assert activation_bytes(fused, 4) == 3 * (encoder + 2 * (decoder + 4 * 5 * model.embed_dim))
+
+
+def test_what_is_recomputed_follows_from_the_memory() -> None:
+    """No more than must be: each further way keeps less. A device that tells nothing, as a CPU, recomputes nothing."""
+    config = smoke_config(global_batch_size=64, model__depth=12)
+    needed = {remat: 64 * activation_bytes(config, 4, remat) / 0.8 for remat in ("none", "dots", "blocks")}
+    assert needed["blocks"] < needed["dots"] < needed["none"]
+    for remat, memory in (("none", needed["none"]), ("dots", needed["dots"]), ("blocks", 1)):
+        assert choose_remat(config, 4, 0, 1, Device(int(memory) + 1)) == remat
+    assert choose_remat(config, 4, 0, 1, Device(None)) == "none"
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (extra tpu)")
+@pytest.mark.parametrize(
+    ("images", "accum_steps", "chosen"), [(2048, 1, ("dots", 1)), (2048, 0, ("none", 4)), (256, 1, ("none", 1))]
+)
+def test_a_described_chip(images: int, accum_steps: int, chosen: tuple[str, int]) -> None:
+    """A TPU that is not here tells its memory by its published figures; microbatches come before recomputing."""
+    topology.use_no_accelerator()
+    config = imagenet_vit_b16.get_config()
+    config.update(global_batch_size=images, accum_steps=accum_steps)
+    place = topology.describe("v5e:4x4", 1)
+    built = job.build(config, place.devices, planning.described_data(config))
+    assert (built.config.model.remat, built.config.accum_steps) == chosen

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mae_dist.data.from_config import open_data
 from mae_dist.model.parameters import path_name
-from mae_dist.parallel import shardings
+from mae_dist.parallel import scatter, shardings
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.parallel.shardings import on_each_device
 from mae_dist.training import job
@@ -125,6 +125,19 @@ def test_a_cross_decoder_on_every_mesh(fuse_blocks):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
         blocks = state.params["decoder"]["stack"]["blocks"]["attn"]
         assert blocks["kv"]["kernel"].addressable_shards[0].data.shape == (2, 16, 2, 4 // tensor, 8)
+
+
+@pytest.mark.parametrize("slices", [2, 4])
+def test_a_sum_scattered_within_slices_first(monkeypatch, slices):
+    """Each device has its own part, not that of another, for all that the slices come last."""
+    mesh = make_mesh({"data": 8, "fsdp": 1, "tensor": 1}, jax.devices())
+    split = NamedSharding(mesh, PartitionSpec(None, "data"))
+    rows = jnp.arange(8 * 3 * 16, dtype=jnp.float32).reshape(8, 3, 16)
+    monkeypatch.setattr(scatter, "num_slices", lambda devices: slices)
+    total = on_each_device(
+        lambda x: x[0], mesh, 0, combine=lambda x: scatter.sum_into_shards(x, split), combined=split.spec
+    )
+    np.testing.assert_array_equal(jax.jit(total)(rows), rows.sum(axis=0))
 
 
 def test_loss_falls(one_device):

@@ -600,6 +600,24 @@ class TestTpu:
         assert 0.95 < found / report["expected"]["ICI"] < above
         assert report["expected"]["ICI_in_loops"] > 1.5 * found
 
+    @pytest.mark.parametrize(
+        ("slices", "exchange"), [(1, "bfloat16"), pytest.param(2, "float32", marks=pytest.mark.long)]
+    )
+    def test_a_sharded_state(self, slices, exchange):
+        """Gradients scattered and parameters gathered in their types, within a slice before across slices."""
+        place = topology.describe("v5e:2x2", slices)
+        widths = {"model__embed_dim": 256, "model__num_heads": 2, "model__decoder_embed_dim": 128}
+        options = {"optim__shard_state": True, "optim__grad_exchange": exchange, "model__dtype": "bfloat16"}
+        report = examine(smoke_config(**TINY, **widths, **options), place)
+        expected = report["expected"]
+        found = {"ICI": 0.0, "DCN": 0.0}
+        for row in report["collectives"]:
+            found[row["network"]] += row["ring_bytes"]
+        if slices == 1:  # some sums are made whole
+            assert 0.95 * expected["ICI"] < found["ICI"] < 1.05 * expected["ICI_summed_whole"]
+        else:
+            assert found == pytest.approx({name: expected[name] for name in found}, rel=0.1)
+
     @pytest.mark.parametrize("name", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
     def test_a_single_chip(self, name):
         """Less than the compiler takes a host to have."""

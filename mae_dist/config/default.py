@@ -70,7 +70,9 @@ def get_config() -> ConfigDict:
     config.model.gelu = "exact"  # exact | tanh (its approximation)
     config.model.dtype = "float32"  # compute: float32 | bfloat16; parameters, softmax, norms and loss stay float32
     config.model.scan = False  # compile one block and loop over it: much faster compilation for deep models
-    config.model.remat = "none"  # recompute in the backward pass: none | dots (keep matmuls) | blocks (keep inputs)
+    # Recompute in the backward pass: none | dots (keep matmuls) | blocks (keep inputs) | auto (by an accelerator's
+    # memory; with accum_steps=0: none)
+    config.model.remat = "auto"
 
     config.pretrain = ConfigDict()
     config.pretrain.norm_pix_loss = False  # the target is each patch with mean 0 and variance 1

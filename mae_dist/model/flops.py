@@ -96,6 +96,16 @@ def _decoder_forward_flops(model: ConfigDict, num_kept: int) -> float:
     return embed + pred + blocks
 
 
+def attention_forward_flops(config: ConfigDict, num_kept: int) -> float:
+    """Counts the forward FLOPs of scores and weighted values alone, for one image of a training step."""
+    model = config.model
+    total = 4.0 * model.depth * (num_kept + _has_cls(model)) ** 2 * model.embed_dim
+    if kind_of(config).has_decoder:
+        queries, keys = decoder_tokens(model, num_kept)
+        total += 4 * model.decoder_depth * queries * keys * model.decoder_embed_dim
+    return total
+
+
 def _has_cls(model: ConfigDict) -> int:
     return int(model.cls_token != "none")
 

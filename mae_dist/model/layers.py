@@ -20,7 +20,7 @@ from mae_dist.model.hooks import PLAIN, Hooks
 CLS_TOKENS = ("learned", "zero", "none")
 MASK_TOKENS = ("learned", "zero")
 DECODERS = ("full", "cross")
-REMAT_POLICIES = ("none", "blocks", "dots")
+REMAT_POLICIES = ("auto", "none", "blocks", "dots")
 TOKENS = ("batch", "patches", None)
 
 xavier = nnx.initializers.xavier_uniform()
@@ -196,7 +196,7 @@ class Stack(nnx.Module):
             return x, x if every_block else None
 
         whole, last = functools.partial(apply, None), functools.partial(apply, num_out)
-        if self.remat != "none":
+        if self.remat in ("dots", "blocks"):  # "auto" is left where no training has chosen
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             whole, last = (jax.checkpoint(f, policy=policy, prevent_cse=not self.scan) for f in (whole, last))
         x = self.hooks.constrain(x, TOKENS)

@@ -94,8 +94,8 @@ def _cross_attention(path: str, layer: str) -> tuple[Parameter, ...]:
         *_linear(f"{path}/q", q, ("layers", "heads", None), layer),
         *_linear(f"{path}/kv", ("layers", "embed", None, "heads", None), ("layers", None, "heads", None), layer),
         Parameter(f"{path}/block_weights", vector, False, layer),
-        Parameter(f"{path}/norm_kv/scale", vector, False, layer),
-        Parameter(f"{path}/norm_kv/bias", vector, False, layer),
+        Parameter(f"{path}/norm_kv/scale", vector, False, layer, is_float32=True),
+        Parameter(f"{path}/norm_kv/bias", vector, False, layer, is_float32=True),
     )
 
 

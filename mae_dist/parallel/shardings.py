@@ -139,14 +139,6 @@ def sum_over_devices(tree: PyTree) -> PyTree:
     return jax.lax.psum(tree, MESH_AXES["batch"])
 
 
-def sum_into_shards(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Sums an array over all devices and leaves each its part of the sum, as `sharding` splits it over `STATE_AXIS`."""
-    dimension = state_dimension(sharding)
-    if dimension is None:
-        return sum_over_devices(x)
-    return jax.lax.psum_scatter(x, STATE_AXIS, scatter_dimension=dimension, tiled=True)
-
-
 def make_constrain(mesh: Mesh) -> Callable[[jax.Array, LogicalAxes], jax.Array]:
     """Makes the hook (array, logical axes) -> array that constrains activations; models know no mesh."""
     if is_data_parallel(mesh):

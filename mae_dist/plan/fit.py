@@ -41,6 +41,7 @@ def search(config: ConfigDict, place: topology.Topology, data: Data, first: Repo
     """
     given = config.copy_and_resolve_references()
     given.mesh.update(first["mesh"])
+    given.model.remat = first["remat"]
     yield first | {"settings": settings_of(given)}
     tried = [(first, given)]
     for least, changed in sorted(_settings(given, place, data), key=lambda entry: entry[0]):

@@ -16,6 +16,7 @@ from mae_dist import errors, hardware
 from mae_dist.data import DescribedDataset, is_prepared, known_sizes
 from mae_dist.data.from_config import Data, open_data
 from mae_dist.model.build import param_count
+from mae_dist.model.flops import attention_forward_flops
 from mae_dist.optim.train_state import split_frozen
 from mae_dist.parallel.shardings import bytes_per_device, with_shardings
 from mae_dist.plan import hlo, roofline, topology
@@ -83,7 +84,8 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
     peak = hardware.peak_flops(device.device_kind, config.model.dtype)
     recomputed = {"none": 1.0, "dots": 1.0, "blocks": 1.0}
     if built.encoder_passes == 3:  # a frozen encoder goes forward once
-        recomputed["blocks"] = 4 / 3  # a forward pass more
+        attention = attention_forward_flops(config, built.num_kept)  # its matmuls are not kept by "dots"
+        recomputed |= {"dots": 1 + attention / built.flops_per_image, "blocks": 4 / 3}  # a forward pass more
     flops = built.flops_per_image * config.global_batch_size * recomputed[config.model.remat]
     return {
         "config": config.name,

@@ -30,8 +30,8 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
       `optim.grad_exchange`, which in a ring costs 2 (n - 1) / n of their bytes.
     - With `optim.shard_state` the sum is scattered over the data axis instead, (n - 1) / n of those bytes, and the new
       parameters are gathered once a step in the type of the matmuls, (n - 1) / n of theirs. Arrays that no dimension
-      splits evenly stay whole. Among all chips of a TPU slice the sum costs 2 (n - 1) / n all the same: libtpu's
-      compiler scatters along one axis of a mesh only, and there makes a whole sum of which each chip keeps its part.
+      splits evenly stay whole. Among all chips of one TPU slice the compiler may make the sum whole, 2 (n - 1) / n, and
+      let each chip keep its part; both ends are given.
     - Split over fsdp: the weights are gathered for the forward and for the backward pass and their gradients summed and
       scattered, each (n - 1) / n of their bytes in the type of the matmuls, in each microbatch of the accumulation; and
       over data the part that a chip then has is summed. The TPU's compiler may instead exchange a weight in the loop
@@ -43,15 +43,15 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
 
     Returns:
       Bytes that leave a chip in a step: `ICI` within its slice; `ICI_in_loops` instead, if every split weight were
-      exchanged in the loop of its matmul; `DCN` across `num_slices` slices, which the data axis spans; `why`.
+      exchanged in the loop of its matmul, `ICI_summed_whole`, if every scattered sum were made whole; `DCN` across
+      `num_slices` slices, which the data axis spans; `why`.
     """
     mesh, config, encoder_passes = built.mesh, built.config, built.encoder_passes
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     data_within, width = data // num_slices, _WIDTHS[config.model.dtype]
     summed_width = _WIDTHS[config.optim.grad_exchange]
-    sums_whole = fsdp == tensor == 1 and mesh.devices.flat[0].platform == "tpu"
     rounds = 1 if built.task.statistics is not None else config.accum_steps  # gradients of all examples at once
-    within = across = exchanged = 0.0
+    within = across = exchanged = scattered = 0.0
     params = built.abstract_state.params
     table = (parameter_rows(params), params, param_shardings(mesh, params), built.shardings.params)
     for row, leaf, sharding, of_state in zip(*map(jax.tree.leaves, table), strict=True):
@@ -72,9 +72,9 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
             across += 2 * (num_slices - 1) / num_slices * grad / group
             continue
         gathered = held * (4 if row.is_float32 else width)
-        moved = (2 if sums_whole else 1) * grad + gathered
-        within += (data_within - 1) / data_within * moved
-        across += (num_slices - 1) / num_slices * moved / data_within
+        within += (data_within - 1) / data_within * (grad + gathered)
+        scattered += (data_within - 1) / data_within * grad
+        across += (num_slices - 1) / num_slices * (grad + gathered) / data_within
         if not over_fsdp:  # each of the copies along fsdp sums the part that it then has
             within += 2 * (fsdp - 1) / fsdp * grad / data
     images = config.global_batch_size // (data * fsdp)
@@ -91,6 +91,7 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
     return {
         "ICI": within + (fsdp - 1) * exchanged,
         "ICI_in_loops": within + (fsdp + 1) * exchanged,
+        "ICI_summed_whole": within + scattered,
         "DCN": across,
         "why": "; ".join(part for part in parts if part),
     }

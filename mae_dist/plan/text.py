@@ -4,12 +4,17 @@ from mae_dist.plan import planning, topology
 
 _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
   memory: temporaries are activations, gradients and all else that lives within a step: the compiler's sum
-  compute: analytic FLOPs of matmuls, with remat=blocks a third more; peaks: hardware.py
+  compute: analytic FLOPs of matmuls, with remat=blocks a third more, with dots attention once more (hardware.py: peaks)
   hbm: state and temporaries read and written once
   ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring; of a
     chip with two devices they are shared by both
   dcn: a chip's bytes to other slices over its part of the host's network card
   bytes: payload is the whole array exchanged (of permutations what one chip sends), ring what leaves one chip"""
+
+_WAYS = {
+    "in_loops": "every weight in the loop of its matmul",
+    "summed_whole": "every sum made whole, of which each chip keeps its part",
+}
 
 
 def gib(size: float | None) -> str:
@@ -81,12 +86,10 @@ def _exchange_lines(report: planning.Report) -> list[str]:
         if found or theory:
             ratio = f", {found / theory:.3f} of it" if theory else ""
             lines.append(f"  ring bytes over {network}: theory {theory:,.0f}, found {found:,.0f}{ratio}")
-            in_loops = report["expected"].get(f"{network}_in_loops", theory)
-            if in_loops != theory:
-                lines.append(
-                    f"    theory with every weight in the loop of its matmul: {in_loops:,.0f}, found "
-                    f"{found / in_loops:.3f} of it"
-                )
+            for way, meaning in _WAYS.items():
+                other = report["expected"].get(f"{network}_{way}", theory)
+                if other != theory:
+                    lines.append(f"    theory with {meaning}: {other:,.0f}, found {found / other:.3f} of it")
     lines.append(f"  theory: {report['expected']['why']}")
     if report["uncounted_loops"]:
         lines.append(f"  {report['uncounted_loops']} loops of unknown length counted as one turn")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,11 +32,12 @@ from mae_dist.optim.optimizer import make_optimizer
 from mae_dist.optim.train_state import TrainState
 from mae_dist.parallel import overview as parallel_overview
 from mae_dist.parallel import shardings as sharding
-from mae_dist.parallel.mesh import AXES, make_mesh, mesh_shape
+from mae_dist.parallel.mesh import make_mesh
 from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import Batch, Task
 from mae_dist.tasks.make import make_task
-from mae_dist.training.accumulation import choose_accum_steps
+from mae_dist.training.accumulation import fit_memory
+from mae_dist.training.checks import check_data, check_mesh
 from mae_dist.training.train_step import TrainStep, make_train_step
 from mae_dist.weights import pretrained
 from mae_dist.weights.compatible import check_fits
@@ -184,58 +184,6 @@ class Job:
         )
 
 
-def check_mesh(config: ConfigDict, num_devices: int) -> None:
-    """Raises `ConfigError` if the mesh, a batch or the heads cannot be split over the devices."""
-    shape = dict(zip(AXES, mesh_shape(config.mesh.to_dict(), num_devices), strict=True))
-    split = (("mesh.data", shape["data"]), ("mesh.fsdp", shape["fsdp"]))
-    divisors = [("accum_steps", max(1, config.accum_steps))]
-    if config.cpu.pieces > 1:
-        divisors.append(("cpu.pieces", config.cpu.pieces))
-    if config_lib.rows_together(config) > 1:
-        divisors.append(("pairs to mix", config_lib.rows_together(config)))
-    for field, factors in (
-        ("global_batch_size", (*split, *divisors)),
-        ("eval.batch_size", split),
-    ):
-        needed = math.prod(factor for _, factor in factors)
-        size = config_lib.get(config, field)
-        if size % needed:
-            raise ConfigError(
-                f"{field}={size} does not divide by {' x '.join(name for name, _ in factors)} = "
-                f"{' x '.join(str(factor) for _, factor in factors)} = {needed}; nearest that does: "
-                f"{max(needed, round(size / needed) * needed)}"
-            )
-    for prefix in ("", "decoder_") if kind_of(config).has_decoder else ("",):
-        heads = config.model[f"{prefix}num_heads"]
-        if heads % shape["tensor"]:
-            raise ConfigError(
-                f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={shape['tensor']}; choose "
-                f"a mesh.tensor that divides {heads}, or a multiple of {shape['tensor']} heads"
-            )
-
-
-def _check_data(config: ConfigDict, data: Data) -> None:
-    """Raises `ConfigError` if the splits lack what the config asks of them."""
-    for name, dataset in (("train", data.train), ("val", data.val), ("test", data.test)):
-        if dataset is None:
-            continue
-        if not kind_of(config).has_decoder:
-            dataset.require_labels()
-        if dataset.dtype != data.train.dtype:
-            raise ConfigError(
-                f"the {name} images are {dataset.dtype} and the training images {data.train.dtype}; set data.dtype"
-            )
-    if data.train.dtype != "uint8" and config.data.randaug_magnitude:
-        raise ConfigError(
-            f"data.randaug_magnitude={config.data.randaug_magnitude} and images of {data.train.dtype}: RandAugment is "
-            "for 8-bit images; set it to 0, or data.dtype='uint8'"
-        )
-    if config.checkpoint.keep_best in config_lib.ONLINE and data.train.num_classes < 2:
-        raise ConfigError(
-            f"checkpoint.keep_best={config.checkpoint.keep_best!r} needs labels of two classes; use 'val_loss'"
-        )
-
-
 def _open_init_from(config: ConfigDict) -> pretrained.Pretrained:
     return pretrained.open_source(config.init_from, config, commit=config.init_commit)
 
@@ -266,14 +214,12 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
             f"checkpoint.keep_best='val_top5' and there are {data.train.num_classes} classes; use 'val_top1'"
         )
     kind = kind_of(config)
-    _check_data(config, data)
+    check_data(config, data)
     encoder_passes = encoder_passes_of(config)
     num_kept = count_kept_patches(config)
     flops_per_image = train_flops_per_image(config, data.train.num_classes, num_kept, encoder_passes)
-    if not config.accum_steps:
-        state_bytes = 16 * param_count(abstract_params(config, data.train.num_classes)) // mesh.size
-        shards = sharding.num_batch_shards(mesh)
-        config.accum_steps = choose_accum_steps(config, num_kept, state_bytes, shards, mesh.devices.flat[0])
+    num_params = param_count(abstract_params(config, data.train.num_classes))
+    fit_memory(config, mesh, num_params, num_kept, encoder_passes)
     by_cores, matmul = sharding.is_by_cores(mesh), platforms.choose_matmul(config, mesh, flops_per_image)
     task = eval_task = make_task(config, data.train.num_classes, platforms.make_hooks(mesh, matmul))
     if matmul == "onednn":  # programs that call it cannot be cached on disk: not worth it for an evaluation

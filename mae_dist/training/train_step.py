@@ -19,6 +19,7 @@ from mae_dist.model.parameters import parameter_rows
 from mae_dist.optim.hyperparams import Hyperparams
 from mae_dist.optim.optimizer import nonfinite_counts
 from mae_dist.optim.train_state import TrainState, split_frozen
+from mae_dist.parallel.scatter import sum_into_shards
 from mae_dist.parallel.shardings import (
     batch_sharding,
     is_by_cores,
@@ -27,7 +28,6 @@ from mae_dist.parallel.shardings import (
     param_shardings,
     replicate,
     replicated,
-    sum_into_shards,
     sum_over_devices,
 )
 from mae_dist.tasks.base import Batch, Task
@@ -172,18 +172,17 @@ def _through_folded(gradient: Gradient) -> Gradient:
     return compute
 
 
-def _make_gather(task: Task, mesh: Mesh, shard_state: bool, dtype: Any) -> Callable[[Params], Params]:
-    """Makes trainable -> the parameters that the forward and backward passes take.
+def _make_gather(task: Task, mesh: Mesh, dtype: Any) -> Callable[[Params], Params]:
+    """Makes trainable, split over the data axis -> the parameters that the forward and backward passes take.
 
-    They are in `dtype` but for those that the model computes with in float32: cast once per step, not in every
-    microbatch. With `shard_state` each device then gathers the parts of the others along the data axis, in that type.
+    They are gathered in `dtype`, but for those that the model computes with in float32.
     """
     shapes, _ = split_frozen(task.abstract_params, task.frozen)
     rows, whole = parameter_rows(shapes), param_shardings(mesh, shapes)
 
     def gather(trainable: Params) -> Params:
         cast = jax.tree.map(lambda x, row: x if row.is_float32 else x.astype(dtype), trainable, rows)
-        return jax.lax.with_sharding_constraint(cast, whole) if shard_state else cast
+        return jax.lax.with_sharding_constraint(cast, whole)
 
     return gather
 
@@ -285,7 +284,7 @@ def make_train_step(
     """
 
     held, _ = split_frozen(shardings.params, task.frozen)
-    gather = _make_gather(task, mesh, shard_state, jnp.float32 if fold else jnp.dtype(dtype))
+    gather = _make_gather(task, mesh, jnp.float32 if fold else jnp.dtype(dtype))
     gradient = _make_gradient(task, mesh, held, accum_steps, fold, grad_exchange)
     to_features = _make_to_features(task, mesh, accum_steps)
 
@@ -298,7 +297,7 @@ def make_train_step(
         trainable, frozen = split_frozen(state.params, task.frozen)
         if task.statistics is not None:
             batch = to_features(state.params, batch)
-        grads, metrics = gradient(gather(trainable), frozen, batch, keys)
+        grads, metrics = gradient(gather(trainable) if shard_state else trainable, frozen, batch, keys)
         lr = hyperparams.learning_rate(state.step)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its counters with floats
             updates, opt_state = tx.update(grads, state.opt_state, trainable, learning_rate=lr)
