@@ -29,7 +29,7 @@ def _xla_knows(flag: str) -> bool:
     assert spec.submodule_search_locations is not None
     for library in Path(spec.submodule_search_locations[0]).glob("libjax_common.*"):
         with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            if text.find(flag.encode()) >= 0:
+            if text.find(b"\0" + flag.encode() + b"\0") >= 0:  # a C string; names of flags that are gone are not
                 return True
     return False
 
