@@ -5,18 +5,23 @@ Repeats of several steps with the real data pipeline; medians, and the spread as
 threads (in a clone with the extra `parity`). `--scaling` measures one change after another, each in a process of its
 own. `--what input` measures the training input alone, by turns with a DataLoader of PyTorch if `--against torch`, or
 once a minute for `--minutes`.
+
+`--accelerator --out D` needs no config: it checks what a GPU or TPU computes against the CPU, and measures ViT-S to
+ViT-H on it, within `--minutes` (default 9). It ends with code 1 if a check fails.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_dist import cli, errors
-from mae_dist.benchmark import inputs, steps
+from mae_dist import cli, errors, storage
+from mae_dist.benchmark import accelerator, inputs, steps
 from mae_dist.benchmark.turns import Result
 from mae_dist.cpu import cores
 from mae_dist.cpu.start import use_cores
@@ -32,14 +37,24 @@ _WHAT = flags.DEFINE_enum(
 )
 _SCALING = flags.DEFINE_bool("scaling", False, "A table over batch sizes, image sizes, model sizes and CPU devices.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "How often each is measured.", lower_bound=1)
-_MINUTES = flags.DEFINE_float("minutes", 0.0, "With --what input: a line each minute, for so long.", lower_bound=0.0)
+_MINUTES = flags.DEFINE_float(
+    "minutes", 0.0, "With --what input: a line each minute, for so long. With --accelerator: for all.", lower_bound=0.0
+)
 _SECS = flags.DEFINE_float("secs", 3.0, "About how long a repeat takes.", lower_bound=0.01)
+_ACCELERATOR = flags.DEFINE_bool("accelerator", False, "A table of what works on this GPU or TPU, and how fast it is.")
+_OUT = flags.DEFINE_string("out", None, "With --accelerator: the directory for accelerator.json, .md and logs.")
+_TINY = flags.DEFINE_bool("tiny", None, "With --accelerator: tiny models (default: on a CPU only).")
+_ROWS = flags.DEFINE_list("rows", [], "With --accelerator: only these rows, separated by commas.")
+_LIMITS = flags.DEFINE_list("limits", [], "With --accelerator: ROW=SECONDS,…: other time limits of rows.")
+_ACCELERATOR_MINUTES = 9.0
 
 
 def benchmark(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
     del argv
     _check_flags()
+    if _ACCELERATOR.value:
+        return _accelerator()
     config = cli.needed_config()
     if _SCALING.value:
         return _scaling(config)
@@ -47,6 +62,8 @@ def benchmark(argv: Sequence[str]) -> int:
         return _input(config)
     use_cores(config, None)
     against_hf = _AGAINST.value == "hf"
+    if against_hf:  # the others need memory of the same GPU
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _show(steps.measure(config, _WHAT.value, against_hf=against_hf, repeats=_REPEATS.value, secs=_SECS.value))
     return errors.EXIT_DONE
 
@@ -57,10 +74,36 @@ def _check_flags() -> None:
         raise errors.ConfigError(
             f"--against {_AGAINST.value} does not do --what {_WHAT.value}: torch is for input, hf for all else"
         )
-    if _MINUTES.value and (not is_input or _AGAINST.value):
+    if _MINUTES.value and (not is_input or _AGAINST.value) and not _ACCELERATOR.value:
         raise errors.ConfigError("--minutes is for --what input without --against; leave it out, or the other")
+    only = {"out": _OUT.value, "tiny": _TINY.value, "rows": _ROWS.value, "limits": _LIMITS.value}
+    for name, value in only.items():
+        if value and not _ACCELERATOR.value:
+            raise errors.ConfigError(f"--{name} is for --accelerator; leave it out, or add that")
     if _SCALING.value and is_input:
         raise errors.ConfigError("--scaling measures models, and --what input has none; leave one out")
+
+
+def _accelerator() -> int:
+    """Checks and measures this accelerator."""
+    if _AGAINST.value or _SCALING.value or cli.given_config() is not None:
+        raise errors.ConfigError("--accelerator chooses its models itself: leave --config, --against and --scaling out")
+    known = [row.name for row in accelerator.ROWS]
+    limits = {}
+    for word in _LIMITS.value:
+        name, _, secs = word.partition("=")
+        try:
+            limits[name] = float(secs)
+        except ValueError:
+            raise errors.ConfigError(f"--limits has {word!r}; write ROW=SECONDS, as {known[0]}=30") from None
+    for flag, names in (("rows", _ROWS.value), ("limits", limits)):
+        for name in names:
+            if name not in known:
+                cure = f"{errors.nearest(name, known)} The rows: {', '.join(known)}"
+                raise errors.ConfigError(f"--{flag}: there is no row {name!r}.{cure}")
+    out = storage.local(cli.required(_OUT), "--out", "write to a local path and copy the result to the bucket")
+    minutes = _MINUTES.value or _ACCELERATOR_MINUTES
+    return accelerator.measure(Path(out), minutes=minutes, tiny=_TINY.value, names=_ROWS.value, limits=limits)
 
 
 def _show(result: Result) -> None:

@@ -7,7 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,11 +87,11 @@ class Child:
         os.killpg(self.process.pid, number)
 
 
-def processes_of(group: int) -> Iterator[int]:
-    """Yields the processes of a group, where the system has /proc."""
+def processes_of(number: int, number_of: Callable[[int], int] = os.getpgid) -> Iterator[int]:
+    """Yields the processes of a group, or by `os.getsid` of a session, where the system has /proc."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if os.getpgid(int(path.name)) == group:
+            if number_of(int(path.name)) == number:
                 yield int(path.name)
 
 
