@@ -52,7 +52,7 @@ ROWS = (
     Row("to_cpu", 60, "a checkpoint of the accelerator, evaluated and continued on the CPU", True),
     Row("training", 40, "20 steps give the losses of a CPU; several devices those of one", True),
     Row("remat", 60, "remat none, dots and blocks, with and without scan, give the same gradients", True),
-    Row("resume_deterministic", 60, "as resume, with --xla_gpu_deterministic_ops", True),
+    Row("resume_deterministic", 60, "as resume, with XLA's deterministic operations of GPUs", True),
     Row("vit_b16", 60, "ViT-B/16, training steps by batch size"),
     Row("hf_b16", 90, "ViT-B/16, by turns with Hugging Face's ViTMAE in PyTorch"),
     Row("vit_l16", 60, "ViT-L/16, training steps by batch size"),

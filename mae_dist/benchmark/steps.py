@@ -96,7 +96,7 @@ class Ours:
     Without `reads` one batch of random images, which lies on the devices, stands for all data.
     """
 
-    def __init__(self, config: ConfigDict, what: str, devices: Sequence[jax.Device], *, reads: bool = True):
+    def __init__(self, config: ConfigDict, what: str, devices: Sequence[Any], *, reads: bool = True):
         self.job = built = job.build(config, devices, open_data(config))
         self.batch_size = config.global_batch_size
         self.parts: dict[str, list[float]] = {}
@@ -117,9 +117,11 @@ class Ours:
             self._feature_step = make_feature_step(config, built.mesh, params, self.batch_size, ("mean",))
         self._rows = local_rows(built.batch_sharding, self.batch_size)
         # More than a training takes: a short one would end within a turn.
-        self._batches = reads and train_batches(
-            built.config, built.data.train, start_step=0, total_steps=1 << 40, rows=self._rows
-        )
+        self._batches = None
+        if reads:
+            self._batches = train_batches(
+                built.config, built.data.train, start_step=0, total_steps=1 << 40, rows=self._rows
+            )
         with jax.set_mesh(built.mesh):
             self._fixed = {} if reads else _random_batch(built)
             self._state: Any = jax.jit(built.init, out_shardings=built.shardings)(np.uint32(config.seed))

@@ -51,10 +51,11 @@ def _steps(rows: Mapping[str, Result]) -> Iterator[Sequence[str]]:
                 continue
             yield (
                 *(name, remat, batch, f"{found['images_per_sec']:.0f}", f"{found['spread']:.1%}"),
-                *(f"{1000 * found['step_secs']:.1f}", f"{found['mfu']:.1%}", f"{found['peak_gib']:.1f}"),
+                *(f"{1000 * found['step_secs']:.1f}", f"{found['mfu']:.1%}"),
+                *("" if found["peak_gib"] is None else f"{found['peak_gib']:.1f}",),
                 f"{found['first_step_secs']:.0f}",
             )
 
 
 def _text(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

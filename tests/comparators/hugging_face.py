@@ -24,7 +24,9 @@ def make_step(options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
-    model = ViTMAEForPreTraining(ViTMAEConfig(**options["config"], attn_implementation="sdpa")).to(device)
+    config: dict[str, Any] = {**options["config"], "attn_implementation": "sdpa"}
+    model: Any = ViTMAEForPreTraining(ViTMAEConfig(**config))
+    model.to(device)
     images = torch.rand(options["batch_size"], *options["image_shape"], device=device)
     mixed = torch.autocast(device, torch.bfloat16, enabled=options["bfloat16"])
     if options["what"] == "features":
