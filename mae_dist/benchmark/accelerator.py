@@ -196,6 +196,8 @@ class _Runner:
             status, reason = "failed", f"ended with code {code}: {_last_line(log)}"
             if secs >= limit:
                 reason = f"stopped after its limit of {limit:g} s"
+            elif not self.end:
+                status, reason = "not run", "interrupted"
         elif status == "done":
             status = "failed" if figures.get("faults") else "passed" if row.checks else "measured"
             reason = "; ".join(figures.get("faults", []))
