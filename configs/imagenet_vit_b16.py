@@ -2,7 +2,7 @@
 
 Published top-1 of its encoder after 800 to 1600 epochs: 83.66 % fine-tuned, 67.8 % by a linear probe. Not run here.
 Meshes (batch 4096):
-  v5e-16      --config.model.remat=blocks (256 images a chip; needs less memory than L/16)
+  v5e-16      as it is: model.remat=auto recomputes blocks (256 images a chip; needs less memory than L/16)
   v5e-256     as it is: mesh.data=256, 16 images a chip
   8 x H100    --config.accum_steps=4 (128 images at a time; not planned, its compiler is missing here)
 

@@ -290,13 +290,13 @@ def test_why_it_does_not_fit(monkeypatch):
         f"({grads:.2f} GiB of it float32 gradients, which mesh.fsdp splits too): lower global_batch"
     )
     assert copies == (
-        f"parameters + optimizer state {state:.2f} GiB are whole on every chip: raise mesh.fsdp "
-        f"({state / 8:.2f} GiB over a whole slice)"
+        f"parameters + optimizer state {state:.2f} GiB are whole on every chip: set optim.shard_state=True or "
+        f"raise mesh.fsdp ({state / 8:.2f} GiB over a whole slice)"
     )
     assert "it does not fit: 1." in plan_text.text(report, place)
     first, second = examine(smoke_config(**model, mesh__fsdp=4), place)["reasons"]
     assert first.startswith("parameters + optimizer state")
-    assert f"are split over 4: raise mesh.fsdp ({state / 8:.2f} GiB over a whole slice)" in first
+    assert f"are split over 4: set optim.shard_state=True or raise mesh.fsdp ({state / 8:.2f} GiB over a w" in first
     assert "gradients" not in second
 
 
@@ -508,6 +508,7 @@ def test_the_settings_that_fit(monkeypatch):
     assert found[0]["settings"]["optim.shard_state"] is False
     assert len({tuple(row["settings"].values()) for row in found}) == len(given) == 3
     chosen = fit.best(found)
+    assert chosen is not None
     assert chosen is found[2]
     changed = {name: value for name, value in chosen["settings"].items() if value != found[0]["settings"][name]}
     assert changed

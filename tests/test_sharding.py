@@ -362,3 +362,33 @@ def test_overview_says_what_lies_where_and_why():
     single = mesh_of(1, 1, 1)
     _, abstract, shardings = make_state(single, "pretrain")
     assert "whole on every device" not in overview(single, abstract, shardings)
+
+
+CAST = {
+    "as the paper's": {},
+    "every option": {"layer_scale_init": 0.1, "pos_embed": "learned", "scan": True},
+    "cross": {"decoder": "cross", "fuse_blocks": True},
+}
+
+
+@pytest.mark.parametrize("options", list(CAST.values()), ids=list(CAST))
+def test_parameters_that_the_model_casts_may_be_cast_before(options):
+    """A sharded state is gathered in bfloat16: what a row does not call float32 gives the same loss and gradients."""
+    config = smoke.get_config()
+    config.model.update(dtype="bfloat16", **options)
+    task = make_task(config, 10, PLAIN)
+    keys = jax.random.split(jax.random.key(1), 4)
+    batch = {"image": jax.random.randint(keys[0], (4, 16, 16, 3), 0, 256).astype(jnp.uint8)}
+    # Norms and biases begin as ones and zeros, which any type holds.
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), task.init_params(keys[1])
+    )
+    rows = parameter_rows(params)
+    cast = jax.tree.map(lambda x, row: x if row.is_float32 else x.astype(jnp.bfloat16), params, rows)
+    grad = jax.jit(
+        jax.value_and_grad(lambda params: task.loss(params, batch, keys)[0].mean()),
+        compiler_options={**QUICK, "xla_allow_excess_precision": False},
+    )
+    (loss, grads), (cast_loss, cast_grads) = grad(params), grad(cast)
+    assert loss == cast_loss
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), grads, cast_grads)

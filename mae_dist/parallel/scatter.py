@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mae_dist.parallel.mesh import num_slices
 from mae_dist.parallel.rules import STATE_AXIS
@@ -17,7 +17,9 @@ def sum_into_shards(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     dimension = state_dimension(sharding)
     if dimension is None:
         return sum_over_devices(x)
-    slices, count = num_slices(sharding.mesh.devices.flat), sharding.mesh.shape[STATE_AXIS]
+    mesh = sharding.mesh
+    assert isinstance(mesh, Mesh)
+    slices, count = num_slices(mesh.devices.flat), mesh.shape[STATE_AXIS]
     if slices == 1:
         return jax.lax.psum_scatter(x, STATE_AXIS, scatter_dimension=dimension, tiled=True)
     places = np.arange(count).reshape(slices, -1)  # the slices are the outermost along the axis

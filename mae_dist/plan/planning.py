@@ -144,14 +144,15 @@ def _reasons(built: job.Job, memory: dict[str, Any], per_slice: int) -> list[str
     """Returns why the plan does not fit, the largest consumer of memory first, each with its cure."""
     config, shape = built.config, built.mesh.shape
     state, split = _state_bytes(memory), shape["fsdp"] * shape["tensor"]
-    lies, also = f"split over {split}", ""
+    also = ""
     if split == 1:
         trained, _ = split_frozen(built.abstract_state.params, built.task.frozen)
-        lies = "whole on every chip"
         also = f" ({_gib(4 * param_count(trained))} of it float32 gradients, which mesh.fsdp splits too)"
+    parts_of_state = split * (shape["data"] if config.optim.shard_state else 1)
+    lies = f"split over {parts_of_state}" if parts_of_state > 1 else "whole on every chip"
     named = f"parameters + optimizer state{' + averages' if memory['averages'] else ''} {_gib(state)}"
-    more = f"raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"
-    if split >= per_slice:
+    more = f"set optim.shard_state=True or raise mesh.fsdp ({_gib(state * split / per_slice)} over a whole slice)"
+    if parts_of_state >= per_slice:
         more = "take a larger slice"
     images = config.global_batch_size // (shape["data"] * shape["fsdp"] * config.accum_steps)
     remat = {"none": ", model.remat=dots or blocks", "dots": ", model.remat=blocks"}.get(config.model.remat, "")

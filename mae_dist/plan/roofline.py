@@ -73,7 +73,8 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
             continue
         gathered = held * (4 if row.is_float32 else width)
         within += (data_within - 1) / data_within * (grad + gathered)
-        scattered += (data_within - 1) / data_within * grad
+        if num_slices == 1 and mesh.devices.flat[0].platform == "tpu":
+            scattered += (data_within - 1) / data_within * grad
         across += (num_slices - 1) / num_slices * (grad + gathered) / data_within
         if not over_fsdp:  # each of the copies along fsdp sums the part that it then has
             within += 2 * (fsdp - 1) / fsdp * grad / data
