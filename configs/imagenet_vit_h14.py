@@ -2,8 +2,8 @@ r"""The paper's ViT-H/14 (1280d/32 blocks/16 heads, patch 14), pretrained on Ima
 
 Published top-1 of its encoder after 800 to 1600 epochs: 86.93 % fine-tuned, 77.2 % by a linear probe. Not run here.
 Meshes (batch 4096), from `python -m mae_dist.plan`:
-  v5e-16      --config.model.remat=blocks --config.mesh.fsdp=16, 11.3 of 15.75 GiB a chip (a whole copy
-              per chip: 15.1; with averages, ema_decay: 17.5, too much)
+  v5e-16      --config.optim.shard_state=True --config.model.remat=blocks, 10.4 of 15.75 GiB a chip (a whole state per
+              chip: 17.1, too much), or --config.mesh.fsdp=16
   v5e-256     --config.model.remat=blocks --config.mesh.fsdp=16 (mesh.data=16; not planned)
   8 x H100    --config.model.remat=blocks --config.mesh.fsdp=8 --config.accum_steps=2 (not planned)
 

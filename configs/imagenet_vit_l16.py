@@ -3,8 +3,8 @@
 Published top-1 of its encoder after 800 to 1600 epochs: 85.95 % fine-tuned, 76.0 % by a linear probe. Not run here.
 Meshes (batch 4096), from `python -m mae_dist.plan`:
   v5e-16      --config.model.remat=blocks --config.mesh.fsdp=16
-  v5e-32      two slices of 16: --config.model.remat=blocks, 9.3 of 15.75 GiB a chip
-  v5e-256     as it is: mesh.data=256, 10.3 of 15.75 GiB a chip
+  v5e-32      two slices of 16: --config.optim.shard_state=True --config.model.remat=dots, 8.0 of 15.75 GiB a chip
+  v5e-256     --config.optim.shard_state=True --config.optim.grad_exchange=bfloat16 --config.model.remat=dots, 2.2 GiB
   8 x H100    --config.model.remat=blocks --config.accum_steps=2 (not planned, its compiler is missing here)
 
 python -m mae_dist.main --config configs/imagenet_vit_l16.py

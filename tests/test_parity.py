@@ -209,7 +209,7 @@ def compare_steps(pair: Pair) -> float:
     before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
     rows = parameter_rows(pair.ours.abstract)
     settings: dict[str, Any] = dict(default.get_config().optim)
-    for name in ("schedule", "base_lr", "final_lr", "warmup_epochs"):
+    for name in ("schedule", "base_lr", "final_lr", "warmup_epochs", "shard_state", "grad_exchange"):
         del settings[name]
     tx = make_optimizer(rows, **settings)
     decayed = jax.tree.map(

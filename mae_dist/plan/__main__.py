@@ -32,7 +32,9 @@ _SAVE = flags.DEFINE_string(
     allow_override=True,
 )
 _FIT = flags.DEFINE_bool(
-    "fit", None, "Search mesh, remat, shard_state and exchange (default: where the config does not fit)."
+    "fit",
+    None,
+    "Search the mesh, what is recomputed, sharded state and exchange (default: where the config does not fit).",
 )
 _SWEEP = flags.DEFINE_bool("sweep", False, "Rank all meshes, and compile the best.")
 _COMPILE = flags.DEFINE_integer(
