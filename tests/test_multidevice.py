@@ -15,7 +15,7 @@ from mae_dist.parallel import scatter, shardings
 from mae_dist.parallel.mesh import make_mesh
 from mae_dist.parallel.shardings import on_each_device
 from mae_dist.training import job
-from mae_dist.training.train_step import make_exchange
+from mae_dist.training.gradient import make_exchange
 from tests.runs import losses, smoke_config
 
 
@@ -138,6 +138,17 @@ def test_a_sum_scattered_within_slices_first(monkeypatch, slices):
         lambda x: x[0], mesh, 0, combine=lambda x: scatter.sum_into_shards(x, split), combined=split.spec
     )
     np.testing.assert_array_equal(jax.jit(total)(rows), rows.sum(axis=0))
+
+
+def test_an_exchange_without_effect_is_said(caplog):
+    """The compiler chooses the type on meshes that are not data-parallel."""
+    for fsdp in (1, 2):
+        config = smoke_config(optim__grad_exchange="bfloat16", mesh__data=-1, mesh__fsdp=fsdp)
+        job.build(config, jax.devices(), open_data(config))
+        found = [
+            r.getMessage() for r in caplog.records if "optim.grad_exchange=bfloat16 has no effect" in r.getMessage()
+        ]
+        assert len(found) == fsdp - 1
 
 
 def test_loss_falls(one_device):

@@ -2,12 +2,15 @@
 
 import math
 
+from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_dist import config as config_lib
 from mae_dist.data.from_config import Data
 from mae_dist.errors import ConfigError
 from mae_dist.parallel.mesh import AXES, mesh_shape
+from mae_dist.parallel.shardings import is_data_parallel
 from mae_dist.task_kinds import kind_of
 
 
@@ -39,6 +42,17 @@ def check_mesh(config: ConfigDict, num_devices: int) -> None:
                 f"model.{prefix}num_heads={heads} does not divide by mesh.tensor={shape['tensor']}; choose "
                 f"a mesh.tensor that divides {heads}, or a multiple of {shape['tensor']} heads"
             )
+
+
+def check_exchange(config: ConfigDict, mesh: Mesh) -> None:
+    """Warns of an `optim.grad_exchange` that this mesh does not follow."""
+    wanted = config.optim.grad_exchange
+    if not is_data_parallel(mesh) and wanted not in ("float32", config.model.dtype):
+        logging.warning(
+            "optim.grad_exchange=%s has no effect with mesh.fsdp or mesh.tensor above 1, where gradients are exchanged "
+            "in the type of matmuls, model.dtype=%s",
+            *(wanted, config.model.dtype),
+        )
 
 
 def check_data(config: ConfigDict, data: Data) -> None:

@@ -37,7 +37,7 @@ from mae_dist.task_kinds import kind_of
 from mae_dist.tasks.base import Batch, Task
 from mae_dist.tasks.make import make_task
 from mae_dist.training.accumulation import fit_memory
-from mae_dist.training.checks import check_data, check_mesh
+from mae_dist.training.checks import check_data, check_exchange, check_mesh
 from mae_dist.training.train_step import TrainStep, make_train_step
 from mae_dist.weights import pretrained
 from mae_dist.weights.compatible import check_fits
@@ -208,6 +208,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
     config = complete(_scaled_as_weights(config), data)
     check_mesh(config, len(devices))
     mesh = make_mesh(config.mesh.to_dict(), devices)
+    check_exchange(config, mesh)
     schedule = config_lib.schedule(config, data.train.num_examples)
     if config.checkpoint.keep_best == "val_top5" and data.train.num_classes <= 5:
         raise ConfigError(
