@@ -28,7 +28,7 @@ def _secs(options: Options) -> float:
 
 
 def by_batch(options: Options, name: str, first: int) -> Iterator[Result]:
-    """Measures batches that double from `first` until the memory is full, then with remat=blocks from there on.
+    """Measures batches that double from `first` until the memory is full, then goes on with remat=dots and blocks.
 
     It ends where another batch would take longer than the row may.
     """
@@ -36,7 +36,7 @@ def by_batch(options: Options, name: str, first: int) -> Iterator[Result]:
     batch, most = (8, 16) if options.tiny else (first, 1 << 14)
     end, took = time.monotonic() + 0.9 * options.secs, 0.0
     measured: dict[str, Result] = {}
-    for config.model.remat in ("none", "blocks"):
+    for config.model.remat in ("none", "dots", "blocks"):
         while batch <= most:
             began = time.monotonic()
             if began + 1.2 * took > end:
@@ -47,7 +47,7 @@ def by_batch(options: Options, name: str, first: int) -> Iterator[Result]:
             found = _steps(config, _secs(options))
             measured[key] = found or {"full": True}
             yield {"steps": measured}
-            if found is None:  # only this size did not fit: remat=blocks begins with it
+            if found is None:  # only this size did not fit: the next remat begins with it
                 break
             batch *= 2
             took = time.monotonic() - began
