@@ -292,7 +292,9 @@ def test_digests_stay_what_they_were():
     large = np.arange(300_000, dtype=np.int32)  # several chunks
     split = jax.NamedSharding(jax.make_mesh((8,), ("x",)), jax.P("x"))
     for where in (jax.devices()[0], split):
-        assert digests.digests([jax.device_put(large, where)]) == {"0": "93d663ec05f3d950"}
+        array = jax.device_put(large, where)
+        assert digests.digests([array]) == {"0": "93d663ec05f3d950"}
+        assert "{:08x}{:08x}".format(*digests.sums_on_devices(array).tolist()) == "93d663ec05f3d950"
 
 
 def test_digests_take_no_memory_to_speak_of():

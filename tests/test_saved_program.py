@@ -243,6 +243,7 @@ from etils import epath
 from mae_dist.parallel import processes
 index, place = int(sys.argv[2]), epath.Path(sys.argv[3])
 processes.initialize(f"127.0.0.1:{sys.argv[1]}", 2, index)
+jax.config.update("jax_enable_compilation_cache", False)  # as plan --save does: what comes from it lacks functions
 from mae_dist.training import saved_program
 from tests.runs import first_batch
 from tests.test_saved_program import wire

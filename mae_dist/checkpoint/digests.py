@@ -75,19 +75,41 @@ def sums_by_numpy(x: np.ndarray) -> np.ndarray:
     return total
 
 
+def _sums_of_shard(shard: jax.Shard, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the sums over one part of an array of this shape; those of all parts add up to `sums_by_numpy`."""
+    values = np.asarray(shard.data)
+    places = np.zeros((1,), np.uint32)
+    for size, part, count in zip(shape, shard.index, values.shape, strict=True):
+        start = part.start or 0
+        places = places[..., None] * np.uint32(size) + np.arange(start, start + count, dtype=np.uint32)
+    if values.dtype != np.bool_:
+        values = values.view({1: np.uint8, 2: np.uint16}.get(values.dtype.itemsize, np.uint32))
+    mixed = _mix(values.astype(np.uint32, copy=False) ^ (places[0] * np.uint32(_SPREAD)))
+    return np.stack([mixed.sum(dtype=np.uint32), _mix(mixed + np.uint32(1)).sum(dtype=np.uint32)])
+
+
+def _sums_on_cpu(array: jax.Array) -> np.ndarray:
+    """Returns the sums of an array that lies whole on the CPU devices of this process."""
+    if array.sharding.is_fully_replicated:
+        return sums_by_numpy(np.asarray(array.addressable_data(0)))
+    parts = [_sums_of_shard(shard, array.shape) for shard in array.addressable_shards if shard.replica_id == 0]
+    return np.sum(parts, axis=0, dtype=np.uint32)
+
+
 def digests(tree: PyTree) -> dict[str, str]:
     """Returns the digest of every array of a tree by its path, as Orbax stores it; all processes must take part.
 
-    A digest is 16 hexadecimal digits. NumPy makes those of arrays that a CPU holds whole: XLA's CPU compiler would take
-    longer for their shapes than NumPy takes for all values. Others are digested where they lie.
+    A digest is 16 hexadecimal digits. NumPy makes those of arrays that the CPU devices of a process hold: XLA's CPU
+    compiler would take longer for their shapes than NumPy takes for all values, and with as many devices as cores the
+    exchanges of several such programs wait for each other for ever (jaxlib 0.10.2). Others are digested where they lie.
     """
     sums: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
         on_cpu = all(device.platform == "cpu" for device in array.sharding.device_set)
         is_plain = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
-        by_numpy = on_cpu and is_plain and array.sharding.is_fully_replicated
-        found = sums_by_numpy(np.asarray(array.addressable_data(0))) if by_numpy else sums_on_devices(array)
+        is_here = array.is_fully_addressable or array.is_fully_replicated
+        found = _sums_on_cpu(array) if on_cpu and is_plain and is_here else sums_on_devices(array)
         sums[jax.tree_util.keystr(path, simple=True, separator=".")] = found
     return {name: "{:08x}{:08x}".format(*pair) for name, pair in jax.device_get(sums).items()}
 
