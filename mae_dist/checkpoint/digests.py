@@ -93,7 +93,7 @@ def _sums_on_cpu(array: jax.Array) -> np.ndarray:
     if array.sharding.is_fully_replicated:
         return sums_by_numpy(np.asarray(array.addressable_data(0)))
     parts = [_sums_of_shard(shard, array.shape) for shard in array.addressable_shards if shard.replica_id == 0]
-    return np.sum(parts, axis=0, dtype=np.uint32)
+    return np.stack(parts).sum(axis=0, dtype=np.uint32)
 
 
 def digests(tree: PyTree) -> dict[str, str]:
