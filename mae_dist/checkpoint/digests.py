@@ -63,16 +63,25 @@ def sums_on_devices(x: jax.Array) -> jax.Array:
 
 def sums_by_numpy(x: np.ndarray) -> np.ndarray:
     """Returns what `sums_on_devices` does, without copying more than a chunk of the array."""
-    values = x.reshape(-1)
-    if values.dtype != np.bool_:
-        values = values.view({1: np.uint8, 2: np.uint16}.get(values.dtype.itemsize, np.uint32))
+    words = _words_of(x.reshape(-1))
     total = np.zeros(2, np.uint32)
-    for start in range(0, values.size, _CHUNK_WORDS):
-        words = values[start : start + _CHUNK_WORDS].astype(np.uint32, copy=False)
-        places = np.arange(start, start + words.size, dtype=np.uint64).astype(np.uint32)
-        mixed = _mix(words ^ (places * np.uint32(_SPREAD)))
-        total += np.stack([mixed.sum(dtype=np.uint32), _mix(mixed + np.uint32(1)).sum(dtype=np.uint32)])
+    for start in range(0, words.size, _CHUNK_WORDS):
+        part = words[start : start + _CHUNK_WORDS]
+        total += _sums_at(part, np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32))
     return total
+
+
+def _words_of(values: np.ndarray) -> np.ndarray:
+    """Returns the bits of values as unsigned integers of their size, bools as they are."""
+    if values.dtype == np.bool_:
+        return values
+    return values.view({1: np.uint8, 2: np.uint16}.get(values.dtype.itemsize, np.uint32))
+
+
+def _sums_at(words: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Returns the sums over words that are at these places, uint32, of a whole array."""
+    mixed = _mix(words.astype(np.uint32, copy=False) ^ (places * np.uint32(_SPREAD)))
+    return np.stack([mixed.sum(dtype=np.uint32), _mix(mixed + np.uint32(1)).sum(dtype=np.uint32)])
 
 
 def _sums_of_shard(shard: jax.Shard, shape: tuple[int, ...]) -> np.ndarray:
@@ -82,10 +91,7 @@ def _sums_of_shard(shard: jax.Shard, shape: tuple[int, ...]) -> np.ndarray:
     for size, part, count in zip(shape, shard.index, values.shape, strict=True):
         start = part.start or 0
         places = places[..., None] * np.uint32(size) + np.arange(start, start + count, dtype=np.uint32)
-    if values.dtype != np.bool_:
-        values = values.view({1: np.uint8, 2: np.uint16}.get(values.dtype.itemsize, np.uint32))
-    mixed = _mix(values.astype(np.uint32, copy=False) ^ (places[0] * np.uint32(_SPREAD)))
-    return np.stack([mixed.sum(dtype=np.uint32), _mix(mixed + np.uint32(1)).sum(dtype=np.uint32)])
+    return _sums_at(_words_of(values), places[0])
 
 
 def _sums_on_cpu(array: jax.Array) -> np.ndarray:

@@ -18,9 +18,13 @@ from mae_dist.model.parameters import LogicalAxes, Parameter, parameter_rows
 from mae_dist.parallel.rules import MESH_AXES, STATE_AXIS, to_spec
 
 
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def _axis_size(mesh: Mesh | AbstractMesh, entry: str | tuple[str, ...] | None) -> int:
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in _names(entry))
 
 
 def param_shardings(mesh: Mesh, params: PyTree) -> PyTree:
@@ -51,8 +55,7 @@ def split_state(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedShardin
     entries = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     for dimension, size in enumerate(sharding.shard_shape(shape)):
         if count > 1 and size % count == 0:
-            before = entries[dimension]
-            names = (before,) if isinstance(before, str) else before or ()
+            names = _names(entries[dimension])
             entries[dimension] = (*names, STATE_AXIS) if names else STATE_AXIS
             return NamedSharding(mesh, PartitionSpec(*entries[: max(dimension + 1, len(sharding.spec))]))
     return sharding
@@ -60,8 +63,7 @@ def split_state(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedShardin
 
 def state_dimension(sharding: NamedSharding) -> int | None:
     """Returns the dimension that `split_state` has split, or None."""
-    names = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
-    return next((dimension for dimension, entry in enumerate(names) if STATE_AXIS in entry), None)
+    return next((place for place, entry in enumerate(sharding.spec) if STATE_AXIS in _names(entry)), None)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -17,12 +17,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from mae_dist.cpu.cores import NUM_DEVICES_FLAG
 from mae_dist.errors import ConfigError
 from mae_dist.hardware import CHIPS, Chip
 from mae_dist.training.train_step import TrainStep
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_FAKE = "xla_force_host_platform_device_count"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,8 @@ def describe(name: str, num_slices: int) -> Topology:
 
 
 def _cpu_devices(count: int) -> Sequence[Any]:
-    if _FAKE not in os.environ.get("XLA_FLAGS", ""):  # read when JAX makes its CPU client
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FAKE}={count}".strip()
+    if NUM_DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):  # read when JAX makes its CPU client
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{NUM_DEVICES_FLAG}={count}".strip()
     devices = jax.devices("cpu")
     if count > len(devices):
         raise ConfigError(
