@@ -1,4 +1,4 @@
-"""What works on this accelerator, and how fast it is: `mae_dist.benchmark --accelerator`.
+"""Checks this accelerator and measures its speed: `mae_dist.benchmark --accelerator`.
 
 Each row is a process of its own with a time limit: one that fails, hangs or crashes is a row with its reason and ends
 no other. Correctness is checked first, then speeds are measured, the most important rows first; what the time does not
@@ -128,7 +128,7 @@ class _Runner:
         self._write()
 
     def run_all(self, rows: Sequence[Row], workers: int) -> None:
-        """Runs rows in their order, so many at a time."""
+        """Runs rows in order, at most `workers` at a time."""
         with ThreadPoolExecutor(workers) as pool:
             try:
                 list(pool.map(self._run_in_time, rows))

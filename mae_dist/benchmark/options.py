@@ -1,4 +1,4 @@
-"""What every row of the accelerator's table is given, and the models that it computes."""
+"""The options of a row of the accelerator's table, and the models that it computes."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ class NotHere(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a row of the accelerator's table is asked for.
+    """The request for a row of the accelerator's table.
 
     Attributes:
       name: of the row.
