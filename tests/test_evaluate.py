@@ -95,6 +95,20 @@ def test_of_many_classes_the_lowest_are_named(count):
     assert result == {f"val_top1/class {number}": accuracies[number] for number in lowest}
 
 
+def test_a_split_state_is_gathered_once_for_all_batches():
+    """Evaluations take whole parameters; what each device updates a part of is put together before their first batch."""
+    whole, whole_state = build()
+    built, state = build(optim__shard_state=True)
+    params = built.gather(state.params)
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+    batch = next(iter(evaluate.global_batches(split_of(built), built.batch_sharding, built.eval_batch_size)))
+    assert "all-gather" not in built.eval_step.lower(params, batch).compile().as_text()
+    assert evaluate_test(built, state.replace(params=params)) == evaluate_test(whole, whole_state)
+    leaves = zip(jax.tree.leaves(whole.gather(whole_state.params)), jax.tree.leaves(whole_state.params), strict=True)
+    assert all(ours is theirs for ours, theirs in leaves), "nothing to gather, nothing copied"
+
+
 def test_cached_features_give_the_result_of_images():
     """A probe on features is the probe on images, in the order of the split."""
     built, state = build(task="probe", init_from="unused", classify__head="mlp")

@@ -113,7 +113,7 @@ class Ours:
             self.flops_per_image = flops.forward_flops(config)
             self.choices["pieces"] = num_pieces(config, built.mesh, self.batch_size)
             self.choices["products"] = platforms.choose_matmul(config, built.mesh, self.flops_per_image)
-            params = built.shardings.params
+            params = built.eval_shardings
             self._feature_step = make_feature_step(config, built.mesh, params, self.batch_size, ("mean",))
         self._rows = local_rows(built.batch_sharding, self.batch_size)
         # More than a training takes: a short one would end within a turn.
@@ -125,6 +125,8 @@ class Ours:
         with jax.set_mesh(built.mesh):
             self._fixed = {} if reads else _random_batch(built)
             self._state: Any = jax.jit(built.init, out_shardings=built.shardings)(np.uint32(config.seed))
+            if self._feature_step is not None:
+                self._state = self._state.replace(params=built.gather(self._state.params))
             began = time.monotonic()
             jax.block_until_ready(self._compute(self._read()))
             self.compile_secs = time.monotonic() - began

@@ -55,6 +55,7 @@ class Job:
     init: Callable[[jax.typing.ArrayLike], TrainState]  # of a seed, uint32
     abstract_state: TrainState
     shardings: TrainState
+    eval_shardings: Params  # of the parameters in evaluations: `optim.shard_state` does not split them
     train_step: TrainStep
     eval_step: jax.stages.Wrapped
     feature_step: Any  # as eval_step, or None where the task has no such function
@@ -118,6 +119,10 @@ class Job:
             return {"features": self.feature_step(params, batch)}
 
         return evaluate.columns(step, params, dataset, self.batch_sharding, self.eval_batch_size)
+
+    def gather(self, params: Params) -> Params:
+        """Gathers a state's parameters over the data axis, for any number of evaluated batches; else copies nothing."""
+        return jax.device_put(params, self.eval_shardings)
 
     def overview(self) -> str:
         """Returns a table of the mesh and of every parameter's sharding."""
@@ -276,8 +281,10 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         **of_mesh,
     )
 
+    eval_shardings = sharding.param_shardings(mesh, task.abstract_params)
+
     def forward(fn: Any, per_example: bool, pieces: int) -> Any:
-        return fn and make_eval_step(fn, mesh=mesh, params=shardings.params, per_example=per_example, pieces=pieces)
+        return fn and make_eval_step(fn, mesh=mesh, params=eval_shardings, per_example=per_example, pieces=pieces)
 
     return Job(
         config=config,
@@ -288,6 +295,7 @@ def build(config: ConfigDict, devices: Sequence[Any], data: Data) -> Job:
         init=init,
         abstract_state=abstract_state,
         shardings=shardings,
+        eval_shardings=eval_shardings,
         train_step=train_step,
         eval_step=forward(eval_task.evaluate, per_example=False, pieces=eval_pieces if encoder_passes else 1),
         feature_step=forward(eval_task.features, per_example=True, pieces=num_pieces(config, mesh, eval_batch_size)),

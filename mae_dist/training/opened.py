@@ -255,8 +255,8 @@ class Run:
         return of_step
 
     def _load(self) -> Params:
-        """Returns the parameters of the newest good checkpoint, sharded for the run's job."""
-        return reader.load_params(self.workdir, self._job.abstract_state.params, self._job.shardings.params)[1]
+        """Returns the parameters of the newest good checkpoint, sharded for the evaluations of the run's job."""
+        return reader.load_params(self.workdir, self._job.abstract_state.params, self._job.eval_shardings)[1]
 
     @functools.cached_property
     def _job(self) -> job.Job:

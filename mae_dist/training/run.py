@@ -234,20 +234,22 @@ class Run:
         with self._pause(state, "evaluate"):
             batches = evaluate.global_batches(dataset, job.batch_sharding, job.eval_batch_size, job.config.seed)
             self.evaluated |= evaluate.evaluate(
-                job.eval_step, state.averaged, batches, prefix, dataset.class_names, self._after_batch
+                job.eval_step, job.gather(state.averaged), batches, prefix, dataset.class_names, self._after_batch
             )
 
     def _read_out(self, state: TrainState, splits: dict[str, Dataset | None]) -> None:
         """Measures the encoder's current features on these splits: health, and with labels kNN and ridge accuracy."""
         job, options = self.job, self.job.config.online
 
-        def features(dataset: Dataset) -> evaluate.Columns:
-            return evaluate.collect(job.features_of(dataset, state.averaged), after_batch=self._after_batch)
-
         present = {prefix: dataset for prefix, dataset in splits.items() if dataset is not None}
         if not present:
             return
         with self._pause(state, "evaluate"):
+            params = job.gather(state.averaged)
+
+            def features(dataset: Dataset) -> evaluate.Columns:
+                return evaluate.collect(job.features_of(dataset, params), after_batch=self._after_batch)
+
             has_classes = job.data.train.num_classes > 1
             train = features(self.first_examples) if has_classes else None
             for prefix, dataset in present.items():
@@ -286,7 +288,7 @@ class Run:
         if job.reconstruct_step is None or dataset is None or not due:
             return
         with self._pause(state, "evaluate"):
-            grid = draw_reconstructions(job, state.averaged, dataset, step, job.config.pictures.num_images)
+            grid = draw_reconstructions(job, job.gather(state.averaged), dataset, step, job.config.pictures.num_images)
             if processes.is_primary():
                 pictures.write_png(self.workdir / "pictures" / f"step_{step:08d}.png", grid)
             self.recorder.write_images(step, {"reconstruction": grid[None]})
@@ -323,7 +325,7 @@ def with_features(job: Job, params: Params, dataset: Dataset) -> Dataset:
 
 
 def _all_with_features(job: Job, params: Params) -> Data:
-    began, data = time.monotonic(), job.data
+    began, data, params = time.monotonic(), job.data, job.gather(params)
     val, test = (dataset and with_features(job, params, dataset) for dataset in (data.val, data.test))
     data = Data(with_features(job, params, data.train), val, test)
     logging.info("Features of the frozen encoder computed once, in %s", readable.duration(time.monotonic() - began))
