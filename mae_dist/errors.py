@@ -58,6 +58,11 @@ def nearest(value: str, choices: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def nearest_divisor(number: int, wanted: int) -> int:
+    """Returns the divisor of `number` that is closest to `wanted`, for a message about one that does not divide."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda divisor: abs(divisor - wanted))
+
+
 def exit_code_of(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code: a fault of the user is one message, any other exception passes.
 

@@ -17,7 +17,7 @@ import configs
 from configs import default
 from mae_dist import cli
 from mae_dist import config as config_lib
-from mae_dist.config import checks
+from mae_dist.config import fields
 from mae_dist.errors import ConfigError
 
 CONFIGS = sorted(
@@ -181,31 +181,31 @@ def test_there_are_configs():
 def test_tables_name_real_fields():
     """A typo in a table of checks would check nothing."""
     sections = {field.rpartition(".")[0] for field in FIELDS}
-    tables = (checks.POSITIVE, checks.NOT_NEGATIVE, checks.FRACTIONS, checks.PROBABILITIES)
+    tables = (fields.POSITIVE, fields.NOT_NEGATIVE, fields.FRACTIONS, fields.PROBABILITIES)
     for table in (config_lib.CHOICES, *tables):
         assert set(table) <= set(FIELDS)
     assert set(config_lib.FREE) <= set(FIELDS) | sections
 
 
-@pytest.mark.parametrize(("field", "value"), numbers(checks.POSITIVE, 0, -3, float("nan")))
+@pytest.mark.parametrize(("field", "value"), numbers(fields.POSITIVE, 0, -3, float("nan")))
 def test_positive_fields(field, value):
     """Each of them divides something, or counts what must exist."""
     assert f"{field}={value} must be above 0" in fault(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), numbers(checks.NOT_NEGATIVE, -1, float("inf")))
+@pytest.mark.parametrize(("field", "value"), numbers(fields.NOT_NEGATIVE, -1, float("inf")))
 def test_fields_that_are_not_negative(field, value):
     """Zero means off; below it means nothing."""
     assert f"{field}={value} must not be negative" in fault(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), numbers(checks.FRACTIONS, -0.1, 1.0, float("nan")))
+@pytest.mark.parametrize(("field", "value"), numbers(fields.FRACTIONS, -0.1, 1.0, float("nan")))
 def test_shares(field, value):
     """Each of them has 1 / (1 - share) somewhere."""
     assert f"{field}={value} must be at least 0 and below 1" in fault(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), numbers(checks.PROBABILITIES, -0.1, 1.1, float("nan")))
+@pytest.mark.parametrize(("field", "value"), numbers(fields.PROBABILITIES, -0.1, 1.1, float("nan")))
 def test_probabilities(field, value):
     """All of the images, or none, are shares too."""
     assert f"{field}={value} must be at least 0 and at most 1" in fault(**{field: value})

@@ -96,7 +96,7 @@ def test_of_many_classes_the_lowest_are_named(count):
 
 
 def test_a_split_state_is_gathered_once_for_all_batches():
-    """Evaluations take whole parameters; what each device updates a part of is put together before their first batch."""
+    """The compiled evaluation exchanges no parameters, and its metrics are those of a whole state."""
     whole, whole_state = build()
     built, state = build(optim__shard_state=True)
     params = built.gather(state.params)

@@ -12,7 +12,8 @@ from mae_dist.config.stored import FREE, MASKING, differences, flatten, from_jso
 from mae_dist.errors import nearest
 
 if TYPE_CHECKING:
-    from mae_dist.config.checks import CHOICES, ONLINE, field_faults, parse_steps, validate, validate_model
+    from mae_dist.config.checks import ONLINE, parse_steps, validate, validate_model
+    from mae_dist.config.fields import CHOICES, field_faults
 
 __all__ = [
     "CHOICES",
@@ -41,7 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Imports the checks, and JAX with them, when they are needed."""
     if name in __all__:
-        from mae_dist.config import checks
+        from mae_dist.config import checks, fields
 
-        return getattr(checks, name)
+        return getattr(fields if name in ("CHOICES", "field_faults") else checks, name)
     raise AttributeError(f"module 'mae_dist.config' has no attribute {name!r}; it offers {', '.join(__all__)}")

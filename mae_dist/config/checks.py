@@ -1,126 +1,21 @@
-"""Checks a config before any device work.
-
-Fields and their defaults are in `mae_dist/config/default.py`; there are none here.
-"""
+"""Checks a config before any device work: its fields one by one, its model, and what a run puts together."""
 
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from ml_collections import ConfigDict
 
 from mae_dist import names
-from mae_dist.config import default
+from mae_dist.config.fields import value_faults
 from mae_dist.config.imports import import_modules
-from mae_dist.config.stored import flatten, get
-from mae_dist.data import AUGMENTATIONS, SOURCES, randaugment
-from mae_dist.data.decode import DTYPES
-from mae_dist.errors import ConfigError, nearest
-from mae_dist.model import layers, masking, patches, positions
-from mae_dist.optim.optimizer import OPTIMIZERS
-from mae_dist.registry import Registry
-from mae_dist.storage import absolute_name
+from mae_dist.config.model_checks import model_faults, scaling_faults
+from mae_dist.data import randaugment
+from mae_dist.errors import ConfigError, nearest, nearest_divisor
 from mae_dist.task_kinds import TASK_KINDS, kind_of
 from mae_dist.trackers import faults as tracker_faults
 
-# A registry's choices grow as modules register theirs.
-CHOICES: dict[str, Collection[str]] = {
-    "task": TASK_KINDS,
-    "cpu.products": ("auto", "onednn", "xla"),
-    "model.decoder": layers.DECODERS,
-    "model.masking": masking.STRATEGIES,
-    "model.cls_token": layers.CLS_TOKENS,
-    "model.mask_token": layers.MASK_TOKENS,
-    "model.pos_embed": positions.POSITIONS,
-    "model.gelu": ("exact", "tanh"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": layers.REMAT_POLICIES,
-    "classify.head": ("linear", "mlp"),
-    "classify.pool": ("gap", "cls"),
-    "optim.name": OPTIMIZERS,
-    "optim.schedule": ("cosine", "constant"),
-    "optim.grad_exchange": ("float32", "bfloat16"),
-    "data.source": SOURCES,
-    "data.augment": AUGMENTATIONS,
-    "data.dtype": ("auto", *DTYPES),
-    "data.cache": ("auto", "memory", "stream"),
-    "pictures.pix_stats": ("true", "visible"),
-    "pictures.stretch": ("auto", "none", "percentile"),
-}
-POSITIVE = (
-    "global_batch_size",
-    "log_every_steps",
-    "max_skipped_steps",
-    "model.embed_dim",
-    "model.depth",
-    "model.num_heads",
-    "model.mlp_ratio",
-    "model.decoder_embed_dim",
-    "model.decoder_depth",
-    "model.decoder_num_heads",
-    "model.decoder_mlp_ratio",
-    "model.norm_eps",
-    "classify.hidden_dim",
-    "optim.base_lr",
-    "optim.eps",
-    "optim.trust_coefficient",
-    "optim.layer_decay",
-    "data.randaug_layers",
-    "data.repeats",
-    "data.num_examples",
-    "data.num_classes",
-    "online.num_train",
-    "online.k",
-    "online.temperature",
-    "online.ridge",
-    "pictures.num_images",
-    "checkpoint.keep_latest",
-)
-NOT_NEGATIVE = (
-    "total_steps",
-    "accum_steps",
-    "cpu.devices",
-    "cpu.pieces",
-    "model.layer_scale_init",
-    "classify.mixup",
-    "classify.cutmix",
-    "optim.final_lr",
-    "optim.warmup_epochs",
-    "optim.weight_decay",
-    "optim.clip_norm",
-    "optim.clip_value",
-    "data.randaug_magnitude",
-    "data.randaug_std",
-    "data.num_workers",
-    "data.max_value",
-    "eval.every_epochs",
-    "eval.every_steps",
-    "eval.batch_size",
-    "online.every_epochs",
-    "online.every_steps",
-    "pictures.every_epochs",
-    "pictures.every_steps",
-    "checkpoint.every_steps",
-    "checkpoint.every_minutes",
-    "checkpoint.keep_every_steps",
-    "checkpoint.retries",
-    *(f"deadlines.{name}_secs" for name in ("start", "step", "data", "checkpoint", "evaluate", "peer")),
-)
-FRACTIONS = (  # in [0, 1)
-    "ema_decay",
-    "model.drop_path",
-    "model.dropout",
-    "classify.label_smoothing",
-    "optim.b1",
-    "optim.b2",
-    "optim.momentum",
-    "data.max_bad_share",
-    "data.val_fraction",
-)
-
-# Each in [0, 1].
-PROBABILITIES = ("classify.mix_prob", "classify.mix_switch_prob", "classify.erase_prob", "data.background")
 # What data.labels may be, for the sources that read it; others may be a user's.
 LABELS = {
     "folder": ("none", "folders", "csv:FILE"),
@@ -129,25 +24,6 @@ LABELS = {
 }
 # Metrics of `online`.
 ONLINE = ("val_knn_top1", "val_ridge_top1")
-
-# Paths; "" is none, or a default.
-PATHS = ("init_from", "compiled_step", "model.mask_file", "data.data_dir", "data.cache_dir")
-
-
-def field_faults(config: ConfigDict) -> dict[str, str]:
-    """Returns what is wrong with each field that does not exist, is missing or has another type, by dotted path."""
-    found, known = dict(flatten(config)), dict(flatten(default.get_config()))
-    faults = {}
-    for field in found.keys() - known.keys():
-        section, _, name = field.rpartition(".")
-        beside = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
-        faults[field] = f"{field} does not exist.{nearest(name, beside)}"
-    faults |= {field: f"{field} is missing; its default is {known[field]!r}" for field in known.keys() - found.keys()}
-    for field in found.keys() & known.keys():
-        value, usual = found[field], known[field]
-        if not isinstance(value, (type(usual), int) if isinstance(usual, float) else type(usual)):
-            faults[field] = f"{field}={value!r} is of type {type(value).__name__}, not {type(usual).__name__}"
-    return dict(sorted(faults.items()))
 
 
 def validate(config: ConfigDict) -> None:
@@ -166,7 +42,7 @@ def validate_model(config: ConfigDict, *, masked: bool) -> None:
     masks have to fit too.
     """
     import_modules(config.imports)
-    _raise((*_field_faults(config, "model."), *_model_faults(config.model, masked), *_scaling_faults(config)))
+    _raise((*value_faults(config, "model."), *model_faults(config.model, masked), *scaling_faults(config)))
 
 
 def _raise(faults: Iterable[str]) -> None:
@@ -176,144 +52,20 @@ def _raise(faults: Iterable[str]) -> None:
 
 
 def _faults(config: ConfigDict) -> Iterator[str]:
-    yield from _field_faults(config)
+    yield from value_faults(config)
     known = config.task in TASK_KINDS
-    yield from _model_faults(config.model, masked=known and kind_of(config).has_decoder)
-    yield from _scaling_faults(config)
+    yield from model_faults(config.model, masked=known and kind_of(config).has_decoder)
+    yield from scaling_faults(config)
     if known:
         yield from _run_faults(config)
     yield from tracker_faults(config.trackers)
-
-
-def _field_faults(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Checks each field whose name starts with `prefix` by itself."""
-    for field, choices in CHOICES.items():
-        value = get(config, field)
-        if field.startswith(prefix) and value not in choices:
-            if isinstance(choices, Registry):
-                yield choices.fault(value)
-            else:
-                yield f"{field}={value!r} is not one of {', '.join(choices)}.{nearest(str(value), choices)}"
-    for fields, test, needed in (
-        (POSITIVE, lambda v: v > 0, "must be above 0"),
-        (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
-        (FRACTIONS, lambda v: 0 <= v < 1, "must be at least 0 and below 1"),
-        (PROBABILITIES, lambda v: 0 <= v <= 1, "must be at least 0 and at most 1"),
-    ):
-        for field in fields:
-            value = get(config, field)
-            if field.startswith(prefix) and not (math.isfinite(value) and test(value)):
-                yield f"{field}={value} {needed}"
-    for field in PATHS:
-        if field.startswith(prefix) and (value := get(config, field)):
-            if field == "init_from" and value.startswith(names.HUB):
-                if fault := names.hub_fault(value):
-                    yield f"{field}: {fault}"
-                continue
-            try:
-                absolute_name(value)
-            except ConfigError as error:
-                yield f"{field}: {error}"
-
-
-def _model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
-    for prefix in ("", "decoder_"):
-        dim, heads = model[f"{prefix}embed_dim"], model[f"{prefix}num_heads"]
-        multiple = math.lcm(positions.FIXED_POSITIONS.get(model.pos_embed, 1), max(1, heads))
-        if dim % positions.FIXED_POSITIONS.get(model.pos_embed, 1):
-            yield (
-                f"model.{prefix}embed_dim={dim} is not a multiple of "
-                f"{positions.FIXED_POSITIONS[model.pos_embed]}, which model.pos_embed={model.pos_embed!r} needs; "
-                f"nearest that {heads} heads divide too: {max(multiple, round(dim / multiple) * multiple)}"
-            )
-        elif heads > 0 and dim > 0 and dim % heads:
-            yield (
-                f"model.{prefix}num_heads={heads} does not divide model.{prefix}embed_dim={dim}; "
-                f"nearest that does: {_nearest_divisor(dim, heads)}"
-            )
-        ratio = model[f"{prefix}mlp_ratio"]
-        if dim > 0 and 0 < dim * ratio < 1:
-            yield (
-                f"model.{prefix}mlp_ratio={ratio} of model.{prefix}embed_dim={dim} leaves no "
-                f"MLP; choose at least {math.ceil(1e5 / dim) / 1e5:g}"
-            )
-    for field in ("image_size", "patch_size"):
-        if len(model[field]) != 2 or any(not isinstance(v, int) or v < 1 for v in model[field]):
-            yield f"model.{field}={model[field]} must be two positive whole numbers, (height, width)"
-            return
-    if model.channels < 1:
-        yield f"model.channels={model.channels} must be at least 1; 1 is gray, 3 RGB, 4 RGBA, more are bands"
-    try:
-        grid = patches.grid_size(model.image_size, model.patch_size)
-        if masked and model.masking in masking.STRATEGIES:
-            yield from _mask_faults(model, grid)
-    except ConfigError as error:
-        yield str(error)
-    if model.decoder == "full":
-        if model.predict_ratio != 1:
-            yield (
-                f"model.predict_ratio={model.predict_ratio} is for model.decoder='cross': the full decoder's tokens "
-                "attend to each other, so all of them are needed; set it to 1.0, or choose model.decoder='cross'"
-            )
-        if model.fuse_blocks:
-            yield "model.fuse_blocks is for model.decoder='cross'; set it to False, or choose that decoder"
-
-
-def _mask_faults(model: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
-    """Checks how many patches are kept; raises the strategy's own `ConfigError`."""
-    length = grid[0] * grid[1]
-    kept = masking.count_kept(strategy=model.masking, grid=grid, mask_ratio=model.mask_ratio, mask_file=model.mask_file)
-    if length == 1:
-        yield (
-            f"model.patch_size={model.patch_size} leaves one patch of model.image_size={model.image_size}, "
-            "and one must be kept and one removed; choose smaller patches"
-        )
-    elif 0 < kept < length:
-        yield from _predict_faults(model, length - kept)
-    elif masking.STRATEGIES.get(model.masking).count is masking.count_by_ratio:
-        lowest, highest = math.ceil(1e4 / length) / 1e4, math.floor(1e4 - 1e4 / length) / 1e4
-        yield (
-            f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one "
-            f"must be kept and one removed: choose {lowest:g} to {highest:g}"
-        )
-    else:
-        yield (
-            f"model.masking={model.masking!r} keeps {kept} of {length} patches by its own count; at least one must be "
-            "kept and one removed: correct that function, or choose another model.masking"
-        )
-
-
-def _predict_faults(model: ConfigDict, num_removed: int) -> Iterator[str]:
-    predicted = masking.count_predicted(num_removed, model.predict_ratio)
-    if not 0 < predicted <= num_removed or not 0 < model.predict_ratio <= 1:
-        lowest = math.ceil(1e4 / num_removed) / 1e4
-        yield (
-            f"model.predict_ratio={model.predict_ratio} predicts {predicted} of {num_removed} removed patches; it "
-            f"must be at least one and at most all: choose {lowest:g} to 1"
-        )
-
-
-def _scaling_faults(config: ConfigDict) -> Iterator[str]:
-    for field in ("mean", "std"):
-        value = config.data[field]
-        if len(value) not in (0, 1, config.model.channels):
-            yield (
-                f"data.{field}={value} has {len(value)} values; needed: 1, or one for each of "
-                f"model.channels={config.model.channels}, or () to measure them"
-            )
-    if bool(config.data.mean) != bool(config.data.std):
-        yield f"data.mean={config.data.mean} and data.std={config.data.std}: both are () to be measured, or neither"
-    if not all(math.isfinite(v) for v in config.data.mean):
-        yield f"data.mean={config.data.mean} must be finite"
-    if not all(0 < v < math.inf for v in config.data.std):
-        yield f"data.std={config.data.std} must be above 0"
 
 
 def _run_faults(config: ConfigDict) -> Iterator[str]:
     if config.global_batch_size > 0 and config.accum_steps > 0 and config.global_batch_size % config.accum_steps:
         yield (
             f"accum_steps={config.accum_steps} does not divide global_batch_size={config.global_batch_size}; "
-            f"nearest that does: {_nearest_divisor(config.global_batch_size, config.accum_steps)}"
+            f"nearest that does: {nearest_divisor(config.global_batch_size, config.accum_steps)}"
         )
     if not 0 < config.total_epochs < math.inf:
         yield f"total_epochs={config.total_epochs} must be above 0, also with total_steps: the warm-up is a part of it"
@@ -431,13 +183,9 @@ def _augment_faults(config: ConfigDict) -> Iterator[str]:
     if data.repeats > 0 and batch > 0 and batch % data.repeats:
         yield (
             f"data.repeats={data.repeats} does not divide global_batch_size={batch}; nearest that does: "
-            f"{_nearest_divisor(batch, data.repeats)}; or "
+            f"{nearest_divisor(batch, data.repeats)}; or "
             f"global_batch_size={max(data.repeats, round(batch / data.repeats) * data.repeats)}"
         )
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda divisor: abs(divisor - wanted))
 
 
 def parse_steps(steps: str) -> range:
