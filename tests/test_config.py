@@ -284,6 +284,16 @@ def test_choices(field):
             {"model__masking": "grid", "model__mask_ratio": 0.6},
             "model.masking 'grid' cannot remove model.mask_ratio=0.6 of a 8x8 patch grid; ratios it can give: 0.015625",
         ),
+        (
+            {"model__mask_block": 3},
+            "model.mask_block=3 does not divide the grid of 8x8 patches; choose 1 or 2 or 4",
+        ),
+        ({"model__mask_block": 8}, "model.mask_block=8 is the whole image"),
+        (
+            {"model__mask_block": 4, "model__mask_ratio": 0.9},
+            "keeps 0 of 64 patches; at least one must be kept and one removed: choose 0.25 to 0.75, or a smaller "
+            "model.mask_block than 4",
+        ),
         ({"model__masking": "user"}, "model.mask_file '' cannot be read as a .npy array"),
         ({"accum_steps": 3}, "accum_steps=3 does not divide global_batch_size=256"),
         ({"total_epochs": 0.0, "optim__warmup_epochs": 0.0}, "total_epochs=0.0 must be above 0"),

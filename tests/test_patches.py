@@ -209,6 +209,22 @@ def test_block_masks_are_blocky(ratio):
     assert block > random + 0.4 * (ceiling - random)
 
 
+@pytest.mark.parametrize("strategy", ["random", "grid", "block"])
+@pytest.mark.parametrize("side", [1, 2, 4, 8])
+def test_squares_are_kept_or_removed_as_one(strategy, side):
+    """On the grid of the squares it is the strategy's own mask, and every count is exact."""
+    grid = (8, 16)
+    options = {"strategy": strategy, "mask_ratio": 0.5}
+    ids, kept = masking.draw_ids_shuffle(KEYS, grid=grid, mask_block=side, **options)
+    assert kept == masking.count_kept(grid=grid, mask_block=side, **options) == 64
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.broadcast_to(np.arange(128), ids.shape))
+    drawn = np.asarray(masking.mask_from_ids(masking.restore_ids(ids), kept)).reshape(-1, *grid)
+    coarse, count = masking.draw_ids_shuffle(KEYS, grid=(8 // side, 16 // side), **options)
+    expected = np.asarray(masking.mask_from_ids(masking.restore_ids(coarse), count))
+    expected = expected.reshape(-1, 8 // side, 16 // side).repeat(side, axis=1).repeat(side, axis=2)
+    np.testing.assert_array_equal(drawn, expected)
+
+
 def test_user_mask_file(tmp_path: Path):
     """Both shapes are read; anything else says what it is and what is needed."""
     path = str(tmp_path / "mask.npy")

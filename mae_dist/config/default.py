@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     config.model.mask_ratio = 0.75  # fraction of patches removed; int(patches * (1 - mask_ratio)) are kept
     config.model.masking = "random"  # random (per example) | grid (regular) | block (rectangles) | user (mask_file)
     config.model.mask_file = ""  # for user: .npy (rows, columns) of patches, 1 = removed; replaces mask_ratio
+    config.model.mask_block = 1  # patches a side of the squares that are kept or removed as one; divides the grid
     config.model.cls_token = "learned"  # learned | zero | none
     config.model.mask_token = "learned"  # learned | zero
     config.model.pos_embed = "sincos2d"  # sincos2d (the paper's) | sincos1d (the report's) | learned

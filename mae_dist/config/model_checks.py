@@ -55,7 +55,8 @@ def model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
 def _mask_faults(model: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
     """Checks how many patches are kept; raises the strategy's own `ConfigError`."""
     length = grid[0] * grid[1]
-    kept = masking.count_kept(strategy=model.masking, grid=grid, mask_ratio=model.mask_ratio, mask_file=model.mask_file)
+    fields = {name: model[name] for name in ("mask_ratio", "mask_file", "mask_block")}
+    kept = masking.count_kept(strategy=model.masking, grid=grid, **fields)
     if length == 1:
         yield (
             f"model.patch_size={model.patch_size} leaves one patch of model.image_size={model.image_size}, "
@@ -64,10 +65,15 @@ def _mask_faults(model: ConfigDict, grid: tuple[int, int]) -> Iterator[str]:
     elif 0 < kept < length:
         yield from _predict_faults(model, length - kept)
     elif masking.STRATEGIES.get(model.masking).count is masking.count_by_ratio:
-        lowest, highest = math.ceil(1e4 / length) / 1e4, math.floor(1e4 - 1e4 / length) / 1e4
+        squares = length // model.mask_block**2
+        lowest, highest = math.ceil(1e4 / squares) / 1e4, math.floor(1e4 - 1e4 / squares) / 1e4
+        smaller = f", or a smaller model.mask_block than {model.mask_block}" if model.mask_block > 1 else ""
+        if squares == 1:
+            yield f"model.mask_block={model.mask_block} is the whole image; choose a smaller one, 1 for single patches"
+            return
         yield (
             f"model.mask_ratio={model.mask_ratio} keeps {kept} of {length} patches; at least one "
-            f"must be kept and one removed: choose {lowest:g} to {highest:g}"
+            f"must be kept and one removed: choose {lowest:g} to {highest:g}{smaller}"
         )
     else:
         yield (

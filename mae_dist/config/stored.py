@@ -116,4 +116,4 @@ def differences(old: Any, new: Any, ignore: Sequence[str] = FREE) -> list[str]:
 
 
 # Fields that only a pretraining uses; trainings that follow inherit them.
-MASKING = ("model.masking", "model.mask_ratio", "model.mask_file")
+MASKING = ("model.masking", "model.mask_ratio", "model.mask_file", "model.mask_block")

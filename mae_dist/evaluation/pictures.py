@@ -73,7 +73,8 @@ def names_of(dataset: Dataset, columns: Columns) -> list[str]:
 def title(config: ConfigDict, step: int) -> str:
     """Returns what reconstructions are of."""
     model, note = config.model, note_on_moments(config)
-    text = f"{config.name}, step {step}: {model.masking} masking, ratio {model.mask_ratio:g}"
+    squares = f" of {model.mask_block}x{model.mask_block} patches" if model.mask_block > 1 else ""
+    text = f"{config.name}, step {step}: {model.masking} masking{squares}, ratio {model.mask_ratio:g}"
     return f"{text}\n{note}" if note else text
 
 

@@ -44,6 +44,7 @@ class MaskedAutoencoder(nnx.Module):
         mask_ratio: float,
         masking: str,
         mask_file: str,
+        mask_block: int,
         cls_token: str,
         mask_token: str,
         drop_path: float,
@@ -53,7 +54,12 @@ class MaskedAutoencoder(nnx.Module):
     ):
         self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
         self.grid = patches.grid_size(image_size, patch_size)
-        self.mask_ratio, self.masking, self.mask_file = mask_ratio, masking, mask_file
+        self.masking: dict[str, Any] = {
+            "strategy": masking,
+            "mask_ratio": mask_ratio,
+            "mask_file": mask_file,
+            "mask_block": mask_block,
+        }
         self.predict_ratio, self.fuse_blocks = predict_ratio, fuse_blocks
         shared["grid"], shared["dtype"] = self.grid, jnp.dtype(dtype)
         shared["patch_dim"] = patch_size[0] * patch_size[1] * channels
@@ -87,9 +93,7 @@ class MaskedAutoencoder(nnx.Module):
 
     def draw_ids_shuffle(self, keys: Key[Array, "B"]) -> tuple[Int[Array, "B L"], int]:
         """Draws one mask per example with the configured strategy; returns ids_shuffle and K."""
-        return model_masking.draw_ids_shuffle(
-            keys, strategy=self.masking, grid=self.grid, mask_ratio=self.mask_ratio, mask_file=self.mask_file
-        )
+        return model_masking.draw_ids_shuffle(keys, grid=self.grid, **self.masking)
 
     def __call__(
         self,

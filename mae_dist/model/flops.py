@@ -129,6 +129,7 @@ def count_kept_patches(config: ConfigDict) -> int:
         grid=patches.grid_size(model.image_size, model.patch_size),
         mask_ratio=model.mask_ratio,
         mask_file=model.mask_file,
+        mask_block=model.mask_block,
     )
 
 

@@ -1,7 +1,7 @@
 """Masking strategies: they choose the patches of an image that the encoder sees.
 
-Shapes: B batch, L patches, K kept patches, (gh, gw) grid. A `mask` is 0 where a patch is kept and 1 where it is removed
-(He et al. 2021, section 3).
+Shapes: B batch, L patches, K kept patches, (gh, gw) grid, g patches a side of a square of `mask_block`. A `mask` is 0
+where a patch is kept and 1 where it is removed (He et al. 2021, section 3).
 
 A strategy is one function, in this file or in a module of your own that `config.imports` names:
 
@@ -176,8 +176,33 @@ def _user(key: Key[Array, ""], grid: tuple[int, int], num_keep: int, *, mask_fil
     return _ids_of(load_user_mask(mask_file, grid))
 
 
+def _coarse(grid: tuple[int, int], mask_block: int) -> tuple[int, int]:
+    """Returns the grid of squares of `mask_block` patches a side; `ConfigError` if they do not tile `grid`."""
+    if mask_block < 1 or any(side % mask_block for side in grid):
+        fitting = [g for g in range(1, min(grid) + 1) if not any(side % g for side in grid)]
+        raise ConfigError(
+            f"model.mask_block={mask_block} does not divide the grid of {grid[0]}x{grid[1]} patches; choose "
+            f"{' or '.join(map(str, fitting))}"
+        )
+    return grid[0] // mask_block, grid[1] // mask_block
+
+
+def _refine(ids_shuffle: Int[Array, "B squares"], grid: tuple[int, int], mask_block: int) -> Int[Array, "B L"]:
+    """Replaces each square of a coarse mask by its g * g patches of `grid`."""
+    gh, gw = grid
+    numbers = np.arange(gh * gw, dtype=np.int32).reshape(gh // mask_block, mask_block, gw // mask_block, mask_block)
+    patches_of = numbers.transpose(0, 2, 1, 3).reshape(-1, mask_block**2)  # (squares, g * g)
+    return jnp.asarray(patches_of)[ids_shuffle].reshape(len(ids_shuffle), -1)
+
+
 def draw_ids_shuffle(
-    keys: Key[Array, "B"], *, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_file: str = ""
+    keys: Key[Array, "B"],
+    *,
+    strategy: str,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    mask_file: str = "",
+    mask_block: int = 1,
 ) -> tuple[Int[Array, "B L"], int]:
     """Draws one mask per example.
 
@@ -187,6 +212,7 @@ def draw_ids_shuffle(
       grid: (gh, gw).
       mask_ratio: fraction of patches to remove.
       mask_file: for `user`.
+      mask_block: patches a side of the squares that are kept or removed as one; the strategy masks the grid of these.
 
     Returns:
       `ids_shuffle` (B, L) int32, patch indices with the kept ones first, and K, how many are kept.
@@ -195,6 +221,7 @@ def draw_ids_shuffle(
       ConfigError: the strategy is unknown, does not support the arguments, or returns anything but (L,) integers.
     """
     fields = {"mask_ratio": mask_ratio, "mask_file": mask_file}
+    whole, grid = grid, _coarse(grid, mask_block)
     kept = count_kept(strategy=strategy, grid=grid, mask_ratio=mask_ratio, mask_file=mask_file)
     draw, what = STRATEGIES.get(strategy).draw, f"the function of model.masking={strategy!r}"
     asked = named_arguments(draw, fields, what)
@@ -204,14 +231,20 @@ def draw_ids_shuffle(
             f"{what} returns {ids_shuffle.dtype} of shape {ids_shuffle.shape[1:]}; needed: ids_shuffle, integers of "
             f"shape ({grid[0] * grid[1]},), the {kept} patches that are kept first"
         )
-    return ids_shuffle.astype(jnp.int32), kept
+    ids_shuffle = ids_shuffle.astype(jnp.int32)
+    if mask_block > 1:
+        ids_shuffle = _refine(ids_shuffle, whole, mask_block)
+    return ids_shuffle, kept * mask_block**2
 
 
-def count_kept(*, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_file: str = "") -> int:
+def count_kept(
+    *, strategy: str, grid: tuple[int, int], mask_ratio: float, mask_file: str = "", mask_block: int = 1
+) -> int:
     """Returns K, the number of patches that `draw_ids_shuffle` keeps; same arguments and errors."""
     count = STRATEGIES.get(strategy).count
     fields = {"mask_ratio": mask_ratio, "mask_file": mask_file}
-    return count(grid, **named_arguments(count, fields, f"the count of model.masking={strategy!r}"))
+    asked = named_arguments(count, fields, f"the count of model.masking={strategy!r}")
+    return count(_coarse(grid, mask_block), **asked) * mask_block**2
 
 
 def count_predicted(num_removed: int, predict_ratio: float) -> int:

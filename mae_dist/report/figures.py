@@ -138,7 +138,9 @@ def against_masking(groups: Sequence[Group], metric: str) -> list[Plot]:
         masking = one.shown.masking
         assert masking is not None
         name = f"{names[one.family]}, " if names[one.family] else ""
-        points[name, f"{masking.strategy} {masking.file}".strip(), masking.ratio] = one.values(metric)
+        squares = f"{masking.block}x{masking.block}" if masking.block > 1 else ""
+        drawn = " ".join(part for part in (masking.strategy, squares, masking.file) if part)
+        points[name, drawn, masking.ratio] = one.values(metric)
     points = dict(sorted(points.items()))
     strategies = sorted({strategy for _, strategy, _ in points})
     by_ratio, by_strategy, ends = {}, {}, []

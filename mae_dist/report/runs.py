@@ -31,6 +31,7 @@ class Masking:
     strategy: str
     ratio: float
     file: str = ""
+    block: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,4 +235,5 @@ def _masking(run: Run) -> Masking | None:
 
 def _masking_of(model: Any) -> Masking:
     strategy = str(model.get("masking", "random"))
-    return Masking(strategy, float(model["mask_ratio"]), str(model["mask_file"]) if strategy == "user" else "")
+    file = str(model["mask_file"]) if strategy == "user" else ""
+    return Masking(strategy, float(model["mask_ratio"]), file, int(model.get("mask_block", 1)))
