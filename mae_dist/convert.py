@@ -1,8 +1,9 @@
-"""Converts trained weights to another layout: `python -m mae_dist.convert --source S --out O --to hf|timm|mae_dist`.
+"""Converts trained weights to another layout: `python -m mae_dist.convert --source S --out O --to hf`.
 
-S is the workdir of a run, a directory in Hugging Face's layout (ViTMAE, or ViT for a classifier), a `.pth` or
+S is the workdir of a run, a directory in Hugging Face's layout (ViTMAE, Pixio, or ViT for a classifier), a `.pth` or
 `.safetensors` file in timm's, which the paper's own code extends by a decoder, or one of these on the Hugging Face hub,
-as `hf://OWNER/NAME`. O is written completely or not at all. hf writes a model card too, O/README.md.
+as `hf://OWNER/NAME`. Layouts are hf, pixio, timm and mae_dist. O is written completely or not at all; hf and pixio
+write a model card too, O/README.md.
 """
 
 from collections.abc import Sequence
@@ -14,14 +15,14 @@ from mae_dist import cli, errors
 from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import last_values, read_summary
 from mae_dist.parallel import processes
-from mae_dist.weights import layouts, pretrained
-from mae_dist.weights.convert import convert_weights
+from mae_dist.weights import pretrained
+from mae_dist.weights.convert import LAYOUTS, convert_weights
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "Workdir, Hugging Face directory, file in timm's layout, or hf://OWNER/NAME."
 )
-_OUT = flags.DEFINE_string("out", None, "A directory for hf and mae_dist, a file for timm.", allow_override=True)
-_TO = flags.DEFINE_enum("to", None, [*layouts.LAYOUTS, "mae_dist"], "The layout to write.")
+_OUT = flags.DEFINE_string("out", None, "A directory, for timm a file.", allow_override=True)
+_TO = flags.DEFINE_enum("to", None, LAYOUTS, "The layout to write.")
 _IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Height,width to interpolate positions for.")
 _CHANNELS = flags.DEFINE_integer("channels", None, "Adapt the patch embedding to this number of channels.")
 _ENCODER_ONLY = flags.DEFINE_bool("encoder_only", False, "Leave out the decoder or the head.")
@@ -34,7 +35,8 @@ def convert(argv: Sequence[str]) -> int:
     path, to = cli.required(_SOURCE), cli.required(_TO)
     out = cli.new_local_path(cli.required(_OUT))
     source = pretrained.open_source(path, cli.given_config())
-    summary = _summary_of(source) if to == "hf" else None
+    has_card = to in ("hf", "pixio")
+    summary = _summary_of(source) if has_card else None
     groups, count = convert_weights(
         source,
         out,
@@ -44,7 +46,7 @@ def convert(argv: Sequence[str]) -> int:
         encoder_only=_ENCODER_ONLY.value,
         summary=summary,
     )
-    if to == "hf":
+    if has_card:
         logging.info(
             "%s is the model card; state the licence of the weights there before you publish them", out / "README.md"
         )

@@ -20,7 +20,7 @@ from etils import epath
 
 from mae_dist import cli, errors
 from mae_dist.evaluation.encode import KINDS, make_encode, needed_shapes, scale
-from mae_dist.model import patches
+from mae_dist.model import layers, patches
 from mae_dist.model.autoencoder import MaskedAutoencoder
 from mae_dist.model.build import functional
 from mae_dist.parallel import processes
@@ -72,7 +72,7 @@ def make_function(
     shapes = needed_shapes(source) if what == "encoder" else source.abstract
     params = source.load_here(shapes)
     if what == "encoder":
-        kinds = [kind for kind in KINDS if kind != "cls" or model.cls_token != "none"]
+        kinds = [kind for kind in KINDS if kind != "cls" or layers.count_cls_tokens(model.cls_token, model.cls_tokens)]
         encode = make_encode(config, kinds)
         return lambda x: encode(params, x), {"images": images}
     rows, columns = patches.grid_size(model.image_size, model.patch_size)

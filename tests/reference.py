@@ -172,13 +172,14 @@ def autoencoder(params: Params, images: np.ndarray, ids_shuffle: np.ndarray, kep
     target = cut(images, options.patch_size)
     batch, length, _ = target.shape
     grid = images.shape[1] // options.patch_size[0], images.shape[2] // options.patch_size[1]
-    has_cls = options.cls_token != "none"
+    num_cls = 0
 
     tokens = _linear(target, encoder["patch_embed"])  # all of them; the removed are thrown away below
     tokens = tokens + _positions(encoder, options.pos_embed, grid, tokens.shape[-1])
     tokens = np.stack([tokens[b, ids_shuffle[b, :kept]] for b in range(batch)])  # (B, K, D)
-    if has_cls:
+    if options.cls_token != "none":
         cls = encoder.get("cls_token", np.zeros((1, 1, tokens.shape[-1])))
+        num_cls = cls.shape[1]
         tokens = np.concatenate([np.repeat(cls, batch, axis=0), tokens], axis=1)
     latent = _transformer(tokens, encoder, options.gelu)
 
@@ -198,11 +199,10 @@ def autoencoder(params: Params, images: np.ndarray, ids_shuffle: np.ndarray, kep
         for b in range(batch):
             full[b] = removed
             for place, patch in enumerate(ids_shuffle[b, :kept]):
-                full[b, patch] = embedded[b, int(has_cls) + place]
+                full[b, patch] = embedded[b, num_cls + place]
         full = full + positions
-        if has_cls:
-            full = np.concatenate([embedded[:, :1], full], axis=1)
-        decoded = _transformer(full, decoder, options.gelu)[:, int(has_cls) :]
+        full = np.concatenate([embedded[:, :num_cls], full], axis=1)
+        decoded = _transformer(full, decoder, options.gelu)[:, num_cls:]
     pred = _linear(decoded, decoder["pred"])
 
     if options.norm_pix_loss:

@@ -288,6 +288,14 @@ def test_choices(field):
             {"model__mask_block": 3},
             "model.mask_block=3 does not divide the grid of 8x8 patches; choose 1 or 2 or 4",
         ),
+        (
+            {"model__cls_token": "zero", "model__cls_tokens": 4},
+            "model.cls_tokens=4 and model.cls_token='zero': several differ only if they are learned",
+        ),
+        (
+            {"task": "finetune", "classify__pool": "cls", "model__cls_tokens": 0},
+            "classify.pool='cls' needs a class token and model.cls_tokens=0; use classify.pool='gap'",
+        ),
         ({"model__mask_block": 8}, "model.mask_block=8 is the whole image"),
         (
             {"model__mask_block": 4, "model__mask_ratio": 0.9},

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mae_dist.errors import ConfigError
 from mae_dist.model import heads
-from mae_dist.weights import convert, pretrained
+from mae_dist.weights import adapt, convert, pretrained
 from tests import reference
 from tests.trained import in_memory, save
 
@@ -80,7 +80,7 @@ def test_channels(old, new, shared):
     before = as_seen_before(images, old)
     tokens, pixels = tokens_of(config, params, before), predicted(config, params, before)
     with config.unlocked():
-        adapted = convert.adapt_channels(params, config, new)
+        adapted = adapt.adapt_channels(params, config, new)
     assert config.model.channels == new
     assert {len(config.data.mean), len(config.data.std)} == ({1} if shared or old == 1 else {new})
     np.testing.assert_allclose(tokens_of(config, adapted, images), tokens, rtol=1e-12, atol=1e-12)
@@ -95,13 +95,13 @@ def test_channels(old, new, shared):
 def test_channels_that_cannot_be():
     source = trained(3)
     with source.config.unlocked(), pytest.raises(ConfigError, match=r"--channels=2 from 3"):
-        convert.adapt_channels(source.load_whole(), source.config, 2)
+        adapt.adapt_channels(source.load_whole(), source.config, 2)
 
 
 def test_normalised_predictions_are_said_to_be_inexact(caplog):
     source = trained(3, pretrain__norm_pix_loss=True)
     with source.config.unlocked():
-        convert.adapt_channels(source.load_whole(), source.config, 1)
+        adapt.adapt_channels(source.load_whole(), source.config, 1)
     assert "near the old ones, not equal" in caplog.text
 
 

@@ -25,7 +25,7 @@ from mae_dist.model import build as model_build
 from mae_dist.model import masking, positions
 from mae_dist.model.hooks import PLAIN
 from mae_dist.tasks import losses
-from mae_dist.weights import convert, files, foreign, layouts, pretrained
+from mae_dist.weights import adapt, convert, files, foreign, layouts, pretrained
 from mae_dist.weights.compatible import check_fits
 from tests import QUICK
 from tests.runs import run, smoke_config
@@ -218,6 +218,7 @@ def test_what_a_layout_cannot_express(tmp_path):
     """By name, with the cure, and nothing is written."""
     for overrides, words in (
         ({"model__cls_token": "none"}, "no class token"),
+        ({"model__cls_tokens": 4}, "there are 4 class tokens (model.cls_tokens), which only the pixio layout has"),
         ({"model__image_size": (8, 16)}, "not square"),
         ({"model__decoder": "cross"}, "its decoder is another (model.decoder='cross'), which has no counterpart"),
         ({"task": "finetune", "classify__norm_after_pool": True}, "head/norm/scale has no counterpart"),
@@ -328,7 +329,7 @@ def test_positions_at_another_size(pos_embed):
         for group, dim in (("encoder", 24), ("decoder", 16))
     }
     with config.unlocked():
-        resized = convert.resize_positions(params, config, (32, 8))
+        resized = adapt.resize_positions(params, config, (32, 8))
     assert config.model.pos_embed == "learned"
     assert config.model.image_size == (32, 8)
     for group, table in old.items():
@@ -346,7 +347,7 @@ def test_same_grid_keeps_positions(tmp_path):
     config = config_of()
     params = random_params(config)
     with config.unlocked():
-        assert convert.resize_positions(params, config, (16, 16)) is params
+        assert adapt.resize_positions(params, config, (16, 16)) is params
     assert config.model.pos_embed == "sincos2d"
 
 
@@ -371,7 +372,7 @@ def test_channels(old, new):
 
     before = predict(config, params)
     with config.unlocked():
-        adapted = convert.adapt_channels(params, config, new)
+        adapted = adapt.adapt_channels(params, config, new)
     assert config.model.channels == new
     np.testing.assert_allclose(predict(config, adapted), before, atol=1e-5)
 

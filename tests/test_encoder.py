@@ -36,6 +36,7 @@ CASES = {
             "data__std": (0.3,),
         },
     ),
+    "three class tokens": (("cls", "mean", "patches"), {"model__depth": 1, "model__cls_tokens": 3}),
     "rgba, LayerScale, no class token": (
         ("mean", "patches"),
         {
@@ -61,14 +62,15 @@ def draw(source, count=3):
 
 
 def reference_tokens(source, images, num_blocks=None):
-    """(class token (B, D) if there is one, patches (B, gh, gw, D)), computed in float64."""
+    """(mean of the class tokens (B, D) if there is one, patches (B, gh, gw, D)), computed in float64."""
     model, data = source.config.model, source.config.data
     options = reference.Options(model.patch_size, model.cls_token, model.pos_embed, model.gelu, norm_pix_loss=False)
     params = reference.float64(source.load_whole())
     tokens = reference.encode(params, (images / 255 - np.array(data.mean)) / np.array(data.std), options, num_blocks)
-    cls = tokens[:, 0] if model.cls_token != "none" else None
+    num_cls = model.cls_tokens if model.cls_token != "none" else 0
+    cls = tokens[:, :num_cls].mean(1) if num_cls else None
     grid = [size // patch for size, patch in zip(model.image_size, model.patch_size, strict=True)]
-    return cls, tokens[:, int(cls is not None) :].reshape(len(images), *grid, -1)
+    return cls, tokens[:, num_cls:].reshape(len(images), *grid, -1)
 
 
 def assert_close(found, wanted, tolerance=2e-5):

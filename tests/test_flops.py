@@ -82,7 +82,8 @@ def test_cross_decoder_is_counted_to_the_last_matmul(fuse_blocks, cls_token, pre
     """The model's own program is traced."""
     decoder = {"model__decoder_embed_dim": 32, "model__decoder_depth": 2, "model__decoder_mlp_ratio": 3.0}
     cross = {"model__decoder": "cross", "model__fuse_blocks": fuse_blocks, "model__predict_ratio": predict_ratio}
-    config = smoke_config(**SMALL, **decoder, **cross, model__cls_token=cls_token)
+    tokens = {"model__cls_token": cls_token, "model__cls_tokens": 3 if cls_token == "learned" else 1}
+    config = smoke_config(**SMALL, **decoder, **cross, **tokens)
     model = functional(functools.partial(make_model, config, 0, PLAIN))
 
     def forward(params, images, keys):

@@ -393,7 +393,7 @@ def test_card_says_only_what_is_known(model, tmp_path):
     for name, wanted in {"cifar10": ["uoft-cs/cifar10"], "theirs/`own`": None}.items():
         config = smoke_config(**MODEL, data__source="tfds", data__name=name, data__data_dir=str(tmp_path))
         path = tmp_path / "README.md"
-        path.write_text(model_card.make(source, config, config, groups, "n", {}))
+        path.write_text(model_card.make(source, config, config, groups, "n", {}, "ViTMAEModel"))
         card, head = card_of(tmp_path)
         assert head.get("datasets") == wanted
         assert str(tmp_path) not in card

@@ -24,7 +24,7 @@ from mae_dist.data import ArrayDataset
 from mae_dist.data.from_config import Data
 from mae_dist.model import build as model_build
 from mae_dist.training import job
-from mae_dist.weights import convert, pretrained
+from mae_dist.weights import adapt, convert, pretrained
 from tests import NO_PARITY, QUICK
 from tests.trained import save
 
@@ -201,7 +201,7 @@ def check_loaded(config: ConfigDict, params: Any, written: Any, kind: str) -> No
         copy = config.copy_and_resolve_references().unlock()
         blocks = written["encoder"]["stack"]["blocks"]
         ones = {scale: np.ones_like(blocks[scale]) for scale in ("scale1", "scale2")}
-        written = convert.fold_layer_scale({group: written[group] for group in written if group != "head"}, copy)
+        written = adapt.fold_layer_scale({group: written[group] for group in written if group != "head"}, copy)
         for group in written:
             written[group]["stack"]["blocks"] |= ones
     has_decoder = config.task == "pretrain" and "encoder" not in kind and kind not in ("mae_dist", "hf_classifier")

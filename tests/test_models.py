@@ -43,7 +43,9 @@ BASE: dict[str, Any] = {
     "mask_ratio": 0.75,
     "masking": "random",
     "mask_file": "",
+    "mask_block": 1,
     "cls_token": "learned",
+    "cls_tokens": 1,
     "mask_token": "learned",
     "pos_embed": "sincos2d",
     "layer_scale_init": 0.0,
@@ -76,7 +78,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {  # changes to BASE, norm_pi
         {"cls_token": "none", "pos_embed": "learned", "qkv_bias": False, "masking": "grid", "mask_ratio": 0.5},
         True,
     ),
-    "cross": ({"decoder": "cross", "decoder_depth": 2}, True),
+    "four class tokens, squares": ({"cls_tokens": 4, "mask_block": 2}, True),
+    "cross": ({"decoder": "cross", "decoder_depth": 2, "cls_tokens": 3}, True),
     "cross, no cls, grid": (
         {
             **{"decoder": "cross", "cls_token": "none", "mask_token": "zero", "pos_embed": "learned"},

@@ -13,6 +13,7 @@ from mae_dist.config.imports import import_modules
 from mae_dist.config.model_checks import model_faults, scaling_faults
 from mae_dist.data import randaugment
 from mae_dist.errors import ConfigError, nearest, nearest_divisor
+from mae_dist.model import layers
 from mae_dist.task_kinds import TASK_KINDS, kind_of
 from mae_dist.trackers import faults as tracker_faults
 
@@ -104,8 +105,10 @@ def _run_faults(config: ConfigDict) -> Iterator[str]:
     if not kind.trains_encoder and not config.init_from:
         yield f"task={config.task!r} needs init_from=<workdir of a pretraining>; for random weights use task='finetune'"
     pools = not kind.has_decoder or config.online.every_epochs or config.online.every_steps
-    if pools and config.classify.pool == "cls" and config.model.cls_token == "none":
-        yield "classify.pool='cls' needs a class token and model.cls_token='none'; use classify.pool='gap'"
+    model = config.model
+    if pools and config.classify.pool == "cls" and not layers.count_cls_tokens(model.cls_token, model.cls_tokens):
+        none = "model.cls_token='none'" if model.cls_token == "none" else f"model.cls_tokens={model.cls_tokens}"
+        yield f"classify.pool='cls' needs a class token and {none}; use classify.pool='gap'"
     if not kind.trains_encoder and config.classify.norm_after_pool:
         yield (
             "classify.norm_after_pool is for task='finetune': a probe keeps the encoder as it is, with its own norm; "

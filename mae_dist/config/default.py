@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
     config.model.mask_file = ""  # for user: .npy (rows, columns) of patches, 1 = removed; replaces mask_ratio
     config.model.mask_block = 1  # patches a side of the squares that are kept or removed as one; divides the grid
     config.model.cls_token = "learned"  # learned | zero | none
+    config.model.cls_tokens = 1  # class tokens before the patches; 0: none, as cls_token="none"
     config.model.mask_token = "learned"  # learned | zero
     config.model.pos_embed = "sincos2d"  # sincos2d (the paper's) | sincos1d (the report's) | learned
     config.model.layer_scale_init = 0.0  # initial value of LayerScale; 0: no LayerScale
@@ -81,7 +82,7 @@ def get_config() -> ConfigDict:
     config.classify = ConfigDict()  # for probe and finetune
     config.classify.head = "linear"  # linear | mlp (one hidden layer)
     config.classify.hidden_dim = 128  # of the mlp head
-    config.classify.pool = "gap"  # gap (mean over patches) | cls (class token); also for online
+    config.classify.pool = "gap"  # gap (mean over patches) | cls (class token, of several the mean); also for online
     config.classify.norm_after_pool = False  # True: a new LayerNorm after pooling instead of the encoder's last
     config.classify.batch_norm = False  # probe: a BatchNorm without scale and bias before the head, as in the paper
     config.classify.label_smoothing = 0.0  # fraction of each target that is spread evenly over all classes

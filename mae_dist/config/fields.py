@@ -78,6 +78,7 @@ NOT_NEGATIVE = (
     "accum_steps",
     "cpu.devices",
     "cpu.pieces",
+    "model.cls_tokens",
     "model.layer_scale_init",
     "classify.mixup",
     "classify.cutmix",

@@ -42,6 +42,11 @@ def model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
             yield from _mask_faults(model, grid)
     except ConfigError as error:
         yield str(error)
+    if model.cls_token != "learned" and model.cls_tokens > 1:
+        yield (
+            f"model.cls_tokens={model.cls_tokens} and model.cls_token={model.cls_token!r}: several differ only if they "
+            "are learned; set model.cls_token='learned', or model.cls_tokens=1"
+        )
     if model.decoder == "full":
         if model.predict_ratio != 1:
             yield (

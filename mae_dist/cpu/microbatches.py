@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_dist.cpu import cores
-from mae_dist.model import flops, patches
+from mae_dist.model import flops, layers, patches
 from mae_dist.parallel.shardings import is_by_cores
 
 
@@ -33,10 +33,11 @@ def num_pieces(
     """
     if not is_by_cores(mesh):
         return 1
-    model, has_cls = config.model, int(config.model.cls_token != "none")
+    model = config.model
+    num_cls = layers.count_cls_tokens(model.cls_token, model.cls_tokens)
     length = math.prod(patches.grid_size(model.image_size, model.patch_size))
     seen = length if num_patches is None else num_patches
-    sizes = [(seen + has_cls, seen + has_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
+    sizes = [(seen + num_cls, seen + num_cls, model.embed_dim, model.num_heads, model.mlp_ratio)]
     if decoder:
         tokens = flops.decoder_tokens(model, num_patches)
         sizes.append((*tokens, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_mlp_ratio))
@@ -47,5 +48,5 @@ def num_pieces(
     return cores.num_pieces(
         images // mesh.size // rows_together,
         largest * rows_together,
-        (seen + has_cls) * rows_together if update else 0,
+        (seen + num_cls) * rows_together if update else 0,
     )

@@ -17,7 +17,7 @@ from mae_dist import platforms
 from mae_dist.cpu.microbatches import num_pieces
 from mae_dist.errors import ConfigError
 from mae_dist.evaluation.eval_step import make_eval_step
-from mae_dist.model import autoencoder
+from mae_dist.model import autoencoder, layers
 from mae_dist.model.build import Params, functional
 from mae_dist.model.flops import forward_flops
 from mae_dist.model.hooks import PLAIN, Hooks
@@ -43,7 +43,7 @@ def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = No
 
     Returns:
       The function. Its images are uint8 in 0..255 or floating-point in 0..1, (B, H, W, C). Its result has float32
-      `mean` (B, D), the mean over patches; `cls` (B, D), the class token; `patches` (B, gh, gw, D).
+      `mean` (B, D), the mean over patches; `cls` (B, D), the mean of the class tokens; `patches` (B, gh, gw, D).
 
     Raises:
       ConfigError: a kind or block that the model does not have.
@@ -51,7 +51,7 @@ def make_encode(config: ConfigDict, kinds: Sequence[str], block: int | None = No
     model = config.model
     for kind in kinds:
         check_kind(kind)
-    if "cls" in kinds and model.cls_token == "none":
+    if "cls" in kinds and not layers.count_cls_tokens(model.cls_token, model.cls_tokens):
         raise ConfigError("'cls' features need a class token and the model has none; choose 'mean' or 'patches'")
     if block is not None and not 0 <= block <= model.depth:
         raise ConfigError(f"block {block}: the encoder has blocks 1 to {model.depth}, and 0 is what enters the first")

@@ -69,7 +69,8 @@ class Encoder:
             trained on such. H, W and C are `image_size` and `channels`; mean and standard deviation of the training
             are applied here. Or a list of paths of image files, as from `mae_dist.find_images`, of any size and format
             that `data.source="folder"` reads; a batch of them is in memory at a time.
-          kind: `mean` over the patches, `cls` for the class token, `patches` for one vector per patch.
+          kind: `mean` over the patches, `cls` for the class token (of several the mean), `patches` for one vector per
+            patch.
           block: of which block's output, from 1, before any norm; 0 is what enters the first; None is the output of the
             last one, normalised.
           batch_size: images computed at once.

@@ -1,7 +1,7 @@
 """The masked autoencoder (He et al. 2021): encoder on kept patches, a decoder that predicts the removed ones.
 
-Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (K or L, plus one with a class
-token), D encoder width.
+Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (class tokens, then K or L), D
+encoder width.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from mae_dist.model.cross_decoder import CrossDecoder
 from mae_dist.model.decoder import Decoder
 from mae_dist.model.encoder import Encoder
 from mae_dist.model.functional import fold_in
+from mae_dist.model.layers import count_cls_tokens
 
 
 class MaskedAutoencoder(nnx.Module):
@@ -46,6 +47,7 @@ class MaskedAutoencoder(nnx.Module):
         mask_file: str,
         mask_block: int,
         cls_token: str,
+        cls_tokens: int,
         mask_token: str,
         drop_path: float,
         dtype: str,
@@ -62,6 +64,7 @@ class MaskedAutoencoder(nnx.Module):
         }
         self.predict_ratio, self.fuse_blocks = predict_ratio, fuse_blocks
         shared["grid"], shared["dtype"] = self.grid, jnp.dtype(dtype)
+        shared["num_cls"] = count_cls_tokens(cls_token, cls_tokens)
         shared["patch_dim"] = patch_size[0] * patch_size[1] * channels
         self.encoder = Encoder(
             patch_size=patch_size,
@@ -81,7 +84,6 @@ class MaskedAutoencoder(nnx.Module):
             "num_heads": decoder_num_heads,
             "mlp_ratio": decoder_mlp_ratio,
             "mask_token": mask_token,
-            "has_cls": cls_token != "none",
             "drop_path": 0.0,
         }
         if decoder == "cross":

@@ -3,7 +3,7 @@
 A query is the mask token plus a removed patch's position. Each block is cross-attention to the encoder's tokens, then
 an MLP. Queries do not see each other, so any of them may be left out without a change of the others.
 
-Shapes: B batch, L patches, K kept patches, Q queries, N tokens of the encoder (K, plus one with a class token), D
+Shapes: B batch, L patches, K kept patches, Q queries, N tokens of the encoder (class tokens, then K), D
 encoder width, E decoder width, H heads, hd = E / H, P values of one patch, S outputs of the encoder.
 """
 
@@ -77,7 +77,7 @@ class CrossDecoder(nnx.Module):
         num_inputs: int,
         embed_dim: int,
         depth: int,
-        has_cls: bool,
+        num_cls: int,
         mask_token: str,
         pos_embed: str,
         norm_eps: float,
@@ -101,7 +101,7 @@ class CrossDecoder(nnx.Module):
         )
         self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs)
         self.pred = nnx.Linear(embed_dim, patch_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
-        self.embed_dim, self.has_cls, self.dtype, self.hooks = embed_dim, has_cls, dtype, hooks
+        self.embed_dim, self.num_cls, self.dtype, self.hooks = embed_dim, num_cls, dtype, hooks
 
     def __call__(
         self, latent: Float[Array, "*S B N D"], ids_restore: Int[Array, "B L"], keys: Key[Array, "B"] | None
@@ -115,7 +115,7 @@ class CrossDecoder(nnx.Module):
         self, latent: Float[Array, "*S B N D"], ids_shuffle: Int[Array, "B _"], keys: Key[Array, "B"] | None
     ) -> Float[Array, "B Q P"]:
         """Predicts the patches of `ids_shuffle` (B, K + Q) after the kept ones, in its order, float32."""
-        kept = latent.shape[-2] - int(self.has_cls)
+        kept = latent.shape[-2] - self.num_cls
         return self._predict(latent, self.positions(self.dtype)[0][ids_shuffle[:, kept:]], keys)
 
     def _predict(

@@ -1,7 +1,7 @@
 """The decoder of He et al. 2021: self-attention over encoded patches and mask tokens.
 
-Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (K or L, plus one with a class
-token), D encoder width, E decoder width.
+Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (class tokens, then
+K or L), D encoder width, E decoder width.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class Decoder(nnx.Module):
         in_dim: int,
         embed_dim: int,
         depth: int,
-        has_cls: bool,
+        num_cls: int,
         mask_token: str,
         pos_embed: str,
         norm_eps: float,
@@ -43,7 +43,7 @@ class Decoder(nnx.Module):
         self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, hooks=hooks, rngs=rngs, **stack)
         self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs)
         self.pred = nnx.Linear(embed_dim, patch_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
-        self.has_cls, self.dtype, self.hooks = has_cls, dtype, hooks
+        self.num_cls, self.dtype, self.hooks = num_cls, dtype, hooks
 
     def __call__(
         self, latent: Float[Array, "B N D"], ids_restore: Int[Array, "B L"], keys: Key[Array, "B"] | None
@@ -52,7 +52,7 @@ class Decoder(nnx.Module):
         cls, x = self._embed(latent, ids_restore.shape[1])
         x = patches.take_patches(x, ids_restore) + self.positions(self.dtype)  # (B, L, E) in raster order
         x = self.stack(jnp.concatenate([cls, x], axis=1), keys)
-        return self._predict(x[:, int(self.has_cls) :])
+        return self._predict(x[:, self.num_cls :])
 
     def predict_removed(
         self, latent: Float[Array, "B N D"], ids_shuffle: Int[Array, "B L"], keys: Key[Array, "B"] | None
@@ -65,15 +65,15 @@ class Decoder(nnx.Module):
         num_patches = ids_shuffle.shape[1]
         cls, x = self._embed(latent, num_patches)
         x = x + self.positions(self.dtype)[0][ids_shuffle]  # (B, L, E)
-        num_removed = num_patches + int(self.has_cls) - latent.shape[1]
+        num_removed = num_patches + self.num_cls - latent.shape[1]
         return self._predict(self.stack(jnp.concatenate([cls, x], axis=1), keys, num_out=num_removed))
 
     def _embed(
         self, latent: Float[Array, "B N D"], num_patches: int
     ) -> tuple[Float[Array, "B cls E"], Float[Array, "B L E"]]:
-        """Returns the class token, and L tokens of patches: the kept ones, then mask tokens."""
+        """Returns the class tokens, and L tokens of patches: the kept ones, then mask tokens."""
         x = linear(self.embed, latent, affine=self.hooks.affine)  # (B, N, E)
-        cls, x = x[:, : int(self.has_cls)], x[:, int(self.has_cls) :]
+        cls, x = x[:, : self.num_cls], x[:, self.num_cls :]
         b, kept, dim = x.shape
         removed = token_value(self.mask_token, b, num_patches - kept, dim, self.dtype)
         return cls, jnp.concatenate([x, removed], axis=1)

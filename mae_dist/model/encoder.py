@@ -1,7 +1,7 @@
 """The encoder: a vision transformer over all patches of an image, or over the kept ones only.
 
-Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (K or L, plus one with a class
-token), D encoder width.
+Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (class tokens, then K or L), D
+encoder width.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,7 @@ class Encoder(nnx.Module):
         embed_dim: int,
         depth: int,
         cls_token: str,
+        num_cls: int,
         pos_embed: str,
         norm_eps: float,
         dtype: jnp.dtype,
@@ -42,8 +43,8 @@ class Encoder(nnx.Module):
         self.patch_size = patch_size
         self.patch_embed = nnx.Linear(patch_dim, embed_dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
         self.positions = Positions(pos_embed, grid, embed_dim, rngs=rngs)
-        self.has_cls = cls_token != "none"
-        self.cls_token = token(cls_token, embed_dim, rngs)
+        self.num_cls = num_cls
+        self.cls_token = token(cls_token, embed_dim, rngs, num_cls) if num_cls else None
         self.stack = Stack(embed_dim, depth=depth, norm_eps=norm_eps, dtype=dtype, hooks=hooks, rngs=rngs, **stack)
         self.norm = nnx.LayerNorm(embed_dim, epsilon=norm_eps, rngs=rngs) if final_norm else None
         self.dtype, self.dropout, self.hooks = dtype, stack["dropout"], hooks
@@ -67,7 +68,7 @@ class Encoder(nnx.Module):
           every_block: return the embedded patches and the tokens after each block, the last ones after the final norm.
 
         Returns:
-          Tokens (B, N, D), the class token first if there is one; with `every_block` (depth + 1, B, N, D).
+          Tokens (B, N, D), class tokens first; with `every_block` (depth + 1, B, N, D).
         """
         position = self.positions(self.dtype)  # (1, L, D)
         if ids_keep is not None:
@@ -75,9 +76,9 @@ class Encoder(nnx.Module):
             x = patches.take_patches(x, ids_keep)  # (B, K, P)
             position = position[0][ids_keep]  # (B, K, D)
         x = linear(self.patch_embed, x, affine=self.hooks.affine) + position  # (B, K, D)
-        if self.has_cls:
-            cls = token_value(self.cls_token, x.shape[0], 1, x.shape[2], self.dtype)
-            x = jnp.concatenate([cls, x], axis=1)  # (B, 1 + K, D)
+        if self.num_cls:
+            cls = token_value(self.cls_token, x.shape[0], self.num_cls, x.shape[2], self.dtype)
+            x = jnp.concatenate([cls, x], axis=1)  # (B, num_cls + K, D)
         x = dropout(x, self.dropout, fold_in(keys, self.stack.depth))
         if every_block:
             assert self.norm is not None
@@ -98,7 +99,7 @@ class Encoder(nnx.Module):
 
         Args:
           images: scaled pixels.
-          pools: any of `cls` (the class token), `gap` (the mean over patches), `patches` (one vector per patch).
+          pools: any of `cls` (the mean of the class tokens), `gap` (that of the patches), `patches` (one for each).
           keys, num_blocks: as `__call__`.
 
         Returns:
@@ -108,8 +109,8 @@ class Encoder(nnx.Module):
 
         def pool(kind: str) -> jax.Array:
             if kind == "cls":
-                return tokens[:, 0]
-            rest = tokens[:, int(self.has_cls) :]
+                return tokens[:, : self.num_cls].mean(axis=1) if self.num_cls > 1 else tokens[:, 0]
+            rest = tokens[:, self.num_cls :]
             return rest.mean(axis=1) if kind == "gap" else rest.reshape(-1, *self.positions.grid, rest.shape[-1])
 
         return {kind: pool(kind) for kind in pools}

@@ -12,7 +12,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from mae_dist.model import masking, patches
+from mae_dist.model import layers, masking, patches
 from mae_dist.task_kinds import kind_of
 
 
@@ -40,7 +40,7 @@ def encoder_forward_flops(model: ConfigDict, num_patches: int) -> float:
     """Counts the forward FLOPs of the encoder over `num_patches` patches of one image (in pretraining K)."""
     patch_embed = 2 * num_patches * math.prod(model.patch_size) * model.channels * model.embed_dim
     return patch_embed + stack_forward_flops(
-        num_tokens=num_patches + _has_cls(model),
+        num_tokens=num_patches + _count_cls(model),
         embed_dim=model.embed_dim,
         depth=model.depth,
         mlp_ratio=model.mlp_ratio,
@@ -57,11 +57,11 @@ def decoder_tokens(model: ConfigDict, num_kept: int | None) -> tuple[int, int]:
     """
     num_patches = _count_patches(model)
     if model.decoder == "full":
-        return num_patches + _has_cls(model), num_patches + _has_cls(model)
+        return num_patches + _count_cls(model), num_patches + _count_cls(model)
     if num_kept is None:
-        return num_patches, num_patches + _has_cls(model)
+        return num_patches, num_patches + _count_cls(model)
     predicted = masking.count_predicted(num_patches - num_kept, model.predict_ratio)
-    return predicted, num_kept + _has_cls(model)
+    return predicted, num_kept + _count_cls(model)
 
 
 def _cross_decoder_forward_flops(model: ConfigDict, num_kept: int) -> float:
@@ -85,10 +85,10 @@ def _decoder_forward_flops(model: ConfigDict, num_kept: int) -> float:
     if model.decoder == "cross":
         return _cross_decoder_forward_flops(model, num_kept)
     num_patches, width = _count_patches(model), model.decoder_embed_dim
-    embed = 2 * (num_kept + _has_cls(model)) * model.embed_dim * width
+    embed = 2 * (num_kept + _count_cls(model)) * model.embed_dim * width
     pred = 2 * num_patches * width * math.prod(model.patch_size) * model.channels
     blocks = stack_forward_flops(
-        num_tokens=num_patches + _has_cls(model),
+        num_tokens=num_patches + _count_cls(model),
         embed_dim=width,
         depth=model.decoder_depth,
         mlp_ratio=model.decoder_mlp_ratio,
@@ -99,15 +99,15 @@ def _decoder_forward_flops(model: ConfigDict, num_kept: int) -> float:
 def attention_forward_flops(config: ConfigDict, num_kept: int) -> float:
     """Counts the forward FLOPs of scores and weighted values alone, for one image of a training step."""
     model = config.model
-    total = 4.0 * model.depth * (num_kept + _has_cls(model)) ** 2 * model.embed_dim
+    total = 4.0 * model.depth * (num_kept + _count_cls(model)) ** 2 * model.embed_dim
     if kind_of(config).has_decoder:
         queries, keys = decoder_tokens(model, num_kept)
         total += 4 * model.decoder_depth * queries * keys * model.decoder_embed_dim
     return total
 
 
-def _has_cls(model: ConfigDict) -> int:
-    return int(model.cls_token != "none")
+def _count_cls(model: ConfigDict) -> int:
+    return layers.count_cls_tokens(model.cls_token, model.cls_tokens)
 
 
 def _count_patches(model: ConfigDict) -> int:

@@ -27,15 +27,23 @@ xavier = nnx.initializers.xavier_uniform()
 normal02 = nnx.initializers.normal(0.02)
 
 
-def token(kind: str, dim: int, rngs: nnx.Rngs) -> nnx.Param[jax.Array] | None:
-    """Returns a learned token (1, 1, dim) ~ N(0, 0.02), or None for a constant zero."""
-    return nnx.Param(normal02(rngs.params(), (1, 1, dim), jnp.float32)) if kind == "learned" else None
+def count_cls_tokens(cls_token: str, cls_tokens: int) -> int:
+    """Returns how many class tokens a model with these fields of `config.model` has."""
+    return 0 if cls_token == "none" else cls_tokens
+
+
+def token(kind: str, dim: int, rngs: nnx.Rngs, count: int = 1) -> nnx.Param[jax.Array] | None:
+    """Returns learned tokens (1, count, dim) ~ N(0, 0.02), or None for constant zeros."""
+    return nnx.Param(normal02(rngs.params(), (1, count, dim), jnp.float32)) if kind == "learned" else None
 
 
 def token_value(
     param: nnx.Param[jax.Array] | None, batch: Any, count: int, dim: int, dtype: Any
 ) -> Float[Array, "B count dim"]:
-    """Repeats a token `count` times for each of `batch` examples, an int or, in an export, a symbolic dimension."""
+    """Repeats one token `count` times, or the `count` tokens that there are, for each example.
+
+    `batch` is an int or, in an export, a symbolic dimension.
+    """
     value = jnp.zeros((1, 1, dim), dtype) if param is None else param[...].astype(dtype)
     return jnp.broadcast_to(value, (batch, count, dim))
 

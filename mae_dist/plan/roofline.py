@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mae_dist import hardware
-from mae_dist.model import flops
+from mae_dist.model import flops, layers
 from mae_dist.model.parameters import parameter_rows
 from mae_dist.parallel.shardings import param_shardings, state_dimension
 from mae_dist.plan import hlo, topology
@@ -101,7 +101,7 @@ def expected_exchange(built: job.Job, num_slices: int) -> dict[str, Any]:
 def _activations_per_image(built: job.Job) -> int:
     """Returns how many numbers of the model's width the blocks give out for one image."""
     model = built.config.model
-    cls = int(model.cls_token != "none")
+    cls = layers.count_cls_tokens(model.cls_token, model.cls_tokens)
     encoder = model.depth * (built.num_kept + cls) * model.embed_dim
     if not kind_of(built.config).has_decoder:
         return encoder

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from mae_dist import hardware
 from mae_dist.errors import ConfigError
-from mae_dist.model import flops
+from mae_dist.model import flops, layers
 from mae_dist.parallel.shardings import num_batch_shards
 from mae_dist.task_kinds import kind_of
 
@@ -106,9 +106,9 @@ def _memory(device: Any) -> int | None:
 def activation_bytes(config: ConfigDict, num_kept: int, remat: str = "none") -> float:
     """Estimates the bytes that an image's forward pass keeps for the backward pass, and one block recomputes."""
     model = config.model
-    has_cls = int(model.cls_token != "none")
+    num_cls = layers.count_cls_tokens(model.cls_token, model.cls_tokens)
     size = 2 if model.dtype == "bfloat16" else 4
-    stacks = [(num_kept + has_cls, num_kept + has_cls, model.embed_dim, model.num_heads, model.depth)]
+    stacks = [(num_kept + num_cls, num_kept + num_cls, model.embed_dim, model.num_heads, model.depth)]
     if kind_of(config).has_decoder:
         tokens = flops.decoder_tokens(model, num_kept)
         stacks.append((*tokens, model.decoder_embed_dim, model.decoder_num_heads, model.decoder_depth))
@@ -122,5 +122,5 @@ def activation_bytes(config: ConfigDict, num_kept: int, remat: str = "none") -> 
         kept = max(of_block) + sum(depth * per_width * tokens * width for tokens, _, width, _, depth in stacks)
     if kind_of(config).has_decoder and model.decoder == "cross":
         per_token = _PER_KEY * model.decoder_embed_dim + (_PER_FUSED * model.embed_dim if model.fuse_blocks else 0)
-        kept += model.decoder_depth * (num_kept + has_cls) * per_token
+        kept += model.decoder_depth * (num_kept + num_cls) * per_token
     return _SAFETY[remat] * kept * size / 2

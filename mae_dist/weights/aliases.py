@@ -9,17 +9,19 @@ from mae_dist.errors import DataFault
 
 Tensors = dict[str, np.ndarray]
 
-# The names of `transformers` 5 inside a model, and what it writes for a decoder's blocks -> the names of its files
-# since 4, which both versions read.
+# The names of `transformers` 5 inside a model, what it writes for a decoder's blocks, and those of Pixio's files -> the
+# names of its files since 4, which both versions read. Those that begin a name come first.
 _HF_ALIASES = (
-    (r"^vit\.layers\.", "vit.encoder.layer."),
-    (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-    (r"\.attention\.q_proj\.", ".attention.attention.query."),
-    (r"\.attention\.k_proj\.", ".attention.attention.key."),
-    (r"\.attention\.v_proj\.", ".attention.attention.value."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
+    ("vit.layers.", "vit.encoder.layer."),
+    ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
 )
 # What comes before a model's names where a program has wrapped it: whatever stands before its patch embedding.
 _WRAPPED = re.compile(r"((?:.*?\.)??)(?:patch_embed\.proj|(?:vit\.)?embeddings\.patch_embeddings\.projection)\.weight")
@@ -83,10 +85,18 @@ def with_standard_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
         name = original
         if bare and name.partition(".")[0] in ("embeddings", "encoder", "layers", "layernorm", "pooler"):
             name = f"vit.{name}"
-        for pattern, replacement in _HF_ALIASES:
-            name = re.sub(pattern, replacement, name)
+        for alias, standard in _HF_ALIASES:
+            name = name.replace(alias, standard)
         if name in result:
             raise DataFault(f"{original!r} and another tensor are both {name!r}: the file mixes two ways of naming")
         if not name.startswith("vit.pooler."):
             result[name] = tensor
     return result
+
+
+def with_pixio_names(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """Returns an encoder's tensors under the names of Pixio's files; `with_standard_names` undoes it."""
+    names = (name.removeprefix("vit.").replace("layernorm_before", "norm1") for name in tensors)
+    return {
+        name.replace("layernorm_after", "norm2"): tensor for name, tensor in zip(names, tensors.values(), strict=True)
+    }

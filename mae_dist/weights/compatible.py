@@ -10,7 +10,17 @@ from mae_dist import names
 from mae_dist.errors import StorageFault
 
 # The fields that parameters depend on, by group; all must be equal to start from them.
-_SHARED = ("image_size", "channels", "patch_size", "cls_token", "pos_embed", "qkv_bias", "gelu", "norm_eps")
+_SHARED = (
+    "image_size",
+    "channels",
+    "patch_size",
+    "cls_token",
+    "cls_tokens",
+    "pos_embed",
+    "qkv_bias",
+    "gelu",
+    "norm_eps",
+)
 FIELDS = {
     "encoder": (
         *(f"model.{name}" for name in (*_SHARED, "embed_dim", "depth", "num_heads", "mlp_ratio", "layer_scale_init")),

@@ -1,4 +1,4 @@
-"""Converts trained weights: to other layouts, image sizes and channels."""
+"""Converts trained weights to other layouts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist import errors
 from mae_dist.checkpoint import reader
-from mae_dist.model import heads, patches, positions
+from mae_dist.model.layers import count_cls_tokens
 from mae_dist.storage import appearing, check_checkpoints, storage_errors
-from mae_dist.weights import files, hugging_face, layouts, model_card, pretrained
+from mae_dist.weights import adapt, aliases, files, hugging_face, layouts, model_card, pretrained
 
+LAYOUTS = ("hf", "pixio", "timm", "mae_dist")
+_OF_TRANSFORMERS = ("hf", "pixio")
 Params = dict[str, Any]
 
 
@@ -35,11 +37,11 @@ def convert_weights(
     Args:
       source: what to convert; its config is changed.
       out: a local path that does not exist.
-      to: `hf`, `timm` or `mae_dist`.
+      to: one of `LAYOUTS`.
       image_size: (height, width) to interpolate positions for.
       channels: to adapt the matmuls with patches to.
       encoder_only: leave out the decoder or the head.
-      summary: for the model card of `hf`: summary.json of the run, or what is known of it.
+      summary: for the model card of `hf` and `pixio`: summary.json of the run, or what is known of it.
 
     Returns:
       The groups written and how many values they hold.
@@ -58,13 +60,13 @@ def convert_weights(
         if encoder_only:
             params = {"encoder": params["encoder"]}
         if image_size is not None:
-            params = resize_positions(params, config, image_size)
+            params = adapt.resize_positions(params, config, image_size)
         if channels is not None:
-            params = adapt_channels(params, config, channels)
-        if to == "hf":
-            params = fold_layer_scale(params, config)
+            params = adapt.adapt_channels(params, config, channels)
+        if to in _OF_TRANSFORMERS:
+            params = adapt.fold_layer_scale(params, config)
         if to != "mae_dist":
-            params = fold_batch_norm(params, config)
+            params = adapt.fold_batch_norm(params, config)
         config.name = out.stem
     config_lib.validate_model(config, masked="decoder" in params)
     flat: Params = traverse_util.flatten_dict(params, sep="/")
@@ -74,153 +76,14 @@ def convert_weights(
         )
     with appearing(out) as temporary, storage_errors(out):
         write(temporary, params, config, to, source.origin, source.class_names)
-        if to == "hf":
-            card = model_card.make(source, trained, config, params, out.name, summary or {})
+        if to in _OF_TRANSFORMERS:
+            architecture = hugging_face.architecture(params, to)
+            card = model_card.make(source, trained, config, params, out.name, summary or {}, architecture)
             (temporary / model_card.CARD_FILE).write_text(card)
         reread: Params = traverse_util.flatten_dict(pretrained.open_pretrained(temporary, config).load_whole(), sep="/")
         for name, leaf in flat.items():
             assert np.array_equal(leaf, reread.get(name, np.zeros(0))), f"{name} was not written as it is"
     return sorted(params, reverse=True), sum(leaf.size for leaf in flat.values())
-
-
-def resize_positions(params: Params, config: ConfigDict, image_size: tuple[int, int]) -> Params:
-    """Interpolates position embeddings to the grid of `image_size` (height, width) and sets it in `config.model`.
-
-    Bicubic with a = -0.75 and half-pixel centres, as the paper's code does it for fine-tuning at another size. Fixed
-    positions become learned ones: an interpolated table is none of the fixed ones.
-    """
-    model = config.model
-    old = patches.grid_size(model.image_size, model.patch_size)
-    new = patches.grid_size(image_size, model.patch_size)
-    model.image_size = image_size
-    if old == new:
-        return params
-    result = {group: dict(tree) for group, tree in params.items()}
-    for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
-        if group in result:
-            learned = result[group].get("positions")
-            table = learned["embedding"] if learned else positions.fixed_positions(model.pos_embed, old, dim)
-            result[group]["positions"] = {"embedding": _interpolate(table.reshape(*old, dim), new).reshape(-1, dim)}
-    model.pos_embed = "learned"
-    return result
-
-
-def fold_layer_scale(params: Params, config: ConfigDict) -> Params:
-    """Multiplies LayerScale into the matmuls before it, for layouts without: the same function, up to rounding."""
-    if config.model.layer_scale_init == 0:
-        return params
-    config.model.layer_scale_init = 0.0
-    flat: Params = traverse_util.flatten_dict(params, sep="/")
-    for path in [path for path in flat if path.endswith(("/scale1", "/scale2"))]:
-        blocks, name = path.rsplit("/", 1)
-        layer = f"{blocks}/{'attn/out' if name == 'scale1' else 'mlp/fc2'}"
-        scale, kernel = flat.pop(path), flat[f"{layer}/kernel"]  # (layers, D), (layers, …, D)
-        flat[f"{layer}/kernel"] = kernel * scale.reshape(len(scale), *[1] * (kernel.ndim - 2), -1)
-        flat[f"{layer}/bias"] = flat[f"{layer}/bias"] * scale
-    logging.info("LayerScale is multiplied into the matmuls before it: this layout has none")
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def fold_batch_norm(params: Params, config: ConfigDict) -> Params:
-    """Multiplies a probe's BatchNorm into the matmul after it, for layouts without: the same function of features."""
-    if "batch_norm" not in params:
-        return params
-    config.classify.batch_norm = False
-    first = "hidden" if "hidden" in params["head"] else "linear"
-    layer, statistics = params["head"][first], params["batch_norm"]
-    kernel = layer["kernel"] / np.sqrt(statistics["var"] + heads.EPS)[:, None]
-    bias = layer["bias"] - statistics["mean"] @ kernel
-    logging.info("BatchNorm is multiplied into the matmul after it: this layout has none")
-    rest = {group: tree for group, tree in params.items() if group != "batch_norm"}
-    return {**rest, "head": {**params["head"], first: {"kernel": kernel, "bias": bias}}}
-
-
-def _interpolate(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Interpolates (gh, gw, D) to (*grid, D)."""
-    import cv2
-
-    # One value of D at a time: OpenCV's images have at most four channels where it interpolates exactly.
-    planes = np.ascontiguousarray(np.moveaxis(table, -1, 0))  # (D, gh, gw)
-    return np.stack([cv2.resize(plane, grid[::-1], interpolation=cv2.INTER_CUBIC) for plane in planes], axis=-1)
-
-
-def adapt_channels(params: Params, config: ConfigDict, channels: int) -> Params:
-    """Makes the matmuls with patches those of `channels`, and sets these and the scaling of pixels in `config`.
-
-    An opaque image whose colours are equal, gray, gives the same tokens as before. Beyond that: a gray model sees the
-    mean of red, green and blue; alpha that a model did not know is ignored, and alpha that it loses is taken to be 255
-    everywhere. The decoder predicts the same pixels, red, green and blue their mean for a gray model, and alpha 255;
-    but with `norm_pix_loss` it predicts in units of the deviation of a whole patch, whose channels are others now: red,
-    green and blue then are as the old channels or their mean, alpha as the patch's mean, and none of it is exact.
-    """
-    model, data, old = config.model, config.data, config.model.channels
-    if channels == old:
-        return params
-    if not {old, channels} <= {1, 3, 4}:
-        raise errors.ConfigError(f"--channels={channels} from {old}: there can be 1 (gray), 3 (RGB) or 4 (RGBA)")
-    old_mean, old_std = (np.array(_per_channel(values, old)) for values in (data.mean, data.std))
-    data.mean, data.std = _adapt(data.mean, channels, alpha=0.0), _adapt(data.std, channels, alpha=1.0)
-    mean, std = (np.array(_per_channel(values, channels)) for values in (data.mean, data.std))
-    model.channels = channels
-    result = {group: dict(tree) for group, tree in params.items()}
-    # With x' the new channels' scaled pixels, the old ones are x = x' @ matrix + shift.
-    mix, opaque = _mix_channels(channels, old)
-    matrix, shift = std[:, None] * mix / old_std, (mean @ mix + opaque - old_mean) / old_std
-    embed = result["encoder"]["patch_embed"]
-    kernel = embed["kernel"].reshape(-1, old, embed["kernel"].shape[-1]).astype(np.float64)  # (ph * pw, C, D)
-    result["encoder"]["patch_embed"] = {
-        "kernel": (matrix @ kernel).reshape(-1, kernel.shape[-1]).astype(embed["kernel"].dtype),
-        "bias": (embed["bias"] + np.einsum("c,pcd->d", shift, kernel)).astype(embed["bias"].dtype),
-    }
-    if "decoder" in result:
-        mix, opaque = _mix_channels(old, channels)
-        matrix, shift = old_std[:, None] * mix / std, (old_mean @ mix + opaque - mean) / std
-        if config.pretrain.norm_pix_loss:
-            matrix, shift = mix, np.zeros(channels)
-            logging.warning(
-                "pretrain.norm_pix_loss: the decoder predicts in units of the deviation of a patch over all channels, "
-                "which are others now; its predictions are near the old ones, not equal"
-            )
-
-        def columns(x: np.ndarray, shift: Any) -> np.ndarray:
-            """Maps (…, ph * pw * C) to the same of the new channels."""
-            y = x.reshape(*x.shape[:-1], -1, old) @ matrix + shift
-            return y.reshape(*y.shape[:-2], -1).astype(x.dtype)
-
-        pred = result["decoder"]["pred"]
-        result["decoder"]["pred"] = {"kernel": columns(pred["kernel"], 0), "bias": columns(pred["bias"], shift)}
-    logging.info(
-        "%d channels for %d: pixels are scaled by data.mean=%s and data.std=%s now, which a config that begins from "
-        "these weights has to say too",
-        channels,
-        old,
-        data.mean,
-        data.std,
-    )
-    return result
-
-
-def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Returns a mean or std of pixels with one value per channel."""
-    return values * channels if len(values) == 1 else values
-
-
-def _adapt(values: tuple[float, ...], channels: int, alpha: float) -> tuple[float, ...]:
-    """Returns a mean or std of pixels for other channels; that of gray is the colours' mean."""
-    if len(values) == 1:
-        return values
-    if channels == 1:
-        return (sum(values[:3]) / 3,)
-    return (*values[:3], *[alpha] * (channels - 3))
-
-
-def _mix_channels(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mix (source, target) and opaque (target,): pixels x in 0..1 become x @ mix + opaque in other channels."""
-    colors = min(source, 3), min(target, 3)
-    mix, opaque = np.zeros((source, target)), np.zeros(target)
-    mix[: colors[0], : colors[1]] = np.eye(colors[0]) if colors[0] == colors[1] else 1 / colors[0]
-    opaque[3:] = 1.0
-    return mix, opaque
 
 
 def write(
@@ -238,43 +101,65 @@ def write(
             + ("\n--encoder_only leaves out the decoder or the head; " if helps else "\n")
             + "--to=mae_dist expresses everything."
         )
-    tensors = layouts.to_layout(params, config.model, to)
+    tensors = layouts.to_layout(params, config.model, _table(to))
     if to == "timm":
         files.write_tensors(path, tensors)
         return
+    if to == "pixio":
+        tensors = aliases.with_pixio_names(tensors)
     path.mkdir(parents=True)
     files.write_tensors(path / "model.safetensors", tensors)
-    for name, value in _hugging_face_files(params, config, class_names).items():
+    for name, value in _hugging_face_files(params, config, to, class_names).items():
         (path / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _table(to: str) -> str:
+    """Returns which column of the table of parameters a layout is written by."""
+    return "timm" if to == "timm" else "hf"
 
 
 def _not_expressible(params: Params, config: ConfigDict, to: str) -> list[str]:
     model, classify = config.model, config.classify
     if "decoder" in params and model.decoder != "full":
         return [f"its decoder is another (model.decoder={model.decoder!r}), which has no counterpart"]
-    faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, to)]
-    if to != "hf":
+    faults = [f"{name} has no counterpart" for name in layouts.not_expressible(params, _table(to))]
+    num_cls = count_cls_tokens(model.cls_token, model.cls_tokens)
+    if num_cls > 1 and to != "pixio":
+        faults.append(f"there are {num_cls} class tokens (model.cls_tokens), which only the pixio layout has")
+    if to == "timm":
         return faults
-    if model.cls_token == "none":
+    if num_cls == 0:
         faults.append("there is no class token (model.cls_token)")
     if "norm" not in params["encoder"] and "head" not in params:
         faults.append("the encoder has no last norm, its head has one instead (classify.norm_after_pool)")
-    if "decoder" in params and any(height != width for height, width in (model.image_size, model.patch_size)):
+    square = all(height == width for height, width in (model.image_size, model.patch_size))
+    if not square and (to == "pixio" or "decoder" in params):
         faults.append(f"images {model.image_size} and patches {model.patch_size} are not square")
-    if "decoder" in params and model.masking != "random":
-        logging.warning("Hugging Face's ViTMAE masks at random; the run masked by %r", model.masking)
+    if to == "pixio":
+        faults += [f"there is a {group}, and PixioModel is an encoder alone" for group in params if group != "encoder"]
+        if model.mlp_ratio != int(model.mlp_ratio):
+            faults.append(f"model.mlp_ratio={model.mlp_ratio} is no whole number")
+        return faults
+    if "decoder" in params and (model.masking != "random" or model.mask_block > 1):
+        squares = f" of {model.mask_block}x{model.mask_block} patches" if model.mask_block > 1 else ""
+        logging.warning("Hugging Face's ViTMAE masks patches at random; the run masked by %r%s", model.masking, squares)
     if "head" in params and classify.pool != "cls":
         faults.append(f"its classifier reads the class token, and this one pools by {classify.pool!r}")
     return faults
 
 
-def _hugging_face_files(params: Params, config: ConfigDict, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _hugging_face_files(
+    params: Params, config: ConfigDict, to: str, class_names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """Returns the content of config.json and preprocessor_config.json."""
     model = config.model
-    described: dict[str, Any] = {
-        **hugging_face.describe(config, has_decoder="head" not in params),  # ViT has neither decoder nor mask
-        "architectures": [hugging_face.architecture(params)],
-        "model_type": "vit" if "head" in params else "vit_mae",
+    if to == "pixio":
+        described = hugging_face.describe_pixio(model)
+    else:
+        described = hugging_face.describe(config, has_decoder="head" not in params)  # ViT has neither decoder nor mask
+    described |= {
+        "architectures": [hugging_face.architecture(params, to)],
+        "model_type": to if to == "pixio" else "vit" if "head" in params else "vit_mae",
         "torch_dtype": "float32",
     }
     if "head" in params:
@@ -290,7 +175,7 @@ def _hugging_face_files(params: Params, config: ConfigDict, class_names: Sequenc
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(_per_channel(config.data.mean, model.channels)),
-        "image_std": list(_per_channel(config.data.std, model.channels)),
+        "image_mean": list(adapt.per_channel(config.data.mean, model.channels)),
+        "image_std": list(adapt.per_channel(config.data.std, model.channels)),
     }
     return {"config.json": described, "preprocessor_config.json": preprocessor}

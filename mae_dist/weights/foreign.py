@@ -85,10 +85,10 @@ def describe_hugging_face(description: Description, stored: dict[str, Any], tens
     """
     if stored.get("attention_probs_dropout_prob"):
         logging.warning("attention_probs_dropout_prob is left out: dropout of attention weights is not supported")
-    has_decoder = stored["model_type"] == "vit_mae"
+    kind = stored["model_type"]
     fixed = {"cls_token": "learned", "mask_token": "learned", "layer_scale_init": 0.0, "drop_path": 0.0}
-    description.update("model", **hugging_face.read(stored, has_decoder), **fixed)
-    if has_decoder:
+    description.update("model", **hugging_face.read(stored, kind), **fixed)
+    if kind == "vit_mae":
         description.update("model", masking="random")
         description.update("pretrain", norm_pix_loss=bool(stored.get("norm_pix_loss", False)))
     elif "head" in layouts.groups_in(tensors, "hf"):
@@ -141,6 +141,7 @@ def describe_timm(description: Description, tensors: layouts.Tensors) -> layouts
         depth=depth("blocks."),
         mlp_ratio=hidden("blocks.0.mlp.fc1.weight", embed_dim),
         cls_token="learned" if has_cls else "none",
+        cls_tokens=1,
         mask_token="learned",
         # Only whether there is one matters to trained weights.
         layer_scale_init=1.0 if "blocks.0.ls1.gamma" in tensors else 0.0,
@@ -249,4 +250,4 @@ def _compute_positions(description: Description, tensors: layouts.Tensors, has_c
     kind = template.model.pos_embed
     description.leave_open("", {"model.pos_embed": kind, "model.image_size": template.model.image_size})
     grid = patches.grid_size(config.model.image_size, config.model.patch_size)
-    return layouts.with_fixed_positions(tensors, kind, grid, has_cls)
+    return layouts.with_fixed_positions(tensors, kind, grid, int(has_cls))

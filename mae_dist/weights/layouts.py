@@ -16,10 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_dist.errors import DataFault
-from mae_dist.model import patches, positions
+from mae_dist.model import layers, patches, positions
 from mae_dist.model.parameters import PARAMETERS, Parameter, parameter_rows
 
-LAYOUTS = ("hf", "timm")
 # To which tables of fixed positions may have been rounded on their way here.
 _ROUNDINGS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 Tensors = dict[str, np.ndarray]
@@ -78,7 +77,7 @@ def _view(
 
 
 def position_kind(
-    tensors: Mapping[str, np.ndarray], layout: str, grid: tuple[int, int], has_cls: bool
+    tensors: Mapping[str, np.ndarray], layout: str, grid: tuple[int, int], num_cls: int
 ) -> tuple[str, str]:
     """Finds which fixed table the position embeddings are to the last bit; one kind for both transformers.
 
@@ -88,9 +87,9 @@ def position_kind(
     found: dict[str, str] = {}
     for group in ("encoder", "decoder"):
         table = tensors.get(_positions_name(group, layout))
-        if table is None or table.ndim != 3 or table.shape[1] != math.prod(grid) + int(has_cls):
+        if table is None or table.ndim != 3 or table.shape[1] != math.prod(grid) + num_cls:
             continue  # missing, or of another shape: `from_layout` reports it
-        dim, table = table.shape[2], table[0, int(has_cls) :]
+        dim, table = table.shape[2], table[0, num_cls:]
         fits = [kind for kind, multiple in positions.FIXED_POSITIONS.items() if dim % multiple == 0]
         equal = (
             (kind, dtype.name)
@@ -103,14 +102,14 @@ def position_kind(
     return found.popitem() if len(found) == 1 else ("learned", "float32")
 
 
-def with_fixed_positions(tensors: Mapping[str, np.ndarray], kind: str, grid: tuple[int, int], has_cls: bool) -> Tensors:
+def with_fixed_positions(tensors: Mapping[str, np.ndarray], kind: str, grid: tuple[int, int], num_cls: int) -> Tensors:
     """Adds fixed positions of `kind` to tensors of timm's layout, for each transformer that has none."""
     result = dict(tensors)
     for group, bias in (("encoder", "patch_embed/bias"), ("decoder", "embed/bias")):
         name, vector = _positions_name(group, "timm"), tensors.get(_name(group, bias, "timm"))
         if name not in result and vector is not None and vector.ndim == 1:
             table = positions.fixed_positions(kind, grid, len(vector))
-            result[name] = np.concatenate([np.zeros((int(has_cls), len(vector)), np.float32), table])[None]
+            result[name] = np.concatenate([np.zeros((num_cls, len(vector)), np.float32), table])[None]
     return result
 
 
@@ -157,6 +156,7 @@ def to_layout(params: Params, model: ConfigDict, layout: str) -> Tensors:
 def _with_constants(params: Params, model: ConfigDict) -> Params:
     """Adds fixed positions and tokens of zeros to parameters, and to positions (L, D) the class token's row: zeros."""
     grid = patches.grid_size(model.image_size, model.patch_size)
+    num_cls = layers.count_cls_tokens(model.cls_token, model.cls_tokens)
     result = {group: dict(tree) for group, tree in params.items()}
     for group, dim, token in (
         ("encoder", model.embed_dim, "cls_token"),
@@ -165,7 +165,7 @@ def _with_constants(params: Params, model: ConfigDict) -> Params:
         if group in result:
             learned = result[group].get("positions")
             table = learned["embedding"] if learned else positions.fixed_positions(model.pos_embed, grid, dim)
-            zero = np.zeros((int(model.cls_token != "none"), dim), np.float32)
+            zero = np.zeros((num_cls, dim), np.float32)
             result[group]["positions"] = {"embedding": np.concatenate([zero, table])}
             if model[token] == "zero":
                 result[group][token] = np.zeros((1, 1, dim), np.float32)
@@ -185,8 +185,8 @@ def from_layout(tensors: Mapping[str, np.ndarray], abstract: Params, model: Conf
       DataFault: lists every tensor that is missing, has another shape, is not finite, or belongs to nothing here.
     """
     patch = (*model.patch_size, model.channels)
-    has_cls = model.cls_token != "none"
-    length = math.prod(patches.grid_size(model.image_size, model.patch_size)) + int(has_cls)
+    num_cls = layers.count_cls_tokens(model.cls_token, model.cls_tokens)
+    length = math.prod(patches.grid_size(model.image_size, model.patch_size)) + num_cls
     stored = {group: dict(tree) for group, tree in abstract.items()}
     for group, dim in (("encoder", model.embed_dim), ("decoder", model.decoder_embed_dim)):
         if group in stored:
@@ -211,15 +211,15 @@ def from_layout(tensors: Mapping[str, np.ndarray], abstract: Params, model: Conf
     for group in ("encoder", "decoder"):
         if group in params:
             table = params[group].pop("positions")["embedding"]
-            if has_cls and table[0].any():  # added to the token it is the same function
+            if table[:num_cls].any():  # added to the token it is the same function
                 if "cls_token" not in params[group]:
                     raise DataFault(
                         f"{_positions_name(group, layout)}: row 0 is not zero: a position of the class token, which a "
                         "decoder here has not"
                     )
-                params[group]["cls_token"] = params[group]["cls_token"] + table[0]
+                params[group]["cls_token"] = params[group]["cls_token"] + table[:num_cls]
             if "positions" in abstract[group]:
-                params[group]["positions"] = {"embedding": np.ascontiguousarray(table[int(has_cls) :])}
+                params[group]["positions"] = {"embedding": np.ascontiguousarray(table[num_cls:])}
     return params
 
 

@@ -21,7 +21,6 @@ from mae_dist import names
 from mae_dist.checkpoint import reader
 from mae_dist.config import default
 from mae_dist.task_kinds import kind_of
-from mae_dist.weights import hugging_face
 from mae_dist.weights.pretrained import Pretrained
 
 CARD_FILE = "README.md"
@@ -51,6 +50,7 @@ def make(
     groups: Mapping[str, Any],
     name: str,
     summary: Mapping[str, Any],
+    architecture: str,
 ) -> str:
     """Returns the text of a model card.
 
@@ -60,6 +60,7 @@ def make(
       groups: the parameters written, by group.
       name: of the directory.
       summary: summary.json of the run, or the values in it that are known.
+      architecture: the class of transformers that they are for.
     """
     model = config.model
     is_run = source.run is not None
@@ -67,7 +68,7 @@ def make(
     divisor = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
     if dtype != "uint8" and config.data.max_value:
         divisor = config.data.max_value
-    architecture = hugging_face.architecture(groups)
+    of_mae = architecture == "ViTMAEForPreTraining"
     content: dict[str, Any] = {
         "name": name,
         "repo": f"OWNER/{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.') or 'NAME'}",
@@ -78,7 +79,7 @@ def make(
         },
         "model": model,
         "data": config.data,
-        "loaded": architecture if "head" in groups else "ViTMAEModel",
+        "loaded": "ViTMAEModel" if of_mae else architecture,
         "shape": ", ".join(map(str, (*model.image_size, model.channels))),
         "dtype": dtype,
         "divisor": divisor,

@@ -22,6 +22,7 @@ from mae_dist.checkpoint import reader
 from mae_dist.errors import ConfigError, DataFault, StorageFault
 from mae_dist.model import heads
 from mae_dist.model.build import abstract_params
+from mae_dist.model.layers import count_cls_tokens
 from mae_dist.storage import absolute
 from mae_dist.task_kinds import kind_of
 from mae_dist.weights import aliases, files, foreign, hub, hugging_face, layouts
@@ -86,8 +87,8 @@ def open_pretrained(path: epath.Path, template: ConfigDict | None = None) -> Pre
     """Describes the trained weights at `path`, in whichever layout they are.
 
     Args:
-      path: the workdir of a run, a directory that `convert` wrote, one in Hugging Face's layout (ViTMAE, ViT), or a
-        `.pth` or `.safetensors` file in timm's, or a directory with its config.json.
+      path: the workdir of a run, a directory that `convert` wrote, one in Hugging Face's layout (ViTMAE, Pixio, ViT),
+        a `.pth` or `.safetensors` file in timm's, or a directory with its config.json.
       template: a config for what the weights do not say, as heads and scaling of pixels in timm's layout, and for
         data. What neither says is assumed, with a line in the log. It may be of another task.
 
@@ -146,7 +147,7 @@ def _from_hugging_face(path: epath.Path, stored: dict[str, Any], template: Confi
     if stored["model_type"] not in hugging_face.MODEL_TYPES:
         raise DataFault(
             f"{path / 'config.json'}: model_type {stored['model_type']!r} is no masked autoencoder; it can be "
-            "'vit_mae', or 'vit' for a classifier"
+            "'vit_mae', 'pixio', or 'vit' for a classifier"
         )
     described = foreign.Description(f"Hugging Face layout in {path}", template)
     tensors = aliases.with_standard_names(_unwrapped(path))
@@ -237,7 +238,9 @@ def _settle_constants(described: foreign.Description, tensors: layouts.Tensors, 
     """
     model, template = described.config.model, described.template
     grid = tuple(size // max(1, patch) for size, patch in zip(model.image_size, model.patch_size, strict=True))
-    kind, rounding = layouts.position_kind(tensors, layout, (grid[0], grid[1]), model.cls_token != "none")
+    kind, rounding = layouts.position_kind(
+        tensors, layout, (grid[0], grid[1]), count_cls_tokens(model.cls_token, model.cls_tokens)
+    )
     if template is not None and template.model.pos_embed == "learned":
         kind = "learned"
     elif rounding != "float32":
