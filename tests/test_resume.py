@@ -214,8 +214,9 @@ def test_other_config_is_refused_field_by_field(uninterrupted, child_env, tmp_pa
 
 @pytest.mark.long
 def test_killed_with_a_sharded_state_is_bit_equal(child_env, tmp_path):
-    """Each of two devices has half of the moments and averages; a checkpoint joins them."""
-    options = ("--config.optim.shard_state=True", "--config.optim.grad_exchange=bfloat16", "--config.total_steps=30")
+    """Each of two devices has half of the moments, of two optimizers, and averages; a checkpoint joins them."""
+    optim = {"shard_state": True, "grad_exchange": "bfloat16", "name": "muon"}
+    options = (*(f"--config.optim.{field}={value}" for field, value in optim.items()), "--config.total_steps=30")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = run(child_env(2), *ARGS, *options, f"--workdir={whole}")
     assert code == 0, output

@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
     config.classify.erase_prob = 0.0  # finetune: probability of a random box of noise; the paper: 0.25
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # adamw | sgd (momentum) | lars (sgd with one trust ratio per array and block)
+    config.optim.name = "adamw"  # adamw | muon (matrices of blocks; else adamw) | sgd (momentum) | lars (trust ratios)
     config.optim.base_lr = 1e-3  # peak learning rate = base_lr * global_batch_size / 256
     config.optim.schedule = "cosine"  # cosine | constant, after the warm-up
     config.optim.final_lr = 0.0  # the cosine's last value
@@ -101,7 +101,7 @@ def get_config() -> ConfigDict:
     config.optim.b1 = 0.9  # of adamw: decay of the gradient's running mean
     config.optim.b2 = 0.95  # of adamw: decay of the squared gradient's running mean
     config.optim.eps = 1e-8  # of adamw: added to the root of that mean
-    config.optim.momentum = 0.9  # of sgd and lars
+    config.optim.momentum = 0.9  # of sgd, lars and muon (0.95 is usual there)
     config.optim.trust_coefficient = 1e-3  # of lars
     config.optim.weight_decay = 0.05  # not on biases, norms and LayerScale
     config.optim.layer_decay = 1.0  # finetune: ratio of each block's learning rate to the next one's; 1: equal

@@ -46,6 +46,19 @@ class Parameter:
         """True if the first axis counts blocks."""
         return "layers" in self.axes
 
+    @property
+    def matrix(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Returns the axes of inputs and of outputs of a block's matmul, None for any other parameter.
+
+        The other axes count matrices: blocks, and queries, keys and values.
+        """
+        if not (self.is_stacked and isinstance(self.stored, int)):
+            return None
+        inputs = tuple(range(1, 1 + self.stored))
+        # Of queries, keys and values each is a matrix to its heads.
+        first = self.axes.index("heads") if "heads" in self.axes[1 + self.stored :] else 1 + self.stored
+        return inputs, tuple(range(first, len(self.axes)))
+
     def names(self, layout: str) -> tuple[str, ...]:
         """Returns the names in a layout, `timm` or `hf`."""
         return {"timm": self.timm, "hf": self.hf}[layout]

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import PyTree
 
 from mae_dist.model.parameters import BLOCK, EMBEDDING, Parameter
+from mae_dist.optim.muon import muon_or_adam
 from mae_dist.registry import Registry, named_arguments
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -117,6 +118,11 @@ def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransf
 @register("adamw")
 def _adamw(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+
+@register("muon")
+def _muon(*, rows: PyTree, b1: float, b2: float, eps: float, momentum: float) -> optax.GradientTransformation:
+    return muon_or_adam(rows, b1=b1, b2=b2, eps=eps, momentum=momentum)
 
 
 @register("sgd")

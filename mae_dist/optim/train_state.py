@@ -61,8 +61,17 @@ def state_shardings(
         trainable = jax.tree.map(lambda held, leaf: shardings.split_state(held, leaf.shape), trainable, shapes)
     params = {**trainable, **rest}
     whole = shardings.replicated(mesh)
+
+    def is_masked(part: PyTree) -> bool:  # where one of several optimizers updates other parameters
+        return isinstance(part, optax.MaskedNode)
+
     opt_state = optax.tree.map_params(
-        tx, lambda _, sharding: sharding, abstract.opt_state, trainable, transform_non_params=lambda _: whole
+        tx,
+        lambda part, sharding: part if is_masked(part) else sharding,
+        abstract.opt_state,
+        trainable,
+        transform_non_params=lambda _: whole,
+        is_leaf=is_masked,
     )
     ema = trainable if abstract.ema is not None else None
     return TrainState(step=whole, params=params, opt_state=opt_state, ema=ema)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from mae_dist import errors, hardware
@@ -17,6 +18,8 @@ from mae_dist.data import DescribedDataset, is_prepared, known_sizes
 from mae_dist.data.from_config import Data, open_data
 from mae_dist.model.build import param_count
 from mae_dist.model.flops import attention_forward_flops
+from mae_dist.model.parameters import Parameter, parameter_rows
+from mae_dist.optim.muon import orthogonalisation_flops
 from mae_dist.optim.train_state import split_frozen
 from mae_dist.parallel.shardings import bytes_per_device, with_shardings
 from mae_dist.plan import hlo, roofline, topology
@@ -108,8 +111,21 @@ def _outline(built: job.Job, place: topology.Topology) -> Report:
         "num_examples": built.data.train.num_examples,
         "total_epochs": built.schedule.total_steps * config.global_batch_size / built.data.train.num_examples,
         "expected": roofline.expected_exchange(built, place.num_slices),
-        "secs": {"compute": flops / (len(place.devices) * peak) if peak else None},
+        "secs": {"compute": (flops / len(place.devices) + _update_flops(built)) / peak if peak else None},
     }
+
+
+def _update_flops(built: job.Job) -> float:
+    """Estimates the FLOPs of the update on one chip: of Muon's matrices as many parts as the chip holds of them."""
+    if built.config.optim.name != "muon":
+        return 0.0
+    trained, _ = split_frozen(built.abstract_state.params, built.task.frozen)
+    held, _ = split_frozen(built.shardings.params, built.task.frozen)
+
+    def count(row: Parameter, leaf: Any, sharding: NamedSharding) -> float:
+        return orthogonalisation_flops(row, leaf.shape) * math.prod(sharding.shard_shape(leaf.shape)) / leaf.size
+
+    return sum(jax.tree.leaves(jax.tree.map(count, parameter_rows(trained), trained, held)))
 
 
 def _memory(built: job.Job, compiled: topology.Compiled, place: topology.Topology) -> dict[str, Any]:
