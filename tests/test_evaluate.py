@@ -103,7 +103,7 @@ def test_a_split_state_is_gathered_once_for_all_batches():
     assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
     batch = next(iter(evaluate.global_batches(split_of(built), built.batch_sharding, built.eval_batch_size)))
-    assert "all-gather" not in built.eval_step.lower(params, batch).compile().as_text()
+    assert "all-gather" not in (built.eval_step.lower(params, batch).compile().as_text() or "all-gather")
     assert evaluate_test(built, state.replace(params=params)) == evaluate_test(whole, whole_state)
     leaves = zip(jax.tree.leaves(whole.gather(whole_state.params)), jax.tree.leaves(whole_state.params), strict=True)
     assert all(ours is theirs for ours, theirs in leaves), "nothing to gather, nothing copied"
