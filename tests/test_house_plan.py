@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "names",
         "os_errors",
         "readable",
+        "revision",
     ),
     (
         "__main__",

@@ -12,6 +12,7 @@ from etils import epath
 import mae_dist
 from mae_dist.errors import StorageFault
 from mae_dist.metrics.recorder import without_nan
+from mae_dist.revision import commit
 from mae_dist.storage import read_text, storage_errors, write_text_atomically
 
 SUMMARY_FILE = "summary.json"
@@ -60,6 +61,7 @@ def environment() -> dict[str, str | int]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "mae_dist": mae_dist.__version__,
+        **({"commit": found} if (found := commit()) else {}),
         "python": platform.python_version(),
         **{name.replace("-", "_"): version(name) for name in packages},
         "platform": jax.default_backend(),

@@ -6,16 +6,13 @@ from anywhere and has no script.
 """
 
 import logging
-import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 
 import matplotlib
 from absl import flags
 
-from mae_dist import cli, console, errors, readable
+from mae_dist import cli, console, errors, readable, revision
 from mae_dist.cpu import start
 from mae_dist.evaluation.pictures import note_on_moments
 from mae_dist.report import pictures, tables
@@ -52,7 +49,7 @@ def report(argv: Sequence[str]) -> int:
     sections = _sections(groups, runs, None if _QUICK.value else Viewer(_DATA_DIR.value, _MAX_IMAGES.value))
     page = render(
         title=f"Report on {runs[0].label}" if len(runs) == 1 else f"Report on {len(runs)} runs",
-        made=f"{datetime.now(tz=UTC):%Y-%m-%d %H:%M} UTC, mae_dist {version('mae_dist')}{_commit()}.",
+        made=f"{datetime.now(tz=UTC):%Y-%m-%d %H:%M} UTC, mae_dist {revision.described()}.",
         runs=[(run.label, tables.sentence(run), run.workdir) for run in runs],
         warnings=[
             *(strong(run.label) + f": {fault}" for run in runs for fault in run.faults),
@@ -170,19 +167,6 @@ def _model(one: Group, groups: Sequence[Group], viewer: Viewer) -> Part:
         except errors.DataFault as fault:
             warnings.append(f"No picture of the features of {run.label}: {fault}")
     return Part(heading, note, warnings, figures=plots)
-
-
-def _commit() -> str:
-    """Returns the commit of a checkout, "" for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f", commit {done.stdout.strip()}"
 
 
 if __name__ == "__main__":

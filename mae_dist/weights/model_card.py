@@ -6,18 +6,15 @@ https://huggingface.co/docs/hub/model-cards
 import math
 import re
 import shlex
-import subprocess
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jinja2
 from ml_collections import ConfigDict
 
-import mae_dist
 from mae_dist import config as config_lib
-from mae_dist import names
+from mae_dist import names, revision
 from mae_dist.checkpoint import reader
 from mae_dist.config import default
 from mae_dist.task_kinds import kind_of
@@ -87,7 +84,7 @@ def make(
         "num_classes": source.num_classes if "head" in groups else 0,
         "origin": "" if is_run else _shown_origin(source.origin),
         "base_model": _base_model(trained.init_from if is_run else source.origin),
-        "version": f"{mae_dist.__version__}{_commit_of_clone()}",
+        "version": revision.described(),
         "jax_version": jax.__version__,
         "run": None,
         "datasets": [],
@@ -166,23 +163,6 @@ def _shown_origin(origin: str) -> str:
 
 def _base_model(place: str) -> str:
     return names.hub_parts(place)[0] if place.startswith(names.HUB) and not names.hub_fault(place) else ""
-
-
-def _commit_of_clone() -> str:
-    """Returns ", commit …" if this package is a tracked directory of a git repository, else ""."""
-    git = ["git", "-C", str(Path(mae_dist.__file__).parent)]
-    commands = (
-        ["ls-files", "--error-unmatch", "__init__.py"],
-        ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-    )
-    try:
-        done = [
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=10)
-            for command in commands
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f", commit {done[-1].stdout.strip()}"
 
 
 def _code(text: object) -> str:
