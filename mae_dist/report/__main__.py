@@ -3,6 +3,10 @@
 W is the workdir of a run, finished or not, or a directory of such. The page has results, means over seeds, curves,
 where the time went, pictures, and predictions and features of every model's newest good checkpoint. It loads nothing
 from anywhere and has no script.
+
+`--update PAGE.md` instead makes the tables of results in a Markdown document anew, of the runs that it names: see
+`report/document.py`. `--keep DIR` instead writes what such tables need of each run into a directory that can be
+committed: its config, summary and evaluations.
 """
 
 import logging
@@ -11,11 +15,12 @@ from datetime import UTC, datetime
 
 import matplotlib
 from absl import flags
+from etils import epath
 
 from mae_dist import cli, console, errors, readable, revision
 from mae_dist.cpu import start
 from mae_dist.evaluation.pictures import note_on_moments
-from mae_dist.report import pictures, tables
+from mae_dist.report import document, pictures, records, tables
 from mae_dist.report.figures import against_masking, curves, time_bars
 from mae_dist.report.groups import Group, group, scalar_names
 from mae_dist.report.model import Viewer, embed
@@ -30,14 +35,20 @@ _QUICK = flags.DEFINE_bool("quick", False, "Leave out what needs models or data.
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "", "Where TFDS keeps data sets, if not where the runs had it.", allow_override=True
 )
+_UPDATE = flags.DEFINE_string("update", "", "A Markdown document whose tables of results to make anew.")
+_KEEP = flags.DEFINE_string("keep", "", "A directory for what tables of results need of each finished run.")
 _MAX_IMAGES = flags.DEFINE_integer("max_images", 10_000, "The most of a split that a model sees.", lower_bound=1)
 
 
 @matplotlib.rc_context(STYLE)
 def report(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
+    if _UPDATE.value:
+        return _update(absolute(_UPDATE.value))
     if len(argv) < 2:
         raise errors.ConfigError("which runs? Give workdirs: python -m mae_dist.report W1 [W2 …] --out report.html")
+    if _KEEP.value:
+        return _keep(find_workdirs(argv[1:]), absolute(_KEEP.value))
     out = absolute(cli.required(_OUT))
     console.set_level(logging.ERROR)  # the page names what is amiss with a run
     start.use_all_cores(None)
@@ -65,6 +76,24 @@ def report(argv: Sequence[str]) -> int:
             if isinstance(figure, Plot):
                 write_files(figure, absolute(_FIGURES.value))
     print(f"{len(runs)} runs in {readable.path(out)} ({out.stat().length / 2**20:.1f} MiB)")
+    return errors.EXIT_DONE
+
+
+def _update(path: epath.Path) -> int:
+    with storage_errors(path):
+        text = path.read_text()
+    new = document.update(text, path.parent)
+    with storage_errors(path):
+        write_text_atomically(path, new)
+    print(f"{readable.path(path)} {'is as it was' if new == text else 'has new tables'}")
+    return errors.EXIT_DONE
+
+
+def _keep(workdirs: Sequence[epath.Path], out: epath.Path) -> int:
+    runs, unreadable = collect(workdirs)
+    kept = records.keep(runs, out)
+    left_out = [f"{run.workdir}: not finished" for run in runs if not run.finished] + unreadable
+    print(f"{len(kept)} runs kept in {readable.path(out)}" + "".join(f"\n  left out: {line}" for line in left_out))
     return errors.EXIT_DONE
 
 

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from mae_dist import config as config_lib
 from mae_dist import names, revision
 from mae_dist.checkpoint import reader
-from mae_dist.config import default
 from mae_dist.task_kinds import kind_of
 from mae_dist.weights.pretrained import Pretrained
 
@@ -116,7 +115,7 @@ def _of_run(source: Pretrained, trained: ConfigDict, config: ConfigDict, summary
         "step": source.step,
         "num_examples": meta.get("num_examples", 0),
         "datasets": [_DATASETS[trained.data.name]] if on_hub else [],
-        "command": list(training_command(trained)),
+        "command": [shlex.quote(argument) for argument in training_command(trained)],
         "environment": summary.get("environment", {}),
         "scores": list(_scores(summary)),
         "scores_step": summary.get("step", source.step),
@@ -125,15 +124,15 @@ def _of_run(source: Pretrained, trained: ConfigDict, config: ConfigDict, summary
     }
 
 
-def training_command(config: ConfigDict) -> Iterator[str]:
-    """Yields the arguments of `mae_dist.main` that train the same from the default config, without places."""
-    yield "--config=default"
-    known = dict(config_lib.flatten(default.get_config()))
+def training_command(config: ConfigDict, base: str = "default") -> Iterator[str]:
+    """Yields the arguments of `mae_dist.main` that train the same from the config named `base`, without places."""
+    yield f"--config={base}"
+    known = dict(config_lib.flatten(config_lib.get_config(base)))
     left_out = ["init_commit", *(field for field in config_lib.FREE if field not in _OF_THE_RESULT)]
     for field, value in config_lib.flatten(config):
         if value == known[field] or any(field == name or field.startswith(f"{name}.") for name in left_out):
             continue
-        yield shlex.quote(f"--config.{field}={_without_places(field, value, config)}")
+        yield f"--config.{field}={_without_places(field, value, config)}"
 
 
 def _without_places(field: str, value: Any, config: ConfigDict) -> Any:
