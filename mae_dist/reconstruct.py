@@ -6,17 +6,21 @@ split of the run, or your own:
 
 python -m mae_dist.reconstruct --workdir W --images photos --pca --out F.png
 
+--over_steps draws the images as each checkpoint that the run has kept (`checkpoint.keep_every_steps`) restores them.
 With --images or --pca, W may be whatever `features` takes; without a decoder there are the images and their patches.
 """
 
 import contextlib
 from collections.abc import Sequence
 
+import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from mae_dist import cli, errors, names, readable
 from mae_dist import config as config_lib
-from mae_dist.data import FirstExamples
+from mae_dist.checkpoint import reader
+from mae_dist.data import Dataset, FirstExamples
 from mae_dist.data.from_config import open_dataset
 from mae_dist.evaluation import evaluate, extract, own_images, pictures
 from mae_dist.evaluation.encoder import Encoder
@@ -30,6 +34,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Workdir of a pretraining.", all
 _IMAGES = flags.DEFINE_string("images", None, own_images.HELP, allow_override=True)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "The number of images, the first of all.", lower_bound=1)
 _PCA = flags.DEFINE_bool("pca", False, "Also draw the principal components of the patches' features.")
+_OVER_STEPS = flags.DEFINE_bool("over_steps", False, "Draw each image at every checkpoint that the run has kept.")
 _SPLIT = flags.DEFINE_enum(
     "split",
     None,
@@ -63,6 +68,8 @@ def reconstruct(argv: Sequence[str]) -> int:
     processes.quiet_unless_primary()
     source = pretrained.open_source(workdir, cli.given_config())
     has_decoder = kind_of(source.config).has_decoder and "decoder" in source.abstract
+    if _OVER_STEPS.value and (source.run is None or not has_decoder or _PCA.value):
+        raise errors.ConfigError("--over_steps: give the workdir of a pretraining by mae_dist, without --pca")
     if not (has_decoder or _PCA.value):
         what = f"is a {source.config.task}: it has" if not kind_of(source.config).has_decoder else "has"
         raise errors.ConfigError(
@@ -86,15 +93,15 @@ def reconstruct(argv: Sequence[str]) -> int:
         config.eval.batch_size = count
         config.pictures.pix_stats = _PIX_STATS.value or config.pictures.pix_stats
 
-    compute = pictures.prepare(source, config) if has_decoder else extract.prepare(source, config, ("patches",))
-    with contextlib.closing(compute(dataset)) as batches:
-        found = evaluate.first_rows(batches, count)
+    found = _compute(source, config, dataset, count)
     index = found["index"].tolist()
     looked_at = FirstExamples(dataset, index[-1] + 1) if len(index) == count else dataset
     own_images.report_skipped(looked_at, index)
     images = dataset.examples(found["index"])["image"]
     drawn = {"original": pictures.fractions(images, config)}
-    if has_decoder:
+    if _OVER_STEPS.value:
+        drawn = {name: found[name] for name in pictures.COLUMNS[:2]} | _over_steps(source, config, dataset, count)
+    elif has_decoder:
         drawn = {name: found[name] for name in pictures.COLUMNS}
     shown = pictures.as_shown(drawn, config)
     if _PCA.value:
@@ -105,6 +112,23 @@ def reconstruct(argv: Sequence[str]) -> int:
     drawn = f"{len(index)} of {dataset.num_examples} images of {place}"
     print(f"{readable.path(source.origin)}: {drawn} in {readable.path(out)}")
     return errors.EXIT_DONE
+
+
+def _compute(source: pretrained.Pretrained, config: ConfigDict, dataset: Dataset, count: int) -> dict[str, np.ndarray]:
+    """Returns the columns of the first `count` images that decode."""
+    has_decoder = kind_of(source.config).has_decoder and "decoder" in source.abstract
+    compute = pictures.prepare(source, config) if has_decoder else extract.prepare(source, config, ("patches",))
+    with contextlib.closing(compute(dataset)) as batches:
+        return evaluate.first_rows(batches, count)
+
+
+def _over_steps(
+    source: pretrained.Pretrained, config: ConfigDict, dataset: Dataset, count: int
+) -> dict[str, np.ndarray]:
+    """Returns the images with their visible patches as each kept checkpoint restores them, by titles."""
+    assert source.run is not None
+    at = {step: pretrained.open_workdir(source.run, step) for step in reader.steps(source.run)}
+    return {f"step {step:,}": _compute(one, config, dataset, count)["with_visible"] for step, one in at.items()}
 
 
 if __name__ == "__main__":

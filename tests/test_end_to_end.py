@@ -78,6 +78,12 @@ def test_reconstruct(quickstart, child_env, tmp_path):
     assert code == 0, output
     assert str(out) in output
     assert_picture(out)
+    flags = (f"--workdir={workdir}", "--num_images=2", "--over_steps")
+    code, output = run(child_env(), *flags, f"--out={tmp_path / 'steps.png'}", module="reconstruct")
+    assert code == 0, output
+    shown = cv2.imread(str(tmp_path / "steps.png"))
+    steps = len(list((workdir / "checkpoints").iterdir()))
+    assert shown.shape[1] == pytest.approx(135 * (2 + steps) * 2, abs=2)  # two images, a column for each step
 
 
 @pytest.mark.long

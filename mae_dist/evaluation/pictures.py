@@ -138,15 +138,15 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
     """Draws one row per image with its name, one column per kind of picture: uint8 (height, width, 3).
 
     Args:
-      images: of `COLUMNS` and "patches", float32 (n, H, W, 1 or 3) in 0..1.
+      images: of `COLUMNS`, "patches" and others, float32 (n, H, W, 1 or 3) in 0..1; others have their names as titles.
       names: of the images.
       title: above all.
     """
     from matplotlib.figure import Figure
 
-    kinds = [kind for kind in _TITLES if kind in images]
+    kinds = list(images)
     count = len(names)
-    pairs = 2 if count > 1 else 1  # two images side by side keep the grid near square
+    pairs = 2 if count > 1 and len(kinds) <= len(_TITLES) else 1  # two images side by side keep the grid near square
     rows = math.ceil(count / pairs)
     figure = Figure(figsize=(1.35 * len(kinds) * pairs, 1.35 * rows + 0.8), dpi=100, layout="constrained")
     axes = np.asarray(figure.subplots(rows, len(kinds) * pairs, squeeze=False))
@@ -159,7 +159,7 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
             axis = axes[row, left + column]
             show(axis, images[kind][i])
             if row == 0:
-                axis.set_title(_TITLES[kind], fontsize=8)
+                axis.set_title(_TITLES.get(kind, kind), fontsize=8)
         axes[row, left].set_ylabel(shorten(name), fontsize=9, parse_math=False)
     figure.suptitle(title, fontsize=10)
     return _rendered(figure)
