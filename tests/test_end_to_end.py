@@ -82,6 +82,7 @@ def test_reconstruct(quickstart, child_env, tmp_path):
     code, output = run(child_env(), *flags, f"--out={tmp_path / 'steps.png'}", module="reconstruct")
     assert code == 0, output
     shown = cv2.imread(str(tmp_path / "steps.png"))
+    assert shown is not None
     steps = len(list((workdir / "checkpoints").iterdir()))
     assert shown.shape[1] == pytest.approx(135 * (2 + steps) * 2, abs=2)  # two images, a column for each step
 
