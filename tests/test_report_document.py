@@ -14,7 +14,7 @@ from mae_dist.errors import ConfigError, StorageFault
 from mae_dist.report import document, records
 from mae_dist.report.__main__ import report
 from mae_dist.report.runs import collect, find_workdirs
-from tests.runs import smoke_config
+from tests.runs import ROOT, smoke_config
 
 PAGE = """# Results
 
@@ -116,3 +116,11 @@ def test_kept_records_give_the_same_tables(runs, tmp_path, capsys):
 def test_what_a_page_gets_wrong(runs, page, error, words):
     with pytest.raises(error, match=words):
         document.update(page, epath.Path(runs.parent))
+
+
+@pytest.mark.parametrize("page", ["docs/measurements.md"])
+def test_committed_tables_are_those_of_the_committed_records(page):
+    """No figure is typed by hand."""
+    path = ROOT / page
+    text = path.read_text()
+    assert document.update(text, epath.Path(path.parent)) == text, f"run: python -m mae_dist.report --update {page}"

@@ -54,7 +54,8 @@ def update(text: str, directory: epath.Path) -> str:
 
     def replace(block: re.Match[str]) -> str:
         rows = [_read_row(line, directory) for line in block["rows"].splitlines() if line.strip()]
-        return f"{block['head']}\n{_table(rows)}\n{_all_splits(rows)}{_commands(rows)}\n{block['end']}"
+        parts = (_table(rows), _all_splits(rows), _commands(rows))
+        return "\n".join((block["head"], *(f"{part}\n" for part in parts if part), block["end"]))
 
     return _BLOCK.sub(replace, text)
 
@@ -149,7 +150,7 @@ def _table(rows: Sequence[Row]) -> str:
         [row.label, *(cell(row) for _, cell in columns), _seeds(row.runs), _hours(row.runs), _commits(row.runs)]
         for row in rows
     ]
-    return _lines(heads, body) + "\n"
+    return _lines(heads, body)
 
 
 def _all_splits(rows: Sequence[Row]) -> str:
@@ -163,7 +164,7 @@ def _all_splits(rows: Sequence[Row]) -> str:
     if not body:
         return ""
     table = _lines(["", "", "training", "validation", "test"], body)
-    return f"\n<details><summary>Heads on all splits</summary>\n\n{table}\n\n</details>\n"
+    return f"<details><summary>Heads on all splits</summary>\n\n{table}\n\n</details>"
 
 
 def _commands(rows: Sequence[Row]) -> str:
@@ -176,4 +177,4 @@ def _commands(rows: Sequence[Row]) -> str:
             base = config.name if config.name in named.names() else "default"
             lines.append(f"python -m mae_dist.main {shlex.join(training_command(config, base))}")
     text = "\n".join(lines)
-    return f"\n<details><summary>Commands</summary>\n\n```sh\n{text}\n```\n\n</details>\n"
+    return f"<details><summary>Commands</summary>\n\n```sh\n{text}\n```\n\n</details>"
