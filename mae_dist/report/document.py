@@ -164,7 +164,7 @@ def _all_splits(rows: Sequence[Row]) -> str:
     if not body:
         return ""
     table = _lines(["", "", "training", "validation", "test"], body)
-    return f"<details><summary>Heads on all splits</summary>\n\n{table}\n\n</details>"
+    return f'<details markdown="1"><summary>Heads on all splits</summary>\n\n{table}\n\n</details>'
 
 
 def _commands(rows: Sequence[Row]) -> str:
@@ -177,4 +177,4 @@ def _commands(rows: Sequence[Row]) -> str:
             base = config.name if config.name in named.names() else "default"
             lines.append(f"python -m mae_dist.main {shlex.join(training_command(config, base))}")
     text = "\n".join(lines)
-    return f"<details><summary>Commands</summary>\n\n```sh\n{text}\n```\n\n</details>"
+    return f'<details markdown="1"><summary>Commands</summary>\n\n```sh\n{text}\n```\n\n</details>'
