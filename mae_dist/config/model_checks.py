@@ -10,6 +10,7 @@ from mae_dist.model import masking, patches, positions
 
 
 def model_faults(model: ConfigDict, masked: bool) -> Iterator[str]:
+    """Yields what cannot be in `config.model`; `masked`: masks have to fit too."""
     for prefix in ("", "decoder_"):
         dim, heads = model[f"{prefix}embed_dim"], model[f"{prefix}num_heads"]
         multiple = math.lcm(positions.FIXED_POSITIONS.get(model.pos_embed, 1), max(1, heads))
@@ -98,6 +99,7 @@ def _predict_faults(model: ConfigDict, num_removed: int) -> Iterator[str]:
 
 
 def scaling_faults(config: ConfigDict) -> Iterator[str]:
+    """Yields what is wrong with `data.mean` and `data.std`."""
     for field in ("mean", "std"):
         value = config.data[field]
         if len(value) not in (0, 1, config.model.channels):

@@ -3,8 +3,8 @@
 A query is the mask token plus a removed patch's position. Each block is cross-attention to the encoder's tokens, then
 an MLP. Queries do not see each other, so any of them may be left out without a change of the others.
 
-Shapes: B batch, L patches, K kept patches, Q queries, N tokens of the encoder (class tokens, then K), D
-encoder width, E decoder width, H heads, hd = E / H, P values of one patch, S outputs of the encoder.
+Shapes: B batch, L patches, K kept patches, Q queries, N tokens of the encoder (class tokens, then K), D encoder
+width, E decoder width, H heads, hd = E / H, P values of one patch, S outputs of the encoder.
 """
 
 import functools

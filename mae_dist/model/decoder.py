@@ -1,7 +1,7 @@
 """The decoder of He et al. 2021: self-attention over encoded patches and mask tokens.
 
-Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (class tokens, then
-K or L), D encoder width, E decoder width.
+Shapes: B batch, H W C image, L patches, K kept patches, P values of one patch, N tokens (class tokens, then K or L), D
+encoder width, E decoder width.
 """
 
 from typing import Any

@@ -54,9 +54,9 @@ def register(name: str, *, count: Callable[..., int] = count_by_ratio) -> Callab
     """Decorates the function that draws one example's mask; `config.model.masking` then accepts `name`.
 
     The function takes (key, grid, num_keep) and returns `ids_shuffle` (L,): every patch once, the `num_keep` kept ones
-    first. `jax.vmap` maps it over a batch, so it must be traceable and depend on nothing but its arguments, or masks
-    would differ between devices. Both functions may take `mask_ratio` and `mask_file`, the fields of `config.model`,
-    as keyword-only arguments.
+    first. With `model.mask_block` patches are squares of these, and `grid` is the squares'. `jax.vmap` maps it over a
+    batch, so it must be traceable and depend on nothing but its arguments, or masks would differ between devices. Both
+    functions may take `mask_ratio` and `mask_file`, the fields of `config.model`, as keyword-only arguments.
 
     Args:
       name: the strategy's.

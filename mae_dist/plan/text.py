@@ -4,7 +4,8 @@ from mae_dist.plan import planning, topology
 
 _ASSUMPTIONS = """assumed: each part of the chip at its published peak and all at once, so that the slowest decides
   memory: temporaries are activations, gradients and all else that lives within a step: the compiler's sum
-  compute: analytic FLOPs of matmuls, with remat=blocks a third more, with dots attention once more (hardware.py: peaks)
+  compute: analytic FLOPs of matmuls, with remat=blocks a third more, with dots attention once more, and of muon's
+    iterations (hardware.py: peaks)
   hbm: state and temporaries read and written once
   ici: a chip's ring bytes over two links along every side its group spans, one where that side is no ring; of a
     chip with two devices they are shared by both
