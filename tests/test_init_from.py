@@ -58,7 +58,8 @@ def tiny(name: str) -> ConfigDict:
     with config.unlocked():
         config.model.update(image_size=(8, 8), patch_size=(4, 4), embed_dim=8, depth=1, num_heads=2, mlp_ratio=1.0)
         config.model.update(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2, decoder_mlp_ratio=1.0)
-        config.model.mask_ratio = 0.5
+        # Other layouts than Pixio's have one class token; see test_pixio.
+        config.model.update(mask_ratio=0.5, mask_block=1, cls_tokens=1)
         config.global_batch_size, config.eval.batch_size = 4, 0
         config.data.update(source="synthetic", num_examples=8, num_workers=0)
         if not config.data.mean:  # that of the images, or of the weights
