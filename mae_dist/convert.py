@@ -16,7 +16,7 @@ from mae_dist.metrics.recorder import read_metrics
 from mae_dist.metrics.summary import last_values, read_summary
 from mae_dist.parallel import processes
 from mae_dist.weights import pretrained
-from mae_dist.weights.convert import LAYOUTS, convert_weights
+from mae_dist.weights.convert import LAYOUTS, OF_TRANSFORMERS, convert_weights
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "Workdir, Hugging Face directory, file in timm's layout, or hf://OWNER/NAME."
@@ -35,8 +35,7 @@ def convert(argv: Sequence[str]) -> int:
     path, to = cli.required(_SOURCE), cli.required(_TO)
     out = cli.new_local_path(cli.required(_OUT))
     source = pretrained.open_source(path, cli.given_config())
-    has_card = to in ("hf", "pixio")
-    summary = _summary_of(source) if has_card else None
+    summary = _summary_of(source) if to in OF_TRANSFORMERS else None
     groups, count = convert_weights(
         source,
         out,
@@ -46,7 +45,7 @@ def convert(argv: Sequence[str]) -> int:
         encoder_only=_ENCODER_ONLY.value,
         summary=summary,
     )
-    if has_card:
+    if to in OF_TRANSFORMERS:
         logging.info(
             "%s is the model card; state the licence of the weights there before you publish them", out / "README.md"
         )

@@ -152,7 +152,9 @@ BREAKS = {
 
 
 # Where one of Orbax's reads fails it abandons the others, which raise when they are collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. .coroutine object _read_array:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("how", BREAKS)
 def test_what_cannot_be_read_back(saved, tmp_path_factory, how):
     """Is found by looking at every array and chunk, without reading them."""

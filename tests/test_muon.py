@@ -31,7 +31,7 @@ def orthogonalised(x: np.ndarray) -> np.ndarray:
 
 
 def direction_of_muon(path: str, momentum: np.ndarray) -> np.ndarray:
-    """Of one parameter of a stack: each matrix by itself, as the name of its layer says."""
+    """Orthogonalises each matrix of a stack by itself, as the name of its layer says."""
     result = np.empty_like(momentum)
     for block, matrix in enumerate(momentum):
         if path.endswith(("qkv/kernel", "kv/kernel")):  # (D, 3 or 2, H, hd)
@@ -47,7 +47,7 @@ def direction_of_muon(path: str, momentum: np.ndarray) -> np.ndarray:
 
 
 def reference(path: str, param: np.ndarray, grads: list[np.ndarray]) -> np.ndarray:
-    """The parameter after so many steps, in float64."""
+    """Returns the parameter after these gradients, in float64."""
     param, first, second = param.astype(np.float64), 0.0, 0.0
     decays = PARAMETERS[path].decays
     is_matrix = "/blocks/" in path and path.endswith("kernel")
@@ -110,7 +110,7 @@ def test_sharded_matrices(shape, shard_state):
 
 
 def test_flops_of_a_step():
-    """Of two blocks of (D, M) = (8, 24): five times X X^T, its square and its product with X."""
+    """Five times X X^T, its square and its product with X, for two blocks of (D, M) = (8, 24)."""
     row = PARAMETERS["encoder/stack/blocks/mlp/fc1/kernel"]
     assert orthogonalisation_flops(row, (2, 8, 24)) == 5 * 2 * (2 * 8 * 8 * 24 + 2 * 8 * 8 * 8 + 2 * 8 * 8 * 24)
     row = PARAMETERS["encoder/stack/blocks/attn/qkv/kernel"]

@@ -71,7 +71,7 @@ def test_ours_in_their_hands_and_back(tmp_path: Path, case: str):
 
 @pytest.mark.parametrize("backbone", [False, True])
 def test_theirs_in_our_hands(tmp_path: Path, backbone: bool):
-    """What `transformers` saved: the class tokens' positions are added to these, a backbone's encoder is found."""
+    """Reads what `transformers` saved: adds the class tokens' positions to these, finds a backbone's encoder."""
     torch.manual_seed(0)
     config = PixioConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=4)
     model = (PixioBackbone if backbone else PixioModel)(config).eval()

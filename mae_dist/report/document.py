@@ -12,6 +12,7 @@ replaced.
 """
 
 import dataclasses
+import functools
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -52,23 +53,28 @@ def update(text: str, directory: epath.Path) -> str:
     if not _BLOCK.search(text):
         raise ConfigError("the document has no block `<!-- results … --> … <!-- end of results -->`; add one")
 
+    @functools.cache
+    def finished(parent: epath.Path) -> list[Run]:
+        workdirs = [child for child in children_of(parent) if (child / "config.json").exists()]
+        return [run for run in collect(workdirs)[0] if run.finished]
+
     def replace(block: re.Match[str]) -> str:
-        rows = [_read_row(line, directory) for line in block["rows"].splitlines() if line.strip()]
+        rows = [_read_row(line, directory, finished) for line in block["rows"].splitlines() if line.strip()]
         parts = (_table(rows), _all_splits(rows), _commands(rows))
         return "\n".join((block["head"], *(f"{part}\n" for part in parts if part), block["end"]))
 
     return _BLOCK.sub(replace, text)
 
 
-def _read_row(line: str, directory: epath.Path) -> Row:
+def _read_row(line: str, directory: epath.Path, finished: Callable[[epath.Path], list[Run]]) -> Row:
+    """Returns the row of a line; `finished` reads the finished runs in a directory."""
     label, colon, patterns = line.partition(":")
     if not colon or not patterns.strip():
         raise ConfigError(f"results: {line!r} is no row; write LABEL: WORKDIR [WORKDIR …]")
     with storage_errors(directory):
         places = sorted({place for pattern in patterns.split() for place in directory.glob(pattern)})
-        beside = [child for parent in {place.parent for place in places} for child in children_of(parent)]
-        workdirs = [child for child in beside if (child / "config.json").exists()]
-    everything = sorted((run for run in collect(workdirs)[0] if run.finished), key=lambda run: run.config.seed)
+        parents = sorted({place.parent for place in places})
+        everything = sorted((run for parent in parents for run in finished(parent)), key=lambda run: run.config.seed)
     # A pattern may also match those that began from its runs.
     runs = [run for run in everything if run.workdir in places and _origin(run) not in places]
     if not runs:

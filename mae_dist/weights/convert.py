@@ -18,7 +18,7 @@ from mae_dist.storage import appearing, check_checkpoints, storage_errors
 from mae_dist.weights import adapt, aliases, files, hugging_face, layouts, model_card, pretrained
 
 LAYOUTS = ("hf", "pixio", "timm", "mae_dist")
-_OF_TRANSFORMERS = ("hf", "pixio")
+OF_TRANSFORMERS = ("hf", "pixio")  # directories with a config.json and a model card
 Params = dict[str, Any]
 
 
@@ -63,7 +63,7 @@ def convert_weights(
             params = adapt.resize_positions(params, config, image_size)
         if channels is not None:
             params = adapt.adapt_channels(params, config, channels)
-        if to in _OF_TRANSFORMERS:
+        if to in OF_TRANSFORMERS:
             params = adapt.fold_layer_scale(params, config)
         if to != "mae_dist":
             params = adapt.fold_batch_norm(params, config)
@@ -76,7 +76,7 @@ def convert_weights(
         )
     with appearing(out) as temporary, storage_errors(out):
         write(temporary, params, config, to, source.origin, source.class_names)
-        if to in _OF_TRANSFORMERS:
+        if to in OF_TRANSFORMERS:
             architecture = hugging_face.architecture(params, to)
             card = model_card.make(source, trained, config, params, out.name, summary or {}, architecture)
             (temporary / model_card.CARD_FILE).write_text(card)
