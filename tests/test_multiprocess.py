@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+import mae_dist
 from mae_dist.checkpoint import digests
 from tests.runs import end_of, records, run, start_processes
 
@@ -58,6 +59,18 @@ def test_two_processes_equal_one(alone, child_env, tmp_path):
     assert manifest == digests.file_digests(epath.Path(together / "checkpoints" / "20"))
     # Process 0 does not digest what the other wrote: that came from there.
     assert any(name.startswith("state/ocdbt.process_1/d/") for name in manifest)
+
+
+@pytest.mark.long
+def test_processes_of_two_devices_split_the_state(alone, child_env, tmp_path):
+    """Their exchanges end, while devices are as many as cores, and one process finds the digests that two have made."""
+    together = tmp_path / "together"
+    devices = ("--config.cpu.devices=2", "--config.optim.shard_state=True")
+    run_processes(child_env(devices=2), together, 2, *devices, "--config.checkpoint.every_steps=2")
+    for a, b in zip(records(together), records(alone), strict=True):
+        np.testing.assert_allclose([a[name] for name in b], [b[name] for name in b], rtol=1e-4, err_msg=str(a["step"]))
+    run_of_one = mae_dist.open_run(together)
+    assert run_of_one.evaluate("test")["test_loss"] == pytest.approx(records(together)[-1]["test_loss"], rel=1e-4)
 
 
 def test_incomplete_flags_are_refused(child_env, tmp_path):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from mae_dist.storage import children_of
@@ -94,29 +95,38 @@ def _sums_of_shard(shard: jax.Shard, shape: tuple[int, ...]) -> np.ndarray:
     return _sums_at(_words_of(values), places[0])
 
 
-def _sums_on_cpu(array: jax.Array) -> np.ndarray:
-    """Returns the sums of an array that lies whole on the CPU devices of this process."""
-    if array.sharding.is_fully_replicated:
-        return sums_by_numpy(np.asarray(array.addressable_data(0)))
-    parts = [_sums_of_shard(shard, array.shape) for shard in array.addressable_shards if shard.replica_id == 0]
-    return np.stack(parts).sum(axis=0, dtype=np.uint32)
+def _sums_of_parts(array: jax.Array) -> np.ndarray:
+    """Returns the sums over those parts of an array that this process counts; those of all processes add up."""
+    zero = np.zeros((1, 2), np.uint32)
+    parts = [_sums_of_shard(shard, array.shape)[None] for shard in array.addressable_shards if shard.replica_id == 0]
+    return np.concatenate([zero, *parts]).sum(axis=0, dtype=np.uint32)
 
 
 def digests(tree: PyTree) -> dict[str, str]:
     """Returns the digest of every array of a tree by its path, as Orbax stores it; all processes must take part.
 
-    A digest is 16 hexadecimal digits. NumPy makes those of arrays that the CPU devices of a process hold: XLA's CPU
-    compiler would take longer for their shapes than NumPy takes for all values, and with as many devices as cores the
-    exchanges of several such programs wait for each other for ever (jaxlib 0.10.2). Others are digested where they lie.
+    A digest is 16 hexadecimal digits. NumPy makes those of arrays on CPU devices, each process those of its parts:
+    XLA's CPU compiler would take longer for their shapes than NumPy takes for all values, and the exchanges of several
+    such programs wait for each other for ever where devices are as many as cores (jaxlib 0.10.2). Others are digested
+    where they lie.
     """
     sums: dict[str, Any] = {}
+    of_parts: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
         array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
         on_cpu = all(device.platform == "cpu" for device in array.sharding.device_set)
-        is_plain = not jnp.issubdtype(array.dtype, jax.dtypes.extended)
-        is_here = array.is_fully_addressable or array.is_fully_replicated
-        found = _sums_on_cpu(array) if on_cpu and is_plain and is_here else sums_on_devices(array)
-        sums[jax.tree_util.keystr(path, simple=True, separator=".")] = found
+        if not on_cpu or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            sums[name] = sums_on_devices(array)
+        elif array.sharding.is_fully_replicated:
+            sums[name] = sums_by_numpy(np.asarray(array.addressable_data(0)))
+        else:
+            sums[name] = _sums_of_parts(array)
+            if not array.is_fully_addressable:
+                of_parts[name] = sums[name]
+    if of_parts:  # in one exchange for all arrays
+        of_processes = multihost_utils.process_allgather(np.stack(list(of_parts.values())))
+        sums |= dict(zip(of_parts, of_processes.sum(axis=0, dtype=np.uint32), strict=True))
     return {name: "{:08x}{:08x}".format(*pair) for name, pair in jax.device_get(sums).items()}
 
 

@@ -121,8 +121,14 @@ class Job:
         return evaluate.columns(step, params, dataset, self.batch_sharding, self.eval_batch_size)
 
     def gather(self, params: Params) -> Params:
-        """Gathers a state's parameters over the data axis, for any number of evaluated batches; else copies nothing."""
-        return jax.device_put(params, self.eval_shardings)
+        """Gathers a state's parameters over the data axis, for any number of evaluated batches; else copies nothing.
+
+        One program gathers them all. A program for each, as of `device_put`, would put many exchanges on their way at
+        once, and on CPU devices as many as cores those wait for each other for ever (jaxlib 0.10.2).
+        """
+        if self.eval_shardings == self.shardings.params:
+            return params
+        return jax.jit(_same, out_shardings=self.eval_shardings)(params)
 
     def overview(self) -> str:
         """Returns a table of the mesh and of every parameter's sharding."""
@@ -187,6 +193,10 @@ class Job:
             rows=rows,
             stream=self.stream,
         )
+
+
+def _same(params: Params) -> Params:
+    return params
 
 
 def _open_init_from(config: ConfigDict) -> pretrained.Pretrained:
