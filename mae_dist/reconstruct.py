@@ -6,7 +6,8 @@ split of the run, or your own:
 
 python -m mae_dist.reconstruct --workdir W --images photos --pca --out F.png
 
---over_steps draws the images as each checkpoint that the run has kept (`checkpoint.keep_every_steps`) restores them.
+--over_steps draws the images as each checkpoint that the run has kept (`checkpoint.keep_every_steps`) restores them;
+--beside V,W draws them by those pretrainings too, in columns beside those of --workdir, to compare masks or models.
 With --images or --pca, W may be whatever `features` takes; without a decoder there are the images and their patches.
 """
 
@@ -35,6 +36,7 @@ _IMAGES = flags.DEFINE_string("images", None, own_images.HELP, allow_override=Tr
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "The number of images, the first of all.", lower_bound=1)
 _PCA = flags.DEFINE_bool("pca", False, "Also draw the principal components of the patches' features.")
 _OVER_STEPS = flags.DEFINE_bool("over_steps", False, "Draw each image at every checkpoint that the run has kept.")
+_BESIDE = flags.DEFINE_list("beside", [], "Further pretrainings that draw the same images, by commas.")
 _SPLIT = flags.DEFINE_enum(
     "split",
     None,
@@ -70,6 +72,11 @@ def reconstruct(argv: Sequence[str]) -> int:
     has_decoder = kind_of(source.config).has_decoder and "decoder" in source.abstract
     if _OVER_STEPS.value and (source.run is None or not has_decoder or _PCA.value):
         raise errors.ConfigError("--over_steps: give the workdir of a pretraining by mae_dist, without --pca")
+    others = [pretrained.open_source(place) for place in _BESIDE.value]
+    if others and (_PCA.value or _OVER_STEPS.value or not has_decoder):
+        raise errors.ConfigError("--beside: give --workdir a pretraining too, and neither --pca nor --over_steps")
+    for other in others:
+        _check_comparable(source, other)
     if not (has_decoder or _PCA.value):
         what = f"is a {source.config.task}: it has" if not kind_of(source.config).has_decoder else "has"
         raise errors.ConfigError(
@@ -101,13 +108,17 @@ def reconstruct(argv: Sequence[str]) -> int:
     drawn = {"original": pictures.fractions(images, config)}
     if _OVER_STEPS.value:
         drawn = {name: found[name] for name in pictures.COLUMNS[:2]} | _over_steps(source, config, dataset, count)
+    elif others:
+        drawn |= _by_each([source, *others], config, dataset, count)
     elif has_decoder:
         drawn = {name: found[name] for name in pictures.COLUMNS}
     shown = pictures.as_shown(drawn, config)
     if _PCA.value:
         features = found["patches"] if "patches" in found else Encoder(source).features(images, "patches")
         shown["patches"] = patch_colours(features, config.model.patch_size)
-    title = pictures.title(config, source.step) if has_decoder else f"{config.name}, step {source.step}"
+    title = f"{config.name}, step {source.step}"
+    if has_decoder:
+        title = "\n".join(pictures.title(one.config, one.step) for one in (source, *others))
     pictures.write_png(out, pictures.draw_grid(shown, pictures.names_of(dataset, found), title))
     drawn = f"{len(index)} of {dataset.num_examples} images of {place}"
     print(f"{readable.path(source.origin)}: {drawn} in {readable.path(out)}")
@@ -129,6 +140,35 @@ def _over_steps(
     assert source.run is not None
     at = {step: pretrained.open_workdir(source.run, step) for step in reader.steps(source.run)}
     return {f"step {step:,}": _compute(one, config, dataset, count)["with_visible"] for step, one in at.items()}
+
+
+def _check_comparable(source: pretrained.Pretrained, other: pretrained.Pretrained) -> None:
+    """Refuses a model that cannot draw the images of another."""
+    if not (kind_of(other.config).has_decoder and "decoder" in other.abstract):
+        raise errors.ConfigError(f"--beside={other.origin} has no decoder; give the workdir of a pretraining")
+    for field in ("image_size", "channels"):
+        ours, theirs = source.config.model[field], other.config.model[field]
+        if ours != theirs:
+            raise errors.ConfigError(
+                f"--beside={other.origin}: its model.{field} is {theirs}, that of {source.origin} {ours}; "
+                "compare models of the same images"
+            )
+
+
+def _by_each(
+    sources: Sequence[pretrained.Pretrained], config: ConfigDict, dataset: Dataset, count: int
+) -> dict[str, np.ndarray]:
+    """Returns the masked and the restored images of each model, by titles; `config` is that of the first."""
+    drawn = {}
+    for number, source in enumerate(sources):
+        with source.config.unlocked():
+            source.config.update(mesh=config.mesh, eval=config.eval, pictures=config.pictures)
+        found = _compute(source, source.config, dataset, count)
+        name = config_lib.last_name(str(source.origin)) or str(number)
+        if f"{name}\nmasked" in drawn:
+            name = f"{name} ({number})"
+        drawn |= {f"{name}\n{pictures.TITLES[kind].splitlines()[-1]}": found[kind] for kind in pictures.COLUMNS[1:]}
+    return drawn
 
 
 if __name__ == "__main__":

@@ -88,6 +88,29 @@ def test_reconstruct(quickstart, child_env, tmp_path):
 
 
 @pytest.mark.long
+def test_reconstruct_beside_others(quickstart, child_env, tmp_path):
+    """Three columns more for each other pretraining, of the same images; what cannot be compared is refused."""
+    first, second, wider = tmp_path / "a", tmp_path / "b", tmp_path / "wider"
+    for workdir, change in ((first, {}), (second, {"masking": "grid"}), (wider, {"image_size": [16, 16]})):
+        shutil.copytree(quickstart[0], workdir)
+        config = json.loads((workdir / "config.json").read_text())
+        config["model"].update(change)
+        (workdir / "config.json").write_text(json.dumps(config))
+    flags = (f"--workdir={first}", "--num_images=2", f"--out={tmp_path / 'beside.png'}")
+    code, output = run(child_env(), *flags, f"--beside={second}", module="reconstruct")
+    assert code == 0, output
+    shown = cv2.imread(str(tmp_path / "beside.png"))
+    assert shown is not None
+    assert shown.shape[1] == pytest.approx(135 * (1 + 3 + 3), abs=2)
+    code, output = run(child_env(), *flags, f"--beside={second},{wider}", module="reconstruct")
+    assert code == 2
+    assert "its model.image_size is (16, 16)" in output
+    code, output = run(child_env(), *flags, f"--beside={second}", "--pca", module="reconstruct")
+    assert code == 2
+    assert "neither --pca nor --over_steps" in output
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("task", ["probe", "finetune", "scratch"])
 def test_three_ways_to_an_accuracy(quickstart, child_env, tmp_path, task):
     """A probe computes its features once; an encoder says whence it came; even from scratch, digits are learnt."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = ("original", "masked", "reconstruction", "with_visible")
-_TITLES = {
+TITLES = {
     **dict(zip(COLUMNS, ("original", "masked", "reconstruction", "reconstruction\nwith visible patches"), strict=True)),
     "patches": "patch features",
 }
@@ -146,7 +146,7 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
 
     kinds = list(images)
     count = len(names)
-    pairs = 2 if count > 1 and len(kinds) <= len(_TITLES) else 1  # two images side by side keep the grid near square
+    pairs = 2 if count > 1 and len(kinds) <= len(TITLES) else 1  # two images side by side keep the grid near square
     rows = math.ceil(count / pairs)
     figure = Figure(figsize=(1.35 * len(kinds) * pairs, 1.35 * rows + 0.8), dpi=100, layout="constrained")
     axes = np.asarray(figure.subplots(rows, len(kinds) * pairs, squeeze=False))
@@ -159,7 +159,7 @@ def draw_grid(images: dict[str, np.ndarray], names: Sequence[str], title: str) -
             axis = axes[row, left + column]
             show(axis, images[kind][i])
             if row == 0:
-                axis.set_title(_TITLES.get(kind, kind), fontsize=8)
+                axis.set_title(TITLES.get(kind, kind), fontsize=8)
         axes[row, left].set_ylabel(shorten(name), fontsize=9, parse_math=False)
     figure.suptitle(title, fontsize=10)
     return _rendered(figure)
