@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -320,3 +322,21 @@ def test_benchmark_takes_turns(child_env):
     for name in ("images_per_sec", "hf_eager_images_per_sec", "compile_secs", "peak_memory_mib", "peak_gflops"):
         assert result[name] > 0, name
     assert functools.reduce(min, (result["devices"], result["pieces"])) >= 1
+
+
+def test_devices_as_many_as_cores_do_not_wait_for_ever(child_env):
+    """XLA takes 32 programs for a device; with no more threads than devices, one more would stop the exchanges."""
+    program = """
+import jax, mae_dist
+job = mae_dist.build(mae_dist.get_config("smoke"))
+assert job.mesh.size == 2
+batch = next(job.batches())
+with jax.set_mesh(job.mesh):
+    state = job.init_state()
+    for _ in range(60):
+        state, metrics = job.train_step(state, batch)
+print(int(state.step))
+"""
+    env = {**child_env(devices=2), "NPROC": "2"}  # as on two cores
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "60\n", done.stderr

@@ -106,9 +106,8 @@ def digests(tree: PyTree) -> dict[str, str]:
     """Returns the digest of every array of a tree by its path, as Orbax stores it; all processes must take part.
 
     A digest is 16 hexadecimal digits. NumPy makes those of arrays on CPU devices, each process those of its parts:
-    XLA's CPU compiler would take longer for their shapes than NumPy takes for all values, and the exchanges of several
-    such programs wait for each other for ever where devices are as many as cores (jaxlib 0.10.2). Others are digested
-    where they lie.
+    XLA's CPU compiler would take longer for their shapes than NumPy takes for all values, and a program per array can
+    be too many at once (see `training.train_step`). Others are digested where they lie.
     """
     sums: dict[str, Any] = {}
     of_parts: dict[str, np.ndarray] = {}

@@ -123,8 +123,7 @@ class Job:
     def gather(self, params: Params) -> Params:
         """Gathers a state's parameters over the data axis, for any number of evaluated batches; else copies nothing.
 
-        One program gathers them all. A program for each, as of `device_put`, would put many exchanges on their way at
-        once, and on CPU devices as many as cores those wait for each other for ever (jaxlib 0.10.2).
+        One program gathers them all: one for each, as of `device_put`, can be too many at once (see `train_step`).
         """
         if self.eval_shardings == self.shardings.params:
             return params

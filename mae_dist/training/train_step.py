@@ -1,5 +1,6 @@
 """The compiled training step: a pure function of (state, batch, hyperparams), sharded, the state donated."""
 
+import collections
 import dataclasses
 import functools
 import threading
@@ -26,10 +27,16 @@ from mae_dist.parallel.shardings import (
 from mae_dist.tasks.base import Batch, Task
 from mae_dist.training.gradient import make_gather, make_gradient, make_to_features
 
+# Steps on their way to the devices, each of which holds a batch there. XLA takes 32 programs for a CPU device; one more
+# waits in a thread that an exchange may need, for ever where devices are as many as cores (jaxlib 0.10.2).
+_MAX_AHEAD = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """The training step of one run: (TrainState, Batch) -> (TrainState, dict of scalars), the old state donated.
+
+    A call does not wait for its result, but for that of a call some steps before it.
 
     program: (state, batch, hyperparams) -> (state, metrics), which compiles on its first call or was compiled ahead.
     hyperparams: the last argument, by which this run differs from others with the same program.
@@ -41,6 +48,9 @@ class TrainStep:
     hyperparams: Hyperparams
     mesh: Mesh
     compiler_options: dict[str, Any] | None = None
+    _ahead: collections.deque[jax.Array] = dataclasses.field(
+        default_factory=collections.deque, init=False, repr=False, compare=False
+    )
 
     @functools.cached_property
     def _placed(self) -> Hyperparams:
@@ -48,7 +58,11 @@ class TrainStep:
         return replicate(self.hyperparams, self.mesh)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return self.program(state, batch, self._placed)
+        if len(self._ahead) == _MAX_AHEAD:
+            jax.block_until_ready(self._ahead.popleft())
+        state, metrics = self.program(state, batch, self._placed)
+        self._ahead.append(metrics["skipped_run"])
+        return state, metrics
 
     def trace(self, state: TrainState, batch: PyTree) -> jax.stages.Traced:
         """Traces the program for arguments like these; their shapes and shardings suffice."""
