@@ -81,6 +81,16 @@ def test_a_row_is_seeds_and_what_began_from_them(runs):
     assert document.update(text, epath.Path(runs.parent)) == text
 
 
+def test_rows_against_the_first(runs):
+    """Differences of equal seeds; a seed that the first row has not is left out."""
+    page = PAGE.replace("<!-- results\n", "<!-- results against the first row\n")
+    write_run(runs / "grid-1", {"test_loss": 0.05, "val_knn_top1": 0.4}, model__masking="grid", seed=1)
+    write_run(runs / "grid-7", {"test_loss": 0.09, "val_knn_top1": 0.4}, model__masking="grid", seed=7)
+    lines = document.update(page.replace("grid-0", "grid-*"), epath.Path(runs.parent)).splitlines()
+    assert any(line.startswith("| random masking | 0.0250 ± 0.0071 | 32.0 ± 2.8 | 50.0 (n = 1) |") for line in lines)
+    assert any(line.startswith("| grid | +0.0050 ± 0.0212 (n = 2) | -2.0 ± 11.3 (n = 2) | – | – |") for line in lines)
+
+
 def test_kept_records_give_the_same_tables(runs, tmp_path, capsys):
     """Small, without the machine's places: committed, they stand for the runs."""
     with flagsaver.flagsaver(keep=str(tmp_path / "kept" / "runs")):

@@ -8,14 +8,14 @@
 
 Each line is a row: its label, then patterns of workdirs relative to the document, of runs that differ in their seeds.
 The probes and fine-tunings that began from them are found beside them. What stands between the two comments is
-replaced.
+replaced. After `<!-- results against the first row` other rows show differences from the first, seed by seed.
 """
 
 import dataclasses
 import functools
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -27,7 +27,11 @@ from mae_dist.report.runs import Run, collect
 from mae_dist.storage import children_of, storage_errors
 from mae_dist.weights.model_card import training_command
 
-_BLOCK = re.compile(r"(?P<head><!-- results\n(?P<rows>.*?)-->\n).*?(?P<end><!-- end of results -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(?P<head><!-- results(?P<against> against the first row)?\n(?P<rows>.*?)-->\n)"
+    r".*?(?P<end><!-- end of results -->)",
+    re.DOTALL,
+)
 _NONE = "–"
 _SPLITS = ("train", "val", "test")
 # Metrics of a run of its own, and their titles.
@@ -36,11 +40,14 @@ _OWN = {"loss": "loss", "knn_top1": "kNN", "ridge_top1": "ridge", "top1": "top-1
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Finished runs that differ in their seeds, and those that began from them, by what they are."""
+    """Finished runs by their seeds, and those that began from them by what they are and by the seeds they began from.
+
+    `own` and each of `followers` have one run per seed.
+    """
 
     label: str
-    runs: list[Run]
-    followers: dict[str, list[Run]]
+    own: dict[int, Run]
+    followers: dict[str, dict[int, Run]]
 
 
 def update(text: str, directory: epath.Path) -> str:
@@ -60,7 +67,7 @@ def update(text: str, directory: epath.Path) -> str:
 
     def replace(block: re.Match[str]) -> str:
         rows = [_read_row(line, directory, finished) for line in block["rows"].splitlines() if line.strip()]
-        parts = (_table(rows), _all_splits(rows), _commands(rows))
+        parts = (_table(rows, bool(block["against"])), _all_splits(rows), _commands(rows))
         return "\n".join((block["head"], *(f"{part}\n" for part in parts if part), block["end"]))
 
     return _BLOCK.sub(replace, text)
@@ -76,14 +83,16 @@ def _read_row(line: str, directory: epath.Path, finished: Callable[[epath.Path],
         parents = sorted({place.parent for place in places})
         everything = sorted((run for parent in parents for run in finished(parent)), key=lambda run: run.config.seed)
     # A pattern may also match those that began from its runs.
-    runs = [run for run in everything if run.workdir in places and _origin(run) not in places]
-    if not runs:
+    own = {run.config.seed: run for run in everything if run.workdir in places and _origin(run) not in places}
+    if not own:
         raise StorageFault(f"results: {line!r} names no finished run in {directory}; correct its patterns")
-    followers: dict[str, list[Run]] = {}
+    seeds = {run.workdir: seed for seed, run in own.items()}
+    followers: dict[str, dict[int, Run]] = {}
     for run in everything:
-        if _origin(run) in {one.workdir for one in runs}:
-            followers.setdefault(_kind(run), []).append(run)
-    return Row(label.strip(), runs, dict(sorted(followers.items())))
+        origin = _origin(run)
+        if origin in seeds:
+            followers.setdefault(_kind(run), {})[seeds[origin]] = run
+    return Row(label.strip(), own, dict(sorted(followers.items())))
 
 
 def _origin(run: Run) -> epath.Path | None:
@@ -98,48 +107,65 @@ def _kind(run: Run) -> str:
     return "fine-tuned" if run.config.task == "finetune" else run.config.task
 
 
-def _values(runs: Sequence[Run], metric: str) -> list[float]:
-    return [run.summary[metric] for run in runs if isinstance(run.summary.get(metric), int | float)]
+def _values(runs: Mapping[int, Run], metric: str) -> dict[int, float]:
+    """Returns the values of a metric by seed."""
+    found = {seed: run.summary.get(metric) for seed, run in runs.items()}
+    return {seed: value for seed, value in found.items() if isinstance(value, int | float)}
 
 
-def _cell(values: Sequence[float], metric: str, num_seeds: int) -> str:
-    """Returns mean ± sample standard deviation: an accuracy in percent, a loss as it is."""
+def _minus(values: Mapping[int, float], others: Mapping[int, float]) -> dict[int, float]:
+    """Returns the differences of the seeds that are in both."""
+    return {seed: value - others[seed] for seed, value in values.items() if seed in others}
+
+
+def _cell(values: Mapping[int, float], metric: str, num_seeds: int, sign: str = "") -> str:
+    """Returns mean ± sample standard deviation over seeds: an accuracy in percent, a loss as it is.
+
+    `sign` is "+" for differences.
+    """
     if not values:
         return _NONE
-    found = spread(values)
+    found = spread(list(values.values()))
     factor, digits = (1, 4) if metric.endswith("loss") else (100, 1)
-    text = f"{factor * found.mean:.{digits}f}" + (f" ± {factor * found.std:.{digits}f}" if found.count > 1 else "")
+    text = f"{factor * found.mean:{sign}.{digits}f}"
+    if found.count > 1:
+        text += f" ± {factor * found.std:.{digits}f}"
     return text if len(values) == num_seeds else f"{text} (n = {len(values)})"
 
 
-def _columns(rows: Sequence[Row]) -> Iterator[tuple[str, Callable[[Row], str]]]:
+def _columns(rows: Sequence[Row], against_first: bool) -> Iterator[tuple[str, list[str]]]:
     """Yields title and cells of each metric that any row has, on test, where no row has that on validation."""
 
-    def column(title: str, metric: str, runs: Callable[[Row], list[Run]]) -> Iterator[tuple[str, Callable[[Row], str]]]:
+    def column(title: str, metric: str, runs: Callable[[Row], Mapping[int, Run]]) -> Iterator[tuple[str, list[str]]]:
         for split, shown in (("test", "test"), ("val", "validation")):
-            name = f"{split}_{metric}"
-            if any(_values(runs(row), name) for row in rows):
-                yield f"{title}, {shown}", lambda row, name=name: _cell(_values(runs(row), name), metric, len(row.runs))
-                return
+            found = [_values(runs(row), f"{split}_{metric}") for row in rows]
+            if not any(found):
+                continue
+            cells = [_cell(values, metric, len(row.own)) for row, values in zip(rows, found, strict=True)]
+            if against_first:
+                differences = [_minus(values, found[0]) for values in found[1:]]
+                cells[1:] = [_cell(d, metric, len(row.own), "+") for row, d in zip(rows[1:], differences, strict=True)]
+            yield f"{title}, {shown}", cells
+            return
 
     for metric, title in _OWN.items():
-        yield from column(title, metric, lambda row: row.runs)
+        yield from column(title, metric, lambda row: row.own)
     for kind in dict.fromkeys(kind for row in rows for kind in row.followers):
-        yield from column(kind, "top1", lambda row, kind=kind: row.followers.get(kind, []))
+        yield from column(kind, "top1", lambda row, kind=kind: row.followers.get(kind, {}))
 
 
-def _seeds(runs: Sequence[Run]) -> str:
-    seeds = [run.config.seed for run in runs]
+def _seeds(runs: Iterable[int]) -> str:
+    seeds = sorted(runs)
     return f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
 
 
-def _hours(runs: Sequence[Run]) -> str:
+def _hours(runs: Iterable[Run]) -> str:
     """Returns the mean hours of work of a run, without the time between a start's end and the next start."""
     secs = [sum(run.summary["goodput"]["secs"].values()) - run.summary["goodput"]["secs"]["away"] for run in runs]
     return f"{spread(secs).mean / 3600:.2f}"
 
 
-def _commits(runs: Sequence[Run]) -> str:
+def _commits(runs: Iterable[Run]) -> str:
     found = {run.summary.get("environment", {}).get("commit", "")[:7] for run in runs}
     return ", ".join(f"`{commit}`" if commit else _NONE for commit in sorted(found))
 
@@ -149,13 +175,13 @@ def _lines(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def _table(rows: Sequence[Row]) -> str:
-    columns = list(_columns(rows))
+def _table(rows: Sequence[Row], against_first: bool) -> str:
+    columns = list(_columns(rows, against_first))
     heads = ["", *(title for title, _ in columns), "seeds", "hours", "commit"]
-    body = [
-        [row.label, *(cell(row) for _, cell in columns), _seeds(row.runs), _hours(row.runs), _commits(row.runs)]
-        for row in rows
-    ]
+    body = []
+    for number, row in enumerate(rows):
+        cells = [column[number] for _, column in columns]
+        body.append([row.label, *cells, _seeds(row.own), _hours(row.own.values()), _commits(row.own.values())])
     return _lines(heads, body)
 
 
@@ -166,7 +192,8 @@ def _all_splits(rows: Sequence[Row]) -> str:
         for kind, runs in row.followers.items():
             found = {split: _values(runs, f"{split}_top1") for split in _SPLITS}
             if sum(map(bool, found.values())) > 1:
-                body.append([row.label, kind, *(_cell(found[split], "top1", len(row.runs)) for split in _SPLITS)])
+                cells = (_cell(found[split], "top1", len(row.own)) for split in _SPLITS)
+                body.append([row.label, kind, *cells])
     if not body:
         return ""
     table = _lines(["", "", "training", "validation", "test"], body)
@@ -177,9 +204,9 @@ def _commands(rows: Sequence[Row]) -> str:
     """Returns the command of the first seed of everything in the rows, folded."""
     lines = []
     for row in rows:
-        for what, runs in (("", row.runs), *row.followers.items()):
+        for what, runs in (("", row.own), *row.followers.items()):
             lines.append(f"# {', '.join(filter(None, (row.label, what)))}; seed {_seeds(runs)}")
-            config = runs[0].config
+            config = runs[min(runs)].config
             base = config.name if config.name in named.names() else "default"
             lines.append(f"python -m mae_dist.main {shlex.join(training_command(config, base))}")
     text = "\n".join(lines)
