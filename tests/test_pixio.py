@@ -1,6 +1,7 @@
 """Weights in the layout of `transformers.PixioModel`, whose encoder has several class tokens, and its features."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,40 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def images(count: int = 3) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (count, 16, 16, 3), np.uint8)
+def images(count: int = 3, side: int = 16) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, side, side, 3), np.uint8)
 
 
 def their_features(model: Any, pixels: np.ndarray, num_cls: int) -> dict[str, np.ndarray]:
     with torch.inference_mode():
         found = model(torch.from_numpy(pixels).permute(0, 3, 1, 2).float())
     tokens = found.last_hidden_state.numpy()
-    grid = tokens[:, num_cls:].reshape(len(tokens), 4, 4, -1)
+    side = pixels.shape[1] // model.config.patch_size
+    grid = tokens[:, num_cls:].reshape(len(tokens), side, side, -1)
     return {"cls": found.pooler_output.numpy(), "patches": grid, "mean": grid.mean((1, 2))}
 
 
+def pairs_of_features(source: Pretrained, model: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Ours and theirs, of each kind."""
+    data, encoder, given = source.config.data, Encoder(source), images(side=source.config.model.image_size[0])
+    pixels = (given / 255 - np.array(data.mean)) / np.array(data.std)
+    theirs = their_features(model, pixels, source.config.model.cls_tokens)
+    return {kind: (encoder.features(given, kind), wanted) for kind, wanted in theirs.items()}
+
+
 def assert_same_features(source: Pretrained, model: Any) -> None:
-    data, encoder = source.config.data, Encoder(source)
-    pixels = (images() / 255 - np.array(data.mean)) / np.array(data.std)
-    for kind, wanted in their_features(model, pixels, source.config.model.cls_tokens).items():
-        np.testing.assert_allclose(encoder.features(images(), kind), wanted, rtol=1e-5, atol=1e-5)
+    for ours, theirs in pairs_of_features(source, model).values():
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def random_pixio(kind: Any = PixioModel, **fields: Any) -> Any:
+    """A model of theirs whose every parameter counts."""
+    torch.manual_seed(0)
+    model = kind(PixioConfig(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    return model
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,12 +90,14 @@ def test_ours_in_their_hands_and_back(tmp_path: Path, case: str):
 @pytest.mark.parametrize("backbone", [False, True])
 def test_theirs_in_our_hands(tmp_path: Path, backbone: bool):
     """Reads what `transformers` saved: adds the class tokens' positions to these, finds a backbone's encoder."""
-    torch.manual_seed(0)
-    config = PixioConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=16, patch_size=4)
-    model = (PixioBackbone if backbone else PixioModel)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    model = random_pixio(
+        PixioBackbone if backbone else PixioModel,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=16,
+        patch_size=4,
+    )
     model.save_pretrained(tmp_path / "theirs")
     source = pretrained.open_pretrained(epath.Path(tmp_path / "theirs"))
     assert source.config.model.cls_tokens == 8
@@ -103,3 +123,19 @@ def test_a_config_that_describes_no_model(tmp_path: Path):
     path.write_text(json.dumps({name: value for name, value in stored.items() if name != "n_cls_tokens"}))
     with pytest.raises(ValueError, match=r"cls_token: shape \(1, 4, 24\), expected \(1, 8, 24\)"):
         pretrained.open_pretrained(epath.Path(tmp_path / "w"))
+
+
+def print_table() -> None:
+    """Prints the largest differences from their features, relative to the largest of these, for several sizes."""
+    for width, depth, heads, side, patch in ((24, 2, 3, 16, 4), (192, 12, 3, 64, 8), (768, 12, 12, 256, 16)):
+        sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
+        model = random_pixio(**sizes, image_size=side, patch_size=patch)
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(directory)
+            pairs = pairs_of_features(pretrained.open_pretrained(epath.Path(directory)), model)
+        found = {kind: np.abs(ours - theirs).max() / np.abs(theirs).max() for kind, (ours, theirs) in pairs.items()}
+        print(f"{width}d/{depth}/{heads}, {side} px, p{patch}: " + "  ".join(f"{k} {v:.1e}" for k, v in found.items()))
+
+
+if __name__ == "__main__":
+    print_table()
