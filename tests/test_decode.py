@@ -1,6 +1,9 @@
 """Image files of every kind: each decodes to the right pixels, or is refused by a message that says why."""
 
 import io
+import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +13,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from mae_dist.data.decode import Decoder, UndecodableImage, stored_dtype
+from mae_dist.data.decode import Decoder, stored_dtype
+from mae_dist.data.image_files import UndecodableImage, load_upright
 
 RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 20, 30
@@ -241,4 +245,46 @@ def test_photographs_are_turned_upright(orientation: int) -> None:
     ],
 )
 def test_the_type_of_what_is_stored(data: bytes, channels: int, dtype: str | None) -> None:
-    assert stored_dtype(data, channels) == dtype
+    assert stored_dtype(data, Decoder(channels)) == dtype
+
+
+def claims(width: int, height: int) -> dict[str, bytes]:
+    """Small files whose headers say that they hold images of this size."""
+    header = struct.pack(">4sIIBBBBB", b"IHDR", width, height, 8, 2, 0, 0, 0)
+    end = struct.pack(">I", zlib.crc32(header)) + struct.pack(">I4s", 4, b"IDAT") + bytes(8)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + end
+    jpeg, place = bytearray(pillow(SMOOTH, "JPEG")), pillow(SMOOTH, "JPEG").index(b"\xff\xc0")
+    jpeg[place + 5 : place + 9] = struct.pack(">HH", height, width)
+    array = bytearray(npy(np.zeros((height, 1), np.uint8)))
+    array[:128] = array[:128].replace(b", 1), }" + b" " * 8, b", %d), }" % width + b" " * (9 - len(str(width))))
+    bands = tiff(np.zeros((height // 100, width // 100, 7), np.uint8), compression="zlib", rowsperstrip=1 << 20)
+    sizes = {struct.pack("<HHI", tag, 3, 1): value for tag, value in ((256, width), (257, height), (278, height))}
+    for entry, value in sizes.items():
+        at = bands.index(entry) + len(entry) if entry in bands else bands.index(entry[:2] + b"\x04") + 8
+        bands = bands[:at] + struct.pack("<I", value) + bands[at + 4 :]
+    return {"PNG": png, "JPEG": bytes(jpeg), "npy": bytes(array), "TIFF": bands}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "npy", "TIFF"])
+@pytest.mark.parametrize("side", [14_000, 30_000])  # the second is more than Pillow reads the header of
+def test_a_small_file_that_holds_gigabytes(kind: str, side: int) -> None:
+    """Refused by its header: nothing of that size is allocated."""
+    data = claims(side, side)[kind]
+    decoder = Decoder(7 if kind == "TIFF" else 3, max_pixels=10_000)
+    assert decoder.header(data) == (0, 0, 1)
+    assert kind == "PNG" or stored_dtype(data, decoder) is None
+    message = "no whole .npy file" if kind == "npy" else "data.max_pixels"
+    tracemalloc.start()
+    with pytest.raises(UndecodableImage, match=message):
+        decoder.decode(data)
+    with pytest.raises(UndecodableImage, match=message):
+        load_upright(data, 10_000)
+    assert tracemalloc.get_traced_memory()[1] < side * side / 10
+    tracemalloc.stop()
+
+
+def test_the_limit_of_pixels() -> None:
+    data = pillow(SMOOTH, "PNG")
+    assert Decoder(3, max_pixels=HEIGHT * WIDTH).decode(data).shape == SMOOTH.shape
+    with pytest.raises(UndecodableImage, match="20 x 30 pixels, more than 599: shrink it, or raise"):
+        Decoder(3, max_pixels=HEIGHT * WIDTH - 1).decode(data)

@@ -94,7 +94,16 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*names: str, **given: object) -> str:
         places = ("manual_dir", "data_dir", "from_folder", "name")
-        options = ("limit", "allow_incomplete", "skip_undecodable", "labels", "val_fraction", "short_side", "quality")
+        options = (
+            "limit",
+            "allow_incomplete",
+            "skip_undecodable",
+            "labels",
+            "val_fraction",
+            "short_side",
+            "quality",
+            "max_pixels",
+        )
         for name in (*places, *options, "stats"):
             value = given.get(name) and (str(given[name]) if name in places else given[name])
             monkeypatch.setattr(prepare_module, f"_{name.upper()}", SimpleNamespace(name=name, value=value))
@@ -528,6 +537,7 @@ def test_changed_files_are_named(tmp_path: Path, command: Callable[..., str]) ->
         ({"labels": "folders"}, DataFault, "no directories of classes"),
         ({"labels": "csv:test.csv"}, DataFault, "no image for training, only of test"),
         ({"skip_undecodable": True, "from_folder": "broken"}, DataFault, "1 of 1 files in broken do not decode"),
+        ({"max_pixels": 71}, DataFault, r"a\.png \(an image of 9 x 8 pixels, more than 71: shrink it"),
         ({"from_folder": "infinite"}, DataFault, r"a\.npy \(it holds values that are not finite\)"),
     ],
 )

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae_dist.data.decode import Decoder, UndecodableImage
+from mae_dist.data.decode import Decoder
+from mae_dist.data.image_files import UndecodableImage
 from mae_dist.data.resample import resize_box
 from mae_dist.data.transforms import (
     CROP_UNIFORMS,

@@ -129,6 +129,7 @@ def get_config() -> ConfigDict:
     config.data.max_value = 0.0  # value that stands for 1 in files of more than 8 bits; 0: 65535, or 1 of float32
     config.data.background = 1.0  # not tfds: what transparent images are put over, 0 (black) to 1 (white)
     config.data.exif = True  # not tfds: turn photographs upright; TFDS sets are read as TensorFlow reads them
+    config.data.max_pixels = 178_956_970  # of an image: larger ones, by their headers, count as undecodable
     config.data.accept_changes = False  # continue a run whose files have changed, from its next epoch on
     config.data.augment = "none"  # none | flip | crop_flip (random resized crop, bicubic, and flip)
     config.data.crop_scale = (0.2, 1.0)  # area of the random crop, as a fraction of the image

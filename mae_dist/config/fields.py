@@ -12,7 +12,7 @@ from mae_dist import names
 from mae_dist.config import default
 from mae_dist.config.stored import flatten, get
 from mae_dist.data import AUGMENTATIONS, SOURCES
-from mae_dist.data.decode import DTYPES
+from mae_dist.data.image_files import DTYPES
 from mae_dist.errors import ConfigError, nearest
 from mae_dist.model import layers, masking, positions
 from mae_dist.optim.optimizer import OPTIMIZERS
@@ -64,6 +64,7 @@ POSITIVE = (
     "optim.layer_decay",
     "data.randaug_layers",
     "data.repeats",
+    "data.max_pixels",
     "data.num_examples",
     "data.num_classes",
     "online.num_train",

@@ -1,33 +1,26 @@
-"""Image files as arrays: formats, channels, bit depth, alpha, orientation.
+"""Image files as the arrays that a model takes: channels, bit depth, alpha, orientation, size.
 
 Legend: H height, W width, C channels that a model takes, c channels that a file has; a box is (top, left, height,
 width) in pixels.
 """
 
 import contextlib
-import io
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 
+from mae_dist.data import image_files
+from mae_dist.data.image_files import MAX_PIXELS, Header, UndecodableImage
 from mae_dist.data.resample import Box, resize_box
 
 # The data pipeline already runs one image per thread or process; OpenCV's own pool would only fight XLA for the cores.
 cv2.setNumThreads(0)
-# Files that do not decode are named by whoever reads them; OpenCV would print a line about each as well.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 # From this many pixels a side on, a JPEG is decoded at a fraction of its size where that is enough. Smaller ones cost
 # too little to be worth it.
 PHOTOGRAPH_FROM = 64
-DTYPES = ("uint8", "uint16", "float32")
 _ROUNDING = 1e-6  # of a box's edges, in pixels
-_NPY, _JPEG, _PNG = b"\x93NUMPY", b"\xff\xd8\xff", b"\x89PNG"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_ORIENTATION = 0x0112  # the tag of EXIF
 
 # Added to the flag of the colours, which replaces the "GRAYSCALE" of their names.
 _REDUCTIONS = {
@@ -36,18 +29,6 @@ _REDUCTIONS = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
-
-
-class UndecodableImage(ValueError):
-    """Bytes that are not a whole image with the channels asked for; the message says which."""
-
-
-class Header(NamedTuple):
-    """Size of the image as it is given out, (0, 0) if the bytes are no image; and its EXIF orientation, 1 upright."""
-
-    height: int
-    width: int
-    orientation: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +46,7 @@ class Decoder:
       background: what transparent images are composited over where C is 1 or 3, 0 black to 1 white; None ignores alpha.
       exif: turns images upright by their EXIF orientation.
       deeper: accepts files of more bits than `dtype`, whose values are rounded.
+      max_pixels: refuses larger images by their headers; a small file may say that it holds gigabytes.
     """
 
     channels: int
@@ -73,20 +55,17 @@ class Decoder:
     background: float | None = None
     exif: bool = False
     deeper: bool = True
+    max_pixels: int = MAX_PIXELS
 
     def header(self, data: bytes) -> Header:
-        """Reads the size of an image without decoding it, where its format allows that."""
-        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
-            if data.startswith(_NPY):
-                return Header(*_load_npy(data, self.channels).shape[:2])
-            with Image.open(io.BytesIO(data)) as image:
-                turned = image.getexif().get(_ORIENTATION, 1) if self.exif else 1
-                width, height = image.size[::-1] if turned >= 5 else image.size
-                return Header(height, width, turned)
-        if data.startswith(_TIFF):  # of bands that Pillow does not know
-            with contextlib.suppress(UndecodableImage):
-                return Header(*_load_tiff(data, self.channels)[0].shape[:2])
-        return Header(0, 0)
+        """Reads the size of an image without decoding it; (0, 0) where it cannot or may not be decoded."""
+        try:
+            return self._header(data)
+        except UndecodableImage:
+            return Header(0, 0)
+
+    def _header(self, data: bytes) -> Header:
+        return image_files.read_header(data, self.channels, self.exif, self.max_pixels)
 
     def decode(self, data: bytes, reduction: int = 1) -> np.ndarray:
         """Decodes a file. # -> (H, W, C) of `dtype`, or rounded up (H / reduction, …)
@@ -96,10 +75,11 @@ class Decoder:
           reduction: 1, 2, 4 or 8; a JPEG is then decoded at that fraction of its size, which is faster.
 
         Raises:
-          UndecodableImage: the bytes are not a whole image, or not one of these channels and type.
+          UndecodableImage: the bytes are not a whole image, or not one of these channels and type, or it is too large.
         """
-        turned = self.header(data).orientation if self.exif else 1
-        return self._decode(data, turned, reduction)
+        # A TIFF file says its size when it is read.
+        is_upright_tiff = data.startswith(image_files.TIFF) and not self.exif
+        return self._decode(data, 1 if is_upright_tiff else self._header(data).orientation, reduction)
 
     def decode_box(self, data: bytes, header: Header, box: Box, out: np.ndarray, *, margin: bool = False) -> None:
         """Decodes a file and resizes `box` of it into `out`. # -> out (H', W', C) of `dtype`, C-contiguous
@@ -109,7 +89,7 @@ class Decoder:
 
         Args:
           data: the file.
-          header: what `header` returned for it.
+          header: what `header` returned for it, with a size.
           box: in pixels of the upright image.
           out: the result.
           margin: as for `resize_box`.
@@ -119,7 +99,7 @@ class Decoder:
         """
         top, left, height, width = box
         reduction = 1
-        if min(out.shape[:2]) >= PHOTOGRAPH_FROM and self.channels in (1, 3) and data.startswith(_JPEG):
+        if min(out.shape[:2]) >= PHOTOGRAPH_FROM and self.channels in (1, 3) and data.startswith(image_files.JPEG):
             shrink = min(height / out.shape[0], width / out.shape[1])
             reduction = next((known for known in (8, 4, 2) if shrink >= known), 1)
         image = self._decode(data, header.orientation, reduction)
@@ -133,19 +113,20 @@ class Decoder:
 
     def _decode(self, data: bytes, orientation: int, reduction: int) -> np.ndarray:
         colours = self.channels in (1, 3)
-        as_it_comes = self == Decoder(self.channels, exif=self.exif)  # nothing is asked for that OpenCV does not do
-        if colours and data.startswith(_JPEG):
+        # Nothing is asked for that OpenCV does not do.
+        as_it_comes = self == Decoder(self.channels, exif=self.exif, max_pixels=self.max_pixels)
+        if colours and data.startswith(image_files.JPEG):
             image = self._to_dtype(self._as_colours(data, reduction))
-        elif colours and as_it_comes and not data.startswith((_NPY, *_TIFF)):
+        elif colours and as_it_comes and not data.startswith((image_files.NPY, *image_files.TIFF)):
             image = self._as_colours(data, 1)
         else:
-            image = self._to_dtype(self._to_channels(*_load(data, self.channels)))
-        return _upright(image, orientation)
+            image = self._to_dtype(self._to_channels(*image_files.load(data, self.channels, self.max_pixels)))
+        return image_files.upright(image, orientation)
 
     def _as_colours(self, data: bytes, reduction: int) -> np.ndarray:
         """Decodes to uint8, grey or RGB, as OpenCV converts them."""
         flags = cv2.IMREAD_GRAYSCALE if self.channels == 1 else cv2.IMREAD_COLOR_RGB
-        image = _imdecode(data, flags | _REDUCTIONS[reduction])
+        image = image_files.imdecode(data, flags | _REDUCTIONS[reduction])
         return image.reshape(*image.shape[:2], self.channels)
 
     def _to_channels(self, image: np.ndarray, has_alpha: bool) -> np.ndarray:
@@ -194,121 +175,12 @@ class Decoder:
         return 255.0 if dtype == np.uint8 else self.max_value or (65535.0 if dtype == np.uint16 else 1.0)
 
 
-def load_upright(data: bytes) -> tuple[np.ndarray, bool]:
-    """Decodes what a file holds, whatever it is, turned by its EXIF orientation; and whether a fourth channel is alpha.
-
-    Of three axes the first one holds the channels if it is shorter than the others.
-
-    # -> (H, W, c) uint8, uint16 or float32, colours as RGB
-
-    Raises:
-      UndecodableImage: the bytes are not a whole image, or of another type.
-    """
-    image, has_alpha = _load(data, None)
-    return _upright(image, Decoder(3, exif=True).header(data).orientation), has_alpha
-
-
-def stored_dtype(data: bytes, channels: int) -> str | None:
+def stored_dtype(data: bytes, decoder: Decoder) -> str | None:
     """Returns the type of the values in a file, one of `DTYPES`; None if it does not decode."""
-    if data.startswith(_PNG):
+    if data.startswith(image_files.PNG):
         return "uint16" if data[24:25] == b"\x10" else "uint8"  # the bit depth in its header
+    if not decoder.header(data).height:
+        return None
     with contextlib.suppress(UndecodableImage):
-        return str(_load(data, channels)[0].dtype)
+        return str(image_files.load(data, decoder.channels, decoder.max_pixels)[0].dtype)
     return None
-
-
-def _load(data: bytes, channels: int | None) -> tuple[np.ndarray, bool]:
-    """Decodes what a file holds, with colours in RGB order; and whether a fourth channel is alpha.
-
-    # -> (H, W, c) uint8, uint16 or float32
-    """
-    has_alpha = True
-    if data.startswith(_NPY):
-        image, has_alpha = _load_npy(data, channels), False
-    elif data.startswith(_TIFF):
-        image, has_alpha = _load_tiff(data, channels)
-    else:
-        image = _load_colours(data)
-    if image.dtype.kind == "f":
-        image = image.astype(np.float32)
-    elif image.dtype.name not in DTYPES:
-        raise UndecodableImage(f"values of type {image.dtype}; write them as uint8, uint16 or float32")
-    return image, has_alpha
-
-
-def _load_colours(data: bytes) -> np.ndarray:
-    """Decodes what OpenCV reads, as it is. # -> (H, W, c)"""
-    image = _imdecode(data, cv2.IMREAD_UNCHANGED)
-    image = image.reshape(*image.shape[:2], -1)
-    order = [2, 1, 0, 3][: image.shape[-1]] if image.shape[-1] >= 3 else [0]  # from BGR(A)
-    return np.ascontiguousarray(image[..., order])
-
-
-def _imdecode(data: bytes, flags: int) -> np.ndarray:
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UndecodableImage(f"{len(data)} bytes starting {data[:8]!r} are not a whole image")
-    return image
-
-
-def _load_npy(data: bytes, channels: int | None) -> np.ndarray:
-    try:
-        return _planes_last(np.load(io.BytesIO(data), allow_pickle=False), channels)
-    except (ValueError, EOFError, OSError) as error:
-        raise UndecodableImage(f"no whole .npy file: {error}") from error
-
-
-def _load_tiff(data: bytes, channels: int | None) -> tuple[np.ndarray, bool]:
-    """Decodes a TIFF file of any bands; and whether a fourth one is alpha.
-
-    Several images of one size are its bands; of several sizes the first one is taken.
-    """
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page, shape = file.pages.first, file.series[0].shape
-            # OpenCV knows more compressions and kinds of colours, but drops bands beyond the fourth.
-            plain = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
-            if len(file.pages) == 1 and page.samplesperpixel <= 4 and not (plain and page.compression == 1):
-                return _load_colours(data), bool(page.extrasamples) or not plain
-            whole = len(shape) == 3 and channels in (None, shape[0], shape[2])
-            count = len(file.series[0].pages)
-            if count > 1 and not whole:
-                raise UndecodableImage(
-                    f"a TIFF file of {count} images of one size; model.channels={count} takes them as its bands, "
-                    "otherwise write each to a file of its own"
-                )
-            image = _planes_last(file.asarray() if whole else page.asarray(), channels)
-            return image, any(extra != tifffile.EXTRASAMPLE.UNSPECIFIED for extra in page.extrasamples)
-    except UndecodableImage:
-        raise
-    except Exception as error:  # of any type, the library's own and NumPy's, for what is corrupted
-        raise UndecodableImage(f"a TIFF file that cannot be read: {error}") from error
-
-
-def _planes_last(array: np.ndarray, channels: int | None) -> np.ndarray:
-    """Returns an image of (H, W), (H, W, c) or (C, H, W) as (H, W, c); C is `channels` or, of None, the fewest."""
-    if array.ndim == 2:
-        return array[..., None]
-    if channels is None and array.ndim == 3 and array.shape[0] < min(array.shape[1:]):
-        channels = array.shape[0]
-    if array.ndim == 3 and array.shape[0] == channels != array.shape[2]:
-        return np.ascontiguousarray(np.moveaxis(array, 0, -1))
-    if array.ndim == 3:
-        return array
-    raise UndecodableImage(f"an array of shape {array.shape}, not (height, width), with channels first or last or none")
-
-
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes an EXIF orientation. # (H, W, C) -> (H, W, C) or (W, H, C), C-contiguous"""
-    if orientation in (5, 6, 7, 8):
-        image = image.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        image = image[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        image = image[::-1]
-    return np.ascontiguousarray(image)

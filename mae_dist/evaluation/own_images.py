@@ -144,7 +144,7 @@ def are_paths(images: ArrayLike | Paths) -> TypeGuard[Paths]:
 def _open(listing: Listing, config: ConfigDict) -> Dataset:
     model, data = config.model, config.data
     dtype = "uint8" if data.dtype == "auto" else data.dtype
-    decoder = Decoder(model.channels, dtype, data.max_value, data.background, exif=True)
+    decoder = Decoder(model.channels, dtype, data.max_value, data.background, exif=True, max_pixels=data.max_pixels)
     dataset = open_in_order(listing, tuple(model.image_size), decoder)
     dataset.reported = frozenset(range(dataset.num_examples))  # by `report_skipped`, or an exception, once
     return dataset

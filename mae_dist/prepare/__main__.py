@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags, logging
 
 from mae_dist import cli, errors
+from mae_dist.data.image_files import MAX_PIXELS
 from mae_dist.data.sources import cifar
 from mae_dist.data.sources import listing as listings
 from mae_dist.prepare import archives, examine, folders
@@ -47,6 +48,9 @@ _SHORT_SIDE = flags.DEFINE_integer(
     "short_side", 0, "With --from_folder: shrink larger images to this short side; 0: store files as they are.", 0
 )
 _QUALITY = flags.DEFINE_integer("quality", 90, "With --short_side: of the JPEGs.", 1, 100)
+_MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", MAX_PIXELS, "With --from_folder: refuse images that are larger by their headers.", 1
+)
 _STATS = flags.DEFINE_bool("stats", False, "Measure data.mean and data.std, of the training split of the config.")
 _LIMIT = flags.DEFINE_integer(
     "limit", 0, "The most images of each split; with --stats of the training split (default 10000).", lower_bound=0
@@ -190,7 +194,11 @@ def _prepare_folder(root: str, name: str, data_dir: str | None) -> Any:
         logging.info("%s is prepared already, from the same files", directory)
         return builder
     splits, storage = examine.examine(
-        folder, skip_undecodable=bool(_SKIP_UNDECODABLE.value), short_side=short_side, quality=quality
+        folder,
+        skip_undecodable=bool(_SKIP_UNDECODABLE.value),
+        short_side=short_side,
+        quality=quality,
+        max_pixels=_MAX_PIXELS.value or MAX_PIXELS,
     )
     identity = dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=""

@@ -10,7 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mae_dist.data.decode import Decoder, UndecodableImage
+from mae_dist.data.decode import Decoder
+from mae_dist.data.image_files import UndecodableImage
 from mae_dist.errors import DataFault
 from mae_dist.prepare.tfds_writer import Image
 

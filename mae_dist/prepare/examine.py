@@ -5,6 +5,7 @@ Legend: H height, W width, C channels.
 
 import dataclasses
 import io
+import itertools
 import logging
 import os
 import shlex
@@ -17,8 +18,9 @@ import numpy as np
 import PIL.Image
 
 from mae_dist import names
-from mae_dist.data.decode import DTYPES, Decoder, UndecodableImage, load_upright
+from mae_dist.data.decode import Decoder
 from mae_dist.data.files import Progress
+from mae_dist.data.image_files import DTYPES, JPEG, MAX_PIXELS, NPY, PNG, UndecodableImage, load_upright
 from mae_dist.data.resample import resize_box
 from mae_dist.data.sources.listing import readable
 from mae_dist.errors import ConfigError, DataFault
@@ -27,7 +29,6 @@ from mae_dist.prepare.tfds_writer import Image
 
 _THREADS = os.cpu_count() or 1
 _CHUNK = 1024  # files given to the threads at once: a tree may have millions
-_JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG", b"\x93NUMPY"
 _UPRIGHT_QUALITY = 95  # of JPEGs that are turned, not shrunk
 _LOG = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Storage:
       size: (H, W) of all, for arrays.
       short_side: to which images are shrunk; 0: none is.
       quality: of JPEGs that are shrunk.
+      max_pixels: of an image.
       num_turned: images that have to be turned by their EXIF orientation.
     """
 
@@ -59,6 +61,7 @@ class Storage:
     size: tuple[int, int] | None
     short_side: int
     quality: int
+    max_pixels: int = dataclasses.field(repr=False)
     num_turned: int
 
     def feature(self) -> Any:
@@ -79,21 +82,22 @@ class Storage:
             raise DataFault(f"{name} does not decode any more: {error}; it was changed meanwhile") from error
 
     def _convert(self, data: bytes) -> bytes | np.ndarray:
-        header = Decoder(3, exif=True).header(data)  # without a size where the image is too large for Pillow
-        is_file = not data.startswith(_NPY) and (self.dtype == "uint8" or data.startswith(_PNG))
+        decoder = Decoder(3, exif=True, max_pixels=self.max_pixels)
+        header = decoder.header(data)
+        is_file = not data.startswith(NPY) and (self.dtype == "uint8" or data.startswith(PNG))
         is_small = header.height > 0 and _shrunk(header[:2], self.short_side) == header[:2]
         if self.size is None and is_file and header.orientation == 1 and (is_small or not self.short_side):
             return data
-        if data.startswith(_JPEG) and header.height:
+        if data.startswith(JPEG) and header.height:
             out = np.empty((*_shrunk(header[:2], self.short_side), 1 if _is_gray(data) else 3), np.uint8)
-            Decoder(out.shape[-1], exif=True).decode_box(data, header, (0, 0, *header[:2]), out)
+            dataclasses.replace(decoder, channels=out.shape[-1]).decode_box(data, header, (0, 0, *header[:2]), out)
         else:
-            image, has_alpha = load_upright(data)
+            image, has_alpha = load_upright(data, self.max_pixels)
             out = _resize(image, _shrunk(image.shape[:2], self.short_side), has_alpha and image.shape[-1] == 4)
             is_small = out.shape == image.shape
         if self.size is not None:
             return out
-        if out.shape[-1] == 4 or out.dtype == np.uint16 or (is_small and not data.startswith(_JPEG)):
+        if out.shape[-1] == 4 or out.dtype == np.uint16 or (is_small and not data.startswith(JPEG)):
             return _encode(".png", out)
         return _encode(".jpg", out, cv2.IMWRITE_JPEG_QUALITY, _UPRIGHT_QUALITY if is_small else self.quality)
 
@@ -137,14 +141,14 @@ def _encode(suffix: str, image: np.ndarray, *options: int) -> bytes:
 
 
 def examine(
-    folder: Folder, *, skip_undecodable: bool, short_side: int, quality: int
+    folder: Folder, *, skip_undecodable: bool, short_side: int, quality: int, max_pixels: int = MAX_PIXELS
 ) -> tuple[dict[str, list[Image]], Storage]:
     """Decodes every file once, so that what is prepared can be trained on; after a kill all over again.
 
     Args:
       folder: the files.
       skip_undecodable: leave out files that do not decode or are of another type than most, instead of refusing them.
-      short_side: as for `Storage`, like quality.
+      short_side: as for `Storage`, like quality and max_pixels.
 
     Returns:
       The images of each split in their order, and how they are stored.
@@ -153,7 +157,7 @@ def examine(
       ConfigError: images that only `data.source=folder` can read.
       DataFault: files that do not decode.
     """
-    kinds, bad = _kinds(folder)
+    kinds, bad = _kinds(folder, max_pixels)
     counts = Counter(kind.dtype for kind in kinds.values())
     dtype = max(counts, key=lambda name: (counts[name], DTYPES.index(name)), default="uint8")
     for row, kind in kinds.items():
@@ -171,7 +175,7 @@ def examine(
     good = {split: [row for row in rows if row not in bad] for split, rows in folder.rows.items()}
     good = {split: rows for split, rows in good.items() if rows}
     used = {row: kinds[row] for rows in good.values() for row in rows}
-    storage = _storage(folder, dtype, used, short_side, quality)
+    storage = _storage(folder, dtype, used, short_side, quality, max_pixels)
     root = os.fsdecode(folder.listing.root)
     splits = {
         split: [
@@ -189,7 +193,7 @@ def examine(
     return splits, storage
 
 
-def _kinds(folder: Folder) -> tuple[dict[int, _Kind], dict[int, str]]:
+def _kinds(folder: Folder, max_pixels: int) -> tuple[dict[int, _Kind], dict[int, str]]:
     """Returns what each file of the splits holds, or why that is not known."""
     rows = [row for of_split in folder.rows.values() for row in of_split]
     _LOG.info("decoding the %d files of %s", len(rows), folder.root)
@@ -201,7 +205,7 @@ def _kinds(folder: Folder) -> tuple[dict[int, _Kind], dict[int, str]]:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
             paths = [os.path.join(folder.listing.root, folder.listing.names[row]) for row in chunk]
-            for row, found in zip(chunk, pool.map(_examine, paths), strict=True):
+            for row, found in zip(chunk, pool.map(_examine, paths, itertools.repeat(max_pixels)), strict=True):
                 inside = os.fsdecode(folder.name(row))
                 if fault := names.text_fault(inside):
                     raise DataFault(f"the image {inside!r} has {fault}: TFDS stores the name beside the image")
@@ -213,20 +217,22 @@ def _kinds(folder: Folder) -> tuple[dict[int, _Kind], dict[int, str]]:
     return kinds, bad
 
 
-def _examine(path: bytes) -> _Kind | str:
+def _examine(path: bytes, max_pixels: int) -> _Kind | str:
     """Returns what a file holds, or why that is not known."""
     try:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
         return str(error)
-    header = Decoder(3, exif=True).header(data)
+    header = Decoder(3, exif=True, max_pixels=max_pixels).header(data)
     turned = header.orientation != 1
     try:
-        if data.startswith(_JPEG) and header.height:
-            Decoder(3).decode(data, reduction=8)  # reads as much of the file as without, in a seventh of the time
+        if data.startswith(JPEG) and header.height:
+            Decoder(3, max_pixels=max_pixels).decode(
+                data, reduction=8
+            )  # reads as much of the file as without, in a seventh of the time
             return _Kind("uint8", (*header[:2], 1 if _is_gray(data) else 3), False, turned)
-        image, has_alpha = load_upright(data)
+        image, has_alpha = load_upright(data, max_pixels)
     except UndecodableImage as error:
         return str(error) if data else "it is empty"
     if image.dtype.kind == "f" and not np.isfinite(image).all():
@@ -236,13 +242,15 @@ def _examine(path: bytes) -> _Kind | str:
     return _Kind(str(image.dtype), (*image.shape[:2], channels), is_array, turned)
 
 
-def _storage(folder: Folder, dtype: str, kinds: dict[int, _Kind], short_side: int, quality: int) -> Storage:
+def _storage(
+    folder: Folder, dtype: str, kinds: dict[int, _Kind], short_side: int, quality: int, max_pixels: int
+) -> Storage:
     channels = {kind.shape[-1] for kind in kinds.values()}
     num_turned = sum(kind.is_turned for kind in kinds.values())
     arrays = [row for row, kind in kinds.items() if kind.is_array]
     if not arrays:
         count = channels.pop() if len(channels) == 1 and (dtype == "uint16" or channels == {4}) else 3
-        return Storage(dtype, count, None, short_side, quality, num_turned)
+        return Storage(dtype, count, None, short_side, quality, max_pixels, num_turned)
     shapes = {kind.shape: row for row, kind in kinds.items()}
     if len(shapes) > 1:
         some = [f"{readable(folder.listing.names[row])}: {shape}" for shape, row in list(shapes.items())[:3]]
@@ -252,4 +260,4 @@ def _storage(folder: Folder, dtype: str, kinds: dict[int, _Kind], short_side: in
             f"the files where they are: --config.data.source=folder --config.data.data_dir={shlex.quote(folder.root)}"
         )
     (shape,) = shapes
-    return Storage(dtype, shape[-1], _shrunk(shape[:2], short_side), short_side, quality, num_turned)
+    return Storage(dtype, shape[-1], _shrunk(shape[:2], short_side), short_side, quality, max_pixels, num_turned)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mae_dist.data.dataset import Dataset, Read, check_labels, digest
-from mae_dist.data.decode import PHOTOGRAPH_FROM, Decoder, Header, UndecodableImage
+from mae_dist.data.decode import PHOTOGRAPH_FROM, Decoder
+from mae_dist.data.image_files import Header, UndecodableImage
 from mae_dist.data.resample import Box
 from mae_dist.data.transforms import RandomCrops, center_box
 

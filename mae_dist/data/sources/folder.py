@@ -12,6 +12,7 @@ import numpy as np
 
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.decode import Decoder
+from mae_dist.data.image_files import MAX_PIXELS
 from mae_dist.data.sources import listing as listings
 from mae_dist.data.sources import register_source
 from mae_dist.data.sources.listed import (
@@ -62,6 +63,7 @@ def open_folder(
     dtype: str = "auto",
     max_value: float = 0.0,
     background: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     exif: bool = True,
     shared: dict[str, Any],
 ) -> Dataset:
@@ -74,7 +76,7 @@ def open_folder(
       split: a split expression, as for `open_split`.
       data_dir: as for `find_images`.
       image_size: (height, width) of the images given out.
-      channels: as for `Decoder`, like max_value, background and exif.
+      channels: as for `Decoder`, like max_value, background, max_pixels and exif.
       labels: "none"; "folders", the directory below data_dir, or below train/, val/ and test/; or "csv:FILE" of lines
         path,label or path,label,split, which then names the files that are used.
       val_fraction: of the files without a split of their own.
@@ -95,7 +97,7 @@ def open_folder(
             listing,
             tabulate(listing, labels, val_fraction),
             lambda row: _read(listing.root, listing.names[row]),
-            Decoder(channels, "float32", max_value, background, exif),
+            Decoder(channels, "float32", max_value, background, exif, max_pixels=max_pixels),
             dtype,
             cache_dir=cache_dir,
         )

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_dist.data.dataset import Dataset
-from mae_dist.data.decode import DTYPES, Decoder, UndecodableImage, stored_dtype
+from mae_dist.data.decode import Decoder, stored_dtype
+from mae_dist.data.image_files import DTYPES, UndecodableImage
 from mae_dist.data.sources import listing as listings
 from mae_dist.data.sources.cache import cached
 from mae_dist.data.sources.encoded import EncodedDataset
@@ -279,7 +280,7 @@ def choose_decoder(
     found: set[str | None] = set()
     for row in maybe_deep[:: max(1, len(maybe_deep) // _SAMPLE)][:_SAMPLE] if dtype == "auto" else ():
         data = read(row)
-        found.add(stored_dtype(data, decoder.channels) if data else None)
+        found.add(stored_dtype(data, decoder) if data else None)
     known = [name for name in DTYPES if name in found] or ["uint8"]
     result = dataclasses.replace(decoder, dtype=known[-1] if dtype == "auto" else dtype, deeper=dtype != "auto")
     sizes, faults = set(), []

@@ -17,6 +17,7 @@ import numpy as np
 
 from mae_dist.data.dataset import Dataset
 from mae_dist.data.decode import Decoder
+from mae_dist.data.image_files import MAX_PIXELS
 from mae_dist.data.sources import listing as listings
 from mae_dist.data.sources import register_source
 from mae_dist.data.sources.listed import (
@@ -145,6 +146,7 @@ def open_parquet(
     dtype: str = "auto",
     max_value: float = 0.0,
     background: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     exif: bool = True,
     shared: dict[str, Any],
 ) -> Dataset:
@@ -185,7 +187,7 @@ def open_parquet(
             listing,
             table,
             functools.partial(_read, files),
-            Decoder(channels, "float32", max_value, background, exif),
+            Decoder(channels, "float32", max_value, background, exif, max_pixels=max_pixels),
             dtype,
             cache_dir=cache_dir,
             sample=_sample(files, len(names)),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mae_dist.data.dataset import Dataset, digest
 from mae_dist.data.decode import Decoder
+from mae_dist.data.image_files import MAX_PIXELS
 from mae_dist.data.sources import listing as listings
 from mae_dist.data.sources import register_source
 from mae_dist.data.sources.cache import cache_root
@@ -97,6 +98,7 @@ def open_tar(
     dtype: str = "auto",
     max_value: float = 0.0,
     background: float = 1.0,
+    max_pixels: int = MAX_PIXELS,
     exif: bool = True,
     shared: dict[str, Any],
 ) -> Dataset:
@@ -143,7 +145,7 @@ def open_tar(
             lambda row: _read(
                 os.path.join(shards.root, shards.names[index.shard[row]]), int(index.offset[row]), int(index.size[row])
             ),
-            Decoder(channels, "float32", max_value, background, exif),
+            Decoder(channels, "float32", max_value, background, exif, max_pixels=max_pixels),
             dtype,
             cache_dir=cache_dir,
         )

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mae_dist.data.dataset import Dataset
-from mae_dist.data.decode import DTYPES, Decoder
+from mae_dist.data.decode import Decoder
+from mae_dist.data.image_files import DTYPES, MAX_PIXELS
 from mae_dist.data.sources import register_source
 from mae_dist.data.sources.cache import cache_root, cached
 from mae_dist.data.sources.encoded import EncodedDataset
@@ -137,6 +138,7 @@ def open_tfds(
     max_bad_share: float,
     dtype: str = "auto",
     max_value: float = 0.0,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
     """Opens a TFDS dataset whose features have an "image", and a "label" or none, preparing it first if need be.
 
@@ -146,7 +148,7 @@ def open_tfds(
       data_dir: TFDS data directory, may be gs://…; "" is TFDS's default.
       image_size: (height, width) of the images given out; and their `channels`.
       dtype: of the images given out; "auto" is the type of those stored.
-      max_value: as for `Decoder`.
+      max_value: as for `Decoder`, like max_pixels.
       cache: as for `cached`, like max_bad_share.
       cache_dir: where decoded images and copied record files are kept for the next start; "" is ~/.cache/mae_dist.
       stage: true to copy the record files that the split needs there; those in a bucket always are.
@@ -176,7 +178,7 @@ def open_tfds(
         title=f"{full_name} split {split!r}",
         identity={"source": "tfds", "name": full_name, "split": split},
         image_size=image_size,
-        decoder=Decoder(channels, features.dtype if dtype == "auto" else dtype, max_value),
+        decoder=Decoder(channels, features.dtype if dtype == "auto" else dtype, max_value, max_pixels=max_pixels),
         native_size=features.native_size,
         class_names=features.class_names,
     )
