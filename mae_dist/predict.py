@@ -3,7 +3,7 @@
 S is the workdir of a run, a classifier of `mae_dist.convert` or in Hugging Face's layout, a file in timm's, or one of
 these on the Hugging Face hub, as `hf://OWNER/NAME`. F.csv has a row `file,class,probability` for each image, in the
 order of their names; with --top k the k most likely classes of each, in k rows. Files that do not decode are left out
-and named.
+and named. What a spreadsheet would take for a formula, by its first character, begins with ./ (a file) or ' (a class).
 """
 
 import contextlib
@@ -27,6 +27,7 @@ _OUT = flags.DEFINE_string("out", None, "The CSV file to write.", allow_override
 _TOP = flags.DEFINE_integer("top", 1, "The number of classes to write of each image.", lower_bound=1)
 
 _COUNTED = 20  # classes, in the line at the end
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet would compute
 
 
 def predict(argv: Sequence[str]) -> int:
@@ -40,6 +41,7 @@ def predict(argv: Sequence[str]) -> int:
     dataset = own_images.open_images(images, source.config)
     compute = predictions.prepare(source, extract.with_devices(source, cli.given_config(), dataset.num_examples))
     class_names = predictions.class_names(source)
+    labels = [_inert(name, "'") for name in class_names]
     logging.info("%s; %d images of %s", readable.path(source.origin), dataset.num_examples, images)
     found: list[int] = []
     first: Counter[str] = Counter()
@@ -52,8 +54,8 @@ def predict(argv: Sequence[str]) -> int:
             for index, probability, classes in zip(columns["index"].tolist(), likely, order.tolist(), strict=True):
                 found.append(index)
                 first[class_names[classes[0]]] += 1
-                name = dataset.file_name(index)
-                rows += [(name, class_names[number], f"{probability[number]:.6g}") for number in classes]
+                name = _inert(dataset.file_name(index), "./")
+                rows += [(name, labels[number], f"{probability[number]:.6g}") for number in classes]
         own_images.report_skipped(dataset, found)
         if processes.is_primary():
             with storage_errors(out), open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -63,6 +65,10 @@ def predict(argv: Sequence[str]) -> int:
         more = f" and {len(first) - _COUNTED} more classes" if len(first) > _COUNTED else ""
         print(f"{readable.path(source.origin)}: {len(found)} images in {readable.path(out)}; {', '.join(counts)}{more}")
     return errors.EXIT_DONE
+
+
+def _inert(text: str, prefix: str) -> str:
+    return f"{prefix}{text}" if text.startswith(_FORMULA) else text
 
 
 if __name__ == "__main__":

@@ -309,6 +309,24 @@ def test_predictions_by_name(
         classes.with_name("away").rename(classes)
 
 
+def test_predictions_hold_no_formulas(command: Any, images: np.ndarray, tmp_path: Path) -> None:
+    """Names come from whoever made the images or the model; a file's still leads to it."""
+    for number in range(NUM_CLASSES):
+        write(tmp_path / "classes" / f"{'=+-@'[number % 4]}1+{number}" / "1.png", images[number])
+    names = ["=1.png", "@b.png", "a=1.png"]
+    for number, name in enumerate(names):
+        write(tmp_path / "images" / name, images[number])
+    fields = {"data__source": "folder", "data__data_dir": str(tmp_path / "classes"), "data__labels": "folders", **SMALL}
+    source = in_memory(task="finetune", **fields, data__cache_dir=str(tmp_path / "cache"))
+    given = {"images": tmp_path / "images", "out": tmp_path / "p.csv"}
+    command(predict, workdir=save(tmp_path / "model", source), **given)
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["./=1.png", "./@b.png", "a=1.png"]
+    assert all((tmp_path / "images" / row["file"]).exists() for row in rows)
+    assert all(row["class"].startswith(("'=1+", "'+1+", "'-1+", "'@1+")) for row in rows)
+
+
 def test_a_pretraining_has_no_classes(command: Any, pretrained: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no classifier.* --config\.task=finetune"):
         command(predict, workdir=pretrained, images=folder, out=tmp_path / "p.csv")
