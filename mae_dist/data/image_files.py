@@ -161,12 +161,14 @@ def _load_tiff(data: bytes, channels: int | None, max_pixels: int) -> tuple[np.n
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page, shape = file.pages.first, file.series[0].shape
+            _refuse_large(page.imagelength, page.imagewidth, max_pixels)
             # OpenCV knows more compressions and kinds of colours, but drops bands beyond the fourth.
             plain = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
             if len(file.pages) == 1 and page.samplesperpixel <= 4 and not (plain and page.compression == 1):
                 return _load_colours(data), bool(page.extrasamples) or not plain
             whole = len(shape) == 3 and channels in (None, shape[0], shape[2])
-            _refuse_large(*_plane(shape if whole else page.shape, channels), max_pixels)
+            if whole:  # of several images, which may be called bands
+                _refuse_large(*_plane(shape, channels), max_pixels)
             count = len(file.series[0].pages)
             if count > 1 and not whole:
                 raise UndecodableImage(
