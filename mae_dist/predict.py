@@ -68,6 +68,7 @@ def predict(argv: Sequence[str]) -> int:
 
 
 def _inert(text: str, prefix: str) -> str:
+    """Returns a cell that no spreadsheet computes: with `prefix` if it would be a formula."""
     return f"{prefix}{text}" if text.startswith(_FORMULA) else text
 
 

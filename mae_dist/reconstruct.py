@@ -69,7 +69,7 @@ def reconstruct(argv: Sequence[str]) -> int:
     workdir = cli.required(_WORKDIR)
     processes.quiet_unless_primary()
     source = pretrained.open_source(workdir, cli.given_config())
-    has_decoder = kind_of(source.config).has_decoder and "decoder" in source.abstract
+    has_decoder = _has_decoder(source)
     if _OVER_STEPS.value and (source.run is None or not has_decoder or _PCA.value):
         raise errors.ConfigError("--over_steps: give the workdir of a pretraining by mae_dist, without --pca")
     others = [pretrained.open_source(place) for place in _BESIDE.value]
@@ -109,7 +109,8 @@ def reconstruct(argv: Sequence[str]) -> int:
     if _OVER_STEPS.value:
         drawn = {name: found[name] for name in pictures.COLUMNS[:2]} | _over_steps(source, config, dataset, count)
     elif others:
-        drawn |= _by_each([source, *others], config, dataset, count)
+        columns = [found, *(_compute_as(config, other, dataset, count) for other in others)]
+        drawn |= _side_by_side([source, *others], columns)
     elif has_decoder:
         drawn = {name: found[name] for name in pictures.COLUMNS}
     shown = pictures.as_shown(drawn, config)
@@ -125,10 +126,15 @@ def reconstruct(argv: Sequence[str]) -> int:
     return errors.EXIT_DONE
 
 
+def _has_decoder(source: pretrained.Pretrained) -> bool:
+    return kind_of(source.config).has_decoder and "decoder" in source.abstract
+
+
 def _compute(source: pretrained.Pretrained, config: ConfigDict, dataset: Dataset, count: int) -> dict[str, np.ndarray]:
     """Returns the columns of the first `count` images that decode."""
-    has_decoder = kind_of(source.config).has_decoder and "decoder" in source.abstract
-    compute = pictures.prepare(source, config) if has_decoder else extract.prepare(source, config, ("patches",))
+    compute = (
+        pictures.prepare(source, config) if _has_decoder(source) else extract.prepare(source, config, ("patches",))
+    )
     with contextlib.closing(compute(dataset)) as batches:
         return evaluate.first_rows(batches, count)
 
@@ -144,7 +150,7 @@ def _over_steps(
 
 def _check_comparable(source: pretrained.Pretrained, other: pretrained.Pretrained) -> None:
     """Refuses a model that cannot draw the images of another."""
-    if not (kind_of(other.config).has_decoder and "decoder" in other.abstract):
+    if not _has_decoder(other):
         raise errors.ConfigError(f"--beside={other.origin} has no decoder; give the workdir of a pretraining")
     for field in ("image_size", "channels"):
         ours, theirs = source.config.model[field], other.config.model[field]
@@ -155,16 +161,22 @@ def _check_comparable(source: pretrained.Pretrained, other: pretrained.Pretraine
             )
 
 
-def _by_each(
-    sources: Sequence[pretrained.Pretrained], config: ConfigDict, dataset: Dataset, count: int
+def _compute_as(
+    config: ConfigDict, source: pretrained.Pretrained, dataset: Dataset, count: int
 ) -> dict[str, np.ndarray]:
-    """Returns the masked and the restored images of each model, by titles; `config` is that of the first."""
+    """Returns the columns of another model, computed and drawn as `config` says."""
+    with source.config.unlocked():
+        source.config.update(mesh=config.mesh, eval=config.eval, pictures=config.pictures)
+    return _compute(source, source.config, dataset, count)
+
+
+def _side_by_side(
+    sources: Sequence[pretrained.Pretrained], columns: Sequence[dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Returns the masked and the restored images of each model, by titles."""
     drawn = {}
-    for number, source in enumerate(sources):
-        with source.config.unlocked():
-            source.config.update(mesh=config.mesh, eval=config.eval, pictures=config.pictures)
-        found = _compute(source, source.config, dataset, count)
-        name = config_lib.last_name(str(source.origin)) or str(number)
+    for number, (source, found) in enumerate(zip(sources, columns, strict=True)):
+        name = config_lib.last_name(str(source.origin))
         if f"{name}\nmasked" in drawn:
             name = f"{name} ({number})"
         drawn |= {f"{name}\n{pictures.TITLES[kind].splitlines()[-1]}": found[kind] for kind in pictures.COLUMNS[1:]}

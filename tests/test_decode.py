@@ -13,6 +13,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+import mae_dist
 from mae_dist.data.decode import Decoder, stored_dtype
 from mae_dist.data.image_files import UndecodableImage, load_upright
 
@@ -289,6 +290,7 @@ def test_a_small_file_that_holds_gigabytes(kind: str, side: int) -> None:
     ],
 )
 def test_the_limit_of_pixels(data: bytes) -> None:
+    assert mae_dist.default_config().data.max_pixels == Decoder(3).max_pixels
     assert Decoder(3, max_pixels=HEIGHT * WIDTH).decode(data).shape == SMOOTH.shape
     for exif in (False, True):
         decoder = Decoder(3, exif=exif, max_pixels=HEIGHT * WIDTH - 1)

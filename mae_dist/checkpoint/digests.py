@@ -97,9 +97,11 @@ def _sums_of_shard(shard: jax.Shard, shape: tuple[int, ...]) -> np.ndarray:
 
 def _sums_of_parts(array: jax.Array) -> np.ndarray:
     """Returns the sums over those parts of an array that this process counts; those of all processes add up."""
-    zero = np.zeros((1, 2), np.uint32)
-    parts = [_sums_of_shard(shard, array.shape)[None] for shard in array.addressable_shards if shard.replica_id == 0]
-    return np.concatenate([zero, *parts]).sum(axis=0, dtype=np.uint32)
+    total = np.zeros(2, np.uint32)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            total += _sums_of_shard(shard, array.shape)
+    return total
 
 
 def digests(tree: PyTree) -> dict[str, str]:

@@ -77,7 +77,7 @@ class Decoder:
         Raises:
           UndecodableImage: the bytes are not a whole image, or not one of these channels and type, or it is too large.
         """
-        # A TIFF file says its size when it is read.
+        # `image_files.load` checks the size of a TIFF file itself; Pillow would warn about a truncated one.
         is_upright_tiff = data.startswith(image_files.TIFF) and not self.exif
         return self._decode(data, 1 if is_upright_tiff else self._header(data).orientation, reduction)
 

@@ -1,4 +1,4 @@
-"""What image files hold: headers, pixels, orientation, whatever the format.
+"""Reads image files of any format as they are: size, orientation and pixels.
 
 Legend: H height, W width, c channels that a file has, C channels that a model takes.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 DTYPES = ("uint8", "uint16", "float32")
-# Pillow's own limit, beyond which it reads no header unless it is told to.
+# Pillow's default limit: it refuses to open larger images. `config.data.max_pixels` has the same default.
 MAX_PIXELS = 178_956_970
 NPY, JPEG, PNG = b"\x93NUMPY", b"\xff\xd8\xff", b"\x89PNG"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
